@@ -1,0 +1,305 @@
+"""What a kernel file should not have to think about: the only place that knows GPU from CPU.
+
+A kernel file says what its kernels compute. This file decides where they run (on the GPU, or in
+Triton's interpreter where torch sees none), checks what the user passed, chooses the tile, and
+launches. Nothing here computes a result.
+
+Where kernels run. `@triton.jit` reads the variable TRITON_INTERPRET when triton is first imported,
+so it is set here, before that import:
+
+    torch sees a GPU                 compiled for it
+    torch sees none                  interpreted on the CPU, with NumPy doing the arithmetic
+    TRITON_INTERPRET=1               interpreted, whatever the machine has (print works in a kernel)
+    TRITON_INTERPRET=0 and no GPU    compile only (`triton.compile`, no launches)
+"""
+
+import contextlib
+import functools
+import json
+import math
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import triton  # noqa: E402  (the variable above has to be set first)
+import triton.language as tl  # noqa: E402
+
+INTERPRET: bool = triton.knobs.runtime.interpret
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """'3.7.1+git' -> (3, 7, 1)."""
+    numbers = []
+    for part in text.split("+")[0].split(".")[:3]:
+        digits = "".join(c for c in part if c.isdigit())
+        numbers.append(int(digits or 0))
+    return tuple(numbers)
+
+
+def refuse_broken_versions(triton_version: str, numpy_version: str, interpret: bool) -> None:
+    """Raise ImportError, with what to install, for versions that are known not to work."""
+    if _version(triton_version) < (3, 6):
+        raise ImportError(
+            f"tilelab needs triton >= 3.6, found {triton_version}: pip install -U triton"
+        )
+    if interpret and _version(triton_version) < (3, 7, 1) and _version(numpy_version) >= (2, 4):
+        raise ImportError(
+            f"triton {triton_version}'s interpreter fails on loops with NumPy {numpy_version}: "
+            "pip install 'triton>=3.7.1', or keep this triton and pip install 'numpy<2.4'"
+        )
+
+
+refuse_broken_versions(triton.__version__, np.__version__, INTERPRET)
+if INTERPRET and isinstance(tl.cdiv, triton.JITFunction):
+    raise ImportError(
+        "triton was imported before kernels, and not in interpreter mode, but torch sees no GPU: "
+        "import kernels first, or set TRITON_INTERPRET=1 in the environment"
+    )
+
+
+# -------------------------------------------------------------------------------------------------
+# - Checks. They raise before anything is launched: TypeError for a dtype or a device, ValueError
+# for a shape or a value, each naming the argument and showing what was received. -----------------
+# ---------------------------------------------------------------------------------
+
+
+def check_tensors(**tensors: torch.Tensor | None) -> None:
+    """All are tensors of one supported dtype, on one device that the kernels can run on."""
+    first_name, first = next(iter(tensors.items()))
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"{name} must be float32, float16 or bfloat16, got {_short(x.dtype)}")
+        if x.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense (strided) tensor, got {x.layout}")
+        if x.dtype != first.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of {first_name} ({_short(first.dtype)}), "
+                f"got {_short(x.dtype)}"
+            )
+        check_device(name, x, first_name, first)
+
+
+def check_device(name: str, x: torch.Tensor, first_name: str, first: torch.Tensor) -> None:
+    """`x` is where `first` is, and that is a place where kernels can run."""
+    if x.device != first.device:
+        raise TypeError(f"{name} must be on {first.device} like {first_name}, got {x.device}")
+    if x.device.type != "cuda" and not INTERPRET:
+        raise TypeError(
+            f"{name} is on {x.device}, but the kernels are compiled for the GPU: move it there, "
+            "or set TRITON_INTERPRET=1 before python starts to run them on the CPU"
+        )
+
+
+def check_shape(name: str, x: torch.Tensor, shape: str, **expected: int | None) -> None:
+    """`check_shape("bias", bias, "[N]", N=128)`: the rank, and the sizes that are not None."""
+    sizes = list(expected.values())
+    if x.dim() != len(sizes) or any(
+        want is not None and want != got for want, got in zip(sizes, x.shape, strict=True)
+    ):
+        known = ", ".join(f"{k}={v}" for k, v in expected.items() if v is not None)
+        raise ValueError(
+            f"{name} must have shape {shape}{' with ' + known if known else ''}, "
+            f"got {list(x.shape)}"
+        )
+
+
+def check_choice(name: str, value: Any, choices: tuple) -> None:
+    """`value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def pair(name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]:
+    """An int, or a pair of ints (height, width), as a pair; each at least `minimum`."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = (value, value)
+    ok = isinstance(value, tuple | list | torch.Size) and len(value) == 2
+    if not ok or any(isinstance(v, bool) or not isinstance(v, int | torch.SymInt) for v in value):
+        raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
+    if any(v < minimum for v in value):
+        raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
+    return value[0], value[1]
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """Under `torch.autocast`, the tensors in its dtype (what it does for torch's own matmul)."""
+    device = next((x.device.type for x in tensors if isinstance(x, torch.Tensor)), "cpu")
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    floats = [isinstance(x, torch.Tensor) and x.is_floating_point() for x in tensors]
+    return tuple(x.to(dtype) if f else x for x, f in zip(tensors, floats, strict=True))
+
+
+def dot_precision(dtype: torch.dtype, switch: Any) -> str:
+    """How `tl.dot` treats float32: "tf32" where torch's own switch allows it, else "ieee".
+
+    `switch` is `torch.backends.cuda.matmul` or `torch.backends.cudnn.conv`; the older `allow_tf32`
+    flags set the same state.
+    """
+    tf32 = dtype == torch.float32 and switch.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
+# -------------------------------------------------------------------------------------------------
+# - Tiles. A tile is a dict of a kernel's block sizes and launch options. An ordinary call never
+# tunes: it looks its tile up, so results are deterministic and the first call is fast. -----------
+# ---------------------------------------------------------------------------------------
+
+_forced: dict[str, dict] = {}
+
+# The interpreter spends 10-50 us on every operation of every program, whatever the tile's size, and
+# 15 ns an element on a load: few, large tiles. They pay until a load of 2^17 elements falls out of
+# the CPU's cache; a product of two such loads may be larger, up to Triton's limit for one tensor.
+INTERPRETER_LOAD = 2**17
+INTERPRETER_TENSOR = 2**20
+INTERPRETER_CAPS = {"BLOCK_M": 1024, "BLOCK_N": 1024, "BLOCK_K": 128}  # of all but the first
+
+
+@contextlib.contextmanager
+def use_tile(op: str, tile: dict) -> Iterator[None]:
+    """Within this context `op` runs with `tile` as it is: for tests of a tile, and for sweeps."""
+    before = _forced.get(op)
+    _forced[op] = tile
+    try:
+        yield
+    finally:
+        if before is None:
+            del _forced[op]
+        else:
+            _forced[op] = before
+
+
+def choose_tile(op: str, dtype: torch.dtype, default: dict[int, dict], **sizes: int) -> dict:
+    """The tile for one call: forced, the interpreter's, tuned for this GPU, or the file's default.
+
+    Args:
+        op: the kernel's name, as in the tuned tables.
+        dtype: of the operands.
+        default: the file's default tile by bytes per element.
+        sizes: the extent of each blocked dimension, `M=` for BLOCK_M; the longest one first. No
+            block becomes larger than the power of two that covers its dimension, nor smaller than 16,
+            which is the least a tensor core takes.
+    """
+    if op in _forced:
+        return _forced[op]
+    blocks = {f"BLOCK_{k}": max(16, triton.next_power_of_2(size)) for k, size in sizes.items()}
+    base = default[dtype.itemsize]
+    if INTERPRET:
+        return {**base, **_large_blocks(blocks)}
+    base = _nearest(op, _short(dtype), sizes) or base
+    return {**base, **{name: min(base[name], block) for name, block in blocks.items()}}
+
+
+def _large_blocks(blocks: dict[str, int]) -> dict[str, int]:
+    """For the interpreter: the first dimension takes all the elements that the others leave."""
+    first, *others = blocks
+    blocks = {k: min(v, INTERPRETER_CAPS[k]) if k != first else v for k, v in blocks.items()}
+    for name in others:  # of a matmul's C = A @ B, [M, K] is loaded and [M, N] is not
+        loaded = name == "BLOCK_K" or "BLOCK_K" not in others
+        limit = INTERPRETER_LOAD if loaded else INTERPRETER_TENSOR
+        blocks[first] = min(blocks[first], max(16, limit // blocks[name]))
+    return blocks
+
+
+def _nearest(op: str, dtype: str, sizes: dict[str, int]) -> dict | None:
+    """The tuned tile of the nearest shape, in octaves over all dimensions, if there is one."""
+    entries = _tuned(torch.cuda.current_device()).get((op, dtype))
+    if not entries:
+        return None
+
+    def octaves(entry: dict) -> float:
+        shape = entry["sizes"]
+        return sum(abs(math.log2(max(size, 1) / max(shape[k], 1))) for k, size in sizes.items())
+
+    return min(entries, key=octaves)["tile"]
+
+
+@functools.cache
+def _tuned(device: int) -> dict[tuple[str, str], list[dict]]:
+    """The table of winners for this GPU, by op and dtype; empty where nobody has tuned it yet."""
+    name = torch.cuda.get_device_name(device).lower().replace(" ", "-")
+    return read_tuned(pathlib.Path(__file__).parent / "tuned" / f"{name}.json")
+
+
+def read_tuned(path: pathlib.Path) -> dict[tuple[str, str], list[dict]]:
+    """Read `{"tiles": [{"op", "dtype", "sizes": {...}, "tile": {...}}, ...]}`."""
+    table: dict[tuple[str, str], list[dict]] = {}
+    if path.exists():
+        for entry in json.loads(path.read_text())["tiles"]:
+            table.setdefault((entry["op"], entry["dtype"]), []).append(entry)
+    return table
+
+
+# --------------------------------------------------------------------------------------------------
+# Launch.
+# --------------------------------------------------------------------------------------------------
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+    """`kernel[grid](*args, **meta)`, on the device of the tensors; nothing where the grid is empty.
+
+    A list of tensors among `args` is passed as the table of their addresses (int64), which is how
+    one launch of an optimizer reaches all parameters.
+    """
+    if 0 in grid:
+        return
+    tensors = [t for arg in args for t in (arg if isinstance(arg, list) else [arg])]
+    tensors = [t for t in tensors if isinstance(t, torch.Tensor)]
+    if INTERPRET:
+        with _float32_twins(tensors) as twin:
+            args = tuple(
+                _addresses([twin(t) for t in arg]) if isinstance(arg, list) else twin(arg)
+                for arg in args
+            )
+            kernel[grid](*args, **meta)
+        return
+    args = tuple(_addresses(arg) if isinstance(arg, list) else arg for arg in args)
+    with torch.cuda.device(tensors[0].device):
+        kernel[grid](*args, **meta)
+
+
+def _addresses(tensors: list[torch.Tensor]) -> torch.Tensor:
+    table = torch.tensor([t.data_ptr() for t in tensors], dtype=torch.int64)
+    return table.to(tensors[0].device, non_blocking=True)
+
+
+@contextlib.contextmanager
+def _float32_twins(tensors: list[torch.Tensor]) -> Iterator[Any]:
+    """Lend the interpreter float32 twins of bfloat16 tensors, and round its results back.
+
+    NumPy has no bfloat16: the interpreter computes with the raw 16-bit integers and its stores
+    truncate. A twin mirrors the whole storage, so views, strides and whatever lies around them
+    are as they were, and what the kernel did not write comes back bit for bit.
+    """
+    storages = {}
+    for t in tensors:
+        if t.dtype == torch.bfloat16:
+            flat = torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage())
+            storages.setdefault(t.untyped_storage().data_ptr(), (flat, flat.float()))
+
+    def twin(t: Any) -> Any:
+        if not isinstance(t, torch.Tensor) or t.dtype != torch.bfloat16:
+            return t
+        storage = storages[t.untyped_storage().data_ptr()][1]
+        return storage.as_strided(t.shape, t.stride(), t.storage_offset())
+
+    yield twin
+    for flat, wide in storages.values():
+        flat.copy_(wide)

@@ -1,0 +1,214 @@
+"""Bias and ReLU in one pass: y = max(x + b, 0), and both gradients in one pass back.
+
+The first lesson: a tile, a mask, and why fusing pays. Channels are columns, everything else is
+rows:
+
+    forward     y[m, c]  = max(x[m, c] + b[c], 0)
+    backward    dx[m, c] = dy[m, c] where y[m, c] > 0, else 0
+                db[c]    = sum over m of dx[m, c]
+
+               C
+         +-----+-----+        forward: one program owns a tile of BLOCK_M rows and BLOCK_N channels.
+     M   |     |     |
+         +-----#-----+        backward: one program owns BLOCK_N channels of a chunk of rows: it
+         |     #     |        walks down the chunk tile by tile, keeps the sum of its columns and
+         |     #     |        writes it as one row of [chunks, C]. A second, small kernel adds the
+         +-----#-----+        chunks up. No atomics, so the same input gives the same bits.
+
+What limits it: memory. n = M*C elements of e bytes cost 2n FLOPs forward and 2ne bytes (read x,
+write y): 0.5 FLOP a byte in 16-bit, where a GPU could do hundreds. So count bytes, not FLOPs. As
+two torch calls (add, then relu) it moves 4ne: fused, it should take half the time. Backward moves
+3ne (read dy and y, write dx); with the bias gradient in a pass of its own it would be 4ne.
+
+The backward reads y and not x: y > 0 says the same as x + b > 0, and y is kept alive by the next
+layer anyway, so nothing more is saved. At exactly 0 the gradient is 0, as in torch. NaN stays NaN:
+`x < 0` is false for it, so it is written so that NaN passes (`tl.maximum` would turn it into 0 on
+a GPU).
+
+Source: the fused bias epilogues of cuBLASLt (CUBLASLT_EPILOGUE_RELU_BIAS, and _BGRADB for the
+gradient).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels._launch import autocast, check_shape, check_tensors, choose_tile, launch
+from kernels._rows import as_rows, row_offsets, sum_partials
+
+
+def reference(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """The same in plain torch, for any dtype."""
+    return torch.relu(x + bias.view(1, -1, *[1] * (x.dim() - 2)))
+
+
+TILES = [
+    dict(BLOCK_M=32, BLOCK_N=64, num_warps=4),  # 16 bytes a thread in 16-bit: the default
+    dict(BLOCK_M=16, BLOCK_N=64, num_warps=4),  # the same in float32: the default there
+    dict(BLOCK_M=64, BLOCK_N=64, num_warps=4),  # two loads in flight a thread
+    dict(BLOCK_M=8, BLOCK_N=256, num_warps=4),  # wide layers: whole cache lines of a row
+    dict(BLOCK_M=128, BLOCK_N=16, num_warps=4),  # few channels
+    dict(BLOCK_M=256, BLOCK_N=16, num_warps=8),  # few channels, contiguous NCHW: runs of pixels
+]
+DEFAULT = {2: TILES[0], 4: TILES[1]}
+CHUNKS = 512  # of rows in the backward: enough programs for every SM, few enough to add up at once
+
+
+@triton.jit
+def bias_relu_kernel(
+    x_ptr, b_ptr, y_ptr, M, N, D1, D2,
+    stride_x0, stride_x1, stride_x2, stride_xn, stride_b, stride_y0, stride_y1, stride_y2,
+    stride_yn, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program computes a tile of y. Rows are numbered through [D0, D1, D2], see _rows.py."""
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    mask = (offs_m < M)[:, None] & mask_n[None, :]  # [BLOCK_M, BLOCK_N]
+
+    rows = row_offsets(offs_m, D1, D2, stride_x0, stride_x1, stride_x2)
+    x = tl.load(x_ptr + rows[:, None] + (offs_n * stride_xn)[None, :], mask=mask, other=0.0)
+    b = tl.load(b_ptr + offs_n * stride_b, mask=mask_n, other=0.0)
+    z = x.to(tl.float32) + b.to(tl.float32)[None, :]
+    y = tl.where(z < 0, 0.0, z)  # and NaN passes
+
+    rows = row_offsets(offs_m, D1, D2, stride_y0, stride_y1, stride_y2)
+    y_ptrs = y_ptr + rows[:, None] + (offs_n * stride_yn)[None, :]
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def bias_relu_backward_kernel(
+    dy_ptr, y_ptr, dx_ptr, db_ptr, M, N, D1, D2, CHUNK,
+    stride_dy0, stride_dy1, stride_dy2, stride_dyn, stride_y0, stride_y1, stride_y2, stride_yn,
+    RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program computes BLOCK_N channels of CHUNK rows of dx, and their column sums.
+
+    dx lies in memory as y does. Without RELU only the sums are computed: they are the bias
+    gradient.
+    """
+    offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    first = tl.program_id(0).to(tl.int64) * CHUNK
+    last = tl.minimum(first + CHUNK, M)
+    acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)  # column sums, one row of them a tile row
+
+    for m in range(first, last, BLOCK_M):
+        offs_m = m + tl.arange(0, BLOCK_M)
+        mask = (offs_m < last)[:, None] & mask_n[None, :]  # [BLOCK_M, BLOCK_N]
+        rows = row_offsets(offs_m, D1, D2, stride_dy0, stride_dy1, stride_dy2)
+        dy_ptrs = dy_ptr + rows[:, None] + (offs_n * stride_dyn)[None, :]
+        dx = tl.load(dy_ptrs, mask=mask, other=0.0).to(tl.float32)
+        if RELU:
+            rows = row_offsets(offs_m, D1, D2, stride_y0, stride_y1, stride_y2)
+            offs = rows[:, None] + (offs_n * stride_yn)[None, :]  # [BLOCK_M, BLOCK_N]
+            y = tl.load(y_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+            dx = tl.where(y <= 0, 0.0, dx)
+            tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        acc += dx
+
+    db_ptrs = db_ptr + tl.program_id(0).to(tl.int64) * N + offs_n
+    tl.store(db_ptrs, tl.sum(acc, axis=0), mask=mask_n)
+
+
+@torch.library.custom_op("tilelab::bias_relu", mutates_args=())
+def _bias_relu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    y = torch.empty_like(x)
+    xr, yr = as_rows(x, 1), as_rows(y, 1)
+    D0, D1, D2, N = xr.shape
+    M = D0 * D1 * D2
+    tile = choose_tile("bias_relu", x.dtype, DEFAULT, M=M, N=N)
+    grid = (triton.cdiv(M, tile["BLOCK_M"]), triton.cdiv(N, tile["BLOCK_N"]))
+    launch(
+        bias_relu_kernel, grid, x, bias, y, M, N, D1, D2,
+        *xr.stride(), bias.stride(0), *yr.stride(), **tile,
+    )  # fmt: skip
+    return y
+
+
+@_bias_relu.register_fake
+def _(x, bias):
+    return torch.empty_like(x)
+
+
+def _backward(dy: torch.Tensor, y: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return dx (dy itself where y is None: no ReLU) and db, for channels in dim 1."""
+    dx = dy if y is None else torch.empty_like(y)
+    dyr, xr = as_rows(dy, 1), as_rows(dx, 1)
+    D0, D1, D2, N = dyr.shape
+    M = D0 * D1 * D2
+    db = torch.empty(N, dtype=dy.dtype, device=dy.device)
+    tile = choose_tile("bias_relu_backward", dy.dtype, DEFAULT, M=M, N=N)
+    blocks = triton.cdiv(M, tile["BLOCK_M"])
+    chunk = triton.cdiv(blocks, CHUNKS) * tile["BLOCK_M"]  # rows of one program
+    chunks = triton.cdiv(M, max(chunk, 1))
+    partials = torch.empty(chunks, N, dtype=torch.float32, device=dy.device)
+    launch(
+        bias_relu_backward_kernel, (chunks, triton.cdiv(N, tile["BLOCK_N"])),
+        dy, y, dx, partials, M, N, D1, D2, chunk, *dyr.stride(), *xr.stride(), RELU=y is not None,
+        **tile,
+    )  # fmt: skip
+    sum_partials(partials, db)
+    return dx, db
+
+
+@torch.library.custom_op("tilelab::bias_relu_backward", mutates_args=())
+def bias_relu_backward(dy: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dx, db) of `y = relu(x + b)`, b along dim 1; dx lies in memory as y does."""
+    return _backward(dy, y)
+
+
+@bias_relu_backward.register_fake
+def _(dy, y):
+    return torch.empty_like(y), y.new_empty(y.shape[1])
+
+
+@torch.library.custom_op("tilelab::bias_backward", mutates_args=())
+def bias_backward(dy: torch.Tensor) -> torch.Tensor:
+    """The gradient of a bias along dim 1: the sum of dy over all other dimensions."""
+    return _backward(dy, None)[1]
+
+
+@bias_backward.register_fake
+def _(dy):
+    return dy.new_empty(dy.shape[1])
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(output)
+
+
+def _autograd(ctx, dy):
+    return bias_relu_backward(dy, ctx.saved_tensors[0])
+
+
+_bias_relu.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def bias_relu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Compute `relu(x + bias)` with the bias along dim 1, differentiable in both.
+
+    Args:
+        x: [M, C], [N, C, L] or [N, C, H, W]; float32, float16 or bfloat16; any strides.
+        bias: [C], of x's dtype.
+
+    Returns:
+        A tensor of x's shape, dtype and memory format.
+
+    Raises:
+        TypeError: a dtype or device that is not supported, or differs between the two.
+        ValueError: a shape that does not fit.
+
+    Source: torch.relu(x + bias.view(1, -1, 1, 1)).
+
+    Example:
+        >>> bias_relu(torch.tensor([[-2.0, 0.5]]), torch.tensor([1.0, 1.0]))
+        tensor([[0.0000, 1.5000]])
+    """
+    x, bias = autocast(x, bias)
+    check_tensors(x=x, bias=bias)
+    if not 2 <= x.dim() <= 4:
+        raise ValueError(f"x must have 2, 3 or 4 dimensions, got {list(x.shape)}")
+    check_shape("bias", bias, "[C]", C=x.shape[1])
+    return _bias_relu(x, bias)
