@@ -66,16 +66,19 @@ if INTERPRET and isinstance(tl.cdiv, triton.JITFunction):
 
 
 # -------------------------------------------------------------------------------------------------
-# - Checks. They raise before anything is launched: TypeError for a dtype or a device, ValueError
-# for a shape or a value, each naming the argument and showing what was received. -----------------
-# ---------------------------------------------------------------------------------
+# Checks. They raise before anything is launched: TypeError for a dtype or a device, ValueError
+# for a shape or a value, each naming the argument and showing what was received.
+# -------------------------------------------------------------------------------------------------
 
 
-def check_tensors(**tensors: torch.Tensor | None) -> None:
-    """All are tensors of one supported dtype, on one device that the kernels can run on."""
+def check_tensors(optional: tuple[str, ...] = (), **tensors: torch.Tensor | None) -> None:
+    """All are tensors of one supported dtype, on one device that the kernels can run on.
+
+    Those named in `optional` may be None.
+    """
     first_name, first = next(iter(tensors.items()))
     for name, x in tensors.items():
-        if x is None:
+        if x is None and name in optional:
             continue
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
@@ -140,11 +143,21 @@ def _short(dtype: torch.dtype) -> str:
 def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """Under `torch.autocast`, the tensors in its dtype (what it does for torch's own matmul)."""
     device = next((x.device.type for x in tensors if isinstance(x, torch.Tensor)), "cpu")
-    if not torch.is_autocast_enabled(device):
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    floats = [isinstance(x, torch.Tensor) and x.is_floating_point() for x in tensors]
+    floats = [isinstance(x, torch.Tensor) and x.dtype in DTYPES for x in tensors]
     return tuple(x.to(dtype) if f else x for x, f in zip(tensors, floats, strict=True))
+
+
+def reduction_dtype(x: torch.Tensor) -> torch.dtype:
+    """The result's dtype for softmax and losses: x's, but float32 under `torch.autocast`.
+
+    torch casts x for that. A kernel that computes in float32 anyway reads x as it is.
+    """
+    device = x.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.float32 if on else x.dtype
 
 
 def dot_precision(dtype: torch.dtype, switch: Any) -> str:
@@ -158,9 +171,9 @@ def dot_precision(dtype: torch.dtype, switch: Any) -> str:
 
 
 # -------------------------------------------------------------------------------------------------
-# - Tiles. A tile is a dict of a kernel's block sizes and launch options. An ordinary call never
-# tunes: it looks its tile up, so results are deterministic and the first call is fast. -----------
-# ---------------------------------------------------------------------------------------
+# Tiles. A tile is a dict of a kernel's block sizes and launch options. An ordinary call never
+# tunes: it looks its tile up, so results are deterministic and the first call is fast.
+# -------------------------------------------------------------------------------------------------
 
 _forced: dict[str, dict] = {}
 
@@ -207,6 +220,16 @@ def choose_tile(op: str, dtype: torch.dtype, default: dict[int, dict], **sizes: 
     return {**base, **{name: min(base[name], block) for name, block in blocks.items()}}
 
 
+def splits(programs: int, steps: int) -> int:
+    """Among how many programs to divide a reduction of `steps` steps, for `programs` results.
+
+    A GPU wants some 512 programs; they are a constant and not its number of SMs, so that the order
+    of the sum, and with it the result, is the same on every GPU. Each keeps at least 8 steps, to be
+    worth its partial result. The interpreter runs one program after the other: it splits nothing.
+    """
+    return 1 if INTERPRET else max(1, min(512 // max(programs, 1), steps // 8))
+
+
 def _large_blocks(blocks: dict[str, int]) -> dict[str, int]:
     """For the interpreter: the first dimension takes all the elements that the others leave."""
     first, *others = blocks
@@ -215,6 +238,7 @@ def _large_blocks(blocks: dict[str, int]) -> dict[str, int]:
         loaded = name == "BLOCK_K" or "BLOCK_K" not in others
         limit = INTERPRETER_LOAD if loaded else INTERPRETER_TENSOR
         blocks[first] = min(blocks[first], max(16, limit // blocks[name]))
+    blocks[first] = min(blocks[first], INTERPRETER_TENSOR)
     return blocks
 
 
@@ -247,9 +271,9 @@ def read_tuned(path: pathlib.Path) -> dict[tuple[str, str], list[dict]]:
     return table
 
 
-# --------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Launch.
-# --------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
@@ -263,7 +287,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     tensors = [t for arg in args for t in (arg if isinstance(arg, list) else [arg])]
     tensors = [t for t in tensors if isinstance(t, torch.Tensor)]
     if INTERPRET:
-        with _float32_twins(tensors) as twin:
+        # NumPy would warn of an inf - inf or a 1 / 0 that the GPU computes in silence.
+        with _float32_twins(tensors) as twin, np.errstate(all="ignore"):
             args = tuple(
                 _addresses([twin(t) for t in arg]) if isinstance(arg, list) else twin(arg)
                 for arg in args
@@ -301,5 +326,6 @@ def _float32_twins(tensors: list[torch.Tensor]) -> Iterator[Any]:
         return storage.as_strided(t.shape, t.stride(), t.storage_offset())
 
     yield twin
-    for flat, wide in storages.values():
-        flat.copy_(wide)
+    for flat, wide in storages.values():  # conversion changes the bits of NaN: only what is new
+        new = wide.view(torch.int32) != flat.float().view(torch.int32)
+        flat.copy_(torch.where(new, wide.to(flat.dtype), flat))

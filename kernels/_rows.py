@@ -13,7 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._launch import launch
+from kernels._launch import choose_tile, launch
+
+SUM_DEFAULT = {4: dict(BLOCK_N=128, num_warps=4)}  # partial results are float32 and few
 
 
 def as_rows(x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -32,10 +34,10 @@ def row_offsets(rows, D1, D2, stride_0, stride_1, stride_2):
 
 
 @triton.jit
-def sum_partials_kernel(partials_ptr, out_ptr, SIZE, SPLITS, BLOCK: tl.constexpr):
-    """One program computes BLOCK elements of out, the column sums of partials [SPLITS, SIZE]."""
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    acc = tl.full((BLOCK,), 0.0, tl.float32)
+def sum_partials_kernel(partials_ptr, out_ptr, SIZE, SPLITS, BLOCK_N: tl.constexpr):
+    """One program computes BLOCK_N elements of out, the column sums of partials [SPLITS, SIZE]."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.full((BLOCK_N,), 0.0, tl.float32)
     for _ in range(0, SPLITS):
         acc += tl.load(partials_ptr + offs, mask=offs < SIZE, other=0.0)
         partials_ptr += SIZE
@@ -50,6 +52,6 @@ def sum_partials(partials: torch.Tensor, out: torch.Tensor) -> None:
         out: any floating dtype, of as many elements as one partial, dense in the same order.
     """
     size = out.numel()
-    block = 1024 if size > 16 * 1024 else 128
-    grid = (triton.cdiv(size, block),)
-    launch(sum_partials_kernel, grid, partials, out, size, partials.shape[0], BLOCK=block)
+    tile = choose_tile("sum_partials", partials.dtype, SUM_DEFAULT, N=size)
+    grid = (triton.cdiv(size, tile["BLOCK_N"]),)
+    launch(sum_partials_kernel, grid, partials, out, size, partials.shape[0], **tile)

@@ -196,7 +196,7 @@ def matmul(
         tensor([[0.]])
     """
     a, b, bias = autocast(a, b, bias)
-    check_tensors(a=a, b=b, bias=bias)
+    check_tensors(a=a, b=b, bias=bias, optional=("bias",))
     check_shape("a", a, "[M, K]", M=None, K=None)
     check_shape("b", b, "[K, N]", K=a.shape[1], N=None)
     if bias is not None:

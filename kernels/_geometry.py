@@ -1,0 +1,70 @@
+"""The geometry that convolution, im2col and pooling share: a window slid over an image.
+
+    one dimension, R = 3 taps        stride 2, padding 1, dilation 1       P = 3 windows
+    padded image   o # # # # # o     window 0: o # #
+                                     window 1:     # # #
+                                     window 2:         # # o
+
+Sizes are in pixels. Window p has its tap r at p*stride - padding + r*dilation.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from kernels._launch import pair
+
+
+def output_size(
+    size: Sequence[int],
+    taps: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int] = (1, 1),
+) -> tuple[int, int]:
+    """(P, Q), how many windows fit: floor((H + 2*padding - dilation*(R - 1) - 1)/stride) + 1."""
+    P, Q = (
+        (extent + 2 * pad - dil * (n - 1) - 1) // step + 1
+        for extent, n, step, pad, dil in zip(size, taps, stride, padding, dilation, strict=True)
+    )
+    return P, Q
+
+
+def check_geometry(
+    name: str,
+    taps: Sequence[int],
+    size: Sequence[int],
+    stride: int | Sequence[int],
+    padding: int | Sequence[int],
+    dilation: int | Sequence[int],
+) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """The pairs of stride, padding and dilation, or the error of the first that is wrong.
+
+    `name` is the argument that gives the taps: one window at least must fit into the padded image.
+    """
+    stride, padding = pair("stride", stride, 1), pair("padding", padding, 0)
+    dilation = pair("dilation", dilation, 1)
+    for side, n, extent, pad, dil in zip(
+        ("height", "width"), taps, size, padding, dilation, strict=True
+    ):
+        if n < 1 or extent + 2 * pad < dil * (n - 1) + 1:
+            raise ValueError(
+                f"{name} must have at least one tap and fit into the padded image: its {side} is "
+                f"{n} taps with dilation {dil}, the image's {extent} pixels with padding {pad}"
+            )
+    return stride, padding, dilation
+
+
+def check_groups(groups: int, channels: int) -> None:
+    """`groups` is an int that divides the channels of x."""
+    if isinstance(groups, bool) or not isinstance(groups, int):
+        raise TypeError(f"groups must be an int, got {groups!r}")
+    if groups < 1 or channels % groups:
+        raise ValueError(f"groups must divide the {channels} channels of x, got {groups}")
+
+
+def empty_channels_last(size: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    """[N, C, H, W] of `like`'s dtype and device, channels_last whatever the sizes."""
+    return torch.empty(
+        size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
+    )

@@ -1,0 +1,341 @@
+"""Direct convolution by implicit GEMM: a matmul whose left matrix is never written to memory.
+
+In cuDNN's letters: x [N, C, H, W], weight [K, C, R, S], y [N, K, P, Q].
+
+    forward     y[n,k,p,q]  = act(bias[k] + sum over c,r,s of x[n, c, h, w] * weight[k,c,r,s])
+                              with h = p*stride - padding + r*dilation, and w alike
+    backward    dx, dweight: the two other products of the same three tensors, in conv2d_grad.py
+                dbias = sum over n,p,q of dy, through the ReLU, in one pass: bias_relu.py
+
+Seen as a matmul, a row is an output pixel, a column is an output channel, and the sum runs over the
+filter taps and the input channels:
+
+    GEMM M = N*P*Q       x as [N*P*Q, R*S*C]       a tile of rows:        its input for one tap (r,
+    s): GEMM N = K           weight as [R*S*C, K]          q ->                   w -> GEMM K =
+    R*S*C       y as [N*P*Q, K]            p  # # # #          h   . . . . . .
+                                                    |  # # # #          |   . . + + + +
+     for each tile (m, k) of y, in parallel:        v                   v   . . + + + +
+         acc = 0
+         for each tap (r, s):                      the same pixels, shifted by the tap; where they
+             for each block of channels c:         fall into the padding, the load is masked to 0
+                 acc += x[pixels of m shifted by (r, s), c] @ weight[k, c, r, s]
+         y[m, k] = act(acc + bias[k])
+
+The matrix [N*P*Q, R*S*C] holds every input pixel up to R*S times. im2col.py writes it out and pays
+for that in bandwidth; here a program computes the addresses instead, and the copies come out of
+the cache.
+
+What limits it: 2*N*P*Q*K*C*R*S FLOPs over e(|x| + |weight| + |y|) bytes. A 3x3 layer of 128
+channels does about 1,000 FLOPs a byte in 16-bit: tensor cores. A 1x1 layer does a ninth of that,
+the first layer of a network (3 channels) about 60: those wait for memory.
+
+Memory is channels_last: then the C numbers of a pixel lie side by side, a row of the tile is one
+contiguous load, and a tap is one number added to all addresses. Any other strides are accepted.
+
+Read first: matmul.py. Source: Chetlur et al., cuDNN: Efficient Primitives for Deep Learning (2014).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels._geometry import check_geometry, check_groups, empty_channels_last, output_size
+from kernels._launch import (
+    autocast,
+    check_choice,
+    check_shape,
+    check_tensors,
+    choose_tile,
+    dot_precision,
+    launch,
+)
+from kernels._rows import row_offsets
+from kernels.bias_relu import bias_backward, bias_relu_backward
+from kernels.conv2d_grad import conv2d_input_grad, conv2d_weight_grad
+
+
+def reference(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, activation=None):
+    """The same in plain torch, for any dtype."""
+    y = torch.nn.functional.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return torch.relu(y) if activation == "relu" else y
+
+
+TILES = [
+    # the default: both operands of three stages in 48 KiB, so it runs on every GPU since 2020
+    dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=3),
+    # float32: without TF32 each thread holds its rows and columns of a step in registers
+    dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=8, num_stages=3),
+    # 64 channels deep: half as many taps to look up
+    dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
+    # wide layers on Hopper: the most reuse that fits the registers
+    dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=8, num_stages=3),
+    # 64 output channels (the first stage of a ResNet): nothing of the tile is padding
+    dict(BLOCK_M=256, BLOCK_N=64, BLOCK_K=32, num_warps=8, num_stages=3),
+    # small images and small batches: four times the programs
+    dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=4),
+    # few input channels: conv2d_flat_kernel needs the registers for addresses and masks; in
+    # float32 without TF32 more of them
+    dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=4, num_stages=2),
+    dict(BLOCK_M=64, BLOCK_N=32, BLOCK_K=16, num_warps=4, num_stages=2),
+]
+DEFAULT = {2: TILES[0], 4: TILES[1]}
+FLAT_DEFAULT = {2: TILES[6], 4: TILES[7]}
+FEW_CHANNELS = 16  # below this a block of one tap's channels would be mostly padding
+
+
+@triton.jit
+def conv2d_flat_kernel(
+    x_ptr, w_ptr, bias_ptr, y_ptr, N, C, H, W, K, P, Q,
+    stride_xn, stride_xc, stride_xh, stride_xw, stride_wk, stride_wc, stride_wr, stride_ws,
+    stride_bias, stride_yn, stride_yk, stride_yp, stride_yq,
+    R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
+    HAS_BIAS: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program computes a tile of y: BLOCK_M pixels x BLOCK_N channels of one group.
+
+    The plain form, and the one for few channels: taps and channels are one long sum over j in
+    [0, R*S*C), and every step finds out which (r, s, c) its columns are. C and K are per group.
+    """
+    blocks_n = tl.cdiv(K, BLOCK_N)
+    pid_m = tl.program_id(0) // blocks_n  # programs that share their pixels run side by side
+    pid_n = tl.program_id(0) % blocks_n
+    group = tl.program_id(1).to(tl.int64)
+    x_ptr += group * C * stride_xc
+    w_ptr += group * K * stride_wk
+
+    M = tl.cast(N, tl.int64) * P * Q
+    offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    pixel = offs_m % M  # past the border it wraps around: valid to read, never stored
+    h = pixel // Q % P * STRIDE_H - PAD_H  # of tap (0, 0)
+    w = pixel % Q * STRIDE_W - PAD_W
+    x_rows = pixel // Q // P * stride_xn + h * stride_xh + w * stride_xw
+    w_cols = offs_n % K * stride_wk
+
+    acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
+    for j0 in range(0, R * S * C, BLOCK_K):
+        j = j0 + tl.arange(0, BLOCK_K).to(tl.int64)
+        c = j % C
+        r = j // C // S * DIL_H
+        s = j // C % S * DIL_W
+        x_mask = (j < R * S * C)[None, :]
+        if PAD_H > 0:
+            x_mask &= (h[:, None] + r[None, :] >= 0) & (h[:, None] + r[None, :] < H)
+        if PAD_W > 0:
+            x_mask &= (w[:, None] + s[None, :] >= 0) & (w[:, None] + s[None, :] < W)
+        x_cols = r * stride_xh + s * stride_xw + c * stride_xc
+        x = tl.load(x_ptr + x_rows[:, None] + x_cols[None, :], mask=x_mask, other=0.0)
+        w_rows = j // C // S * stride_wr + j // C % S * stride_ws + c * stride_wc
+        w_mask = (j < R * S * C)[:, None]
+        wt = tl.load(w_ptr + w_rows[:, None] + w_cols[None, :], mask=w_mask, other=0.0)
+        acc = tl.dot(x, wt, acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+
+    mask_n = offs_n < K
+    offs_k = group * K + offs_n
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + offs_k * stride_bias, mask=mask_n, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    if RELU:
+        acc = tl.where(acc < 0, 0.0, acc)
+    y_rows = row_offsets(offs_m, P, Q, stride_yn, stride_yp, stride_yq)
+    y_ptrs = y_ptr + y_rows[:, None] + (offs_k * stride_yk)[None, :]
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & mask_n[None, :])
+
+
+@triton.jit
+def conv2d_kernel(
+    x_ptr, w_ptr, bias_ptr, y_ptr, N, C, H, W, K, P, Q,
+    stride_xn, stride_xc, stride_xh, stride_xw, stride_wk, stride_wc, stride_wr, stride_ws,
+    stride_bias, stride_yn, stride_yk, stride_yp, stride_yq,
+    R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
+    HAS_BIAS: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr, EVEN_C: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program computes a tile of y: BLOCK_M pixels x BLOCK_N channels of one group.
+
+    Faster: a step is a block of channels of one tap. A tap moves all pixels by the same distance, so
+    the tile of addresses is made once and a step adds one number to it; no division in the loop.
+    """
+    blocks_n = tl.cdiv(K, BLOCK_N)
+    pid_m = tl.program_id(0) // blocks_n
+    pid_n = tl.program_id(0) % blocks_n
+    group = tl.program_id(1).to(tl.int64)
+    x_ptr += group * C * stride_xc
+    w_ptr += group * K * stride_wk
+
+    M = tl.cast(N, tl.int64) * P * Q
+    offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_c = tl.arange(0, BLOCK_K).to(tl.int64)
+    pixel = offs_m % M
+    h = pixel // Q % P * STRIDE_H - PAD_H
+    w = pixel % Q * STRIDE_W - PAD_W
+    x_rows = pixel // Q // P * stride_xn + h * stride_xh + w * stride_xw
+    x_ptrs = x_ptr + x_rows[:, None] + (offs_c * stride_xc)[None, :]  # [BLOCK_M, BLOCK_K]
+    w_ptrs = w_ptr + (offs_c * stride_wc)[:, None] + (offs_n % K * stride_wk)[None, :]
+    step_h = tl.cast(stride_xh, tl.int64) * DIL_H  # from one tap to the next
+    step_w = tl.cast(stride_xw, tl.int64) * DIL_W
+
+    acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
+    blocks_c = tl.cdiv(C, BLOCK_K)
+    for i in range(0, R * S * blocks_c):
+        r = i // blocks_c // S
+        s = i // blocks_c % S
+        c = i % blocks_c * BLOCK_K
+        x_tap = x_ptrs + (r * step_h + s * step_w + c * stride_xc)
+        w_tap = w_ptrs + (r * stride_wr + s * stride_ws + c * stride_wc)
+        # Which pixels fall into the padding is cheaper to compute again than to keep.
+        inside = (h + r * DIL_H >= 0) & (h + r * DIL_H < H)
+        inside &= (w + s * DIL_W >= 0) & (w + s * DIL_W < W)
+        if EVEN_C:
+            if PAD_H + PAD_W > 0:
+                x = tl.load(x_tap, mask=inside[:, None], other=0.0)
+            else:
+                x = tl.load(x_tap)
+            wt = tl.load(w_tap)
+        else:
+            mask_c = offs_c < C - c
+            x = tl.load(x_tap, mask=inside[:, None] & mask_c[None, :], other=0.0)
+            wt = tl.load(w_tap, mask=mask_c[:, None], other=0.0)
+        acc = tl.dot(x, wt, acc, input_precision=PRECISION)
+
+    mask_n = offs_n < K
+    offs_k = group * K + offs_n
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + offs_k * stride_bias, mask=mask_n, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    if RELU:
+        acc = tl.where(acc < 0, 0.0, acc)
+    y_rows = row_offsets(offs_m, P, Q, stride_yn, stride_yp, stride_yq)
+    y_ptrs = y_ptr + y_rows[:, None] + (offs_k * stride_yk)[None, :]
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & mask_n[None, :])
+
+
+def _empty_output(x, weight, stride, padding, dilation):
+    """y, channels_last."""
+    P, Q = output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
+    return empty_channels_last((x.shape[0], weight.shape[0], P, Q), x)
+
+
+@torch.library.custom_op("tilelab::conv2d", mutates_args=())
+def _conv2d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    activation: str | None,
+) -> torch.Tensor:
+    y = _empty_output(x, weight, stride, padding, dilation)
+    (N, _, H, W), (_, C, R, S), (_, K, P, Q) = x.shape, weight.shape, y.shape
+    K //= groups
+    M = N * P * Q
+    flat = C < FEW_CHANNELS
+    if flat:
+        tile = choose_tile("conv2d_flat", x.dtype, FLAT_DEFAULT, M=M, N=K, K=R * S * C)
+    else:
+        tile = choose_tile("conv2d", x.dtype, DEFAULT, M=M, N=K, K=C)
+    options = {} if flat else dict(EVEN_C=C % tile["BLOCK_K"] == 0)
+    launch(
+        conv2d_flat_kernel if flat else conv2d_kernel,
+        (triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(K, tile["BLOCK_N"]), groups),
+        x, weight, bias, y, N, C, H, W, K, P, Q, *x.stride(), *weight.stride(),
+        0 if bias is None else bias.stride(0), *y.stride(), R, S, *stride, *padding, *dilation,
+        HAS_BIAS=bias is not None, RELU=activation == "relu",
+        PRECISION=dot_precision(x.dtype, torch.backends.cudnn.conv), **options, **tile,
+    )  # fmt: skip
+    return y
+
+
+@_conv2d.register_fake
+def _(x, weight, bias, stride, padding, dilation, groups, activation):
+    return _empty_output(x, weight, stride, padding, dilation)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, ctx.stride, ctx.padding, ctx.dilation, ctx.groups, activation = inputs
+    ctx.save_for_backward(x, weight, output if activation == "relu" else None)
+
+
+def _backward(ctx, dy):
+    x, weight, y = ctx.saved_tensors
+    geometry = ctx.stride, ctx.padding, ctx.dilation, ctx.groups
+    dx = dweight = dbias = None
+    if y is not None:  # through the ReLU, and the bias gradient in the same pass
+        dy, dbias = bias_relu_backward(dy, y)
+    elif ctx.needs_input_grad[2]:
+        dbias = bias_backward(dy)
+    if ctx.needs_input_grad[0]:
+        dx = conv2d_input_grad(dy, weight, list(x.shape), *geometry)
+    if ctx.needs_input_grad[1]:
+        dweight = conv2d_weight_grad(x, dy, weight, *geometry)
+    return dx, dweight, dbias if ctx.needs_input_grad[2] else None, None, None, None, None, None
+
+
+_conv2d.register_autograd(_backward, setup_context=_setup_context)
+
+
+def check_conv2d(x, weight, bias, stride, padding, dilation, groups, activation):
+    """Raise for what no convolution can be made of; return the pairs of the geometry."""
+    check_tensors(x=x, weight=weight, bias=bias, optional=("bias",))
+    check_shape("x", x, "[N, C, H, W]", N=None, C=None, H=None, W=None)
+    check_shape("weight", weight, "[K, C/groups, R, S]", K=None, C=None, R=None, S=None)
+    check_groups(groups, x.shape[1])
+    if weight.shape[0] % groups or x.shape[1] != weight.shape[1] * groups:
+        raise ValueError(
+            f"weight must be [K, C/groups, R, S] for x {list(x.shape)} and groups={groups}, "
+            f"got {list(weight.shape)}"
+        )
+    if bias is not None:
+        check_shape("bias", bias, "[K]", K=weight.shape[0])
+    check_choice("activation", activation, (None, "relu"))
+    return check_geometry("weight", weight.shape[2:], x.shape[2:], stride, padding, dilation)
+
+
+def conv2d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    activation: str | None = None,
+) -> torch.Tensor:
+    """Compute `act(conv2d(x, weight) + bias)`, differentiable in x, weight and bias.
+
+    Args:
+        x: [N, C, H, W]; float32, float16 or bfloat16; fastest in channels_last memory, any strides
+            are accepted and none is copied.
+        weight: [K, C/groups, R, S], of x's dtype; any strides.
+        bias: [K], of x's dtype, or None.
+        stride: in pixels, an int or (height, width).
+        padding: zeros on each side, an int or (height, width).
+        dilation: distance of the filter's taps in pixels, an int or (height, width).
+        groups: of channels; C for a depthwise convolution.
+        activation: None or "relu".
+
+    Returns:
+        [N, K, P, Q] of x's dtype in channels_last memory, accumulated in float32. float32 products
+        are rounded to TF32 on the GPU where `torch.backends.cudnn.allow_tf32` (or its newer
+        `conv.fp32_precision`) says so, which is torch's default.
+
+    Raises:
+        TypeError: a dtype or device that is not supported, or differs between the tensors.
+        ValueError: shapes or geometry that do not fit, or an unknown activation.
+
+    Source: torch.nn.functional.conv2d and torch.relu.
+
+    Example:
+        >>> conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 2, 2)).squeeze()
+        tensor([[4., 4.],
+                [4., 4.]])
+    """
+    x, weight, bias = autocast(x, weight, bias)
+    geometry = check_conv2d(x, weight, bias, stride, padding, dilation, groups, activation)
+    return _conv2d(x, weight, bias, *geometry, groups, activation)

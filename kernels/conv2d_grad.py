@@ -1,0 +1,289 @@
+"""The two gradients of a convolution, each a matmul of its own over the same three tensors.
+
+    y[n,k,p,q] = sum over c,r,s of x[n, c, p*stride - pad + r*dil, q*stride - pad + s*dil] * weight[k,c,r,s]
+
+    input gradient     dx[n,c,h,w]      = sum over k,r,s   of dy[n,k,p,q] * weight[k,c,r,s]
+                                          where p*stride = h + pad - r*dil has a solution p in [0,
+                                          P)
+    weight gradient    dweight[k,c,r,s] = sum over n,p,q   of dy[n,k,p,q] * x[n,c,h,w]
+
+    forward            [NPQ, RSC] x [RSC, K]      the sum runs over taps and input channels
+    input gradient     [NHW, RSK] x [RSK, C]      the sum runs over taps and output channels
+    weight gradient    [K, NPQ] x [NPQ, RSC]      the sum runs over all pixels of the batch
+
+**Input gradient, by gathering.** Each program owns pixels of dx and asks which outputs they went
+into: no atomics, nothing to clear first, one rounding. With a stride, most taps of a given pixel
+have no such output: p = (h + pad - r*dil) / stride must be whole. That depends on (h + pad) mod
+stride alone, so the pixels are sorted into stride_h x stride_w classes, and a program takes its
+pixels from one class. The taps of class a are then those with r*dil = a (mod stride), and they are
+found without a search:
+
+    g = gcd(dil, stride); none unless g divides a, else
+    r = (a/g) * (dil/g)^-1  mod stride/g, and every stride/g-th after it
+
+    stride 2, 3x3, pad 1      h + pad even:  taps r = 0, 2      # . #    so 4, 2, 2 or 1 of the 9 taps,
+                              h + pad odd:   tap  r = 1         . + .    and not one product of a tap that
+                                                                # . #    misses the grid of outputs
+
+**Weight gradient, by splitting.** Its result is small (K x RSC) and its sum is long (NPQ,
+millions), so the sum is split among programs. Each writes its partial result to a row of its own,
+and a second kernel adds the rows in order. Atomics would save that kernel and make the last bits
+depend on who came first.
+
+FLOPs: 2*N*P*Q*K*C*R*S for either, as for the forward. What limits them: as there, tensor cores;
+the weight gradient reads x shifted by each tap, R*S times out of the cache, and needs enough
+splits to fill the GPU.
+
+Read first: conv2d.py. Source: Dumoulin & Visin, A guide to convolution arithmetic (2016), for the
+transposed form; the classes are the usual decomposition of a strided transposed convolution.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels._geometry import empty_channels_last
+from kernels._launch import choose_tile, dot_precision, launch, splits
+from kernels._rows import sum_partials
+
+TILES = [
+    # the input gradient's default, as in conv2d.py
+    dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=3),
+    # float32, as in conv2d.py
+    dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=8, num_stages=3),
+    # the weight gradient's default: 64 channels k by 128 of (r, s, c) is little of a small layer
+    dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=3),
+    # 64 deep: fewer, longer steps
+    dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
+    # wide layers on Hopper
+    dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=8, num_stages=3),
+    # small layers: more programs
+    dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=4),
+]
+INPUT_DEFAULT = {2: TILES[0], 4: TILES[1]}
+WEIGHT_DEFAULT = {2: TILES[2], 4: TILES[1]}
+
+
+@triton.jit
+def conv2d_input_grad_kernel(
+    dy_ptr, w_ptr, dx_ptr, N, C, H, W, K, P, Q,
+    stride_dyn, stride_dyk, stride_dyp, stride_dyq, stride_wk, stride_wc, stride_wr, stride_ws,
+    stride_dxn, stride_dxc, stride_dxh, stride_dxw,
+    R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
+    GCD_H: tl.constexpr, GCD_W: tl.constexpr, INV_H: tl.constexpr, INV_W: tl.constexpr,
+    PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program computes a tile of dx: BLOCK_M pixels of one class x BLOCK_N channels of one group.
+
+    GCD = gcd(dilation, stride), INV = (dilation/GCD)^-1 mod stride/GCD. C and K are per group.
+    """
+    blocks_n = tl.cdiv(C, BLOCK_N)
+    pid_m = tl.program_id(0) // blocks_n
+    pid_n = tl.program_id(0) % blocks_n
+    group = tl.program_id(1).to(tl.int64)
+    class_h = tl.program_id(2) // STRIDE_W  # (h + pad) mod stride
+    class_w = tl.program_id(2) % STRIDE_W
+    dy_ptr += group * K * stride_dyk
+    w_ptr += group * K * stride_wk
+
+    # The pixels of this class: h0, h0 + stride, ...
+    h0 = (class_h + STRIDE_H - PAD_H % STRIDE_H) % STRIDE_H
+    w0 = (class_w + STRIDE_W - PAD_W % STRIDE_W) % STRIDE_W
+    rows_h = tl.maximum((H - h0 + STRIDE_H - 1) // STRIDE_H, 0)
+    rows_w = tl.maximum((W - w0 + STRIDE_W - 1) // STRIDE_W, 0)
+    M = tl.cast(N, tl.int64) * rows_h * rows_w
+    if pid_m.to(tl.int64) * BLOCK_M >= M:  # this class has fewer pixels than the largest
+        return
+    offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    pixel = offs_m % M
+    n = pixel // rows_w // rows_h
+    h = h0 + pixel // rows_w % rows_h * STRIDE_H
+    w = w0 + pixel % rows_w * STRIDE_W
+
+    # The taps of this class: r0, r0 + r_step, ... And the output that tap 0 would have come from.
+    r_step: tl.constexpr = STRIDE_H // GCD_H
+    s_step: tl.constexpr = STRIDE_W // GCD_W
+    r0 = class_h // GCD_H * INV_H % r_step
+    s0 = class_w // GCD_W * INV_W % s_step
+    taps_r = tl.where(class_h % GCD_H == 0, tl.maximum((R - r0 + r_step - 1) // r_step, 0), 0)
+    taps_s = tl.where(class_w % GCD_W == 0, tl.maximum((S - s0 + s_step - 1) // s_step, 0), 0)
+    p0 = (h + PAD_H) // STRIDE_H
+    q0 = (w + PAD_W) // STRIDE_W
+
+    offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
+    dy_rows = n * stride_dyn + p0 * stride_dyp + q0 * stride_dyq
+    dy_ptrs = dy_ptr + dy_rows[:, None] + (offs_k * stride_dyk)[None, :]  # [BLOCK_M, BLOCK_K]
+    w_ptrs = w_ptr + (offs_k * stride_wk)[:, None] + (offs_n % C * stride_wc)[None, :]
+    step_p = tl.cast(stride_dyp, tl.int64)
+    step_q = tl.cast(stride_dyq, tl.int64)
+
+    acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
+    blocks_k = tl.cdiv(K, BLOCK_K)
+    for i in range(0, taps_r * taps_s * blocks_k):
+        r = r0 + i // blocks_k // taps_s * r_step
+        s = s0 + i // blocks_k % taps_s * s_step
+        k = i % blocks_k * BLOCK_K
+        up = r * DIL_H // STRIDE_H  # p = p0 - up: (h + pad) and r*dil leave the same remainder
+        left = s * DIL_W // STRIDE_W
+        dy_tap = dy_ptrs + (k * stride_dyk - up * step_p - left * step_q)
+        w_tap = w_ptrs + (k * stride_wk + r * stride_wr + s * stride_ws)
+        inside = (p0 >= up) & (p0 < P + up) & (q0 >= left) & (q0 < Q + left)
+        if EVEN_K:
+            dy = tl.load(dy_tap, mask=inside[:, None], other=0.0)
+            wt = tl.load(w_tap)  # [BLOCK_K, BLOCK_N]
+        else:
+            mask_k = offs_k < K - k
+            dy = tl.load(dy_tap, mask=inside[:, None] & mask_k[None, :], other=0.0)
+            wt = tl.load(w_tap, mask=mask_k[:, None], other=0.0)
+        acc = tl.dot(dy, wt, acc, input_precision=PRECISION)
+
+    dx_rows = n * stride_dxn + h * stride_dxh + w * stride_dxw
+    dx_ptrs = dx_ptr + dx_rows[:, None] + ((group * C + offs_n) * stride_dxc)[None, :]
+    mask = (offs_m < M)[:, None] & (offs_n < C)[None, :]
+    tl.store(dx_ptrs, acc.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def conv2d_weight_grad_kernel(
+    x_ptr, dy_ptr, dw_ptr, N, C, H, W, K, P, Q, CHUNK, SIZE,
+    stride_xn, stride_xc, stride_xh, stride_xw, stride_dyn, stride_dyk, stride_dyp, stride_dyq,
+    stride_wk, stride_wc, stride_wr, stride_ws,
+    R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program sums CHUNK pixels into a tile of dweight: BLOCK_M channels k x BLOCK_N of (r, s, c).
+
+    dw_ptr is [splits, SIZE], each row laid out as dweight; one row is dweight itself.
+    """
+    blocks_n = tl.cdiv(R * S * C, BLOCK_N)
+    pid_m = tl.program_id(0) // blocks_n
+    pid_n = tl.program_id(0) % blocks_n
+    group = tl.program_id(1).to(tl.int64)
+    x_ptr += group * C * stride_xc
+    dy_ptr += group * K * stride_dyk
+
+    offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # k
+    offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # (r, s, c), c fastest
+    c = offs_n % C
+    s = offs_n // C % S
+    r = offs_n // C // S
+    mask_m = offs_m < K
+    mask_n = offs_n < R * S * C
+    x_cols = r * DIL_H * stride_xh + s * DIL_W * stride_xw + c * stride_xc
+    first = tl.program_id(2).to(tl.int64) * CHUNK
+    last = tl.minimum(first + CHUNK, tl.cast(N, tl.int64) * P * Q)
+
+    acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
+    for pixel in range(first, last, BLOCK_K):
+        offs_k = pixel + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < last
+        q = offs_k % Q
+        p = offs_k // Q % P
+        n = offs_k // Q // P
+        dy_cols = n * stride_dyn + p * stride_dyp + q * stride_dyq
+        dy_ptrs = dy_ptr + (offs_m * stride_dyk)[:, None] + dy_cols[None, :]
+        dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        h = p * STRIDE_H - PAD_H
+        w = q * STRIDE_W - PAD_W
+        x_rows = n * stride_xn + h * stride_xh + w * stride_xw
+        x_mask = mask_k[:, None] & mask_n[None, :]  # [BLOCK_K, BLOCK_N]
+        if PAD_H > 0:
+            tap_h = h[:, None] + (r * DIL_H)[None, :]
+            x_mask &= (tap_h >= 0) & (tap_h < H)
+        if PAD_W > 0:
+            tap_w = w[:, None] + (s * DIL_W)[None, :]
+            x_mask &= (tap_w >= 0) & (tap_w < W)
+        x = tl.load(x_ptr + x_rows[:, None] + x_cols[None, :], mask=x_mask, other=0.0)
+        acc = tl.dot(dy, x, acc, input_precision=PRECISION)
+
+    dw_ptr += tl.program_id(2).to(tl.int64) * SIZE
+    dw_cols = r * stride_wr + s * stride_ws + c * stride_wc
+    dw_ptrs = dw_ptr + ((group * K + offs_m) * stride_wk)[:, None] + dw_cols[None, :]
+    mask = mask_m[:, None] & mask_n[None, :]
+    tl.store(dw_ptrs, acc.to(dw_ptr.dtype.element_ty), mask=mask)
+
+
+def _inverse(dilation: int, stride: int) -> tuple[int, int]:
+    """Return g = gcd and the inverse of dilation/g modulo stride/g (0 where that is 1)."""
+    g = math.gcd(dilation, stride)
+    return g, pow(dilation // g, -1, stride // g) if stride > g else 0
+
+
+@torch.library.custom_op("tilelab::conv2d_input_grad", mutates_args=())
+def conv2d_input_grad(
+    dy: torch.Tensor,
+    weight: torch.Tensor,
+    input_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> torch.Tensor:
+    """The gradient of conv2d's x [N, C, H, W] = input_size, channels_last, from dy [N, K, P, Q]."""
+    dx = empty_channels_last(input_size, dy)
+    (N, _, H, W), (_, C, R, S), (_, K, P, Q) = input_size, weight.shape, dy.shape
+    K //= groups
+    M = N * triton.cdiv(H, stride[0]) * triton.cdiv(W, stride[1])  # pixels of the largest class
+    tile = choose_tile("conv2d_input_grad", dy.dtype, INPUT_DEFAULT, M=M, N=C, K=K)
+    blocks = triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(C, tile["BLOCK_N"])
+    (gcd_h, inv_h), (gcd_w, inv_w) = (_inverse(d, s) for d, s in zip(dilation, stride, strict=True))
+    launch(
+        conv2d_input_grad_kernel, (blocks, groups, stride[0] * stride[1]),
+        dy, weight, dx, N, C, H, W, K, P, Q, *dy.stride(), *weight.stride(), *dx.stride(),
+        R, S, *stride, *padding, *dilation, gcd_h, gcd_w, inv_h, inv_w,
+        PRECISION=dot_precision(dy.dtype, torch.backends.cudnn.conv),
+        EVEN_K=K % tile["BLOCK_K"] == 0, **tile,
+    )  # fmt: skip
+    return dx
+
+
+@conv2d_input_grad.register_fake
+def _(dy, weight, input_size, stride, padding, dilation, groups):
+    return empty_channels_last(input_size, dy)
+
+
+@torch.library.custom_op("tilelab::conv2d_weight_grad", mutates_args=())
+def conv2d_weight_grad(
+    x: torch.Tensor,
+    dy: torch.Tensor,
+    weight: torch.Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> torch.Tensor:
+    """The gradient of conv2d's weight [K, C/groups, R, S]; it lies in memory as weight does."""
+    dweight = torch.empty_like(weight)
+    (N, _, H, W), (_, C, R, S), (_, K, P, Q) = x.shape, weight.shape, dy.shape
+    K //= groups
+    M = N * P * Q
+    tile = choose_tile("conv2d_weight_grad", x.dtype, WEIGHT_DEFAULT, K=M, M=K, N=R * S * C)
+    blocks = triton.cdiv(K, tile["BLOCK_M"]) * triton.cdiv(R * S * C, tile["BLOCK_N"])
+    steps = triton.cdiv(M, tile["BLOCK_K"])
+    chunk = triton.cdiv(steps, splits(blocks * groups, steps)) * tile["BLOCK_K"]
+    parts = max(1, triton.cdiv(M, max(chunk, 1)))
+    size = dweight.numel()
+    partials = dweight
+    if parts > 1:
+        partials = torch.empty(parts, size, dtype=torch.float32, device=x.device)
+    launch(
+        conv2d_weight_grad_kernel, (blocks, groups, parts),
+        x, dy, partials, N, C, H, W, K, P, Q, chunk, size,
+        *x.stride(), *dy.stride(), *dweight.stride(), R, S, *stride, *padding, *dilation,
+        PRECISION=dot_precision(x.dtype, torch.backends.cudnn.conv), **tile,
+    )  # fmt: skip
+    if parts > 1:
+        sum_partials(partials, dweight)
+    return dweight
+
+
+@conv2d_weight_grad.register_fake
+def _(x, dy, weight, stride, padding, dilation, groups):
+    return torch.empty_like(weight)

@@ -1,0 +1,331 @@
+"""Convolution as one matmul: write the input out patch by patch (im2col), then multiply.
+
+    columns[(n,p,q), (g,r,s,c)] = x[n, g*C/G + c, p*stride - pad + r*dil, q*stride - pad + s*dil]
+    y = act(columns @ weight + bias)                            per group of channels g
+    backward: dcolumns = dy @ weight^T, dweight = columns^T @ dy, dx = col2im(dcolumns)
+
+im2col copies, so its gradient sums: each pixel of dx is the sum of all the columns it was copied
+to. That sum is col2im. The two are linear and each other's transpose, so each is the other's
+gradient.
+
+      x, one channel      columns, 2x2 filter         col2im: pixel 4 was copied four times,
+      0 1 2               0 1 3 4    <- window (0,0)  it sums four numbers
+      3 4 5               1 2 4 5    <- window (0,1)    . . . #
+      6 7 8               3 4 6 7                       . . # .    (gather: one program owns pixels and
+                          4 5 7 8                       . # . .     fetches what was copied from them;
+                                                        # . . .     no two programs write one
+                                                        # address)
+
+What it costs: 2*N*P*Q*C*R*S*e bytes are written and read again, where the input itself has
+N*H*W*C*e. For a 3x3 filter that is 18 times the input through memory. The matmul then runs at full
+speed, and nothing but the copy needs to know about strides, padding or dilation: that is why it
+was how convolutions were done (Caffe), and why conv2d.py, which computes the same addresses but
+never stores the copies, replaced it. A 1x1 filter with stride 1 has nothing to copy in principle,
+and is copied here all the same: this is the lesson, not the fast path.
+
+Read first: matmul.py. Then conv2d.py, to see the copy disappear. Source: Chellapilla, Puri &
+Simard, High Performance Convolutional Neural Networks for Document Processing (2006).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels._geometry import check_geometry, check_groups, empty_channels_last, output_size
+from kernels._launch import autocast, check_shape, check_tensors, choose_tile, launch, pair
+from kernels.conv2d import check_conv2d
+from kernels.matmul import matmul
+
+
+def reference(x, kernel_size, stride=1, padding=0, dilation=1, groups=1):
+    """The columns in plain torch, for any dtype."""
+    N, C = x.shape[:2]
+    (R, S), G = pair("kernel_size", kernel_size, 1), groups
+    columns = torch.nn.functional.unfold(x, (R, S), dilation, padding, stride)  # [N, C*R*S, P*Q]
+    columns = columns.view(N, G, C // G, R, S, -1)
+    return columns.permute(0, 5, 1, 3, 4, 2).reshape(-1, C * R * S)
+
+
+TILES = [
+    dict(BLOCK_M=32, BLOCK_N=64, num_warps=4),  # 16 bytes a thread in 16-bit: the default
+    dict(BLOCK_M=16, BLOCK_N=64, num_warps=4),  # the same in float32: the default there
+    dict(BLOCK_M=16, BLOCK_N=128, num_warps=4),  # wide layers: longer runs of a pixel's channels
+    dict(BLOCK_M=64, BLOCK_N=16, num_warps=4),  # few channels
+    dict(BLOCK_M=64, BLOCK_N=64, num_warps=8),  # two loads in flight a thread
+    dict(BLOCK_M=8, BLOCK_N=256, num_warps=4),  # one tap of 256 channels a row
+]
+DEFAULT = {2: TILES[0], 4: TILES[1]}
+
+
+@triton.jit
+def im2col_kernel(
+    x_ptr, col_ptr, N, C, H, W, P, Q, COLUMNS,
+    stride_xn, stride_xc, stride_xh, stride_xw, stride_cm, stride_cn,
+    R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program copies BLOCK_M windows x BLOCK_N columns. C is per group, COLUMNS = G*R*S*C."""
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    j = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = m // Q // P
+    h = m // Q % P * STRIDE_H - PAD_H  # of tap (0, 0)
+    w = m % Q * STRIDE_W - PAD_W
+    group = j // C // (R * S)
+    r = j // C % (R * S) // S * DIL_H
+    s = j // C % S * DIL_W
+    c = group * C + j % C
+
+    mask = (n < N)[:, None] & (j < COLUMNS)[None, :]  # [BLOCK_M, BLOCK_N]
+    inside = mask
+    if PAD_H > 0:
+        inside &= (h[:, None] + r[None, :] >= 0) & (h[:, None] + r[None, :] < H)
+    if PAD_W > 0:
+        inside &= (w[:, None] + s[None, :] >= 0) & (w[:, None] + s[None, :] < W)
+    x_rows = n * stride_xn + h * stride_xh + w * stride_xw
+    x_cols = r * stride_xh + s * stride_xw + c * stride_xc
+    x = tl.load(x_ptr + x_rows[:, None] + x_cols[None, :], mask=inside, other=0.0)
+    col_ptrs = col_ptr + (m * stride_cm)[:, None] + (j * stride_cn)[None, :]
+    tl.store(col_ptrs, x, mask=mask)
+
+
+@triton.jit
+def col2im_kernel(
+    col_ptr, x_ptr, N, C, H, W, P, Q, CHANNELS,
+    stride_xn, stride_xc, stride_xh, stride_xw, stride_cm, stride_cn,
+    R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program sums BLOCK_M pixels x BLOCK_N channels of x. C is per group, CHANNELS = G*C."""
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    channel = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = m // W // H
+    h = m // W % H + PAD_H
+    w = m % W + PAD_W
+    cols = (channel // C * (R * S * C) + channel % C) * stride_cn  # of tap (0, 0)
+    mask = (n < N)[:, None] & (channel < CHANNELS)[None, :]  # [BLOCK_M, BLOCK_N]
+
+    acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
+    for tap in range(0, R * S):
+        # The window (p, q) whose tap this pixel was: p * stride = h - r * dil, if p is whole.
+        up = h - tap // S * DIL_H
+        left = w - tap % S * DIL_W
+        p = up // STRIDE_H
+        q = left // STRIDE_W
+        copied = (up >= 0) & (up % STRIDE_H == 0) & (p < P)
+        copied &= (left >= 0) & (left % STRIDE_W == 0) & (q < Q)
+        rows = ((n * P + p) * Q + q) * stride_cm + tap * C * tl.cast(stride_cn, tl.int64)
+        col_ptrs = col_ptr + rows[:, None] + cols[None, :]
+        acc += tl.load(col_ptrs, mask=mask & copied[:, None], other=0.0).to(tl.float32)
+
+    x_rows = n * stride_xn + (h - PAD_H) * stride_xh + (w - PAD_W) * stride_xw
+    x_ptrs = x_ptr + x_rows[:, None] + (channel * stride_xc)[None, :]
+    tl.store(x_ptrs, acc.to(x_ptr.dtype.element_ty), mask=mask)
+
+
+@torch.library.custom_op("tilelab::im2col", mutates_args=())
+def _im2col(
+    x: torch.Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> torch.Tensor:
+    columns = _empty_columns(x, kernel_size, stride, padding, dilation)
+    N, C, H, W = x.shape
+    P, Q = output_size(x.shape[2:], kernel_size, stride, padding, dilation)
+    M, J = columns.shape
+    tile = choose_tile("im2col", x.dtype, DEFAULT, M=M, N=J)
+    launch(
+        im2col_kernel, (triton.cdiv(M, tile["BLOCK_M"]), triton.cdiv(J, tile["BLOCK_N"])),
+        x, columns, N, C // groups, H, W, P, Q, J, *x.stride(), *columns.stride(),
+        *kernel_size, *stride, *padding, *dilation, **tile,
+    )  # fmt: skip
+    return columns
+
+
+def _empty_columns(x, kernel_size, stride, padding, dilation):
+    P, Q = output_size(x.shape[2:], kernel_size, stride, padding, dilation)
+    return x.new_empty(x.shape[0] * P * Q, x.shape[1] * kernel_size[0] * kernel_size[1])
+
+
+@_im2col.register_fake
+def _(x, kernel_size, stride, padding, dilation, groups):
+    return _empty_columns(x, kernel_size, stride, padding, dilation)
+
+
+@torch.library.custom_op("tilelab::col2im", mutates_args=())
+def _col2im(
+    columns: torch.Tensor,
+    size: list[int],
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> torch.Tensor:
+    x = empty_channels_last(size, columns)
+    N, C, H, W = size
+    P, Q = output_size(size[2:], kernel_size, stride, padding, dilation)
+    M = N * H * W
+    tile = choose_tile("col2im", columns.dtype, DEFAULT, M=M, N=C)
+    launch(
+        col2im_kernel, (triton.cdiv(M, tile["BLOCK_M"]), triton.cdiv(C, tile["BLOCK_N"])),
+        columns, x, N, C // groups, H, W, P, Q, C, *x.stride(), *columns.stride(),
+        *kernel_size, *stride, *padding, *dilation, **tile,
+    )  # fmt: skip
+    return x
+
+
+@_col2im.register_fake
+def _(columns, size, kernel_size, stride, padding, dilation, groups):
+    return empty_channels_last(size, columns)
+
+
+def _setup_im2col(ctx, inputs, output):
+    x, *ctx.geometry = inputs
+    ctx.size = list(x.shape)
+
+
+def _setup_col2im(ctx, inputs, output):
+    _, _, *ctx.geometry = inputs
+
+
+_im2col.register_autograd(
+    lambda ctx, dy: (_col2im(dy, ctx.size, *ctx.geometry), *[None] * 5),
+    setup_context=_setup_im2col,
+)
+_col2im.register_autograd(
+    lambda ctx, dy: (_im2col(dy, *ctx.geometry), *[None] * 6),
+    setup_context=_setup_col2im,
+)
+
+
+def im2col(
+    x: torch.Tensor,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+) -> torch.Tensor:
+    """Copy each window of x into a row of a matrix, differentiable.
+
+    Args:
+        x: [N, C, H, W]; float32, float16 or bfloat16; any strides.
+        kernel_size: of the window, R x S taps.
+        stride: in pixels.
+        padding: zeros on each side.
+        dilation: distance of the taps in pixels.
+        groups: of channels; it orders the columns so that a group's are side by side.
+
+    Returns:
+        [N*P*Q, C*R*S] of x's dtype, row-major; its columns in the order (group, r, s, channel).
+
+    Raises:
+        TypeError: a dtype or device that is not supported.
+        ValueError: a shape or geometry that does not fit.
+
+    Source: torch.nn.functional.unfold, which orders its result [N, C*R*S, P*Q] with (channel, r, s).
+
+    Example:
+        >>> im2col(torch.arange(9.0).view(1, 1, 3, 3), 2)[0]
+        tensor([0., 1., 3., 4.])
+    """
+    check_tensors(x=x)
+    check_shape("x", x, "[N, C, H, W]", N=None, C=None, H=None, W=None)
+    check_groups(groups, x.shape[1])
+    taps = pair("kernel_size", kernel_size, 1)
+    geometry = check_geometry("kernel_size", taps, x.shape[2:], stride, padding, dilation)
+    return _im2col(x, taps, *geometry, groups)
+
+
+def col2im(
+    columns: torch.Tensor,
+    size: tuple[int, int, int, int],
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+) -> torch.Tensor:
+    """Sum what `im2col` copied back into the pixels it came from: its transpose, not its inverse.
+
+    Args:
+        columns: [N*P*Q, C*R*S], as `im2col` orders them; any strides.
+        size: (N, C, H, W) of the result.
+        kernel_size: as for `im2col`, like the other arguments.
+        stride: in pixels.
+        padding: zeros on each side.
+        dilation: distance of the taps in pixels.
+        groups: of channels.
+
+    Returns:
+        [N, C, H, W] of the columns' dtype in channels_last memory, summed in float32.
+
+    Raises:
+        TypeError: a dtype or device that is not supported.
+        ValueError: a shape or geometry that does not fit.
+
+    Source: torch.nn.functional.fold, but for the order of the columns.
+
+    Example:
+        >>> col2im(torch.ones(4, 4), (1, 1, 3, 3), 2).squeeze()
+        tensor([[1., 2., 1.],
+                [2., 4., 2.],
+                [1., 2., 1.]])
+    """
+    check_tensors(columns=columns)
+    if len(size) != 4 or any(extent < 0 for extent in size):
+        raise ValueError(f"size must be (N, C, H, W), got {size!r}")
+    check_groups(groups, size[1])
+    R, S = taps = pair("kernel_size", kernel_size, 1)
+    geometry = check_geometry("kernel_size", taps, size[2:], stride, padding, dilation)
+    P, Q = output_size(size[2:], taps, *geometry)
+    check_shape("columns", columns, "[N*P*Q, C*R*S]", NPQ=size[0] * P * Q, CRS=size[1] * R * S)
+    return _col2im(columns, list(size), taps, *geometry, groups)
+
+
+def conv2d_im2col(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    activation: str | None = None,
+) -> torch.Tensor:
+    """Compute what `conv2d` does through explicit columns: to compare with, and to learn from.
+
+    Arguments, result and errors are those of `conv2d`. It needs N*P*Q*C*R*S elements of memory for
+    the columns, which the backward keeps. One matmul a group: slow for many groups.
+
+    Example:
+        >>> conv2d_im2col(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 2, 2)).squeeze()
+        tensor([[4., 4.],
+                [4., 4.]])
+    """
+    x, weight, bias = autocast(x, weight, bias)
+    stride, padding, dilation = check_conv2d(
+        x, weight, bias, stride, padding, dilation, groups, activation
+    )
+    K, C, R, S = weight.shape
+    P, Q = output_size(x.shape[2:], (R, S), stride, padding, dilation)
+    columns = _im2col(x, (R, S), stride, padding, dilation, groups)
+    rows = weight.permute(0, 2, 3, 1).reshape(K, R * S * C)  # a view for channels_last weights
+    y = torch.cat(
+        [
+            matmul(c, w.t(), b, activation)
+            for c, w, b in zip(
+                columns.split(R * S * C, dim=1),
+                rows.split(K // groups),
+                [None] * groups if bias is None else bias.split(K // groups),
+                strict=True,
+            )
+        ],
+        dim=1,
+    )  # [N*P*Q, K]
+    return y.view(x.shape[0], P, Q, K).permute(0, 3, 1, 2)

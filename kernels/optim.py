@@ -1,0 +1,427 @@
+"""SGD and AdamW: one launch for all parameters of a network.
+
+    SGD      g = grad + weight_decay * p                     (-grad with maximize, in AdamW too)
+             m = momentum * m + (1 - dampening) * g          (m = g in the first step)
+             p = p - lr * (g + momentum * m  if nesterov,  m  with momentum,  else g)
+
+    AdamW    m = beta1 * m + (1 - beta1) * grad              step t = 1, 2, ...
+             v = beta2 * v + (1 - beta2) * grad^2
+             p = (1 - lr * weight_decay) * p  -  lr * m' / (sqrt(v') + eps)
+             with m' = m / (1 - beta1^t) and v' = v / (1 - beta2^t), which undo the start from zero
+
+Every element is on its own, so the arithmetic is a line or two. What matters is the launch: a network
+has some hundred parameters, most of them small, and a kernel for each would spend more time being
+launched than running. So one launch gets all of them. A kernel cannot take a list of tensors, but
+it can take a table of their addresses, and a second table that says which piece is whose:
+
+    parameters    p0 [==========|==========|====]      p1 [===]      p2 [==========|=======]
+    programs             0           1        2             3              4           5
+
+    plan          (0, 0)      (0, 1)     (0, 2)        (1, 0)        (2, 0)      (2, 1)
+                  parameter 0, chunk 1 of it, and how many elements are left there
+
+One program owns one chunk of BLOCK_M elements of a parameter, its gradient and its state: it looks
+up its row of the plan, then their addresses, and from there on it is an ordinary kernel. Both
+tables stay on the GPU while shapes and addresses stay what they are.
+
+What limits it: memory. AdamW reads p, grad, m, v and writes p, m, v: 7e bytes an element of e bytes,
+for about 14 FLOPs. SGD moves 3e bytes, with momentum 5e. Written with one torch call for each
+operation, AdamW would move about 20e. The loads have to be 16 bytes wide, and the compiler cannot see
+that an address out of a table is a multiple of 16: the kernel says so (`tl.multiple_of`), where the
+host has looked. A mask whose end is not known would narrow them again, so full chunks have none.
+
+The arithmetic is in float32 and rounds once, when p, m and v are stored in the parameter's dtype.
+What is the same for all elements, such as 1 - beta2^t, is computed on the host in double.
+
+Read first: bias_relu.py. Source: Sutskever et al., On the importance of initialization and momentum in
+deep learning (2013); Loshchilov & Hutter, Decoupled Weight Decay Regularization (2019); in the exact
+form of torch.optim.SGD and torch.optim.AdamW. The tables are those of Apex's multi-tensor apply.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels._launch import check_tensors, choose_tile, launch
+
+
+def sgd_reference(p, grad, m, lr, momentum=0, dampening=0, weight_decay=0, nesterov=False):
+    """One step in plain torch, for any dtype: the new p and m. m is None before the first."""
+    g = grad + weight_decay * p
+    if momentum == 0:
+        return p - lr * g, m
+    m = g if m is None else momentum * m + (1 - dampening) * g
+    return p - lr * (g + momentum * m if nesterov else m), m
+
+
+def adamw_reference(p, grad, m, v, t, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2):
+    """Step number t in plain torch, for any dtype: the new p, m and v."""
+    m = betas[0] * m + (1 - betas[0]) * grad
+    v = betas[1] * v + (1 - betas[1]) * grad**2
+    update = m / (1 - betas[0] ** t) / ((v / (1 - betas[1] ** t)).sqrt() + eps)
+    return (1 - lr * weight_decay) * p - lr * update, m, v
+
+
+TILES = [
+    dict(BLOCK_M=1024, num_warps=4),  # 8 elements a thread, a 16-byte load in 16-bit: the default
+    dict(BLOCK_M=512, num_warps=4),  # networks of small parameters: fewer lanes without work
+    dict(BLOCK_M=1024, num_warps=8),  # 4 elements a thread, a 16-byte load in float32
+    dict(
+        BLOCK_M=2048, num_warps=4
+    ),  # the way to the data, three loads one after the other, half as often
+    dict(BLOCK_M=2048, num_warps=8),
+    dict(BLOCK_M=4096, num_warps=8),  # large parameters: least of all
+]
+DEFAULT = {2: TILES[0], 4: TILES[0]}
+
+
+@triton.jit
+def sgd_kernel(
+    like_ptr, address_ptr, plan_ptr, lr, momentum, keep, weight_decay, sign,
+    MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """One program updates one chunk of one parameter, and its momentum.
+
+    like_ptr is there for its type. A row of addresses is p, grad, m (p, grad without MOMENTUM).
+    """
+    element: tl.constexpr = tl.pointer_type(like_ptr.dtype.element_ty)
+    plan_ptr += tl.program_id(0).to(tl.int64) * 3
+    address_ptr += tl.load(plan_ptr) * (3 if MOMENTUM else 2)
+    lanes = tl.arange(0, BLOCK_M)
+    offs = tl.load(plan_ptr + 1) * BLOCK_M + lanes  # int64, [BLOCK_M]
+    left = tl.load(plan_ptr + 2)
+    p_ptr = tl.load(address_ptr).to(element)
+    g_ptr = tl.load(address_ptr + 1).to(element)
+    m_ptr = tl.load(address_ptr + 2).to(element) if MOMENTUM else p_ptr
+    if ALIGNED:
+        p_ptr = tl.multiple_of(p_ptr, 16)
+        g_ptr = tl.multiple_of(g_ptr, 16)
+        m_ptr = tl.multiple_of(m_ptr, 16)
+
+    full = left >= BLOCK_M
+    mask = lanes < left
+    m = tl.full((BLOCK_M,), 0.0, like_ptr.dtype.element_ty)
+    if full:  # without a mask, since its end would be unknown to the compiler, and the loads narrow
+        p = tl.load(p_ptr + offs)
+        g = tl.load(g_ptr + offs)
+        if MOMENTUM:
+            m = tl.load(m_ptr + offs)
+    else:
+        p = tl.load(p_ptr + offs, mask=mask, other=0.0)
+        g = tl.load(g_ptr + offs, mask=mask, other=0.0)
+        if MOMENTUM:
+            m = tl.load(m_ptr + offs, mask=mask, other=0.0)
+
+    p = p.to(tl.float32)
+    g = sign * g.to(tl.float32) + weight_decay * p
+    if MOMENTUM:
+        m = momentum * m.to(tl.float32) + keep * g
+        g = g + momentum * m if NESTEROV else m
+    p -= lr * g
+
+    p = p.to(like_ptr.dtype.element_ty)
+    m = m.to(like_ptr.dtype.element_ty)
+    if full:
+        tl.store(p_ptr + offs, p)
+        if MOMENTUM:
+            tl.store(m_ptr + offs, m)
+    else:
+        tl.store(p_ptr + offs, p, mask=mask)
+        if MOMENTUM:
+            tl.store(m_ptr + offs, m, mask=mask)
+
+
+@triton.jit
+def adamw_kernel(
+    like_ptr, address_ptr, plan_ptr, step_size, decay, weight_m, weight_v, scale_v, eps, sign,
+    ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """One program updates one chunk of one parameter, and its moments.
+
+    like_ptr is there for its type. A row of addresses is p, grad, m, v.
+    """
+    element: tl.constexpr = tl.pointer_type(like_ptr.dtype.element_ty)
+    plan_ptr += tl.program_id(0).to(tl.int64) * 3
+    address_ptr += tl.load(plan_ptr) * 4
+    lanes = tl.arange(0, BLOCK_M)
+    offs = tl.load(plan_ptr + 1) * BLOCK_M + lanes  # int64, [BLOCK_M]
+    left = tl.load(plan_ptr + 2)
+    p_ptr = tl.load(address_ptr).to(element)
+    g_ptr = tl.load(address_ptr + 1).to(element)
+    m_ptr = tl.load(address_ptr + 2).to(element)
+    v_ptr = tl.load(address_ptr + 3).to(element)
+    if ALIGNED:
+        p_ptr = tl.multiple_of(p_ptr, 16)
+        g_ptr = tl.multiple_of(g_ptr, 16)
+        m_ptr = tl.multiple_of(m_ptr, 16)
+        v_ptr = tl.multiple_of(v_ptr, 16)
+
+    full = left >= BLOCK_M
+    mask = lanes < left
+    if full:
+        p = tl.load(p_ptr + offs)
+        g = tl.load(g_ptr + offs)
+        m = tl.load(m_ptr + offs)
+        v = tl.load(v_ptr + offs)
+    else:
+        p = tl.load(p_ptr + offs, mask=mask, other=0.0)
+        g = tl.load(g_ptr + offs, mask=mask, other=0.0)
+        m = tl.load(m_ptr + offs, mask=mask, other=0.0)
+        v = tl.load(v_ptr + offs, mask=mask, other=0.0)
+
+    # m + (1 - beta) * (g - m) is beta * m + (1 - beta) * g, and needs no beta: 1 - beta is exact
+    # from the host, while a float32 0.999 would be off by a part in 30,000 of its distance to 1.
+    p, g, m, v = p.to(tl.float32), sign * g.to(tl.float32), m.to(tl.float32), v.to(tl.float32)
+    m += weight_m * (g - m)
+    v += weight_v * (g * g - v)
+    p = decay * p - step_size * (m / (tl.sqrt(v) * scale_v + eps))
+
+    p = p.to(like_ptr.dtype.element_ty)
+    m = m.to(like_ptr.dtype.element_ty)
+    v = v.to(like_ptr.dtype.element_ty)
+    if full:
+        tl.store(p_ptr + offs, p)
+        tl.store(m_ptr + offs, m)
+        tl.store(v_ptr + offs, v)
+    else:
+        tl.store(p_ptr + offs, p, mask=mask)
+        tl.store(m_ptr + offs, m, mask=mask)
+        tl.store(v_ptr + offs, v, mask=mask)
+
+
+@functools.lru_cache(maxsize=64)
+def _plan(sizes: tuple[int, ...], block: int, device: torch.device) -> torch.Tensor:
+    """For each program its parameter, its chunk of it, and the elements from there to its end."""
+    numel = torch.tensor(sizes)
+    chunks = -(-numel // block)
+    parameter = torch.repeat_interleave(torch.arange(len(sizes)), chunks)
+    chunk = torch.arange(len(parameter)) - (chunks.cumsum(0) - chunks)[parameter]
+    left = numel[parameter] - chunk * block
+    return torch.stack([parameter, chunk, left], dim=1).to(device)
+
+
+def _update(kernel: Any, rows: list[tuple[torch.Tensor, ...]], *scalars: float, **flags: bool):
+    """Launch `kernel` once for all rows, each a parameter, its gradient and its state."""
+    sizes = tuple(row[0].numel() for row in rows)
+    first, tensors = rows[0][0], [t for row in rows for t in row]
+    mean = max(1, sum(sizes) // len(sizes))  # so at most half of the programs have little to do
+    tile = choose_tile(kernel.__name__.removesuffix("_kernel"), first.dtype, DEFAULT, M=mean)
+    plan = _plan(sizes, tile["BLOCK_M"], first.device)
+    aligned = all(t.data_ptr() % 16 == 0 for t in tensors)
+    launch(kernel, (len(plan),), first, tensors, plan, *scalars, **flags, ALIGNED=aligned, **tile)
+    torch.autograd.graph.increment_version([row[0] for row in rows])  # autograd cannot see it
+
+
+def _check_parameter(p: torch.Tensor) -> None:
+    check_tensors(params=p)
+    if p.is_contiguous():
+        return
+    expected = 1
+    for stride, size in sorted(zip(p.stride(), p.shape, strict=True)):
+        if size > 1 and stride != expected:
+            raise ValueError(
+                "params must fill their memory without gaps or overlaps, got one of shape "
+                f"{list(p.shape)} with strides {list(p.stride())}"
+            )
+        expected *= size
+
+
+def _beside(name: str, t: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """`t`, laid out in memory as `p`: itself where it is, else a copy.
+
+    The kernels walk along the memory of all tensors of a parameter at once.
+    """
+    if (t.dtype, t.device, t.layout, t.shape) != (p.dtype, p.device, p.layout, p.shape):
+        check_tensors(params=p, **{name: t})
+        raise ValueError(
+            f"{name} must have the shape of its parameter, {list(p.shape)}, got {list(t.shape)}"
+        )
+    return t if t.stride() == p.stride() else torch.empty_like(p).copy_(t)
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    for p in group["params"]:
+        _check_parameter(p)
+    for name in ("lr", "momentum", "weight_decay", "eps"):
+        if name in group and not 0 <= group[name] < math.inf:
+            raise ValueError(f"{name} must be a number >= 0, got {group[name]!r}")
+    betas = group.get("betas", (0, 0))
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
+    if group.get("nesterov") and not (group["momentum"] > 0 and group["dampening"] == 0):
+        raise ValueError(
+            "nesterov needs momentum > 0 and dampening = 0, "
+            f"got momentum={group['momentum']!r} and dampening={group['dampening']!r}"
+        )
+
+
+class _Optimizer(torch.optim.Optimizer):
+    """What both do: check, and gather the parameters that one launch can update together."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        try:
+            _check_group(self.param_groups[-1])
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameters that have a gradient; return what `closure` returned, if given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                _check_parameter(p)
+            grads = [_beside("grad", p.grad, p) for p in params]
+            batches: dict[tuple, list] = {}
+            for p, grad in zip(params, grads, strict=True):
+                scalar, state = self._state(group, p)
+                batches.setdefault((p.dtype, p.device, scalar), []).append((p, grad, *state))
+            for (_, _, scalar), rows in batches.items():
+                self._launch(group, scalar, rows)
+        return loss
+
+
+class SGD(_Optimizer):
+    """Stochastic gradient descent, with momentum; a step is one launch a group and dtype.
+
+    Takes the place of torch.optim.SGD: the same steps to rounding, and a state_dict goes both ways.
+    With dampening, parameters in their first step get a launch of their own.
+
+    Args:
+        params: tensors or groups of them, as in torch.optim; float32, float16 or bfloat16, of any
+            layout without gaps. A gradient or a state that lies differently in memory is copied to
+            lie as its parameter does.
+        lr: the learning rate.
+        momentum: 0 for none.
+        dampening: of what enters the momentum.
+        weight_decay: added to the gradient, times the parameter.
+        nesterov: look ahead by one step of the momentum.
+        maximize: go up instead of down.
+
+    Raises:
+        TypeError: a dtype or device that is not supported, or differs between a parameter and its
+            gradient; a sparse gradient.
+        ValueError: a parameter with gaps, or a number out of range.
+
+    Source: torch.optim.SGD.
+
+    Example:
+        >>> p = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> p.grad = torch.tensor([1.0, -1.0])
+        >>> SGD([p], lr=0.5).step()
+        >>> p.tolist()
+        [0.5, 2.5]
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        defaults = dict(
+            lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
+            nesterov=nesterov, maximize=maximize,
+        )  # fmt: skip
+        super().__init__(params, defaults)
+
+    def _state(self, group: dict[str, Any], p: torch.Tensor) -> tuple[float, list[torch.Tensor]]:
+        if group["momentum"] == 0:
+            return 1.0, []
+        state, keep = self.state[p], 1.0 - group["dampening"]
+        if state.get("momentum_buffer") is None:  # momentum * 0 + 1 * g: the first step's m = g
+            state["momentum_buffer"], keep = torch.zeros_like(p), 1.0
+        state["momentum_buffer"] = _beside("momentum_buffer", state["momentum_buffer"], p)
+        return keep, [state["momentum_buffer"]]
+
+    def _launch(self, group: dict[str, Any], keep: float, rows: list) -> None:
+        _update(
+            sgd_kernel, rows, float(group["lr"]), float(group["momentum"]), keep,
+            float(group["weight_decay"]), -1.0 if group["maximize"] else 1.0,
+            MOMENTUM=group["momentum"] != 0, NESTEROV=group["nesterov"],
+        )  # fmt: skip
+
+
+class AdamW(_Optimizer):
+    """Adam with decoupled weight decay; a step is one launch a group and dtype.
+
+    Takes the place of torch.optim.AdamW: the same steps to rounding, and a state_dict goes both
+    ways. Parameters that have taken a different number of steps get a launch of their own.
+
+    Args:
+        params: as for SGD.
+        lr: the learning rate.
+        betas: how much of the mean of the gradients, and of their squares, is kept in a step.
+        eps: added to the root of the mean square, so that nothing is divided by zero.
+        weight_decay: how much of lr times the parameter is taken from it in a step.
+        maximize: go up instead of down.
+
+    Raises:
+        TypeError: as for SGD.
+        ValueError: as for SGD; a loaded state_dict with amsgrad.
+
+    Source: torch.optim.AdamW.
+
+    Example:
+        >>> p = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> p.grad = torch.tensor([3.0, -3.0])
+        >>> AdamW([p], lr=0.5, weight_decay=0).step()
+        >>> p.tolist()
+        [0.5, 2.5]
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
+        super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if any(group.get("amsgrad") for group in state["param_groups"]):
+            raise ValueError("amsgrad is not supported, got a state_dict that has amsgrad=True")
+        super().__setstate__(state)
+        for s in self.state.values():  # torch's fused and capturable forms keep it on the GPU
+            s["step"] = torch.as_tensor(s["step"], dtype=torch.float32, device="cpu")
+
+    def _state(self, group: dict[str, Any], p: torch.Tensor) -> tuple[float, list[torch.Tensor]]:
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.tensor(0.0, dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(p)
+            state["exp_avg_sq"] = torch.zeros_like(p)
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = _beside(name, state[name], p)
+        state["step"] += 1
+        return state["step"].item(), [state["exp_avg"], state["exp_avg_sq"]]
+
+    def _launch(self, group: dict[str, Any], step: float, rows: list) -> None:
+        lr, (beta1, beta2) = float(group["lr"]), map(float, group["betas"])
+        _update(
+            adamw_kernel, rows, lr / (1 - beta1**step), 1 - lr * float(group["weight_decay"]),
+            1 - beta1, 1 - beta2, 1 / math.sqrt(1 - beta2**step), float(group["eps"]),
+            -1.0 if group["maximize"] else 1.0,
+        )  # fmt: skip

@@ -1,0 +1,282 @@
+"""Max-pooling over windows that may overlap, and its gradient by gathering, without atomics.
+
+    forward     y[n,c,p,q]  = max over r < R, s < S of x[n, c, h, w]
+                              with h = p*stride_h - pad_h + r,  w = q*stride_w - pad_w + s
+    backward    dx[n,c,h,w] = sum of dy[n,c,p,q] over the windows whose maximum is at (h, w)
+
+A window hands its whole gradient to one pixel: the first maximum in reading order, as in torch. So
+the forward keeps the place of each maximum, the number h*W + w, and the backward needs nothing
+else, neither x nor y. Scattering dy to those places would need atomics, since windows overlap, and
+the order of a float sum would be left to chance. Gathering turns the question round: each pixel of
+dx asks the few windows that cover it, at most ceil(R/stride_h) * ceil(S/stride_w), "did you mean
+me?", and adds up their dy in an order that never changes.
+
+    forward, 3x3 windows at stride 2        backward, the pixel # between them
+      x  +-------+                            x  . . . . .
+         | . . . : . . +                         . . . . .
+         | . . . : . . |                         . . # . .   is covered by all four windows:
+         | . . . : . . |   pixel (1, 1) of       . . . . .   index of (0, 0)  == 2*W + 2 ?
+         +.......:.... |   y is the maximum      . . . . .   index of (0, 1)  == 2*W + 2 ?
+           | . . . . . |   of its window                     index of (1, 0)  == 2*W + 2 ?
+           +-----------+                                     index of (1, 1)  == 2*W + 2 ?
+
+One program owns BLOCK_M output pixels, numbered through [N, P, Q], and BLOCK_N channels: in
+channels_last memory, whole runs of channels for each pixel. The backward is the same with [N, H, W].
+
+Padding needs no mask and no -inf. A window overlaps the image always, since padding is at most half
+of it, so a tap outside of the image may read the nearest pixel inside instead: that one belongs to
+the window anyway, and it keeps its place in reading order, so neither the maximum nor its place change.
+
+What limits it: memory. With e bytes an element, forward reads HWe and writes PQ(e + 4) for each
+plane; 2x2 windows in 16-bit, 3.5 bytes an input pixel for 3 comparisons. Overlapping windows
+read a pixel several times, all but once from the cache. Backward reads PQ(e + 4) and writes HWe.
+Where no gradient will be asked for, the places are not written.
+
+Read first: bias_relu.py. Source: torch.nn.functional.max_pool2d, whose rules for ties, NaN and -inf
+are kept: NaN wins against everything, the last one if there are several.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels._launch import check_shape, check_tensors, choose_tile, launch, pair
+
+
+def reference(x, kernel_size, stride=None, padding=0):
+    """The same in plain torch, for any dtype: all windows of x padded with -inf, then the maximum."""
+    (R, S), pad = pair("kernel_size", kernel_size, 1), pair("padding", padding, 0)
+    step = pair("stride", kernel_size if stride is None else stride, 1)
+    x = torch.nn.functional.pad(x, (pad[1], pad[1], pad[0], pad[0]), value=float("-inf"))
+    return x.unfold(-2, R, step[0]).unfold(-2, S, step[1]).amax((-2, -1))
+
+
+TILES = [
+    # the default: 8 elements a thread, one 16-byte load for each tap in 16-bit and two in float32
+    dict(BLOCK_M=16, BLOCK_N=64, num_warps=4),
+    dict(BLOCK_M=32, BLOCK_N=64, num_warps=4),  # twice the loads in flight, of half the threads
+    dict(BLOCK_M=8, BLOCK_N=64, num_warps=2),  # more programs, for small images
+    dict(BLOCK_M=4, BLOCK_N=256, num_warps=4),  # wide layers: whole cache lines of a pixel
+    dict(BLOCK_M=64, BLOCK_N=16, num_warps=4),  # few channels
+    dict(BLOCK_M=256, BLOCK_N=16, num_warps=8),  # few channels, contiguous NCHW: runs of pixels
+]
+DEFAULT = {2: TILES[0], 4: TILES[0]}
+
+
+@triton.jit
+def max_pool2d_kernel(
+    x_ptr, y_ptr, index_ptr, M, C, H, W, P, Q, stride_xn, stride_xc, stride_xh, stride_xw,
+    R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr, PAD_W: tl.constexpr, SAVE_INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program computes BLOCK_M pixels x BLOCK_N channels of y, and the places of the maxima.
+
+    M = N*P*Q. y and index are channels_last. The window is constexpr, so the loops are unrolled.
+    """
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (offs_m < M)[:, None] & (offs_n < C)[None, :]  # [BLOCK_M, BLOCK_N]
+
+    # Pixels and channels past the end read something valid that is never stored.
+    m = tl.minimum(offs_m, M - 1)
+    n = m // Q // P
+    h0 = m // Q % P * STRIDE_H - PAD_H  # the window's upper left corner
+    w0 = m % Q * STRIDE_W - PAD_W
+    x_ptrs = x_ptr + (n * stride_xn)[:, None] + (offs_n % C * stride_xc)[None, :]
+
+    best = tl.full((BLOCK_M, BLOCK_N), float("-inf"), tl.float32)
+    if SAVE_INDEX:  # where all is -inf, the first pixel
+        first = (tl.maximum(h0, 0) * W + tl.maximum(w0, 0)).to(tl.int32)
+        index = tl.full((BLOCK_M, BLOCK_N), 0, tl.int32) + first[:, None]
+    for r in range(R):
+        h = tl.minimum(tl.maximum(h0 + r, 0), H - 1)
+        for s in range(S):
+            w = tl.minimum(tl.maximum(w0 + s, 0), W - 1)
+            x = tl.load(x_ptrs + (h * stride_xh + w * stride_xw)[:, None]).to(tl.float32)
+            better = (x > best) | (x != x)
+            best = tl.where(better, x, best)
+            if SAVE_INDEX:
+                index = tl.where(better, (h * W + w).to(tl.int32)[:, None], index)
+
+    offs = (offs_m * C)[:, None] + offs_n[None, :]
+    tl.store(y_ptr + offs, best.to(y_ptr.dtype.element_ty), mask=mask)
+    if SAVE_INDEX:
+        tl.store(index_ptr + offs, index, mask=mask)
+
+
+@triton.jit
+def max_pool2d_backward_kernel(
+    dy_ptr, index_ptr, dx_ptr, M, C, H, W, P, Q, stride_dyn, stride_dyc, stride_dyp, stride_dyq,
+    stride_dxn, stride_dxc, stride_dxh, stride_dxw,
+    R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr, PAD_W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program computes BLOCK_M pixels x BLOCK_N channels of dx. M = N*H*W."""
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (offs_m < M)[:, None] & (offs_n < C)[None, :]  # [BLOCK_M, BLOCK_N]
+
+    m = tl.minimum(offs_m, M - 1)
+    n, h, w = m // W // H, m // W % H, m % W
+    here = (h * W + w).to(tl.int32)
+    index_ptrs = index_ptr + (n * P * Q * C)[:, None] + (offs_n % C)[None, :]
+    dy_ptrs = dy_ptr + (n * stride_dyn)[:, None] + (offs_n % C * stride_dyc)[None, :]
+
+    acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
+    for i in range((R + STRIDE_H - 1) // STRIDE_H):
+        p = (h + PAD_H) // STRIDE_H - i  # from the last window that reaches this pixel upwards
+        for j in range((S + STRIDE_W - 1) // STRIDE_W):
+            q = (w + PAD_W) // STRIDE_W - j
+            # Where there is no such window, the nearest one is read, and asked for a place that
+            # does not exist. A window that ends before this pixel never names it.
+            exists = (p >= 0) & (p < P) & (q >= 0) & (q < Q)
+            wanted = tl.where(exists, here, -1)
+            pp = tl.minimum(tl.maximum(p, 0), P - 1)
+            qq = tl.minimum(tl.maximum(q, 0), Q - 1)
+            index = tl.load(index_ptrs + ((pp * Q + qq) * C)[:, None])
+            dy = tl.load(dy_ptrs + (pp * stride_dyp + qq * stride_dyq)[:, None])
+            acc += tl.where(index == wanted[:, None], dy.to(tl.float32), 0.0)
+
+    rows = n * stride_dxn + h * stride_dxh + w * stride_dxw
+    dx_ptrs = dx_ptr + rows[:, None] + (offs_n * stride_dxc)[None, :]
+    tl.store(dx_ptrs, acc.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+def _out_size(size: int, window: int, stride: int, padding: int) -> int:
+    return (size + 2 * padding - window) // stride + 1
+
+
+def _constants(window: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> dict:
+    names = ("R", "S", "STRIDE_H", "STRIDE_W", "PAD_H", "PAD_W")
+    return dict(zip(names, (*window, *stride, *padding), strict=True))
+
+
+def _empty(size: Sequence[int], like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    memory = torch.channels_last
+    return torch.empty(*size, dtype=dtype, device=like.device, memory_format=memory)
+
+
+@torch.library.custom_op("tilelab::max_pool2d", mutates_args=())
+def _max_pool2d(
+    x: torch.Tensor,
+    window: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    save_index: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    (N, C, H, W), (P, Q) = x.shape, map(_out_size, x.shape[2:], window, stride, padding)
+    y = _empty((N, C, P, Q), x, x.dtype)
+    index = _empty((N, C, P, Q) if save_index else (0, 0, 0, 0), x, torch.int32)
+    M = N * P * Q
+    tile = choose_tile("max_pool2d", x.dtype, DEFAULT, M=M, N=C)
+    grid = (triton.cdiv(M, tile["BLOCK_M"]), triton.cdiv(C, tile["BLOCK_N"]))
+    launch(
+        max_pool2d_kernel, grid, x, y, index, M, C, H, W, P, Q, *x.stride(),
+        **_constants(window, stride, padding), SAVE_INDEX=save_index, **tile,
+    )  # fmt: skip
+    return y, index
+
+
+@_max_pool2d.register_fake
+def _(x, window, stride, padding, save_index):
+    size = (*x.shape[:2], *map(_out_size, x.shape[2:], window, stride, padding))
+    y = _empty(size, x, x.dtype)
+    return y, _empty(size if save_index else (0, 0, 0, 0), x, torch.int32)
+
+
+@torch.library.custom_op("tilelab::max_pool2d_backward", mutates_args=())
+def _max_pool2d_backward(
+    dy: torch.Tensor,
+    index: torch.Tensor,
+    H: int,
+    W: int,
+    window: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    channels_last: bool,
+) -> torch.Tensor:
+    N, C, P, Q = dy.shape
+    memory = torch.channels_last if channels_last else torch.contiguous_format
+    dx = torch.empty(N, C, H, W, dtype=dy.dtype, device=dy.device, memory_format=memory)
+    M = N * H * W
+    tile = choose_tile("max_pool2d_backward", dy.dtype, DEFAULT, M=M, N=C)
+    grid = (triton.cdiv(M, tile["BLOCK_M"]), triton.cdiv(C, tile["BLOCK_N"]))
+    launch(
+        max_pool2d_backward_kernel, grid, dy, index, dx, M, C, H, W, P, Q, *dy.stride(),
+        *dx.stride(), **_constants(window, stride, padding), **tile,
+    )  # fmt: skip
+    return dx
+
+
+@_max_pool2d_backward.register_fake
+def _(dy, index, H, W, window, stride, padding, channels_last):
+    memory = torch.channels_last if channels_last else torch.contiguous_format
+    size = (*dy.shape[:2], H, W)
+    return torch.empty(size, dtype=dy.dtype, device=dy.device, memory_format=memory)
+
+
+def _setup_context(ctx, inputs, output):
+    x, *window, _ = inputs
+    ctx.geometry = (*x.shape[2:], *window, not x.is_contiguous())
+    ctx.save_for_backward(output[1])
+
+
+def _autograd(ctx, dy, _):
+    dx = _max_pool2d_backward(dy, ctx.saved_tensors[0], *ctx.geometry)
+    return dx, None, None, None, None
+
+
+_max_pool2d.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def max_pool2d(
+    x: torch.Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+) -> torch.Tensor:
+    """Take the maximum of each window of an image, differentiable.
+
+    Args:
+        x: [N, C, H, W] or [C, H, W]; float32, float16 or bfloat16; any strides.
+        kernel_size: of the window in pixels, an int or (height, width).
+        stride: from window to window in pixels; the window's own size where it is None.
+        padding: rows and columns of -inf around the image, at most half of the window.
+
+    Returns:
+        [N, C, P, Q] or [C, P, Q] of x's dtype, in channels_last memory, with
+        P = floor((H + 2 * padding - height) / stride) + 1, and Q likewise.
+
+    Raises:
+        TypeError: a dtype or device that is not supported; a window that is no int or pair of them.
+        ValueError: a shape that does not fit, or a window, stride or padding out of range.
+
+    Source: torch.nn.functional.max_pool2d.
+
+    Example:
+        >>> max_pool2d(torch.arange(16.0).view(1, 4, 4), 2)
+        tensor([[[ 5.,  7.],
+                 [13., 15.]]])
+    """
+    check_tensors(x=x)
+    if x.dim() == 3:
+        return max_pool2d(x[None], kernel_size, stride, padding)[0]
+    window = pair("kernel_size", kernel_size, 1)
+    step = window if stride is None else pair("stride", stride, 1)
+    pad = pair("padding", padding, 0)
+    check_shape("x", x, "[N, C, H, W] or [C, H, W]", N=None, C=None, H=None, W=None)
+    for size, k, p in zip(x.shape[2:], window, pad, strict=True):
+        if 2 * p > k:
+            raise ValueError(f"padding must be at most half of kernel_size {window}, got {pad}")
+        if size == 0 or size + 2 * p < k:
+            raise ValueError(
+                f"x must have room for a window of kernel_size {window} with padding {pad}, "
+                f"got {list(x.shape)}"
+            )
+    if x.shape[2] * x.shape[3] >= 2**31:
+        raise ValueError(f"x must have fewer than 2^31 pixels a plane, got {list(x.shape)}")
+    save_index = torch.is_grad_enabled() and x.requires_grad
+    return _max_pool2d(x, window, step, pad, save_index)[0]
