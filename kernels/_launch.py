@@ -207,8 +207,8 @@ def choose_tile(op: str, dtype: torch.dtype, default: dict[int, dict], **sizes: 
         dtype: of the operands.
         default: the file's default tile by bytes per element.
         sizes: the extent of each blocked dimension, `M=` for BLOCK_M; the longest one first. No
-            block becomes larger than the power of two that covers its dimension, nor smaller than 16,
-            which is the least a tensor core takes.
+            block becomes larger than the power of two that covers its dimension, nor smaller than
+            16, which is the least a tensor core takes.
     """
     if op in _forced:
         return _forced[op]

@@ -1,11 +1,11 @@
 """The two gradients of a convolution, each a matmul of its own over the same three tensors.
 
-    y[n,k,p,q] = sum over c,r,s of x[n, c, p*stride - pad + r*dil, q*stride - pad + s*dil] * weight[k,c,r,s]
+    y[n,k,p,q] = sum over c,r,s of x[n,c,h,w] * weight[k,c,r,s]
+                 with h = p*stride - pad + r*dil, and w alike
 
-    input gradient     dx[n,c,h,w]      = sum over k,r,s   of dy[n,k,p,q] * weight[k,c,r,s]
-                                          where p*stride = h + pad - r*dil has a solution p in [0,
-                                          P)
-    weight gradient    dweight[k,c,r,s] = sum over n,p,q   of dy[n,k,p,q] * x[n,c,h,w]
+    dx[n,c,h,w]      = sum over k,r,s of dy[n,k,p,q] * weight[k,c,r,s]
+                       where p*stride = h + pad - r*dil has a solution p in 0 .. P-1, and q alike
+    dweight[k,c,r,s] = sum over n,p,q of dy[n,k,p,q] * x[n,c,h,w]
 
     forward            [NPQ, RSC] x [RSC, K]      the sum runs over taps and input channels
     input gradient     [NHW, RSK] x [RSK, C]      the sum runs over taps and output channels
@@ -21,9 +21,10 @@ found without a search:
     g = gcd(dil, stride); none unless g divides a, else
     r = (a/g) * (dil/g)^-1  mod stride/g, and every stride/g-th after it
 
-    stride 2, 3x3, pad 1      h + pad even:  taps r = 0, 2      # . #    so 4, 2, 2 or 1 of the 9 taps,
-                              h + pad odd:   tap  r = 1         . + .    and not one product of a tap that
-                                                                # . #    misses the grid of outputs
+    stride 2, 3x3, padding 1      h + pad even:  taps r = 0, 2       # . #
+                                  h + pad odd:   tap  r = 1          . + .
+                                                                     # . #
+    so a pixel takes 4, 2, 2 or 1 of the nine taps, and no product is spent on the others.
 
 **Weight gradient, by splitting.** Its result is small (K x RSC) and its sum is long (NPQ,
 millions), so the sum is split among programs. Each writes its partial result to a row of its own,
@@ -77,7 +78,7 @@ def conv2d_input_grad_kernel(
     PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program computes a tile of dx: BLOCK_M pixels of one class x BLOCK_N channels of one group.
+    """One program computes BLOCK_M pixels of one class x BLOCK_N channels of one group of dx.
 
     GCD = gcd(dilation, stride), INV = (dilation/GCD)^-1 mod stride/GCD. C and K are per group.
     """
@@ -158,7 +159,7 @@ def conv2d_weight_grad_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program sums CHUNK pixels into a tile of dweight: BLOCK_M channels k x BLOCK_N of (r, s, c).
+    """One program sums CHUNK pixels into BLOCK_M channels k x BLOCK_N of (r, s, c) of dweight.
 
     dw_ptr is [splits, SIZE], each row laid out as dweight; one row is dweight itself.
     """

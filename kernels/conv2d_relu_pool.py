@@ -1,35 +1,36 @@
-"""Convolution + bias + ReLU + 2x2 max-pool in one kernel, forward and backward: the demo network's block.
+"""Convolution + bias + ReLU + 2x2 max-pool in one kernel, and back: the demo network's block.
 
-    forward     z = conv2d(x, weight) + bias            x [N, C, H, W], weight [K, C, R, S], stride 1
+    forward     z = conv2d(x, weight) + bias        x [N, C, H, W], weight [K, C, R, S], stride 1
                 y[n,k,i,j] = max(0, the largest of z[n, k, 2i + a, 2j + b], a and b in {0, 1})
     backward    dz = dy at the place of the maximum if y > 0, zero everywhere else
                 dx, dweight, dbias: those of the convolution for this dz
 
-Unfused, z is written once, read by the ReLU, written, read by the pool: five passes over an array
-four times the size of y, and as many back. Here z never leaves the registers. What is kept for the
-backward is one byte an output: which of the four was the largest (0..3 = 2a + b), or 4 where the
-ReLU let none through.
+As three kernels, z is written, read and written by the ReLU, and read by the pool: four passes over
+an array four times the size of y, and as many back. Here z never leaves the registers. What is kept
+for the backward is one byte an output: which of the four was the largest (0..3 = 2a + b), or 4
+where the ReLU let none through.
 
 The four outputs of a window need one patch of (R+1) x (S+1) inputs, most of it more than once:
 
-     3x3 filter        patch (u, v), 4x4          a program owns BLOCK_M windows x BLOCK_N channels, with
-                       0 0 0 1     0, 1, 2, 3:    four accumulators, one for each place (a, b). It walks
-     w w w             0 . . 1     the corner     along the patch: one load of x, four products.
-     Place w w w             0 . . 1     pixel used     (a, b) multiplies patch pixel (u, v) by the
-     weight at w w w             2 2 2 3     by one place   (u - a, v - b), which is 0 outside of
-     the filter.
+    patch (u, v) of a 3x3 filter      One program owns BLOCK_M windows x BLOCK_N channels, with four
+        v ->                          accumulators, one for each place (a, b). It walks along the
+      u 0  01 01 1                    patch: one load of x, four products. For place (a, b) patch
+      | 02 *  *  13                   pixel (u, v) meets the weight (u - a, v - b), which is 0
+      v 02 *  *  13                   outside of the filter. Left: which places use which pixel
+        2  23 23 3                    (* all four).
 
-    16 loads where four separate outputs would make 36. The price is 64 products for 36: fine where loads
-    are what is slow, which is true of few channels on a GPU, and of the interpreter always.
+16 loads where four separate outputs would make 36. The price is 64 products for 36: fine where
+loads are what is slow, which is true of few channels on a GPU, and of the interpreter always.
 
 Seen so, the block is a convolution of stride 2 with an (R+1) x (S+1) filter and 4K channels, and a
 maximum over each four. Its gradients are those of that convolution, with dy spread to the places
 as it is loaded:
+
     dx       each 2x2 quad of inputs gathers from the (R//2 + 1) x (S//2 + 1) windows that read it
-    dweight  four sums, dy at place (a, b) times the patch; each shifted by (a, b) into a partial result
+    dweight  four sums, dy at place (a, b) times the patch, each shifted by (a, b) as it is stored
 
 Memory-bound for small C and K: e(|x| + |y|) + |y| bytes forward, against e(|x| + 4|z| + |y|) of
-three kernels.
+three kernels, with |z| = 4|y|.
 
 Read first: conv2d.py, conv2d_grad.py. Source: the fusion is the one every inference engine does;
 keeping the place as a byte instead of z is what makes it pay in training.
@@ -78,7 +79,7 @@ def conv2d_relu_pool_kernel(
     HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program computes BLOCK_M windows x BLOCK_N channels of y [N, K, P, Q] and their places."""
+    """One program computes BLOCK_M windows x BLOCK_N channels of y [N, K, P, Q], and the places."""
     blocks_n = tl.cdiv(K, BLOCK_N)
     pid_m = tl.program_id(0) // blocks_n
     pid_n = tl.program_id(0) % blocks_n
@@ -295,7 +296,7 @@ def conv2d_relu_pool_weight_grad_kernel(
 
 
 def _empty_outputs(x, weight, padding):
-    """y and the place of each maximum, both channels_last [N, K, P//2, Q//2]."""
+    """Return y and the place of each maximum, both channels_last [N, K, P//2, Q//2]."""
     P, Q = output_size(x.shape[2:], weight.shape[2:], (1, 1), padding)
     y = empty_channels_last((x.shape[0], weight.shape[0], P // 2, Q // 2), x)
     return y, torch.empty_like(y, dtype=torch.uint8)

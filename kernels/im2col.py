@@ -8,13 +8,11 @@ im2col copies, so its gradient sums: each pixel of dx is the sum of all the colu
 to. That sum is col2im. The two are linear and each other's transpose, so each is the other's
 gradient.
 
-      x, one channel      columns, 2x2 filter         col2im: pixel 4 was copied four times,
-      0 1 2               0 1 3 4    <- window (0,0)  it sums four numbers
-      3 4 5               1 2 4 5    <- window (0,1)    . . . #
-      6 7 8               3 4 6 7                       . . # .    (gather: one program owns pixels and
-                          4 5 7 8                       . # . .     fetches what was copied from them;
-                                                        # . . .     no two programs write one
-                                                        # address)
+    x, one channel    columns, 2x2 filter         col2im: pixel 4 was copied four times, so it
+    0 1 2             0 1 3 4   <- window (0,0)   sums four numbers. It gathers: one program owns
+    3 4 5             1 2 4 5   <- window (0,1)   pixels and fetches what was copied from them, so
+    6 7 8             3 4 6 7                     no two programs write to one address.
+                      4 5 7 8
 
 What it costs: 2*N*P*Q*C*R*S*e bytes are written and read again, where the input itself has
 N*H*W*C*e. For a 3x3 filter that is 18 times the input through memory. The matmul then runs at full
@@ -228,7 +226,7 @@ def im2col(
         TypeError: a dtype or device that is not supported.
         ValueError: a shape or geometry that does not fit.
 
-    Source: torch.nn.functional.unfold, which orders its result [N, C*R*S, P*Q] with (channel, r, s).
+    Source: torch.nn.functional.unfold, which returns [N, C*R*S, P*Q] ordered (channel, r, s).
 
     Example:
         >>> im2col(torch.arange(9.0).view(1, 1, 3, 3), 2)[0]

@@ -1,0 +1,79 @@
+# `make help` lists what can be done here. Nothing has to be activated: the first call of a target makes
+# the environment it needs, in .venv, and later calls find it there.
+
+PYTHON ?= python3
+ARGS ?=
+
+.PHONY: help train test test-oldest test-gpu lint format clean
+
+help:  ## this list
+	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo '  ARGS="..."        is handed on: make train ARGS="--epochs 1", make test ARGS="-k softmax"'
+	@echo '  PYTHON=python3.12 makes the environments with another Python, 3.11 or newer (make clean first)'
+
+train: .venv/.ready  ## train the demo network on real digits and write what it learned to runs/
+	.venv/bin/python -m nets.train $(ARGS)
+
+test: .venv/.ready  ## run the tests, kernels interpreted on the CPU (no GPU needed)
+	.venv/bin/python -m pytest $(IN_PARALLEL) -m "not gpu" $(ARGS)
+
+test-oldest: .venv-oldest/.ready  ## run the core of the tests with the oldest supported triton
+	.venv-oldest/bin/python -m pytest $(IN_PARALLEL) -m "core and not gpu" $(ARGS)
+
+test-gpu: .venv/.ready  ## run the tests on this machine's GPU, then those at real sizes, one by one
+	@.venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
+		{ echo "error: torch sees no GPU here: make test runs the tests without one" >&2; exit 1; }
+	.venv/bin/python -m pytest $(IN_PARALLEL) -m "not gpu" $(ARGS)
+	.venv/bin/python -m pytest -m gpu $(ARGS)
+
+lint: .venv/.ready  ## check style and formatting
+	.venv/bin/python -m ruff check .
+	.venv/bin/python -m ruff format --check .
+
+format: .venv/.ready  ## format the code and fix what can be fixed
+	.venv/bin/python -m ruff check --fix .
+	.venv/bin/python -m ruff format .
+
+clean:  ## remove the environments and every cache (runs/ stays)
+	rm -rf .venv .venv-oldest build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The interpreter is one Python thread that calls BLAS for the dots: the tests gain from processes, and
+# BLAS threads that wait for a busy core cost up to ten times what they bring.
+IN_PARALLEL := -n auto --maxprocesses 8 --dist worksteal
+train test test-oldest test-gpu: export OPENBLAS_NUM_THREADS ?= 1
+test test-oldest test-gpu: export OMP_NUM_THREADS ?= 1
+test test-oldest: export TRITON_INTERPRET := 1
+
+# --- The environments -------------------------------------------------------------------------------
+# .ready is written last, so an environment whose installation was interrupted is made anew, and one
+# that is older than the files it was made from is brought up to date.
+
+.venv/.ready: pyproject.toml constraints.txt
+	$(install)
+	@touch $@
+
+.venv-oldest/.ready: pyproject.toml constraints.txt constraints-oldest.txt
+	$(install)
+	$(PIP) install --quiet --no-deps -r constraints-oldest.txt
+	@touch $@
+
+PIP = $(@D)/bin/python -m pip --disable-pip-version-check
+
+# torch first and alone, at the version of constraints.txt, so that nothing else chooses its build. Then
+# the project, built by the setuptools that torch has brought.
+define install
+@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found:" \
+	"install Python 3.11 or newer, or name yours: make PYTHON=/path/to/python3" >&2; exit 1; }
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: tilelab needs" \
+	"Python 3.11 or newer, name one: make PYTHON=/path/to/python3 ($(PYTHON) is" \
+	"$$($(PYTHON) --version 2>&1 | head -n 1))" >&2; exit 1; }
+@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: $(PYTHON) cannot make an" \
+	"environment: install its venv module (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+@test -e $@ || { echo "making $(@D), once: a minute or two, and the downloads"; \
+	$(PYTHON) -m venv --clear $(@D); }
+@rm -f $@
+$(PIP) install -c constraints.txt $$(grep '^torch==' constraints.txt)
+$(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+endef

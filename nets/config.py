@@ -1,0 +1,225 @@
+"""The flags of a training run: what they mean, their defaults and limits, and their parser."""
+
+import argparse
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+
+from .models import MODELS
+
+WARMUP = 0.1  # of all steps: the learning rate's rise
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# What --lr, --weight-decay and --momentum are when not given.
+RECIPES = {
+    "adamw": {"lr": 0.005, "weight_decay": 0.01, "momentum": None},
+    "sgd": {"lr": 0.05, "weight_decay": 0.0005, "momentum": 0.9},
+}
+# These may differ between a run and its continuation: they do not say what is computed. (That the
+# data are the same is checked by their checksum: a folder may have moved.)
+MAY_DIFFER = ("dataset", "data_dir", "device", "out")
+
+
+class ConfigError(ValueError):
+    """A flag has a wrong value or contradicts another; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """All flags of a run. None means: the default that fits the other flags.
+
+    Attributes:
+        dataset: a name or a folder, see data.load.
+        data_dir: where downloads are kept; None is the user's cache folder.
+        model: one of models.MODELS.
+        epochs: passes over the training images.
+        batch_size: images a step; the last step of an epoch may have fewer.
+        optimizer: "adamw" or "sgd" (with Nesterov momentum).
+        lr: the highest learning rate, reached after the warm-up.
+        weight_decay: decoupled for adamw, an L2 penalty for sgd.
+        momentum: of sgd.
+        label_smoothing: from 0 to 1, in the training loss only.
+        shift: training images move by up to this many pixels.
+        limit: use at most this many training and held-out images.
+        seed: of the initial weights, the split of mnist5k, the order and the shifts.
+        device: "auto", "cpu" or "cuda".
+        dtype: "float32", or "float16" or "bfloat16" for mixed precision: parameters, loss and
+            optimizer stay in float32; float16 scales the loss against underflow.
+        out: the run's folder.
+
+    Raises:
+        ConfigError: for a value out of range.
+    """
+
+    dataset: str = "mnist5k"
+    data_dir: str | None = None
+    model: str = "cnn"
+    epochs: int = 3
+    batch_size: int = 64
+    optimizer: str = "adamw"
+    lr: float | None = None
+    weight_decay: float | None = None
+    momentum: float | None = None
+    label_smoothing: float = 0.0
+    shift: int = 1
+    limit: int | None = None
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "float32"
+    out: str | None = None
+
+    def __post_init__(self):
+        """Fill in the defaults that depend on other flags, and check every value."""
+        for name, choices in (
+            ("model", MODELS),
+            ("optimizer", RECIPES),
+            ("dtype", DTYPES),
+            ("device", ("auto", "cpu", "cuda")),
+        ):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ConfigError(f"--{name} must be one of {', '.join(choices)}; got {value!r}")
+        if self.momentum is not None and self.optimizer != "sgd":
+            raise ConfigError(f"--momentum belongs to --optimizer sgd, not {self.optimizer}")
+        for name, value in RECIPES[self.optimizer].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)  # the dataclass is frozen for others
+        if self.out is None:
+            name = Path(self.dataset).resolve().name
+            object.__setattr__(self, "out", f"runs/{name}-{self.model}-seed{self.seed}")
+        for name, low, high in (
+            ("epochs", 1, 9999),
+            ("batch_size", 1, 2**31 - 1),
+            ("shift", 0, 2**31 - 1),
+            ("limit", 1, 2**63 - 1),
+            ("seed", 0, 2**63 - 1),
+            ("lr", 0.0, 1e6),
+            ("weight_decay", 0.0, 1e6),
+            ("momentum", 0.0, 1.0),
+            ("label_smoothing", 0.0, 1.0),
+        ):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ConfigError(f"{_flag(name)} must be from {low} to {high}, got {value}")
+
+
+def check_same(stored: dict, given: dict) -> None:
+    """Check that flags do not contradict those of a checkpoint.
+
+    Raises:
+        ConfigError: naming the first difference.
+    """
+    for name, value in given.items():
+        if name not in MAY_DIFFER and value != stored.get(name):
+            raise ConfigError(
+                f"{_flag(name)} {value} contradicts the checkpoint, which was "
+                f"trained with {_flag(name)} {stored.get(name)}"
+            )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """Print one line, not the usage as well."""
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line's parser; flags that were not given are absent from its result."""
+    default = {field.name: field.default for field in fields(Config)}
+    recipe = {
+        name: " and ".join(
+            f"{values[name]} for {optimizer}" for optimizer, values in RECIPES.items()
+        )
+        for name in ("lr", "weight_decay")
+    }
+    parse = _Parser(
+        prog="nets.train",
+        argument_default=argparse.SUPPRESS,
+        description="Train a network by Triton kernels on images of digits, clothes, "
+        "... With no flags: the demo, 3 epochs on 4,000 MNIST digits.",
+    )
+    data = parse.add_argument_group("data")
+    data.add_argument(
+        "--dataset",
+        metavar="NAME|FOLDER",
+        help="mnist5k (comes with the package), mnist or fashion-mnist (downloaded), "
+        "or a folder with files in MNIST's format (default: mnist5k)",
+    )
+    data.add_argument(
+        "--data-dir",
+        metavar="FOLDER",
+        help="where downloads are kept (default: the user's cache folder)",
+    )
+    data.add_argument(
+        "--shift",
+        type=int,
+        metavar="PIXELS",
+        help=f"move training images by up to this much (default: {default['shift']})",
+    )
+    data.add_argument(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="use at most N training and N held-out images (default: all)",
+    )
+    train = parse.add_argument_group("training")
+    train.add_argument("--model", choices=MODELS, help=f"(default: {default['model']})")
+    train.add_argument("--epochs", type=int, help=f"(default: {default['epochs']})")
+    train.add_argument("--batch-size", type=int, help=f"(default: {default['batch_size']})")
+    train.add_argument("--optimizer", choices=RECIPES, help=f"(default: {default['optimizer']})")
+    train.add_argument(
+        "--lr",
+        type=float,
+        help="highest learning rate, after a warm-up of "
+        f"{WARMUP:.0%} of the steps; then it falls to 0 (default: {recipe['lr']})".replace(
+            "%", "%%"
+        ),
+    )
+    train.add_argument("--weight-decay", type=float, help=f"(default: {recipe['weight_decay']})")
+    train.add_argument(
+        "--momentum",
+        type=float,
+        help=f"of sgd, which is Nesterov's (default: {RECIPES['sgd']['momentum']})",
+    )
+    train.add_argument(
+        "--label-smoothing",
+        type=float,
+        metavar="0..1",
+        help=f"in the training loss (default: {default['label_smoothing']:g})",
+    )
+    train.add_argument(
+        "--seed", type=int, help=f"of weights, split, order and shifts (default: {default['seed']})"
+    )
+    train.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        help="auto is the GPU if there is one; on the CPU the kernels run in "
+        f"Triton's interpreter (default: {default['device']})",
+    )
+    train.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="float16 and bfloat16 are mixed precision: "
+        f"parameters stay in float32 (default: {default['dtype']})",
+    )
+    run = parse.add_argument_group("the run's folder")
+    run.add_argument(
+        "--out",
+        metavar="FOLDER",
+        help="where metrics, checkpoints and pictures go (default: runs/DATASET-MODEL-seedSEED)",
+    )
+    again = run.add_mutually_exclusive_group()
+    again.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="PATH",
+        help="continue from a run's folder, or from one of its checkpoints "
+        "(default: the newest good checkpoint in --out)",
+    )
+    again.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
+    return parse

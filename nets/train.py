@@ -1,0 +1,482 @@
+"""Train a network on images with our kernels: `python -m nets.train`, or `fit` from Python.
+
+The recipe: AdamW, a short linear warm-up and then a linear decay of the learning rate, images
+shifted by up to a pixel, no other tricks. The same flags and seed give the same losses, bit for
+bit, on the same machine, and a run that was killed and resumed gives those of an unbroken one:
+
+- the order of the images and their shifts come from (seed, epoch), never from a generator that
+  remembers what happened before;
+- the learning rate depends on the number of the step alone;
+- parameters, the optimizer's state and the metrics so far are in every checkpoint.
+
+Under --out a run leaves config.json (flags, data, versions), metrics.jsonl (a line per epoch),
+checkpoint-NNN.pt (after each epoch; 000 is the untrained network) and four pictures.
+"""
+
+import json
+import math
+import platform
+import shlex
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from kernels import SGD, AdamW, cross_entropy, softmax
+from kernels._launch import INTERPRET
+
+from . import checkpoint as ckpt
+from . import data as datasets
+from .config import DTYPES, WARMUP, Config, ConfigError, check_same, parser
+from .models import build
+
+EVAL_BATCH = 1000  # large: without a GPU a launch costs more than the arithmetic of 100 images
+PICTURES = ("curves.png", "confusion.png", "filters.png", "mistakes.png")
+
+
+class Evaluation(NamedTuple):
+    """What a network does on labelled images.
+
+    Attributes:
+        loss: mean cross-entropy, in nats.
+        confusion: int64 [classes, classes]; row: the true class, column: the predicted one.
+        probability: float32 [N, classes], on the CPU.
+    """
+
+    loss: float
+    confusion: Tensor
+    probability: Tensor
+
+
+class Result(NamedTuple):
+    """What `fit` returns: the trained model, a dict per epoch, and float32 losses [steps]."""
+
+    model: nn.Module
+    history: list[dict]
+    losses: Tensor
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Return the rate of a step, counted from 0: linear warm-up to the peak, linear decay to 0."""
+    warmup = max(1, int(WARMUP * steps))
+    return peak * min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+
+
+def scores(confusion: Tensor) -> tuple[float, float, float]:
+    """Return accuracy, precision and recall of a confusion matrix [true, predicted].
+
+    Precision and recall are means over the classes (macro); a class that was never predicted has
+    precision 0, and one that neither occurs nor was predicted is left out.
+    """
+    confusion = confusion.double()
+    hits, true, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    seen = (true + predicted) > 0
+    precision = (hits / predicted.clamp(min=1))[seen].mean()
+    recall = (hits / true.clamp(min=1))[seen].mean()
+    return (hits.sum() / true.sum()).item(), precision.item(), recall.item()
+
+
+class Images:
+    """One part of a data set on a device, and how it becomes the network's input."""
+
+    def __init__(self, images, labels, mean, std, device):
+        self.images, self.labels = images.to(device), labels.to(device)
+        self.mean, self.std = mean, std
+
+    def input(self, images: Tensor) -> Tensor:
+        """Return uint8 [N, H, W] as standardised float32 [N, 1, H, W]."""
+        x = (images.float() - self.mean) / self.std
+        return x[:, None].contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, part: Images, classes: int, dtype: torch.dtype = torch.float32
+) -> Evaluation:
+    """Run the model over all images of a part and compare with the labels."""
+    model.eval()
+    device = part.labels.device
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
+    probability = []
+    for images, labels in zip(
+        part.images.split(EVAL_BATCH), part.labels.split(EVAL_BATCH), strict=True
+    ):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits = model(part.input(images)).float()
+        loss += cross_entropy(logits, labels, reduction="sum")
+        confusion += torch.bincount(labels * classes + logits.argmax(1), minlength=classes**2)
+        probability.append(softmax(logits).cpu())
+    return Evaluation(
+        loss.item() / len(part.labels),
+        confusion.cpu().view(classes, classes),
+        torch.cat(probability),
+    )
+
+
+def train_epoch(model, optimizer, scaler, part: Images, config: Config, epoch: int, bar):
+    """Train for one epoch; epochs count from 1.
+
+    Returns:
+        The loss of every step, float32 [steps] on the CPU, and the accuracy, both measured on the
+        way: on shifted images, while the network changes.
+    """
+    model.train()
+    count, device, dtype = len(part.labels), part.labels.device, DTYPES[config.dtype]
+    steps = math.ceil(count / config.batch_size)
+    losses = torch.zeros(steps, device=device)
+    correct = torch.zeros((), dtype=torch.int64, device=device)
+    shown = time.perf_counter()
+    for i, (images, labels) in enumerate(
+        datasets.batches(
+            part.images,
+            part.labels,
+            config.batch_size,
+            seed=config.seed,
+            epoch=epoch,
+            shift=config.shift,
+        )
+    ):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate((epoch - 1) * steps + i, config.epochs * steps, config.lr)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits = model(part.input(images)).float()
+        loss = cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses[i] = loss.detach()
+        correct += (logits.argmax(1) == labels).sum()
+        # Reading a number makes the CPU wait for the GPU, so not at every step.
+        if (now := time.perf_counter()) - shown > 0.2:
+            shown, seen = now, i * config.batch_size + len(labels)
+            bar.set_postfix_str(
+                f"loss {losses[i].item():.3f}, accuracy {correct.item() / seen:.1%}", refresh=False
+            )
+        bar.update()
+    return losses.cpu(), correct.item() / count  # .cpu() waits for the GPU: time is measured after
+
+
+class _Run:
+    """A run's state: all that a checkpoint holds."""
+
+    def __init__(self, config: Config, data, device: torch.device):
+        """Build the network and the optimizer as they are before the first step."""
+        self.config, self.out, self.checksum = config, Path(config.out), data.checksum()
+        with torch.random.fork_rng(devices=[]):  # leave the caller's random numbers alone
+            torch.manual_seed(config.seed)
+            try:
+                self.model = build(config.model, data.shape, len(data.classes)).to(device)
+            except ValueError as error:
+                raise ConfigError(f"--model {config.model}: {error}") from error
+        parameters = self.model.parameters()
+        if config.optimizer == "adamw":
+            self.optimizer = AdamW(parameters, config.lr, weight_decay=config.weight_decay)
+        else:
+            self.optimizer = SGD(
+                parameters,
+                config.lr,
+                config.momentum,
+                nesterov=config.momentum > 0,
+                weight_decay=config.weight_decay,
+            )
+        # float16 gradients below 6e-8 would vanish: the scaler multiplies the loss, and skips the
+        # steps whose gradients overflow. It does nothing for the other dtypes.
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
+        self.epoch, self.history, self.losses = 0, [], torch.zeros(0)
+
+    def restore(self, state: dict) -> None:
+        """Take over the state of a checkpoint."""
+        if state["checksum"] != self.checksum:
+            raise ConfigError(
+                f"--dataset {self.config.dataset} is not the data that the "
+                f"checkpoint was trained on ({state['config']['dataset']})"
+            )
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())
+            raise ckpt.CheckpointError(
+                f"checkpoint {state['path']} does not fit: {reason}"
+            ) from error
+        self.epoch, self.history = state["epoch"], list(state["history"])
+        self.losses = state["losses"]
+
+    def write(self) -> None:
+        """Write the checkpoint and the metrics up to now."""
+        ckpt.save(
+            ckpt.checkpoint_path(self.out, self.epoch),
+            {
+                "config": asdict(self.config),
+                "checksum": self.checksum,
+                "epoch": self.epoch,
+                "history": self.history,
+                "losses": self.losses,
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+            },
+        )
+        # The whole file each time, from the history that the checkpoint has too: a kill never
+        # leaves half a line, and resuming brings the two together again.
+        ckpt.write_whole(self.out / "metrics.jsonl", jsonl(self.history))
+
+
+def fit(
+    config: Config, resume: dict | None = None, overwrite: bool = False, progress: bool = True
+) -> Result:
+    """Train, evaluate after every epoch, and leave everything under config.out.
+
+    Args:
+        config: the flags.
+        resume: a checkpoint from checkpoint.load or load_newest, to go on from.
+        overwrite: replace a run that config.out holds.
+        progress: show a bar on stderr (if it is a terminal) and a line per epoch on stdout.
+
+    Raises:
+        ConfigError: for flags that cannot work, here or with the checkpoint.
+        DataError: for missing or broken data.
+        CheckpointError: for a checkpoint that does not fit.
+        OSError: if config.out cannot be written.
+    """
+    device, dtype = pick_device(config.device), DTYPES[config.dtype]
+    if resume is not None:
+        check_same(resume["config"], asdict(config))
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    continues = resume is not None and resume["path"].parent.resolve() == out.resolve()
+    if not continues and not overwrite and ((out / "config.json").exists() or ckpt.find(out)):
+        raise ConfigError(
+            f"{out} already holds a run: continue it with --resume, replace it with "
+            "--overwrite, or choose another --out"
+        )
+    data = datasets.load(config.dataset, config.data_dir, config.seed, config.limit)
+    if config.shift >= min(data.shape[1:]):
+        raise ConfigError(
+            f"--shift {config.shift} moves images of {data.shape[1]} x "
+            f"{data.shape[2]} pixels out of sight"
+        )
+    mean, std = data.mean_std()
+    train = Images(data.train_images, data.train_labels, mean, std, device)
+    test = Images(data.test_images, data.test_labels, mean, std, device)
+    steps = math.ceil(len(train.labels) / config.batch_size)
+    run = _Run(config, data, device)
+    if resume is not None:
+        run.restore(resume)
+
+    if not continues:
+        clear(out)
+    elif (out / "metrics.jsonl").is_file() and (
+        (out / "metrics.jsonl").read_bytes() != jsonl(run.history)
+    ):
+        print(
+            f"note: {out / 'metrics.jsonl'} goes back to epoch {run.epoch}, the checkpoint's",
+            file=sys.stderr,
+        )
+    about = describe(config, data, run.model, device)
+    ckpt.write_whole(out / "config.json", (json.dumps(about, indent=2) + "\n").encode())
+    run.write()
+    if progress:
+        print(
+            f"{config.dataset}: {len(train.labels):,} training and {len(test.labels):,} held-out "
+            f"images of {data.shape[1]} x {data.shape[2]}, {len(data.classes)} classes"
+        )
+        print(
+            f"{config.model}: {about['model']['parameters']:,} parameters, {config.dtype}, "
+            f"{about['environment']['device']}"
+        )
+        print(HEADER, *map(epoch_line, run.history), sep="\n", flush=True)
+
+    result = None
+    with tqdm(
+        total=config.epochs * steps,
+        initial=run.epoch * steps,
+        unit="step",
+        dynamic_ncols=True,
+        disable=None if progress else True,
+    ) as bar:  # None: a bar on terminals only
+        for epoch in range(run.epoch + 1, config.epochs + 1):
+            bar.set_description(f"epoch {epoch}/{config.epochs}")
+            start = time.perf_counter()
+            losses, train_accuracy = train_epoch(
+                run.model, run.optimizer, run.scaler, train, config, epoch, bar
+            )
+            seconds = time.perf_counter() - start
+            result = evaluate(run.model, test, len(data.classes), dtype)
+            eval_seconds = time.perf_counter() - start - seconds
+            accuracy, precision, recall = scores(result.confusion)
+            sizes = torch.full((steps,), config.batch_size, dtype=torch.float64)
+            sizes[-1] = len(train.labels) - (steps - 1) * config.batch_size
+            line = {
+                "epoch": epoch,
+                "train_loss": ((losses * sizes).sum() / sizes.sum()).item(),
+                "test_loss": result.loss,
+                "train_accuracy": train_accuracy,
+                "accuracy": accuracy,
+                "precision": precision,
+                "recall": recall,
+                "seconds": round(seconds, 3),
+                "eval_seconds": round(eval_seconds, 3),
+                "images_per_second": round(len(train.labels) / seconds, 1),
+                "lr": run.optimizer.param_groups[0]["lr"],
+            }
+            if not math.isfinite(line["train_loss"] + line["test_loss"]):
+                raise ConfigError(
+                    f"the loss is not finite any more in epoch {epoch} (training "
+                    f"{line['train_loss']}, held-out {line['test_loss']}): try a "
+                    f"smaller --lr than {config.lr}"
+                )
+            run.epoch, run.losses = epoch, torch.cat([run.losses, losses])
+            run.history.append(line)
+            run.write()
+            if progress:
+                bar.write(epoch_line(line))
+                sys.stdout.flush()
+    if result is None:  # a finished run was resumed, perhaps for its pictures
+        result = evaluate(run.model, test, len(data.classes), dtype)
+    draw(run, data, result)
+    if progress:
+        print(
+            f"written to {out}: {ckpt.checkpoint_path(out, run.epoch).name}, metrics.jsonl, "
+            + ", ".join(PICTURES)
+        )
+    return Result(run.model, run.history, run.losses)
+
+
+HEADER = (
+    "epoch  train loss  test loss  train acc.  accuracy  precision  recall   seconds  "
+    "images/s        lr"
+)
+
+
+def epoch_line(line: dict) -> str:
+    """Format an epoch's metrics under HEADER; the seconds are those of training."""
+    return (
+        "{epoch:5d}  {train_loss:10.4f}  {test_loss:9.4f}  {train_accuracy:10.2%}  "
+        "{accuracy:8.2%}  {precision:9.2%}  {recall:6.2%}  {seconds:8.2f}  "
+        "{images_per_second:8,.0f}  {lr:8.2g}"
+    ).format(**line)
+
+
+def jsonl(history: list[dict]) -> bytes:
+    """Return metrics as the content of metrics.jsonl: an epoch a line."""
+    return "".join(json.dumps(line) + "\n" for line in history).encode()
+
+
+def draw(run: _Run, data, result: Evaluation) -> None:
+    """Write the four pictures."""
+    from . import pictures  # matplotlib takes a second to import, and is needed only here
+
+    weight, bias = (value.cpu() for value in list(run.model.state_dict().values())[:2])
+    mean, std = data.mean_std()
+    example = (data.test_images[len(data.test_images) // 2].float() - mean) / std
+    figures = (
+        pictures.curves(run.history, run.losses),
+        pictures.confusion(result.confusion, data.classes),
+        pictures.filters(weight, bias, example),
+        pictures.mistakes(data.test_images, data.test_labels, result.probability, data.classes),
+    )
+    for name, figure in zip(PICTURES, figures, strict=True):
+        ckpt.write_whole(run.out / name, pictures.png(figure))
+
+
+def describe(config: Config, data, model: nn.Module, device: torch.device) -> dict:
+    """Return what config.json says: flags, data, model, and what they ran on."""
+    import triton
+
+    place = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else (f"CPU with {torch.get_num_threads()} threads")
+    )
+    return {
+        "config": asdict(config),
+        "data": {
+            "train": len(data.train_labels),
+            "held_out": len(data.test_labels),
+            "shape": list(data.shape),
+            "classes": list(data.classes),
+            "checksum": f"{data.checksum():08x}",
+        },
+        "model": {"name": config.model, "parameters": sum(p.numel() for p in model.parameters())},
+        "environment": {
+            "device": place + (", Triton's interpreter" if INTERPRET else ""),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "numpy": np.__version__,
+        },
+    }
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device for "auto", "cpu" or "cuda".
+
+    Raises:
+        ConfigError: if it is not there, or Triton cannot use it as it was started.
+    """
+    gpu = torch.cuda.is_available()
+    if name == "cuda" and not gpu:
+        raise ConfigError("--device cuda: PyTorch sees no GPU here; use --device cpu or auto")
+    if name == "cpu" and gpu and not INTERPRET:
+        raise ConfigError(
+            "--device cpu on a machine with a GPU: set TRITON_INTERPRET=1 in the "
+            "environment, so that the kernels are interpreted"
+        )
+    return torch.device("cuda" if name == "cuda" or (gpu and not INTERPRET) else "cpu")
+
+
+def clear(out: Path) -> None:
+    """Remove what an earlier run left in its folder, and nothing else."""
+    for path in (
+        *ckpt.find(out),
+        *(out / name for name in ("config.json", "metrics.jsonl")),
+        *(out / name for name in PICTURES),
+    ):
+        path.unlink(missing_ok=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 2 for a user's error, 130 for Ctrl-C."""
+    given = vars(parser().parse_args(argv))
+    resume, overwrite = given.pop("resume", None), given.pop("overwrite", False)
+    state = out = None
+    try:
+        if resume is not None:
+            path = Path(resume or Config(**given).out)
+            state = ckpt.load(path) if path.is_file() else ckpt.load_newest(path)
+            check_same(state["config"], given)
+            given = {**state["config"], "out": str(state["path"].parent), **given}
+        config = Config(**given)
+        out = Path(config.out)
+        fit(config, state, overwrite)
+        return 0
+    except KeyboardInterrupt:
+        saved = ckpt.find(out) if out else []
+        print("\nstopped; the last checkpoint is", saved[0] if saved else "none", file=sys.stderr)
+        if saved:
+            command = f"python -m nets.train --resume {shlex.quote(str(out))}"
+            print("continue with:", command, file=sys.stderr)
+        return 130
+    except (ConfigError, datasets.DataError, ckpt.CheckpointError) as error:
+        reason = str(error)
+    except OSError as error:
+        reason = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
+        reason = reason or str(error)
+    except torch.OutOfMemoryError:
+        reason = f"the GPU's memory is too small for --batch-size {config.batch_size}"
+    print(f"nets.train: error: {reason}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

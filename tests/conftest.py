@@ -1,0 +1,49 @@
+"""What every test has, without asking. The tools that a test imports are beside this file:
+
+    from tests.tolerance import assert_close           is it right, and could the test have failed?
+    from tests.inputs import randn, double, gradients  seeded inputs in every layout, and gradients
+    from tests.poison import poison                    reads and writes out of bounds
+
+The same tests run on the CPU (`make test` forces Triton's interpreter) and, where torch sees a GPU
+and TRITON_INTERPRET is not set, compiled on the GPU: they take their device from the `device`
+fixture or from `tests.inputs.DEVICE`. Tests marked `gpu` run there alone, at real sizes.
+"""
+
+import os
+
+# Before NumPy and torch are imported: threads that wait for a busy core cost up to ten times what
+# they bring.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from tests.inputs import DEVICE  # noqa: E402
+
+# An interpreted kernel takes milliseconds: few examples, and no deadline for the first of them.
+hypothesis.settings.register_profile(
+    "tilelab", deadline=None, max_examples=20, derandomize=bool(os.environ.get("CI"))
+)
+hypothesis.settings.load_profile("tilelab")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` where kernels do not run on one."""
+    if DEVICE == "cuda":
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU, and TRITON_INTERPRET not set"))
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Name dtypes in the ids of tests: `float16`, not `dtype1`."""
+    return str(val).removeprefix("torch.") if isinstance(val, torch.dtype) else None
+
+
+@pytest.fixture
+def device() -> str:
+    """Where the kernels run: "cuda", or "cpu" for the interpreter."""
+    return DEVICE
