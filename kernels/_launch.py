@@ -179,10 +179,9 @@ _forced: dict[str, dict] = {}
 
 # The interpreter spends 10-50 us on every operation of every program, whatever the tile's size, and
 # 15 ns an element on a load: few, large tiles. They pay until a load of 2^17 elements falls out of
-# the CPU's cache; a product of two such loads may be larger, up to Triton's limit for one tensor.
+# the CPU's cache; the product of two such loads may be larger, up to Triton's limit for one tensor.
 INTERPRETER_LOAD = 2**17
 INTERPRETER_TENSOR = 2**20
-INTERPRETER_CAPS = {"BLOCK_M": 1024, "BLOCK_N": 1024, "BLOCK_K": 128}  # of all but the first
 
 
 @contextlib.contextmanager
@@ -231,14 +230,18 @@ def splits(programs: int, steps: int) -> int:
 
 
 def _large_blocks(blocks: dict[str, int]) -> dict[str, int]:
-    """For the interpreter: the first dimension takes all the elements that the others leave."""
+    """For the interpreter: the first dimension takes the elements that the others leave."""
     first, *others = blocks
-    blocks = {k: min(v, INTERPRETER_CAPS[k]) if k != first else v for k, v in blocks.items()}
-    for name in others:  # of a matmul's C = A @ B, [M, K] is loaded and [M, N] is not
-        loaded = name == "BLOCK_K" or "BLOCK_K" not in others
-        limit = INTERPRETER_LOAD if loaded else INTERPRETER_TENSOR
-        blocks[first] = min(blocks[first], max(16, limit // blocks[name]))
-    blocks[first] = min(blocks[first], INTERPRETER_TENSOR)
+    for name in others:
+        blocks[name] = min(blocks[name], 1024)
+    if "BLOCK_K" not in others:  # each other block is loaded beside the first
+        loads, product = max((blocks[name] for name in others), default=1), 1
+    else:  # loads of [first, BLOCK_K] and [BLOCK_K, BLOCK_N], a product of [first, BLOCK_N]
+        product = blocks["BLOCK_N"]
+        widest = max(min(blocks[first], 1024), product)
+        loads = blocks["BLOCK_K"] = min(blocks["BLOCK_K"], INTERPRETER_LOAD // widest)
+    most = min(INTERPRETER_LOAD // loads, INTERPRETER_TENSOR // product)
+    blocks[first] = min(blocks[first], max(16, most))
     return blocks
 
 
@@ -301,8 +304,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
 
 
 def _addresses(tensors: list[torch.Tensor]) -> torch.Tensor:
-    table = torch.tensor([t.data_ptr() for t in tensors], dtype=torch.int64)
-    return table.to(tensors[0].device, non_blocking=True)
+    return _address_table(tuple(t.data_ptr() for t in tensors), tensors[0].device)
+
+
+@functools.lru_cache(maxsize=64)  # training comes back with the same addresses: no copy to the GPU
+def _address_table(addresses: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(addresses, dtype=torch.int64).to(device, non_blocking=True)
 
 
 @contextlib.contextmanager

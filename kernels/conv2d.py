@@ -179,6 +179,7 @@ def conv2d_kernel(
     w_ptrs = w_ptr + (offs_c * stride_wc)[:, None] + (offs_n % K * stride_wk)[None, :]
     step_h = tl.cast(stride_xh, tl.int64) * DIL_H  # from one tap to the next
     step_w = tl.cast(stride_xw, tl.int64) * DIL_W
+    step_c = tl.cast(stride_xc, tl.int64)
 
     acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
     blocks_c = tl.cdiv(C, BLOCK_K)
@@ -186,7 +187,7 @@ def conv2d_kernel(
         r = i // blocks_c // S
         s = i // blocks_c % S
         c = i % blocks_c * BLOCK_K
-        x_tap = x_ptrs + (r * step_h + s * step_w + c * stride_xc)
+        x_tap = x_ptrs + (r * step_h + s * step_w + c * step_c)
         w_tap = w_ptrs + (r * stride_wr + s * stride_ws + c * stride_wc)
         # Which pixels fall into the padding is cheaper to compute again than to keep.
         inside = (h + r * DIL_H >= 0) & (h + r * DIL_H < H)

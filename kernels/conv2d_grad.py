@@ -122,6 +122,7 @@ def conv2d_input_grad_kernel(
     w_ptrs = w_ptr + (offs_k * stride_wk)[:, None] + (offs_n % C * stride_wc)[None, :]
     step_p = tl.cast(stride_dyp, tl.int64)
     step_q = tl.cast(stride_dyq, tl.int64)
+    step_k = tl.cast(stride_dyk, tl.int64)
 
     acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
     blocks_k = tl.cdiv(K, BLOCK_K)
@@ -131,7 +132,7 @@ def conv2d_input_grad_kernel(
         k = i % blocks_k * BLOCK_K
         up = r * DIL_H // STRIDE_H  # p = p0 - up: (h + pad) and r*dil leave the same remainder
         left = s * DIL_W // STRIDE_W
-        dy_tap = dy_ptrs + (k * stride_dyk - up * step_p - left * step_q)
+        dy_tap = dy_ptrs + (k * step_k - up * step_p - left * step_q)
         w_tap = w_ptrs + (k * stride_wk + r * stride_wr + s * stride_ws)
         inside = (p0 >= up) & (p0 < P + up) & (q0 >= left) & (q0 < Q + left)
         if EVEN_K:

@@ -180,10 +180,10 @@ def conv2d_relu_pool_input_grad_kernel(
     acc = tl.full((BLOCK_M, 4 * BLOCK_N), 0.0, tl.float32)
     blocks_k = tl.cdiv(K, BLOCK_K)
     for step in range(0, (R // 2 + 1) * (S // 2 + 1) * blocks_k):
-        up = step // blocks_k // (S // 2 + 1)  # the window this many rows further up
-        left = step // blocks_k % (S // 2 + 1)
+        i_up = step // blocks_k // (S // 2 + 1)  # the window this many rows further up
+        j_up = step // blocks_k % (S // 2 + 1)  # and columns further left
         k = step % blocks_k * BLOCK_K + offs_k
-        p, q = i - up, j - left
+        p, q = i - i_up, j - j_up
         inside = (p >= 0) & (p < P) & (q >= 0) & (q < Q)
         mask = inside[:, None] & (k < K)[None, :]
         dy_rows = n * stride_dyn + p * stride_dyp + q * stride_dyq
@@ -193,20 +193,22 @@ def conv2d_relu_pool_input_grad_kernel(
         place_ptrs = place_ptr + place_rows[:, None] + (k * stride_pk)[None, :]
         place = tl.load(place_ptrs, mask=mask, other=4).to(tl.int32)
 
-        u = e + 2 * up  # where the pixel lies in that window's patch
-        v = f + 2 * left
+        u = e + 2 * i_up  # where the pixel lies in that window's patch
+        v = f + 2 * j_up
         w_cols = u * stride_wr + v * stride_ws + c * stride_wc
         w_ptrs = w_ptr + (k * stride_wk)[:, None] + w_cols[None, :]  # [BLOCK_K, 4 * BLOCK_N]
-        for a in tl.static_range(2):
-            for b in tl.static_range(2):
-                tap = (u >= a) & (u < R + a) & (v >= b) & (v < S + b) & (c < C)
-                wt = tl.load(
-                    w_ptrs - (a * stride_wr + b * stride_ws),
-                    mask=(k < K)[:, None] & tap[None, :],
-                    other=0.0,
-                )
-                spread = tl.where(place == 2 * a + b, dy, 0.0).to(dy.dtype)
-                acc = tl.dot(spread, wt, acc, input_precision=PRECISION)
+        mask = (k < K)[:, None] & (c < C)[None, :]
+        top, bottom = (u < R)[None, :] & mask, ((u > 0) & (u <= R))[None, :] & mask
+        left, right = (v < S)[None, :], ((v > 0) & (v <= S))[None, :]
+        w0 = tl.load(w_ptrs, mask=top & left, other=0.0)
+        w1 = tl.load(w_ptrs - stride_ws, mask=top & right, other=0.0)
+        w2 = tl.load(w_ptrs - stride_wr, mask=bottom & left, other=0.0)
+        w3 = tl.load(w_ptrs - stride_wr - stride_ws, mask=bottom & right, other=0.0)
+        zero = tl.full((BLOCK_M, BLOCK_K), 0.0, dy.dtype)
+        acc = tl.dot(tl.where(place == 0, dy, zero), w0, acc, input_precision=PRECISION)
+        acc = tl.dot(tl.where(place == 1, dy, zero), w1, acc, input_precision=PRECISION)
+        acc = tl.dot(tl.where(place == 2, dy, zero), w2, acc, input_precision=PRECISION)
+        acc = tl.dot(tl.where(place == 3, dy, zero), w3, acc, input_precision=PRECISION)
 
     h = (2 * i - PAD_H)[:, None] + e[None, :]
     w = (2 * j - PAD_W)[:, None] + f[None, :]

@@ -17,11 +17,11 @@
             acc += A[m, k] @ B[k, n]             # tensor cores
         C[m, n] = act(acc + bias[n])
 
-What limits it: 2MNK FLOPs over e(MK + KN + MN) bytes of e each. A square of side n does n/3 FLOPs
-a byte in 16-bit, so from n ~ 600 on (an H200 does 206 FLOPs in the time of one byte) it is the
-tensor cores, if each tile is used often enough: a program reads BLOCK_M + BLOCK_N rows for BLOCK_M
-* BLOCK_N results, so large tiles are what saves bandwidth, and they end where the accumulator no
-longer fits the registers (128x256 float32 is 256 registers x 128 threads).
+What limits it: 2MNK FLOPs over e(MK + KN + MN) bytes, e for each element. A square of side n does
+n/3 FLOPs a byte in 16-bit, so from n ~ 600 on (an H200 does 206 FLOPs in the time of one byte) it
+is the tensor cores, if each tile is used often enough: a program reads BLOCK_M + BLOCK_N rows for
+BLOCK_M * BLOCK_N results, so large tiles are what saves bandwidth, and they end where the
+accumulator no longer fits the registers (128x256 float32 is 256 registers x 128 threads).
 
 Program order. Programs start in the order of their index, a wave of them at a time. Row by row, a
 wave would touch one block row of A and all of B. In groups of GROUP_M block rows it touches a

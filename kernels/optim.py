@@ -9,38 +9,39 @@
              p = (1 - lr * weight_decay) * p  -  lr * m' / (sqrt(v') + eps)
              with m' = m / (1 - beta1^t) and v' = v / (1 - beta2^t), which undo the start from zero
 
-Every element is on its own, so the arithmetic is a line or two. What matters is the launch: a network
+Every element is on its own, so the arithmetic is a few lines. What matters is the launch: a network
 has some hundred parameters, most of them small, and a kernel for each would spend more time being
 launched than running. So one launch gets all of them. A kernel cannot take a list of tensors, but
 it can take a table of their addresses, and a second table that says which piece is whose:
 
-    parameters    p0 [==========|==========|====]      p1 [===]      p2 [==========|=======]
-    programs             0           1        2             3              4           5
-
-    plan          (0, 0)      (0, 1)     (0, 2)        (1, 0)        (2, 0)      (2, 1)
-                  parameter 0, chunk 1 of it, and how many elements are left there
+    parameters    p0 [==========|==========|====]     p1 [===]     p2 [==========|=======]
+    programs             0          1        2             3             4           5
+    plan             (0, 0)     (0, 1)     (0, 2)        (1, 0)       (2, 0)      (2, 1)
+                     parameter 0, its chunk 1, and how many elements are left from there on
 
 One program owns one chunk of BLOCK_M elements of a parameter, its gradient and its state: it looks
 up its row of the plan, then their addresses, and from there on it is an ordinary kernel. Both
-tables stay on the GPU while shapes and addresses stay what they are.
+tables stay on the GPU for as long as shapes and addresses stay what they are.
 
-What limits it: memory. AdamW reads p, grad, m, v and writes p, m, v: 7e bytes an element of e bytes,
-for about 14 FLOPs. SGD moves 3e bytes, with momentum 5e. Written with one torch call for each
-operation, AdamW would move about 20e. The loads have to be 16 bytes wide, and the compiler cannot see
-that an address out of a table is a multiple of 16: the kernel says so (`tl.multiple_of`), where the
-host has looked. A mask whose end is not known would narrow them again, so full chunks have none.
+What limits it: memory. AdamW reads p, grad, m, v and writes p, m, v: 7e bytes an element of e bytes
+for some 15 FLOPs. SGD moves 3e bytes, with momentum 5e. With a torch call for each operation, AdamW
+would move about 20e. Loads have to be 16 bytes wide for that, and two things stand in the way. The
+compiler cannot see that an address out of a table is a multiple of 16: the host looks, and the
+kernel says so (`tl.multiple_of`). And a mask that may end anywhere splits a wide load into narrow
+ones: so a full chunk is loaded without a mask.
 
-The arithmetic is in float32 and rounds once, when p, m and v are stored in the parameter's dtype.
+The arithmetic is in float32, and rounds once, when p, m and v are stored in the parameter's dtype.
 What is the same for all elements, such as 1 - beta2^t, is computed on the host in double.
 
-Read first: bias_relu.py. Source: Sutskever et al., On the importance of initialization and momentum in
-deep learning (2013); Loshchilov & Hutter, Decoupled Weight Decay Regularization (2019); in the exact
-form of torch.optim.SGD and torch.optim.AdamW. The tables are those of Apex's multi-tensor apply.
+Read first: bias_relu.py. Source: Sutskever et al., On the importance of initialization and momentum
+in deep learning (2013); Loshchilov & Hutter, Decoupled Weight Decay Regularization (2019); in the
+form of torch.optim.SGD and torch.optim.AdamW. The tables are those of Apex's multi_tensor_apply.
 """
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+import numbers
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -69,13 +70,11 @@ def adamw_reference(p, grad, m, v, t, lr, betas=(0.9, 0.999), eps=1e-8, weight_d
 
 TILES = [
     dict(BLOCK_M=1024, num_warps=4),  # 8 elements a thread, a 16-byte load in 16-bit: the default
-    dict(BLOCK_M=512, num_warps=4),  # networks of small parameters: fewer lanes without work
+    dict(BLOCK_M=512, num_warps=4),  # small parameters: fewer lanes without work
     dict(BLOCK_M=1024, num_warps=8),  # 4 elements a thread, a 16-byte load in float32
-    dict(
-        BLOCK_M=2048, num_warps=4
-    ),  # the way to the data, three loads one after the other, half as often
-    dict(BLOCK_M=2048, num_warps=8),
-    dict(BLOCK_M=4096, num_warps=8),  # large parameters: least of all
+    dict(BLOCK_M=2048, num_warps=4),  # the plan and the addresses are looked up half as often
+    dict(BLOCK_M=2048, num_warps=8),  # the same, with as many elements a thread as the default
+    dict(BLOCK_M=4096, num_warps=8),  # large parameters: least to look up
 ]
 DEFAULT = {2: TILES[0], 4: TILES[0]}
 
@@ -102,20 +101,21 @@ def sgd_kernel(
         p_ptr = tl.multiple_of(p_ptr, 16)
         g_ptr = tl.multiple_of(g_ptr, 16)
         m_ptr = tl.multiple_of(m_ptr, 16)
+    p_ptrs, g_ptrs, m_ptrs = p_ptr + offs, g_ptr + offs, m_ptr + offs
 
     full = left >= BLOCK_M
     mask = lanes < left
     m = tl.full((BLOCK_M,), 0.0, like_ptr.dtype.element_ty)
-    if full:  # without a mask, since its end would be unknown to the compiler, and the loads narrow
-        p = tl.load(p_ptr + offs)
-        g = tl.load(g_ptr + offs)
+    if full:  # without a mask: 16-byte loads
+        p = tl.load(p_ptrs)
+        g = tl.load(g_ptrs)
         if MOMENTUM:
-            m = tl.load(m_ptr + offs)
+            m = tl.load(m_ptrs)
     else:
-        p = tl.load(p_ptr + offs, mask=mask, other=0.0)
-        g = tl.load(g_ptr + offs, mask=mask, other=0.0)
+        p = tl.load(p_ptrs, mask=mask, other=0.0)
+        g = tl.load(g_ptrs, mask=mask, other=0.0)
         if MOMENTUM:
-            m = tl.load(m_ptr + offs, mask=mask, other=0.0)
+            m = tl.load(m_ptrs, mask=mask, other=0.0)
 
     p = p.to(tl.float32)
     g = sign * g.to(tl.float32) + weight_decay * p
@@ -127,13 +127,13 @@ def sgd_kernel(
     p = p.to(like_ptr.dtype.element_ty)
     m = m.to(like_ptr.dtype.element_ty)
     if full:
-        tl.store(p_ptr + offs, p)
+        tl.store(p_ptrs, p)
         if MOMENTUM:
-            tl.store(m_ptr + offs, m)
+            tl.store(m_ptrs, m)
     else:
-        tl.store(p_ptr + offs, p, mask=mask)
+        tl.store(p_ptrs, p, mask=mask)
         if MOMENTUM:
-            tl.store(m_ptr + offs, m, mask=mask)
+            tl.store(m_ptrs, m, mask=mask)
 
 
 @triton.jit
@@ -160,19 +160,20 @@ def adamw_kernel(
         g_ptr = tl.multiple_of(g_ptr, 16)
         m_ptr = tl.multiple_of(m_ptr, 16)
         v_ptr = tl.multiple_of(v_ptr, 16)
+    p_ptrs, g_ptrs, m_ptrs, v_ptrs = p_ptr + offs, g_ptr + offs, m_ptr + offs, v_ptr + offs
 
     full = left >= BLOCK_M
     mask = lanes < left
     if full:
-        p = tl.load(p_ptr + offs)
-        g = tl.load(g_ptr + offs)
-        m = tl.load(m_ptr + offs)
-        v = tl.load(v_ptr + offs)
+        p = tl.load(p_ptrs)
+        g = tl.load(g_ptrs)
+        m = tl.load(m_ptrs)
+        v = tl.load(v_ptrs)
     else:
-        p = tl.load(p_ptr + offs, mask=mask, other=0.0)
-        g = tl.load(g_ptr + offs, mask=mask, other=0.0)
-        m = tl.load(m_ptr + offs, mask=mask, other=0.0)
-        v = tl.load(v_ptr + offs, mask=mask, other=0.0)
+        p = tl.load(p_ptrs, mask=mask, other=0.0)
+        g = tl.load(g_ptrs, mask=mask, other=0.0)
+        m = tl.load(m_ptrs, mask=mask, other=0.0)
+        v = tl.load(v_ptrs, mask=mask, other=0.0)
 
     # m + (1 - beta) * (g - m) is beta * m + (1 - beta) * g, and needs no beta: 1 - beta is exact
     # from the host, while a float32 0.999 would be off by a part in 30,000 of its distance to 1.
@@ -185,13 +186,13 @@ def adamw_kernel(
     m = m.to(like_ptr.dtype.element_ty)
     v = v.to(like_ptr.dtype.element_ty)
     if full:
-        tl.store(p_ptr + offs, p)
-        tl.store(m_ptr + offs, m)
-        tl.store(v_ptr + offs, v)
+        tl.store(p_ptrs, p)
+        tl.store(m_ptrs, m)
+        tl.store(v_ptrs, v)
     else:
-        tl.store(p_ptr + offs, p, mask=mask)
-        tl.store(m_ptr + offs, m, mask=mask)
-        tl.store(v_ptr + offs, v, mask=mask)
+        tl.store(p_ptrs, p, mask=mask)
+        tl.store(m_ptrs, m, mask=mask)
+        tl.store(v_ptrs, v, mask=mask)
 
 
 @functools.lru_cache(maxsize=64)
@@ -209,8 +210,8 @@ def _update(kernel: Any, rows: list[tuple[torch.Tensor, ...]], *scalars: float, 
     """Launch `kernel` once for all rows, each a parameter, its gradient and its state."""
     sizes = tuple(row[0].numel() for row in rows)
     first, tensors = rows[0][0], [t for row in rows for t in row]
-    mean = max(1, sum(sizes) // len(sizes))  # so at most half of the programs have little to do
-    tile = choose_tile(kernel.__name__.removesuffix("_kernel"), first.dtype, DEFAULT, M=mean)
+    typical = min(max(sizes), 4 * sum(sizes) // len(sizes))  # where most are small, smaller chunks
+    tile = choose_tile(kernel.__name__.removesuffix("_kernel"), first.dtype, DEFAULT, M=typical)
     plan = _plan(sizes, tile["BLOCK_M"], first.device)
     aligned = all(t.data_ptr() % 16 == 0 for t in tensors)
     launch(kernel, (len(plan),), first, tensors, plan, *scalars, **flags, ALIGNED=aligned, **tile)
@@ -247,10 +248,13 @@ def _beside(name: str, t: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
 def _check_group(group: dict[str, Any]) -> None:
     for p in group["params"]:
         _check_parameter(p)
-    for name in ("lr", "momentum", "weight_decay", "eps"):
-        if name in group and not 0 <= group[name] < math.inf:
-            raise ValueError(f"{name} must be a number >= 0, got {group[name]!r}")
-    betas = group.get("betas", (0, 0))
+    for name in ("lr", "momentum", "dampening", "weight_decay", "eps"):
+        value = group.get(name, 0.0)
+        if not isinstance(value, numbers.Real | torch.Tensor):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be finite and not negative, got {value!r}")
+    betas = group.get("betas", (0.0, 0.0))
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
     if group.get("nesterov") and not (group["momentum"] > 0 and group["dampening"] == 0):

@@ -20,20 +20,20 @@ me?", and adds up their dy in an order that never changes.
            | . . . . . |   of its window                     index of (1, 0)  == 2*W + 2 ?
            +-----------+                                     index of (1, 1)  == 2*W + 2 ?
 
-One program owns BLOCK_M output pixels, numbered through [N, P, Q], and BLOCK_N channels: in
-channels_last memory, whole runs of channels for each pixel. The backward is the same with [N, H, W].
+One program owns BLOCK_M pixels of y, numbered through [N, P, Q], and BLOCK_N channels: in
+channels_last memory, runs of channels for each pixel. In the backward, pixels of dx in [N, H, W].
 
-Padding needs no mask and no -inf. A window overlaps the image always, since padding is at most half
-of it, so a tap outside of the image may read the nearest pixel inside instead: that one belongs to
-the window anyway, and it keeps its place in reading order, so neither the maximum nor its place change.
+Padding needs neither masks nor -inf. At most half of a window is padding, so a tap outside of the
+image can read the nearest pixel inside instead: it belongs to the window anyway, and comes in the
+same order, so neither the maximum nor its place changes.
 
-What limits it: memory. With e bytes an element, forward reads HWe and writes PQ(e + 4) for each
-plane; 2x2 windows in 16-bit, 3.5 bytes an input pixel for 3 comparisons. Overlapping windows
-read a pixel several times, all but once from the cache. Backward reads PQ(e + 4) and writes HWe.
-Where no gradient will be asked for, the places are not written.
+What limits it: memory. Forward reads HWe bytes a plane, of e bytes an element, and writes
+PQ(e + 4): 3.5 bytes an input pixel for 2x2 windows in 16-bit, and 3/4 of a comparison. Where
+windows overlap, a pixel is read several times, all but once out of the cache. Backward reads
+PQ(e + 4) and writes HWe. Where no gradient will be asked for, the places are not written.
 
-Read first: bias_relu.py. Source: torch.nn.functional.max_pool2d, whose rules for ties, NaN and -inf
-are kept: NaN wins against everything, the last one if there are several.
+Read first: bias_relu.py. Source: torch.nn.functional.max_pool2d, whose rules are kept: the first of
+equal maxima has the gradient; NaN is larger than everything, and the last of several has it.
 """
 
 from collections.abc import Sequence
@@ -46,7 +46,7 @@ from kernels._launch import check_shape, check_tensors, choose_tile, launch, pai
 
 
 def reference(x, kernel_size, stride=None, padding=0):
-    """The same in plain torch, for any dtype: all windows of x padded with -inf, then the maximum."""
+    """The same in plain torch, for any dtype; its gradient is shared among equal maxima."""
     (R, S), pad = pair("kernel_size", kernel_size, 1), pair("padding", padding, 0)
     step = pair("stride", kernel_size if stride is None else stride, 1)
     x = torch.nn.functional.pad(x, (pad[1], pad[1], pad[0], pad[0]), value=float("-inf"))
@@ -56,11 +56,11 @@ def reference(x, kernel_size, stride=None, padding=0):
 TILES = [
     # the default: 8 elements a thread, one 16-byte load for each tap in 16-bit and two in float32
     dict(BLOCK_M=16, BLOCK_N=64, num_warps=4),
-    dict(BLOCK_M=32, BLOCK_N=64, num_warps=4),  # twice the loads in flight, of half the threads
+    dict(BLOCK_M=32, BLOCK_N=64, num_warps=8),  # more windows share what one SM has cached
     dict(BLOCK_M=8, BLOCK_N=64, num_warps=2),  # more programs, for small images
     dict(BLOCK_M=4, BLOCK_N=256, num_warps=4),  # wide layers: whole cache lines of a pixel
     dict(BLOCK_M=64, BLOCK_N=16, num_warps=4),  # few channels
-    dict(BLOCK_M=256, BLOCK_N=16, num_warps=8),  # few channels, contiguous NCHW: runs of pixels
+    dict(BLOCK_M=128, BLOCK_N=16, num_warps=8),  # few channels, contiguous NCHW: runs of pixels
 ]
 DEFAULT = {2: TILES[0], 4: TILES[0]}
 
@@ -74,7 +74,8 @@ def max_pool2d_kernel(
 ):  # fmt: skip
     """One program computes BLOCK_M pixels x BLOCK_N channels of y, and the places of the maxima.
 
-    M = N*P*Q. y and index are channels_last. The window is constexpr, so the loops are unrolled.
+    M = N*P*Q. y and index are channels_last. The window is constexpr: its short loops are unrolled,
+    and several loads are in flight.
     """
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -63,13 +63,14 @@ def curves(history: Sequence[dict], losses: Tensor) -> Figure:
     epochs = [line["epoch"] for line in history]
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
-    losses = np.asarray(losses, dtype=np.float64)
+    losses = np.maximum(np.asarray(losses, dtype=np.float64), 1e-6)  # 0 has no logarithm
+    held_out = [max(line["test_loss"], 1e-6) for line in history]
     steps = np.arange(1, len(losses) + 1) * epochs[-1] / len(losses)
     left.plot(steps, losses, color=ORANGE, alpha=0.25, linewidth=1)
     left.plot(steps, _smooth(losses), color=ORANGE, linewidth=2, label="training, running mean")
     left.plot(
         epochs,
-        [line["test_loss"] for line in history],
+        held_out,
         color=BLUE,
         linewidth=2,
         marker="o",
@@ -294,7 +295,7 @@ COLUMNS = 8  # of the pictures that are made of small images
 def _tiled(title: str, height: float, top: float = 0.0, scale: float = 1.02) -> tuple[Figure, Axes]:
     """Return a figure whose only axes count in tiles: one tile is 1 wide, 1 high, y downwards.
 
-    A tile is `scale` inches. One axes for all of them: matplotlib takes seconds to lay out dozens of them.
+    A tile is `scale` inches. One axes for all of them: matplotlib takes seconds to lay out dozens.
     """
     width, height = COLUMNS * 1.08 - 0.08, max(height, 0.1)
     figure = Figure(figsize=(9, 0.5 + scale * height), layout="constrained")

@@ -4,12 +4,12 @@
     TRITON_INTERPRET=0 python -m tests.aot sm_90 --tiles    every tile of every TILES list
 
 test_compile.py runs this in processes of its own, because a process has to choose between compiler
-and interpreter before it imports triton. Nobody lists the kernels' arguments here: each op is called
-on empty CPU tensors while `launch` records what it was asked to launch instead of launching it, and
-that is compiled. So what is compiled is what a GPU would be asked to run.
+and interpreter before it imports triton. Nobody lists the kernels' arguments here: each op is
+called on empty CPU tensors while `launch` records what it was asked to launch instead of launching
+it, and that is compiled. So what is compiled is what a GPU would be asked to run.
 
-The report is a JSON object: "launches" (list of dicts as of `compile_launch`) and "missing" (names of
-kernels that no case launches).
+The report is a JSON object: "launches" (a list of what `compile_launch` returns) and "missing" (the
+names of kernels that no case launches).
 """
 
 import importlib
@@ -37,7 +37,9 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-TENSOR_CORES = r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)"  # in PTX, and in AMD's assembly
+TENSOR_CORES = (
+    r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)"  # in PTX, and in AMD's assembly
+)
 TYPES = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -198,7 +200,9 @@ def compile_launch(target, kernel, signature, constants, divisible, options):
     row["types"] = [t for t in signature.values() if t.startswith("*")]
     known = [["tt.divisibility", 16]]
     pointer = known + [["tt.pointer_range", 32]] * (target.backend == "hip")  # below 2 GiB
-    attrs = {(i,): pointer if signature[kernel.arg_names[i]][0] == "*" else known for i in divisible}
+    attrs = {
+        (i,): pointer if signature[kernel.arg_names[i]][0] == "*" else known for i in divisible
+    }
     try:
         source = ASTSource(kernel, signature, constants, attrs)
         compiled = triton.compile(source, target=target, options=options)

@@ -1,4 +1,4 @@
-"""Every kernel compiles for GPUs that are not here, fits them, spills nothing, uses tensor cores."""
+"""Every kernel compiles for GPUs that are not here: it fits, spills nothing, uses tensor cores."""
 
 import json
 import os
