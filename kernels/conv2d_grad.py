@@ -184,7 +184,7 @@ def conv2d_weight_grad_kernel(
 
     acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
     for pixel in range(first, last, BLOCK_K):
-        offs_k = pixel + tl.arange(0, BLOCK_K)
+        offs_k = pixel + tl.arange(0, BLOCK_K).to(tl.int64)
         mask_k = offs_k < last
         q = offs_k % Q
         p = offs_k // Q % P

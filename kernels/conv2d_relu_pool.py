@@ -57,9 +57,10 @@ TILES = [
     dict(BLOCK_M=64, BLOCK_N=32, BLOCK_K=32, num_warps=4, num_stages=3),
     # forward in float32: half the columns
     dict(BLOCK_M=64, BLOCK_N=16, BLOCK_K=32, num_warps=4, num_stages=3),
-    # input gradient: the accumulator has 4 * BLOCK_N columns; in float32 half the rows
-    dict(BLOCK_M=64, BLOCK_N=16, BLOCK_K=32, num_warps=4, num_stages=2),
-    dict(BLOCK_M=32, BLOCK_N=16, BLOCK_K=16, num_warps=4, num_stages=2),
+    # input gradient: the accumulator has 4 * BLOCK_N columns, and four warps would spill; in
+    # float32 half the depth
+    dict(BLOCK_M=64, BLOCK_N=16, BLOCK_K=32, num_warps=8, num_stages=2),
+    dict(BLOCK_M=64, BLOCK_N=16, BLOCK_K=16, num_warps=8, num_stages=2),
     # weight gradient in float32
     dict(BLOCK_M=32, BLOCK_N=32, BLOCK_K=16, num_warps=8, num_stages=2),
     # one input channel, 3x3: the whole patch is one step of 16
@@ -254,7 +255,7 @@ def conv2d_relu_pool_weight_grad_kernel(
     acc2 = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
     acc3 = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
     for window in range(first, last, BLOCK_K):
-        m = window + tl.arange(0, BLOCK_K)
+        m = window + tl.arange(0, BLOCK_K).to(tl.int64)
         q = m % Q
         p = m // Q % P
         n = m // Q // P
@@ -428,6 +429,8 @@ def conv2d_relu_pool(
     Returns:
         [N, K, P // 2, Q // 2] of x's dtype in channels_last memory, for a convolution of [P, Q]; an
         odd last row or column is dropped, as `max_pool2d` does. Differentiable in x, weight, bias.
+        What is not finite in x may make NaN of every window whose patch holds it, and in dy of
+        every 2x2 quad that its patch touches: the four places of a window share one load.
 
     Raises:
         TypeError: a dtype or device that is not supported, or differs between the tensors.

@@ -276,6 +276,9 @@ def col2im(
                 [1., 2., 1.]])
     """
     check_tensors(columns=columns)
+    ints = isinstance(size, tuple | list) and all(isinstance(n, int | torch.SymInt) for n in size)
+    if not ints:
+        raise TypeError(f"size must be four ints (N, C, H, W), got {size!r}")
     if len(size) != 4 or any(extent < 0 for extent in size):
         raise ValueError(f"size must be (N, C, H, W), got {size!r}")
     check_groups(groups, size[1])

@@ -138,8 +138,8 @@ def sgd_kernel(
 
 @triton.jit
 def adamw_kernel(
-    like_ptr, address_ptr, plan_ptr, step_size, decay, weight_m, weight_v, scale_v, eps, sign,
-    ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr,
+    like_ptr, address_ptr, plan_ptr, beta1, rest1, beta2, rest2, step_size, scale_v, eps,
+    decay, sign, ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """One program updates one chunk of one parameter, and its moments.
 
@@ -175,11 +175,10 @@ def adamw_kernel(
         m = tl.load(m_ptrs, mask=mask, other=0.0)
         v = tl.load(v_ptrs, mask=mask, other=0.0)
 
-    # m + (1 - beta) * (g - m) is beta * m + (1 - beta) * g, and needs no beta: 1 - beta is exact
-    # from the host, while a float32 0.999 would be off by a part in 30,000 of its distance to 1.
+    # 1 - beta comes from the host: made of a float32 0.999, it would be off by a part in 100,000.
     p, g, m, v = p.to(tl.float32), sign * g.to(tl.float32), m.to(tl.float32), v.to(tl.float32)
-    m += weight_m * (g - m)
-    v += weight_v * (g * g - v)
+    m = beta1 * m + rest1 * g
+    v = beta2 * v + rest2 * g * g
     p = decay * p - step_size * (m / (tl.sqrt(v) * scale_v + eps))
 
     p = p.to(like_ptr.dtype.element_ty)
@@ -423,9 +422,11 @@ class AdamW(_Optimizer):
         return state["step"].item(), [state["exp_avg"], state["exp_avg_sq"]]
 
     def _launch(self, group: dict[str, Any], step: float, rows: list) -> None:
+        if rows[0][0].is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("AdamW cannot be in a CUDA graph, since the host counts its steps")
         lr, (beta1, beta2) = float(group["lr"]), map(float, group["betas"])
         _update(
-            adamw_kernel, rows, lr / (1 - beta1**step), 1 - lr * float(group["weight_decay"]),
-            1 - beta1, 1 - beta2, 1 / math.sqrt(1 - beta2**step), float(group["eps"]),
-            -1.0 if group["maximize"] else 1.0,
+            adamw_kernel, rows, beta1, 1 - beta1, beta2, 1 - beta2, lr / (1 - beta1**step),
+            1 / math.sqrt(1 - beta2**step), float(group["eps"]),
+            1 - lr * float(group["weight_decay"]), -1.0 if group["maximize"] else 1.0,
         )  # fmt: skip

@@ -130,7 +130,7 @@ class _Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """Return the command line's parser; flags that were not given are absent from its result."""
     default = {field.name: field.default for field in fields(Config)}
-    recipe = {
+    recipe = {  # the defaults that depend on the optimizer, in words
         name: " and ".join(
             f"{values[name]} for {optimizer}" for optimizer, values in RECIPES.items()
         )
@@ -167,22 +167,41 @@ def parser() -> argparse.ArgumentParser:
         help="use at most N training and N held-out images (default: all)",
     )
     train = parse.add_argument_group("training")
-    train.add_argument("--model", choices=MODELS, help=f"(default: {default['model']})")
-    train.add_argument("--epochs", type=int, help=f"(default: {default['epochs']})")
-    train.add_argument("--batch-size", type=int, help=f"(default: {default['batch_size']})")
+    train.add_argument(
+        "--model",
+        choices=MODELS,
+        help="cnn: fused kernels; cnn-unfused, cnn-im2col: the same network of separate kernels; "
+        f"cnn-torch: of PyTorch's own, to compare; mlp: two matmuls (default: {default['model']})",
+    )
+    train.add_argument(
+        "--epochs",
+        type=int,
+        metavar="N",
+        help=f"passes over the training images (default: {default['epochs']})",
+    )
+    train.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help=f"images a step (default: {default['batch_size']})",
+    )
     train.add_argument("--optimizer", choices=RECIPES, help=f"(default: {default['optimizer']})")
     train.add_argument(
         "--lr",
         type=float,
+        metavar="RATE",
         help="highest learning rate, after a warm-up of "
         f"{WARMUP:.0%} of the steps; then it falls to 0 (default: {recipe['lr']})".replace(
             "%", "%%"
         ),
     )
-    train.add_argument("--weight-decay", type=float, help=f"(default: {recipe['weight_decay']})")
+    train.add_argument(
+        "--weight-decay", type=float, metavar="RATE", help=f"(default: {recipe['weight_decay']})"
+    )
     train.add_argument(
         "--momentum",
         type=float,
+        metavar="M",
         help=f"of sgd, which is Nesterov's (default: {RECIPES['sgd']['momentum']})",
     )
     train.add_argument(
@@ -192,7 +211,10 @@ def parser() -> argparse.ArgumentParser:
         help=f"in the training loss (default: {default['label_smoothing']:g})",
     )
     train.add_argument(
-        "--seed", type=int, help=f"of weights, split, order and shifts (default: {default['seed']})"
+        "--seed",
+        type=int,
+        metavar="N",
+        help=f"of weights, split, order and shifts (default: {default['seed']})",
     )
     train.add_argument(
         "--device",

@@ -124,13 +124,14 @@ def train_epoch(model, optimizer, scaler, part: Images, config: Config, epoch: i
     """Train for one epoch; epochs count from 1.
 
     Returns:
-        The loss of every step, float32 [steps] on the CPU, and the accuracy, both measured on the
-        way: on shifted images, while the network changes.
+        The loss of every step, float32 [steps] on the CPU; their mean over the images; and the
+        accuracy. All are measured on the way: on shifted images, while the network changes.
     """
     model.train()
     count, device, dtype = len(part.labels), part.labels.device, DTYPES[config.dtype]
     steps = math.ceil(count / config.batch_size)
     losses = torch.zeros(steps, device=device)
+    total_loss = torch.zeros((), dtype=torch.float64, device=device)
     correct = torch.zeros((), dtype=torch.int64, device=device)
     shown = time.perf_counter()
     for i, (images, labels) in enumerate(
@@ -153,6 +154,7 @@ def train_epoch(model, optimizer, scaler, part: Images, config: Config, epoch: i
         scaler.step(optimizer)
         scaler.update()
         losses[i] = loss.detach()
+        total_loss += losses[i] * len(labels)  # the last batch may be smaller
         correct += (logits.argmax(1) == labels).sum()
         # Reading a number makes the CPU wait for the GPU, so not at every step.
         if (now := time.perf_counter()) - shown > 0.2:
@@ -161,7 +163,8 @@ def train_epoch(model, optimizer, scaler, part: Images, config: Config, epoch: i
                 f"loss {losses[i].item():.3f}, accuracy {correct.item() / seen:.1%}", refresh=False
             )
         bar.update()
-    return losses.cpu(), correct.item() / count  # .cpu() waits for the GPU: time is measured after
+    # .cpu() and .item() wait for the GPU, so the caller's clock sees all of the work.
+    return losses.cpu(), total_loss.item() / count, correct.item() / count
 
 
 class _Run:
@@ -279,7 +282,7 @@ def fit(
         (out / "metrics.jsonl").read_bytes() != jsonl(run.history)
     ):
         print(
-            f"note: {out / 'metrics.jsonl'} goes back to epoch {run.epoch}, the checkpoint's",
+            f"note: {out / 'metrics.jsonl'} is brought to epoch {run.epoch}, the checkpoint's",
             file=sys.stderr,
         )
     about = describe(config, data, run.model, device)
@@ -307,18 +310,16 @@ def fit(
         for epoch in range(run.epoch + 1, config.epochs + 1):
             bar.set_description(f"epoch {epoch}/{config.epochs}")
             start = time.perf_counter()
-            losses, train_accuracy = train_epoch(
+            losses, train_loss, train_accuracy = train_epoch(
                 run.model, run.optimizer, run.scaler, train, config, epoch, bar
             )
             seconds = time.perf_counter() - start
             result = evaluate(run.model, test, len(data.classes), dtype)
             eval_seconds = time.perf_counter() - start - seconds
             accuracy, precision, recall = scores(result.confusion)
-            sizes = torch.full((steps,), config.batch_size, dtype=torch.float64)
-            sizes[-1] = len(train.labels) - (steps - 1) * config.batch_size
             line = {
                 "epoch": epoch,
-                "train_loss": ((losses * sizes).sum() / sizes.sum()).item(),
+                "train_loss": train_loss,
                 "test_loss": result.loss,
                 "train_accuracy": train_accuracy,
                 "accuracy": accuracy,
@@ -329,11 +330,10 @@ def fit(
                 "images_per_second": round(len(train.labels) / seconds, 1),
                 "lr": run.optimizer.param_groups[0]["lr"],
             }
-            if not math.isfinite(line["train_loss"] + line["test_loss"]):
+            if not math.isfinite(train_loss + result.loss):
                 raise ConfigError(
-                    f"the loss is not finite any more in epoch {epoch} (training "
-                    f"{line['train_loss']}, held-out {line['test_loss']}): try a "
-                    f"smaller --lr than {config.lr}"
+                    f"the loss is not finite any more in epoch {epoch} (training {train_loss}, "
+                    f"held-out {result.loss}): try a smaller --lr than {config.lr}"
                 )
             run.epoch, run.losses = epoch, torch.cat([run.losses, losses])
             run.history.append(line)

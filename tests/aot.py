@@ -12,6 +12,7 @@ The report is a JSON object: "launches" (a list of what `compile_launch` returns
 names of kernels that no case launches).
 """
 
+import contextlib
 import importlib
 import json
 import pathlib
@@ -40,6 +41,8 @@ TARGETS = {
 TENSOR_CORES = (
     r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)"  # in PTX, and in AMD's assembly
 )
+BFLOAT16 = [(torch.bfloat16, "ieee")]  # with the precision of float32 products
+FLOAT32 = [(torch.float32, "ieee"), (torch.float32, "tf32")]
 TYPES = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -137,23 +140,22 @@ CASES = {
 def record(case, dtype):
     """The launches [(kernel, args, meta)] of one case, none of which take place."""
     launches = []
-    with mock.patch.object(_launch, "_nearest", lambda *_: None):  # the defaults, nothing tuned
-        patches = []
-        for module in modules():
-            for name, fake in [
-                ("launch", lambda kernel, grid, *a, **m: launches.append((kernel, grid, a, m))),
-                ("check_device", lambda *_: None),
-            ]:
-                if hasattr(module, name):
-                    patches.append(mock.patch.object(module, name, fake))
-        for patch in patches:
-            patch.start()
-        try:
-            CASES[case](dtype)
-        finally:
-            for patch in patches:
-                patch.stop()
-    return [(kernel, args, meta) for kernel, grid, args, meta in launches if 0 not in grid]
+
+    def launch(kernel, grid, *args, **meta):
+        if 0 not in grid:
+            launches.append((kernel, args, meta))
+
+    with contextlib.ExitStack() as stack:
+        for owner, name, fake in [
+            (_launch, "_nearest", lambda *_: None),  # the defaults, nothing tuned
+            (torch.cuda, "is_current_stream_capturing", lambda: False),
+            *((module, "launch", launch) for module in modules()),
+            *((module, "check_device", lambda *_: None) for module in modules()),
+        ]:
+            if hasattr(owner, name):
+                stack.enter_context(mock.patch.object(owner, name, fake))
+        CASES[case](dtype)
+    return launches
 
 
 def modules():
@@ -238,39 +240,40 @@ def set_precision(precision):
     torch.backends.cudnn.conv.fp32_precision = precision
 
 
-def each_launch():
-    """(case, dtype, kernel, specialization) of every launch."""
-    for case in CASES:
-        for dtype, precision in [
-            (torch.bfloat16, "ieee"),
-            (torch.float32, "ieee"),
-            (torch.float32, "tf32"),
-        ]:
+def report(target, dtypes, cases=CASES, only=None, tile=None):
+    """Compile what the cases launch (of the kernels of module `only`), once a dtype and tile."""
+    rows, seen = [], set()
+    for case in cases:
+        for dtype, precision in dtypes:
             set_precision(precision)
             for kernel, args, meta in record(case, dtype):
-                yield case, dtype, kernel, specialize(kernel, args, meta)
-
-
-def report(target, tiles):
-    rows, seen = [], set()
-    if tiles:
-        pairs = [(m, tile) for m in modules() if hasattr(m, "DEFAULT") for tile in m.TILES]
-    else:
-        pairs = [(None, None)]
-    for module, tile in pairs:
-        patches = {} if module is None else {2: tile, 4: tile}
-        with mock.patch.dict({} if module is None else module.DEFAULT, patches):
-            for case, dtype, kernel, (signature, constants, divisible, options) in each_launch():
-                if module is not None and kernel.__module__ != module.__name__:
-                    continue
+                signature, constants, divisible, options = specialize(kernel, args, meta)
                 blocks = [(k, v) for k, v in constants.items() if k.startswith("BLOCK")]
                 key = kernel, dtype, constants.get("PRECISION"), *blocks
-                if key not in seen:  # once a dtype and tile: other constants matter less
-                    seen.add(key)
-                    row = compile_launch(
-                        TARGETS[target], kernel, signature, constants, divisible, options
-                    )
-                    rows.append({"case": case, "dtype": str(dtype)[6:], "tile": tile} | row)
+                if key in seen or only not in (None, kernel.__module__):
+                    continue
+                seen.add(key)
+                row = compile_launch(
+                    TARGETS[target], kernel, signature, constants, divisible, options
+                )
+                rows.append({"case": case, "dtype": str(dtype)[6:], "tile": tile} | row)
+    return rows
+
+
+def report_tiles(target):
+    """The same in bfloat16 for every tile of every TILES list, with all kernels of its file."""
+    rows = []
+    launched = {case: {k.__module__ for k, *_ in record(case, torch.bfloat16)} for case in CASES}
+    for module in modules():
+        if hasattr(module, "TILES") and hasattr(module, "choose_tile"):
+            cases = [case for case in CASES if module.__name__ in launched[case]]
+            for tile in module.TILES:
+
+                def choose(op, dtype, default, tile=tile, **sizes):
+                    return _launch.choose_tile(op, dtype, {dtype.itemsize: tile}, **sizes)
+
+                with mock.patch.object(module, "choose_tile", choose):
+                    rows += report(target, BFLOAT16, cases, module.__name__, tile)
     return rows
 
 
@@ -286,5 +289,8 @@ def missing(rows):
 
 
 if __name__ == "__main__":
-    rows = report(sys.argv[1], "--tiles" in sys.argv)
-    print(json.dumps({"launches": rows, "missing": missing(rows)}, default=str))
+    if "--tiles" in sys.argv:
+        print(json.dumps({"launches": report_tiles(sys.argv[1])}, default=str))
+    else:
+        rows = report(sys.argv[1], BFLOAT16 + FLOAT32)
+        print(json.dumps({"launches": rows, "missing": missing(rows)}, default=str))

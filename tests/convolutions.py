@@ -160,7 +160,7 @@ every_conv = pytest.mark.parametrize(
 # One for the kernel of few channels and one for the other; stride, padding and R != S in both.
 FEW = Conv((3, 5, 6, 7), 6, (3, 2), (2, 1), 1)
 MANY = Conv((2, 18, 5, 6), 17, (2, 3), (1, 2), 1)
-GROUPED = Conv((2, 36, 5, 6), 6, (2, 3), (2, 1), (0, 1), (1, 2), groups=2)
+GROUPED = Conv((3, 36, 9, 8), 6, (2, 3), (2, 1), (0, 1), (1, 2), groups=2)
 few_and_many = pytest.mark.parametrize(
     "conv", [FEW, MANY, GROUPED], ids=["few channels", "many channels", "groups"]
 )
@@ -195,8 +195,8 @@ def any_conv(draw):
 def far_apart(x, dim, path):
     """`x`, but with 2^31 elements from the first to the last along `dim`, in next to no memory.
 
-    It lies in a sparse file, of which only the pages that are used exist, behind 2^31 elements more:
-    that is where an offset that overflows ends up, and finds zeros.
+    It lies in a sparse file, of which only the pages that are used exist. Before it come 2^31 more
+    elements: that is where an offset that overflows ends up, and finds zeros.
     """
     strides = list(x.stride())
     strides[dim] = -(-(2**31) // (x.shape[dim] - 1))

@@ -80,7 +80,6 @@ def test_layouts_of_the_input(layout, dtype):
     check((9, 6), dtype, x=layout, bias="offset")
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("dy", LAYOUTS)
 @pytest.mark.parametrize("x", LAYOUTS)
 def test_layouts_of_the_output_gradient(x, dy):
@@ -91,7 +90,6 @@ def test_bias_of_stride_0():
     check((9, 6, 5, 7), torch.float32, bias="expanded")
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
 def test_outputs_lie_in_memory_as_the_input(layout):
     x = randn(4, 6, 5, 7, layout=layout)
@@ -111,7 +109,6 @@ def test_gradient_of_a_sum_is_expanded():
 # --- nothing to do ------------------------------------------------------------------------------
 
 
-@pytest.mark.core
 @pytest.mark.parametrize(
     "shape", [(0, 5), (5, 0), (0, 0), (0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4)]
 )
@@ -140,7 +137,6 @@ def test_at_exactly_zero(dtype):
     assert y[-1].item() == 0 and not dx.any() and db.item() == 0
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_and_infinity_as_in_torch(dtype):
     special = torch.tensor([torch.nan, torch.inf, -torch.inf, 1.0, -1.0])
@@ -188,7 +184,6 @@ def test_results_are_rounded_to_nearest_even(dtype):
 # --- gradients asked for one by one -------------------------------------------------------------
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("wanted", ["x", "bias"])
 def test_only_the_gradient_that_is_wanted(wanted):
     grads = {}
@@ -308,7 +303,6 @@ WRONG = {
 }
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("args, error, message", WRONG.values(), ids=WRONG)
 def test_wrong_input_is_refused_before_any_launch(args, error, message, monkeypatch):
     def launched(*args, **kwargs):

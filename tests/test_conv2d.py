@@ -1,4 +1,4 @@
-"""conv2d: forward, the bias gradient and what autograd returns; test_conv2d_grad.py has the rest."""
+"""conv2d: forward and what autograd returns; test_conv2d_grad.py has each gradient alone."""
 
 import importlib
 
@@ -21,7 +21,7 @@ from tests.convolutions import (  # noqa: F401
     ieee_products,
     integers,
 )
-from tests.inputs import DEVICE, DTYPES, INTERPRET, LAYOUTS, double, gradients, laid_out, randn
+from tests.inputs import DEVICE, DTYPES, INTERPRET, LAYOUTS, double, gradients, randn
 from tests.poison import poison
 from tests.tolerance import assert_close
 
@@ -211,9 +211,7 @@ def test_integers_are_exact(dtype, conv):
     inputs, dy = conv.inputs(dtype, values=integers), conv.dy(dtype, values=integers)
     inputs.append(integers(conv.filters, dtype=dtype, seed=2))
     y, grads = gradients(call(conv, activation="relu"), inputs, dy)
-    y64, grads64 = gradients(
-        call(conv, reference, activation="relu"), double(*inputs), double(dy)
-    )
+    y64, grads64 = gradients(call(conv, reference, activation="relu"), double(*inputs), double(dy))
     for got, want in zip([y, *grads], [y64, *grads64], strict=True):
         assert want.abs().max() < 256 and (want != 0).any()
         assert torch.equal(got.double(), want)
@@ -255,7 +253,6 @@ def test_relu_at_exactly_zero(C, dtype):
 @pytest.mark.parametrize("where", ["x", "bias"])
 def test_nan_and_infinity_reach_what_torch_has_them_reach(where, value, dtype, conv):
     """Nothing leaks through padding, masked channels or rows that wrap around the last one."""
-    tile = dict(BLOCK_M=32, BLOCK_N=16, BLOCK_K=16, num_warps=4, num_stages=2)
     inputs = [*conv.inputs(dtype), randn(conv.filters, dtype=dtype, seed=2)]
     if where == "x":
         inputs[0][0, 0, 0, 0] = value  # in a corner of the first image, and within the last
@@ -263,8 +260,7 @@ def test_nan_and_infinity_reach_what_torch_has_them_reach(where, value, dtype, c
     else:
         inputs[2][1] = value
     for activation in [None, "relu"]:
-        with use_tile("conv2d", tile), use_tile("conv2d_flat", tile):
-            y = call(conv, activation=activation)(*inputs)
+        y = call(conv, activation=activation)(*inputs)
         y64 = call(conv, reference, activation=activation)(*double(*inputs))
         assert 0 < y64.isfinite().sum() < y64.numel() or (value < 0 and activation == "relu")
         assert_close(y, y64, dtype=dtype, terms=conv.terms["y"])
@@ -358,7 +354,7 @@ def test_steps_with_and_without_a_remainder(C, few, monkeypatch):
     tile = dict(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, num_warps=4, num_stages=2)
     with use_tile("conv2d", tile), use_tile("conv2d_flat", tile):
         for padding in (0, 1):
-            check_forward(Conv((2, C, 5, 6), 18, (3, 2), padding=padding), torch.float32)
+            check_forward(Conv((1, C, 4, 5), 6, (3, 2), padding=padding), torch.float32)
 
 
 @pytest.mark.core
@@ -394,7 +390,7 @@ def test_nothing_is_read_or_written_out_of_bounds(layout, dtype, conv):
 @pytest.mark.parametrize("C", [5, 33], ids=["few channels", "many channels"])
 def test_offsets_past_2_to_the_31_along(dim, C, tmp_path):
     tile = dict(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, num_warps=4, num_stages=2)
-    conv = Conv((3, C, 5, 4), 3, (3, 2), padding=1)
+    conv = Conv((2, C, 3, 4), 3, (2, 2), padding=(1, 0))
     x, weight = conv.inputs(torch.float16)
     far = far_apart(x, dim, tmp_path / "x")
     with use_tile("conv2d", tile), use_tile("conv2d_flat", tile):
@@ -404,6 +400,7 @@ def test_offsets_past_2_to_the_31_along(dim, C, tmp_path):
 # --- anything else ------------------------------------------------------------------------------
 
 
+@hypothesis.settings(max_examples=12)
 @hypothesis.given(
     conv=any_conv(), dtype=st.sampled_from(DTYPES), x=st.sampled_from(LAYOUTS),
     weight=st.sampled_from(WEIGHT_LAYOUTS), dy=st.sampled_from(LAYOUTS), with_bias=st.booleans(),

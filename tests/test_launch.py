@@ -1,5 +1,6 @@
 """_launch.py and _rows.py: where kernels run, what they refuse, which tile they get."""
 
+import ast
 import json
 import os
 import pathlib
@@ -96,27 +97,14 @@ import kernels
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
-@pytest.mark.core
-def test_checks_survive_python_O():
-    code = """
-import torch
-assert False, "asserts are off"
-from kernels import bias_relu, matmul
-for call, error in [
-    (lambda: matmul(torch.ones(2, 2), torch.ones(3, 2)), ValueError),
-    (lambda: matmul(torch.ones(2, 2), torch.ones(2, 2).half()), TypeError),
-    (lambda: bias_relu(torch.ones(2, 2), torch.ones(3)), ValueError),
-]:
-    try:
-        call()
-    except error as e:
-        print("refused")
-"""
-    result = python(code, "-O", TRITON_INTERPRET="1")
-    assert result.stdout == "refused\n" * 3, result.stderr
+@pytest.mark.parametrize("package", ["kernels", "nets"])
+def test_checks_survive_python_O(package):
+    """`python -O` removes asserts, so none of them may be what refuses wrong input."""
+    for path in (ROOT / package).glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            assert not isinstance(node, ast.Assert), f"{path}, line {node.lineno}: raise instead"
 
 
-@pytest.mark.core
 @pytest.mark.parametrize(
     "triton_version, numpy_version, interpret, message",
     [
@@ -275,7 +263,6 @@ def gpu(monkeypatch):
     return table
 
 
-@pytest.mark.core
 @pytest.mark.parametrize(
     "sizes, expected",
     [
@@ -301,7 +288,6 @@ def test_default_tile_depends_on_the_element_size(gpu):
     assert choose_tile("op", torch.float32, DEFAULT, **sizes)["BLOCK_M"] == 64
 
 
-@pytest.mark.core
 def test_tuned_tile_of_the_nearest_shape(gpu, tmp_path):
     def entry(op, dtype, M, block, **tile):
         sizes = dict(M=M, N=1024, K=1024)
@@ -362,7 +348,6 @@ def test_forced_tile_is_taken_as_it_is():
 
 
 @interpreter_only
-@pytest.mark.core
 @pytest.mark.parametrize(
     "sizes, expected",
     [
@@ -372,7 +357,7 @@ def test_forced_tile_is_taken_as_it_is():
         (dict(M=10**6, N=1024, K=16), dict(M=1024, N=1024, K=16)),  # the product is 2^20
         (dict(M=10**6, N=64), dict(M=2**11, N=64)),  # no dot: [M, N] itself is loaded
         (dict(M=10, N=10**6), dict(M=16, N=1024)),
-        (dict(N=10**9), dict(N=2**20)),
+        (dict(N=10**9), dict(N=2**17)),
     ],
     ids=str,
 )

@@ -110,7 +110,6 @@ def test_bias_of_stride_0():
     check(19, 23, 21, torch.float32, bias="expanded", activation="relu")
 
 
-@pytest.mark.core
 def test_gradient_of_a_sum_is_expanded():
     """`.sum().backward()` hands down one number with strides (0, 0)."""
     a, b = randn(12, 20).requires_grad_(), randn(20, 14, seed=1).requires_grad_()
@@ -143,7 +142,6 @@ def test_a_matrix_times_its_own_transpose():
 @pytest.mark.parametrize(
     "M, N, K", [(0, 5, 4), (5, 0, 4), (5, 4, 0), (0, 0, 4), (0, 5, 0), (5, 0, 0), (0, 0, 0)]
 )
-@pytest.mark.core
 def test_empty_as_in_torch(M, N, K, with_bias, activation):
     inputs = [randn(M, K), randn(K, N, seed=1)]
     rest = [activation]
@@ -212,7 +210,6 @@ def test_relu_at_exactly_zero(dtype):
     assert (done.item(), dbias.item()) == (1, 1)
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("activation", [None, "relu"])
@@ -233,7 +230,6 @@ def test_nan_and_infinity_reach_what_torch_has_them_reach(activation, value, dty
 # --- gradients asked for one by one -------------------------------------------------------------
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize("wanted", ["a", "b", "bias", "a b", "a bias", "b bias"])
 def test_only_the_gradients_that_are_wanted(wanted, activation):
@@ -285,7 +281,6 @@ def test_every_grouping_visits_every_tile(blocks, GROUP_M):
     assert_close(c, reference(*double(a, b)), dtype=torch.float32, terms=20)
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_same_bits_twice(dtype):
     inputs = [randn(150, 70, dtype=dtype), randn(70, 90, dtype=dtype, seed=1)]
@@ -377,7 +372,6 @@ WRONG = {
 }
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("args, error, message", WRONG.values(), ids=WRONG)
 def test_wrong_input_is_refused_before_any_launch(args, error, message, monkeypatch):
     def launched(*args, **kwargs):

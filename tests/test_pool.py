@@ -25,7 +25,7 @@ def check(shape, dtype, kernel_size, stride=None, padding=0, *, x="contiguous", 
     y64 = F.max_pool2d(double(image), *window)
     dout = randn(*y64.shape, dtype=dtype, layout=dy, seed=1)
     y, (dx,) = gradients(lambda t: max_pool2d(t, *window), [image], dout)
-    _, (dx64,) = gradients(lambda t: F.max_pool2d(t, *window), double([image]), double(dout))
+    _, (dx64,) = gradients(lambda t: F.max_pool2d(t, *window), [double(image)], double(dout))
     assert torch.equal(y, y64.to(dtype))  # a maximum rounds nothing
     assert torch.equal(y, reference(image, *window))
     assert y.movedim(-3, -1).is_contiguous()
@@ -286,6 +286,7 @@ def test_compile(layout, dynamic):
     def fn(x):
         return max_pool2d(x * 2, 3, 2, 1).tanh()
 
+    torch.compiler.reset()  # compilations are counted, and too many are an error
     compiled = torch.compile(fn, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for shape in [(2, 3, 9, 7), (3, 3, 8, 10)]:
         x = randn(*shape, layout=layout)
@@ -374,7 +375,7 @@ def test_any_window_layout_and_dtype(pool, batch, channels, dtype, x, dy, seed):
     dout = laid_out(randn(*want.shape, seed=seed + 1).mul(4).round().to(dtype), dy)
     with poison() as p:
         y, (dx,) = gradients(lambda t: max_pool2d(t, *window), [p(image)], p(dout))
-    _, (dx64,) = gradients(lambda t: F.max_pool2d(t, *window), double([image]), double(dout))
+    _, (dx64,) = gradients(lambda t: F.max_pool2d(t, *window), [double(image)], double(dout))
     assert torch.equal(y, want.to(dtype))
     assert torch.equal(dx, dx64.to(dtype))
 
@@ -404,7 +405,7 @@ WRONG = {
     "stride of text": ((X, 2, "same"), TypeError, "stride must be an int or a pair"),
     "padding negative": ((X, 2, 2, -1), ValueError, r"padding must be at least 0, got \(-1, -1\)"),
     "padding too large": ((X, 3, 1, 2), ValueError, r"padding .* half .* \(3, 3\), got \(2, 2\)"),
-    "padding wider": ((X, 4, 1, (1, 3)), ValueError, r"padding must be at most half of kernel_size"),
+    "padding wider": ((X, 4, 1, (1, 3)), ValueError, r"padding must be at most half of"),
     "padding is None": ((X, 2, 2, None), TypeError, "padding must be an int or a pair"),
     "a plane of 2^31": (
         (torch.ones(1).expand(1, 1, 2**16, 2**15), 2), ValueError, r"x must have fewer than 2\^31",
@@ -459,8 +460,6 @@ def test_offsets_past_2_to_the_31(layout):
     dy = randn(1, 64, 112, 112, dtype=torch.bfloat16, device="cuda").expand(700, -1, -1, -1)
     y, (dx,) = gradients(lambda t: max_pool2d(t, 2), [x], dy)
     for part in (slice(0, 2), slice(-2, None)):
-        y64, (dx64,) = gradients(
-            lambda t: F.max_pool2d(t, 2), [double(x[part])], double(dy[part])
-        )
+        y64, (dx64,) = gradients(lambda t: F.max_pool2d(t, 2), [double(x[part])], double(dy[part]))
         assert torch.equal(y[part].double(), y64)
         assert torch.equal(dx[part].double(), dx64)

@@ -9,10 +9,10 @@ import hypothesis.strategies as st
 import pytest
 import torch
 
-from kernels import _launch
+from kernels import _launch, softmax
 from kernels._launch import use_tile
 from kernels._rows import as_rows
-from kernels.softmax import TILES, reference, softmax
+from kernels.softmax import TILES, reference
 from tests.inputs import DEVICE, DTYPES, INTERPRET, LAYOUTS, double, gradients, laid_out, randn
 from tests.poison import poison
 from tests.tolerance import assert_close
@@ -20,8 +20,8 @@ from tests.tolerance import assert_close
 module = importlib.import_module("kernels.softmax")  # `kernels.softmax` is the function
 INF, NAN = math.inf, math.nan
 BOTH = {  # the same rows, of up to 16, in registers and online
-    "in registers": dict(BLOCK_M=4, BLOCK_N=16, num_warps=4),
-    "online": dict(BLOCK_M=4, BLOCK_N=4, num_warps=4),
+    "in registers": dict(BLOCK_M=16, BLOCK_N=16, num_warps=4),
+    "online": dict(BLOCK_M=16, BLOCK_N=4, num_warps=4),
 }
 both_kernels = pytest.mark.parametrize("tile", BOTH.values(), ids=BOTH)
 

@@ -10,8 +10,6 @@ from tests.inputs import DEVICE, DTYPES, LAYOUTS, double, gradients, laid_out, r
 from tests.poison import poison
 from tests.tolerance import assert_close, bound, compare
 
-pytestmark = pytest.mark.core
-
 # --- assert_close -------------------------------------------------------------------------------
 
 
@@ -203,6 +201,7 @@ def planted(x, read=0, rows=0, elements=0, in_place=False):
     return y
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_poison_accepts_a_kernel_without_bugs(dtype):
     x = randn(5, 7, dtype=dtype)
@@ -213,6 +212,7 @@ def test_poison_accepts_a_kernel_without_bugs(dtype):
     assert_close(y, ref.view(5, 7), dtype=dtype, terms=2)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "bug, message",

@@ -173,7 +173,6 @@ def test_compile_with_inductor(name, sample):
 # --- autocast -----------------------------------------------------------------------------------
 
 
-@pytest.mark.core
 @each_sample
 def test_autocast(name, sample):
     fn, inputs, dy = call(name, sample)
