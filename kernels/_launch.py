@@ -98,7 +98,7 @@ def check_device(name: str, x: torch.Tensor, first_name: str, first: torch.Tenso
     """`x` is where `first` is, and that is a place where kernels can run."""
     if x.device != first.device:
         raise TypeError(f"{name} must be on {first.device} like {first_name}, got {x.device}")
-    if x.device.type != "cuda" and not INTERPRET:
+    if x.device.type not in ("cuda", "meta") and not INTERPRET:
         raise TypeError(
             f"{name} is on {x.device}, but the kernels are compiled for the GPU: move it there, "
             "or set TRITON_INTERPRET=1 before python starts to run them on the CPU"

@@ -12,7 +12,7 @@ WARMUP = 0.1  # of all steps: the learning rate's rise
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # What --lr, --weight-decay and --momentum are when not given.
 RECIPES = {
-    "adamw": {"lr": 0.005, "weight_decay": 0.01, "momentum": None},
+    "adamw": {"lr": 0.008, "weight_decay": 0.01, "momentum": None},
     "sgd": {"lr": 0.05, "weight_decay": 0.0005, "momentum": 0.9},
 }
 # These may differ between a run and its continuation: they do not say what is computed. (That the
@@ -232,7 +232,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--out",
         metavar="FOLDER",
-        help="where metrics, checkpoints and pictures go (default: runs/DATASET-MODEL-seedSEED)",
+        help="where metrics, checkpoints and pictures go (default: runs/DATASET-MODEL-seedSEED, "
+        "with -2, -3, ... behind it where that holds a run)",
     )
     again = run.add_mutually_exclusive_group()
     again.add_argument(
@@ -241,7 +242,7 @@ def parser() -> argparse.ArgumentParser:
         const="",
         metavar="PATH",
         help="continue from a run's folder, or from one of its checkpoints "
-        "(default: the newest good checkpoint in --out)",
+        "(default: the newest good checkpoint in --out, or in the last of its default folders)",
     )
     again.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
     return parse

@@ -257,7 +257,7 @@ def fit(
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     continues = resume is not None and resume["path"].parent.resolve() == out.resolve()
-    if not continues and not overwrite and ((out / "config.json").exists() or ckpt.find(out)):
+    if not continues and not overwrite and holds_run(out):
         raise ConfigError(
             f"{out} already holds a run: continue it with --resume, replace it with "
             "--overwrite, or choose another --out"
@@ -303,7 +303,7 @@ def fit(
     with tqdm(
         total=config.epochs * steps,
         initial=run.epoch * steps,
-        unit="step",
+        unit=" step",
         dynamic_ncols=True,
         disable=None if progress else True,
     ) as bar:  # None: a bar on terminals only
@@ -445,14 +445,31 @@ def clear(out: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def holds_run(out: Path) -> bool:
+    """Return whether something was trained into this folder."""
+    return (out / "config.json").exists() or bool(ckpt.find(out))
+
+
+def default_folder(out: Path, latest: bool) -> Path:
+    """Return the first of out, out-2, out-3, ... that is free, or the last that is not."""
+    number, free, last = 1, out, out
+    while holds_run(free):
+        number, last = number + 1, free
+        free = out.with_name(f"{out.name}-{number}")
+    return last if latest else free
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 2 for a user's error, 130 for Ctrl-C."""
     given = vars(parser().parse_args(argv))
     resume, overwrite = given.pop("resume", None), given.pop("overwrite", False)
     state = out = None
     try:
+        if "out" not in given and not overwrite and not resume:
+            folder = default_folder(Path(Config(**given).out), latest=resume is not None)
+            given["out"] = str(folder)
         if resume is not None:
-            path = Path(resume or Config(**given).out)
+            path = Path(resume or given["out"])
             state = ckpt.load(path) if path.is_file() else ckpt.load_newest(path)
             check_same(state["config"], given)
             given = {**state["config"], "out": str(state["path"].parent), **given}

@@ -157,6 +157,11 @@ every_conv = pytest.mark.parametrize(
     ],
 )
 
+every_dtype = pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(torch.float32, marks=pytest.mark.core), torch.float16, torch.bfloat16],
+)
+
 # One for the kernel of few channels and one for the other; stride, padding and R != S in both.
 FEW = Conv((3, 5, 6, 7), 6, (3, 2), (2, 1), 1)
 MANY = Conv((2, 18, 5, 6), 17, (2, 3), (1, 2), 1)

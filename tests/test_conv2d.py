@@ -16,6 +16,7 @@ from tests.convolutions import (  # noqa: F401
     Conv,
     any_conv,
     every_conv,
+    every_dtype,
     far_apart,
     few_and_many,
     ieee_products,
@@ -77,9 +78,8 @@ def test_geometry(conv, dtype):
     check_forward(conv, dtype)
 
 
-@pytest.mark.core
 @few_and_many
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_dtype
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("activation", [None, "relu"])
 def test_epilogue_and_what_autograd_returns(activation, bias, dtype, conv):
@@ -246,9 +246,8 @@ def test_relu_at_exactly_zero(C, dtype):
     assert dbias.item() == 2
 
 
-@pytest.mark.core
 @few_and_many
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_dtype
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("where", ["x", "bias"])
 def test_nan_and_infinity_reach_what_torch_has_them_reach(where, value, dtype, conv):
@@ -336,8 +335,7 @@ def larger_than(tile, few, groups=1):
     return Conv(x, groups * (tile["BLOCK_N"] + 3), taps, padding=(0, 1), groups=groups)
 
 
-@pytest.mark.core
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_dtype
 @pytest.mark.parametrize("tile", TILES, ids=tile_id)
 @pytest.mark.parametrize("few", [True, False], ids=["few channels", "many channels"])
 def test_every_tile_alone(few, tile, dtype):
@@ -357,9 +355,8 @@ def test_steps_with_and_without_a_remainder(C, few, monkeypatch):
             check_forward(Conv((1, C, 4, 5), 6, (3, 2), padding=padding), torch.float32)
 
 
-@pytest.mark.core
 @few_and_many
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_dtype
 def test_the_same_bits_twice(dtype, conv):
     inputs = [*conv.inputs(dtype), randn(conv.filters, dtype=dtype, seed=2)]
     fn = call(conv, activation="relu")
@@ -371,9 +368,8 @@ def test_the_same_bits_twice(dtype, conv):
 # --- out of bounds: the checks of the forward above are made in poison, and this is the rest -----
 
 
-@pytest.mark.core
 @few_and_many
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_dtype
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "offset"])
 def test_nothing_is_read_or_written_out_of_bounds(layout, dtype, conv):
     with poison() as p:
@@ -480,7 +476,6 @@ WRONG = {
 }
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("args, error, message", WRONG.values(), ids=WRONG)
 def test_wrong_input_is_refused_before_any_launch(args, error, message, monkeypatch):
     def launched(*args, **kwargs):

@@ -18,6 +18,7 @@ from tests.convolutions import (  # noqa: F401
     Conv,
     any_conv,
     every_conv,
+    every_dtype,
     far_apart,
     few_and_many,
     ieee_products,
@@ -95,8 +96,7 @@ def unread(conv):
     return reads[0, 0] == 0
 
 
-@pytest.mark.core
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_dtype
 @pytest.mark.parametrize(
     "name, pixels",
     {
@@ -179,8 +179,7 @@ def test_layouts_of_16_bits(layout, dtype):
 # --- nothing to do ------------------------------------------------------------------------------
 
 
-@pytest.mark.core
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_dtype
 @pytest.mark.parametrize("C", [5, 18], ids=["few channels", "many channels"])
 def test_empty_batch(C, dtype):
     conv = Conv((0, C, 6, 7), 4, (3, 2), 2, 1)
@@ -219,9 +218,8 @@ def test_float32_accumulation(parts, dtype, monkeypatch):
     assert input_grad(conv, ones, ones.view(conv.weight)).item() == 4096
 
 
-@pytest.mark.core
 @few_and_many
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_dtype
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("where", ["x", "dy"])
 def test_nan_and_infinity_reach_what_torch_has_them_reach(where, value, dtype, conv):
@@ -249,8 +247,7 @@ def test_nan_and_infinity_reach_what_torch_has_them_reach(where, value, dtype, c
 LONG = Conv((3, 4, 6, 7), 5, (3, 2), padding=1)  # a sum over 144 pixels: 9 steps of 16
 
 
-@pytest.mark.core
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_dtype
 @pytest.mark.parametrize("conv", [LONG, GROUPED], ids=["9 steps", "groups, 5 steps"])
 @pytest.mark.parametrize("parts", [1, 2, 3, 4, 7, 9], ids="{} parts".format)
 def test_split_sum(parts, conv, dtype, monkeypatch):
@@ -312,8 +309,7 @@ def larger_weight(tile):
     return Conv((1, tile["BLOCK_N"] // 2 + 3, 3, width), tile["BLOCK_M"] + 3, (1, 2))
 
 
-@pytest.mark.core
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_dtype
 @pytest.mark.parametrize("tile", TILES, ids=tile_id)
 def test_every_tile_alone(tile, dtype):
     with use_tile("conv2d_input_grad", tile):
@@ -336,9 +332,8 @@ def test_steps_with_and_without_a_remainder(K):
         check_input(Conv((1, 3, 4, 4), K, (3, 2), padding=1), torch.float32)
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("parts", [1, 3])
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_dtype
 def test_the_same_bits_twice(dtype, parts, monkeypatch):
     monkeypatch.setattr(module, "splits", lambda programs, steps: parts)
     (x, weight), dy = GROUPED.inputs(dtype), GROUPED.dy(dtype)
@@ -352,8 +347,7 @@ def test_the_same_bits_twice(dtype, parts, monkeypatch):
 # --- out of bounds: every check above is made in poison, and this is the rest -------------------
 
 
-@pytest.mark.core
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_dtype
 @pytest.mark.parametrize("layout", ["channels_last", "sliced"])
 @pytest.mark.parametrize("parts", [1, 3])
 def test_nothing_is_read_or_written_out_of_bounds(parts, layout, dtype, monkeypatch):

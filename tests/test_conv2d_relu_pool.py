@@ -10,7 +10,7 @@ import torch
 from kernels import bias_relu, conv2d, conv2d_relu_pool
 from kernels._launch import use_tile
 from kernels.conv2d_relu_pool import TILES, reference
-from tests.convolutions import far_apart, ieee_products, integers  # noqa: F401
+from tests.convolutions import every_dtype, far_apart, ieee_products, integers  # noqa: F401
 from tests.inputs import DEVICE, DTYPES, INTERPRET, LAYOUTS, double, gradients, laid_out, randn
 from tests.poison import poison
 from tests.tolerance import assert_close
@@ -210,8 +210,7 @@ def window(*values, dtype=torch.float32):
     return [x, torch.ones(1, 1, 1, 1, dtype=dtype, device=DEVICE), x.new_zeros(1)]
 
 
-@pytest.mark.core
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_dtype
 @pytest.mark.parametrize(
     "values, place",
     [
@@ -263,8 +262,7 @@ def test_ties_of_whole_windows(dtype):
         assert torch.equal(got.double(), want)
 
 
-@pytest.mark.core
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_dtype
 def test_dead_windows_have_exactly_no_gradient(dtype):
     """All of them negative: y, and every gradient, is 0, whatever dy is."""
     *inputs, dy = make((2, 3, 7, 8), 5, (3, 3), 1, dtype)
@@ -317,8 +315,7 @@ def test_float32_accumulation(dtype):
     assert dweight.item() == dbias.item() == 4096
 
 
-@pytest.mark.core
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_dtype
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 def test_nan_and_infinity_stay_within_the_windows_whose_patch_has_them(value, dtype):
     """As the docstring says: all four outputs of a window see all pixels of its patch.
@@ -334,8 +331,7 @@ def test_nan_and_infinity_stay_within_the_windows_whose_patch_has_them(value, dt
     assert_close(y, torch.where(touched & y.isnan(), torch.nan, y64), dtype=dtype, terms=103)
 
 
-@pytest.mark.core
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_dtype
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("where", ["bias", "dy"])
 def test_nan_and_infinity_of_the_bias_and_of_dy(where, value, dtype):
@@ -412,8 +408,7 @@ def tile_id(tile):
     return "x".join(str(tile[f"BLOCK_{d}"]) for d in "MNK")
 
 
-@pytest.mark.core
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@every_dtype
 @pytest.mark.parametrize("tile", TILES, ids=tile_id)
 @pytest.mark.parametrize("op", OPS)
 def test_every_tile_alone(op, tile, dtype):
@@ -429,8 +424,7 @@ def test_every_tile_alone(op, tile, dtype):
         check(shape, filters, (2, 1), 0, dtype)
 
 
-@pytest.mark.core
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_dtype
 @pytest.mark.parametrize("parts", [1, 2, 3, 5, 6], ids="{} parts".format)
 def test_split_sum(parts, dtype, monkeypatch):
     """96 windows in 6 steps of 16: equal parts, a shorter last one, one step each."""
@@ -448,9 +442,8 @@ def test_partial_results_lie_as_the_weight_does(taps, weight, monkeypatch):
         check((2, 3, 9, 10), 5, taps, 0, weight=weight)
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("parts", [1, 3])
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_dtype
 def test_the_same_bits_twice(dtype, parts, monkeypatch):
     monkeypatch.setattr(module, "splits", lambda programs, steps: parts)
     *inputs, dy = make((2, 3, 14, 18), 5, (3, 3), 1, dtype)
@@ -469,8 +462,7 @@ def test_many_small_tiles(taps):
 # --- out of bounds: every check above is made in poison, and this is the rest -------------------
 
 
-@pytest.mark.core
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_dtype
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "offset"])
 @pytest.mark.parametrize("padding", [0, 2])
 def test_nothing_is_read_or_written_out_of_bounds(padding, layout, dtype):
@@ -561,7 +553,6 @@ WRONG = {
 }
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("args, error, message", WRONG.values(), ids=WRONG)
 def test_wrong_input_is_refused_before_any_launch(args, error, message, monkeypatch):
     def launched(*args, **kwargs):

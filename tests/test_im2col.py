@@ -19,6 +19,7 @@ from tests.convolutions import (  # noqa: F401
     Conv,
     any_conv,
     every_conv,
+    every_dtype,
     far_apart,
     few_and_many,
     ieee_products,
@@ -151,9 +152,8 @@ def test_layouts(layout, dtype):
 # --- gradients ----------------------------------------------------------------------------------
 
 
-@pytest.mark.core
 @few_and_many
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_dtype
 def test_each_is_the_gradient_of_the_other(dtype, conv):
     x, dc = randn(*conv.x, dtype=dtype), randn(*columns_of(conv), dtype=dtype, seed=1)
     _, (dx,) = gradients(lambda t: im2col(t, conv.taps, *conv.args), [x], dc)
@@ -238,9 +238,8 @@ def test_convolution_of_geometry(conv):
     check_conv(conv, torch.float32, bias=False)
 
 
-@pytest.mark.core
 @few_and_many
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_dtype
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("activation", [None, "relu"])
 def test_convolution_epilogue(activation, bias, dtype, conv):
@@ -288,8 +287,7 @@ def test_only_the_gradients_that_are_wanted(wanted):
 # --- values -------------------------------------------------------------------------------------
 
 
-@pytest.mark.core
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_dtype
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 def test_nan_and_infinity_stay_where_they_are_copied_to(value, dtype):
     conv = GROUPED
@@ -332,8 +330,7 @@ def tile_id(tile):
     return f"{tile['BLOCK_M']}x{tile['BLOCK_N']}"
 
 
-@pytest.mark.core
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_dtype
 @pytest.mark.parametrize("tile", TILES, ids=tile_id)
 def test_every_tile_alone(tile, dtype):
     """A tile and a remainder along each dimension of either."""
@@ -353,8 +350,7 @@ def test_many_small_tiles(conv):
         check_col2im(conv, torch.float32)
 
 
-@pytest.mark.core
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_dtype
 def test_the_same_bits_twice(dtype):
     columns = randn(*columns_of(GROUPED), dtype=dtype)
     first, second = (col2im(columns, GROUPED.x, GROUPED.taps, *GROUPED.args) for _ in range(2))
@@ -445,7 +441,6 @@ WRONG = {
 }
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("fn, args, error, message", WRONG.values(), ids=WRONG)
 def test_wrong_input_is_refused_before_any_launch(fn, args, error, message, monkeypatch):
     def launched(*args, **kwargs):

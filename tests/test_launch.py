@@ -38,10 +38,10 @@ ROOT = pathlib.Path(kernels.__file__).parents[1]
 interpreter_only = pytest.mark.skipif(not INTERPRET, reason="how the interpreter is fed")
 
 
-def python(code, *flags, **env):
+def python(code, **env):
     """Run `code` in a process of its own; a value of None removes a variable."""
     env = {k: v for k, v in (os.environ | env).items() if v is not None}
-    command = [sys.executable, *flags, "-c", code]
+    command = [sys.executable, "-c", code]
     return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
 
 
@@ -154,7 +154,7 @@ def test_pair_refuses(value, error):
 
 
 def test_check_tensors():
-    x = torch.ones(2)
+    x = torch.ones(2, device=DEVICE)
     check_tensors(x=x, bias=None, optional=("bias",))
     check_tensors(x=torch.nn.Parameter(x), y=x)
     for tensors in [dict(x=None), dict(x=x, bias=None), dict(x=1), dict(x=x, y=x.double())]:

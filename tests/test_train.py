@@ -211,7 +211,7 @@ def test_a_run_learns_and_leaves_everything(finished):
         slow, fast = (32 / (line["seconds"] + error) for error in (0.6e-3, -0.6e-3))
         assert slow - 0.06 < line["images_per_second"] < fast + 0.06
     about = json.loads((out / "config.json").read_text())
-    assert about["config"]["lr"] == 0.005 and about["config"]["model"] == "mlp"
+    assert about["config"]["lr"] == 0.008 and about["config"]["model"] == "mlp"
     assert about["data"]["train"] == about["data"]["held_out"] == 32
     assert about["environment"]["torch"] == torch.__version__
     for name in train.PICTURES:
@@ -571,7 +571,7 @@ def test_a_resumed_run_whose_flags_contradict_the_checkpoint_is_refused(
 
 def test_the_same_flags_again_are_no_contradiction(finished, tmp_path, capsys):
     out = copied(finished, tmp_path / "run", epochs=3)
-    code, _, err = cli([*FLAGS, "--lr", "0.005", "--out", out, "--resume"], capsys)
+    code, _, err = cli([*FLAGS, "--lr", "0.008", "--out", out, "--resume"], capsys)
     assert code == 0, err
 
 
@@ -590,6 +590,19 @@ def test_a_run_can_be_resumed_into_another_folder(finished, tmp_path, capsys):
     assert code == 0, err
     assert untimed(metrics(out)) == untimed(finished[1].history)
     assert [path.name for path in checkpoint.find(out)][-1] == "checkpoint-002.pt"
+
+
+def test_without_out_a_run_gets_a_folder_of_its_own(tmp_path, capsys, monkeypatch):
+    """`make train` twice must neither fail nor lose the first run."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--model", "mlp", "--limit", "16", "--epochs", "1"]
+    for name in ("mnist5k-mlp-seed0", "mnist5k-mlp-seed0-2", "mnist5k-mlp-seed0-3"):
+        code, out, _ = cli(flags, capsys)
+        assert code == 0 and f"written to runs/{name}:" in out
+    code, out, _ = cli([*flags, "--resume"], capsys)  # the last of them, which is finished
+    assert code == 0 and "runs/mnist5k-mlp-seed0-3" in out
+    code, out, _ = cli([*flags, "--overwrite"], capsys)
+    assert code == 0 and "written to runs/mnist5k-mlp-seed0:" in out
 
 
 def test_a_finished_run_that_is_resumed_gets_its_pictures_back(finished, tmp_path, capsys):
@@ -630,7 +643,7 @@ def test_no_flags_are_the_demo():
         "mnist5k", "cnn", 3, 64,
     )  # fmt: skip
     assert (config.optimizer, config.lr, config.weight_decay, config.seed) == (
-        "adamw", 0.005, 0.01, 0,
+        "adamw", 0.008, 0.01, 0,
     )  # fmt: skip
     assert config.out == "runs/mnist5k-cnn-seed0"
     assert Config(dataset="some/emnist-letters", seed=3).out == "runs/emnist-letters-cnn-seed3"
@@ -722,7 +735,7 @@ def test_help_tells_every_default(capsys):
     assert code == 0
     for flag, default in {
         "--dataset": "mnist5k", "--epochs": "3", "--batch-size": "64", "--seed": "0",
-        "--lr": "0.005 for adamw and 0.05 for sgd", "--model": "cnn", "--device": "auto",
+        "--lr": "0.008 for adamw and 0.05 for sgd", "--model": "cnn", "--device": "auto",
         "--optimizer": "adamw", "--dtype": "float32", "--shift": "1",
     }.items():  # fmt: skip
         text = " ".join(out.partition(f"\n  {flag} ")[2].split()[:60])
