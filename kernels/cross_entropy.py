@@ -13,8 +13,10 @@
          +---------------------+
 
 In one pass. The softmax of a row is in registers when its loss is known, and the gradient is p - q:
-so it is written there and then, and not by a backward pass that would read everything again. What
-only the backward knows, the upstream gradient, is one factor a row; scaling by it comes last.
+so it is written there and then, and not by a backward pass that would read the row again. What only
+the backward knows, the upstream gradient, is one factor a row; scaling by it comes last. Until then
+p - q is as it is: divided by the number of rows, it would underflow in fp16, and no row has to know
+how many others are ignored.
 
 What limits it: memory. With n = M*C elements of e bytes, counted as in softmax.py:
 
@@ -24,12 +26,13 @@ What limits it: memory. With n = M*C elements of e bytes, counted as in softmax.
                                           ---
     a training step                       4ne     torch: 6ne; so it should take two thirds
 
-Rows too long for the registers are walked along twice, as in softmax.py: ne more, if the L2 cache
-does not serve it. At the vocabulary of a language model these passes are a good part of a step,
-and the gradient takes the memory that log p would take.
+llm.c, whose loss is the end of the program, has nothing to scale by and moves 2ne. Autograd may
+hand down anything, and a GPU cannot tell the host that it was 1 without making it wait. (A backward
+that computes p again, from x and a saved lse, would move 3ne in all.) Rows too long for the
+registers are walked along twice, as in softmax.py: ne more, if the L2 cache does not serve it.
 
-dx is kept unscaled because in fp16 p / M would underflow, and because no row then needs to know
-how many others are ignored.
+With a vocabulary of 50,257 each row begins at another alignment, and loads are 2 bytes wide; padded
+to 50,304, a multiple of 16, as llm.c has it, the same kernel loads 16 bytes at a time.
 
 Read first: softmax.py. Sources: Milakov and Gimelshein, Online normalizer calculation for softmax
 (2018); the gradient written by the forward pass: llm.c's fused_classifier and Liger-Kernel.

@@ -324,8 +324,8 @@ class SGD(_Optimizer):
         >>> p = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
         >>> p.grad = torch.tensor([1.0, -1.0])
         >>> SGD([p], lr=0.5).step()
-        >>> p.tolist()
-        [0.5, 2.5]
+        >>> p.data
+        tensor([0.5000, 2.5000])
     """
 
     def __init__(
@@ -386,8 +386,8 @@ class AdamW(_Optimizer):
         >>> p = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
         >>> p.grad = torch.tensor([3.0, -3.0])
         >>> AdamW([p], lr=0.5, weight_decay=0).step()
-        >>> p.tolist()
-        [0.5, 2.5]
+        >>> p.data
+        tensor([0.5000, 2.5000])
     """
 
     def __init__(

@@ -6,19 +6,20 @@
 
 A window hands its whole gradient to one pixel: the first maximum in reading order, as in torch. So
 the forward keeps the place of each maximum, the number h*W + w, and the backward needs nothing
-else, neither x nor y. Scattering dy to those places would need atomics, since windows overlap, and
-the order of a float sum would be left to chance. Gathering turns the question round: each pixel of
-dx asks the few windows that cover it, at most ceil(R/stride_h) * ceil(S/stride_w), "did you mean
-me?", and adds up their dy in an order that never changes.
+else, neither x nor y.
 
-    forward, 3x3 windows at stride 2        backward, the pixel # between them
-      x  +-------+                            x  . . . . .
-         | . . . : . . +                         . . . . .
-         | . . . : . . |                         . . # . .   is covered by all four windows:
-         | . . . : . . |   pixel (1, 1) of       . . . . .   index of (0, 0)  == 2*W + 2 ?
-         +.......:.... |   y is the maximum      . . . . .   index of (0, 1)  == 2*W + 2 ?
-           | . . . . . |   of its window                     index of (1, 0)  == 2*W + 2 ?
-           +-----------+                                     index of (1, 1)  == 2*W + 2 ?
+Scattering dy to those places would need atomics, since windows overlap, and the order of a float
+sum would be left to chance. Gathering turns the question round: each pixel of dx asks the few
+windows that cover it, at most ceil(R/stride_h) * ceil(S/stride_w), "did you mean me?", and adds up
+their dy in an order that never changes.
+
+    3x3 windows at stride 2:      forward     y     of window k = the largest of its nine x
+                                              index of window k = where that was, h*W + w
+        0 0 * 1 1
+        0 0 * 1 1   windows 0-3   backward    dx of this pixel # = (2, 2), which is in all four:
+        * * # * *   * is in two                   dy of window 0, if its index is 2*W + 2
+        2 2 * 3 3   # is in four                + dy of window 1, if its index is 2*W + 2
+        2 2 * 3 3                               + ... 2 and 3
 
 One program owns BLOCK_M pixels of y, numbered through [N, P, Q], and BLOCK_N channels: in
 channels_last memory, runs of channels for each pixel. In the backward, pixels of dx in [N, H, W].

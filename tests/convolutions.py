@@ -1,12 +1,15 @@
 """The convolutions that the tests of conv2d, its gradients and im2col try, each for a reason."""
 
+import contextlib
 from dataclasses import dataclass
 
 import hypothesis.strategies as st
 import pytest
 import torch
 
+from tests.bounds import in_bounds
 from tests.inputs import DEVICE, laid_out, randn
+from tests.poison import poison
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ CONVS = {
     "C=16, exactly one block": Conv((1, 16, 6, 7), 17, (3, 3), padding=1),
     "C=17, one more than a block": Conv((1, 17, 6, 7), 16, (3, 3), padding=1),
     "C=32, no padding: nothing is masked": Conv((2, 32, 6, 6), 32, (2, 2)),
+    "C=32, padding along one side alone": Conv((1, 32, 4, 5), 16, (1, 3), padding=(0, 1)),
     "C=130, a second step of channels": Conv((1, 130, 4, 5), 6, (2, 2), padding=1),
     "K=130, the same for the input gradient": Conv((1, 6, 4, 5), 130, (2, 2), padding=1),
     # filters
@@ -138,6 +142,7 @@ CORE = [
     "all of size 1",
     "3x3 of the same size",
     "C=17, one more than a block",
+    "C=32, padding along one side alone": Conv((1, 32, 4, 5), 16, (1, 3), padding=(0, 1)),
     "C=130, a second step of channels",
     "5x2",
     "stride 2 that leaves a row and a column unread",
@@ -169,6 +174,13 @@ GROUPED = Conv((3, 36, 9, 8), 6, (2, 3), (2, 1), (0, 1), (1, 2), groups=2)
 few_and_many = pytest.mark.parametrize(
     "conv", [FEW, MANY, GROUPED], ids=["few channels", "many channels", "groups"]
 )
+
+
+@contextlib.contextmanager
+def guarded():
+    """Tensors in poison, as poison.py has it, and every address of every launch checked."""
+    with in_bounds(), poison() as p:
+        yield p
 
 
 @pytest.fixture(autouse=True)

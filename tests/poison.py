@@ -7,7 +7,8 @@
 `p(x)` is `x` at the same strides inside a larger buffer of NaN. What the files of kernels/ allocate
 meanwhile (torch.empty and its kin) lies in such a buffer too, and is NaN itself. So
 
-    a read out of bounds             brings NaN into the result
+    a read out of bounds             brings NaN into the result; the interpreter is watched too, and
+                                     no load may return NaN, even if nothing comes of it
     a write out of bounds            changes the poison around a tensor
     an element that is not written   is still NaN
 
@@ -21,7 +22,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from unittest import mock
 
+import numpy as np
 import torch
+from triton.runtime import interpreter
+
+from tests.inputs import INTERPRET
 
 # what allocates; the buffer of one that fills starts with its values and not with poison
 ALLOCATORS = [
@@ -45,6 +50,7 @@ class Poison:
     def __init__(self, nan_results: bool) -> None:
         self.nan_results = nan_results
         self.guarded: list[_Guarded] = []
+        self.bad_loads: list[str] = []
 
     def __call__(self, x: torch.Tensor, written: bool = False) -> torch.Tensor:
         """`x` in a poisoned buffer; `written` where the kernel is meant to write to it."""
@@ -70,7 +76,9 @@ class Poison:
         return inside
 
     def check(self) -> None:
-        """Raise AssertionError for what was written, or left unwritten, against the rules."""
+        """Raise AssertionError for what was read, written, or left unwritten against the rules."""
+        if self.bad_loads:
+            raise AssertionError(f"out of bounds, or before it was written: {self.bad_loads[0]}")
         outputs = 0
         for g in self.guarded:
             what = f"an {g.kind}" if g.kind != "written" else "a tensor to be written"
@@ -115,7 +123,8 @@ def poison(nan_results: bool = False, watch: str = "kernels.") -> Iterator[Poiso
     """Guard what is embedded by the yielded object, and what the files of kernels/ allocate.
 
     Args:
-        nan_results: NaN is a right result here, so do not look for poison in floating outputs.
+        nan_results: NaN is a right value here, so do not look for poison in what is loaded, nor in
+            floating outputs.
         watch: how the names of the modules begin whose allocations are guarded.
     """
     guard = Poison(nan_results)
@@ -126,6 +135,12 @@ def poison(nan_results: bool = False, watch: str = "kernels.") -> Iterator[Poiso
                     copy = "empty" not in name
                     patched = _embedding(guard, getattr(owner, name), watch, copy)
                     stack.enter_context(mock.patch.object(owner, name, patched))
+        if INTERPRET and not nan_results:
+            module = (
+                interpreter._interpreter
+            )  # NumPy's arrays of addresses go in, of values come out
+            patched = _watching(guard, module.load)
+            stack.enter_context(mock.patch.object(module, "load", patched))
         yield guard
     guard.check()
 
@@ -137,3 +152,15 @@ def _embedding(guard: Poison, allocate: Callable, watch: str, copy: bool) -> Cal
         return guard.embed(x, "output", copy) if caller.startswith(watch) else x
 
     return allocated
+
+
+def _watching(guard: Poison, load: Callable) -> Callable:
+    def loaded(addresses, mask, other, dtype):
+        values = load(addresses, mask, other, dtype)
+        if np.issubdtype(values.dtype, np.floating):
+            poisoned = int((np.isnan(values) & mask).sum())
+            if poisoned:
+                guard.bad_loads.append(f"a load of {list(values.shape)} read {poisoned} elements")
+        return values
+
+    return loaded

@@ -624,7 +624,7 @@ def test_hooks_run():
 
 # --- wrong input --------------------------------------------------------------------------------
 
-P = torch.ones(4, 6)
+P = torch.ones(4, 6, device=DEVICE)
 WRONG = {
     "no parameters": (([],), {}, ValueError, "empty parameter list"),
     "a tensor": ((P,), {}, TypeError, "params argument"),
