@@ -63,8 +63,9 @@ def check_groups(groups: int, channels: int) -> None:
         raise ValueError(f"groups must divide the {channels} channels of x, got {groups}")
 
 
-def empty_channels_last(size: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+def empty_channels_last(
+    size: Sequence[int], like: torch.Tensor, dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """[N, C, H, W] of `like`'s dtype and device, channels_last whatever the sizes."""
-    return torch.empty(
-        size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
-    )
+    memory = torch.channels_last
+    return torch.empty(size, dtype=dtype or like.dtype, device=like.device, memory_format=memory)

@@ -43,9 +43,10 @@ def reference(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
 
 
 TILES = [
-    dict(BLOCK_M=32, BLOCK_N=64, num_warps=4),  # 16 bytes a thread in 16-bit: the default
-    dict(BLOCK_M=16, BLOCK_N=64, num_warps=4),  # the same in float32: the default there
-    dict(BLOCK_M=64, BLOCK_N=64, num_warps=4),  # two loads in flight a thread
+    # the default: 32 bytes a thread, two loads in flight; and the same in float32
+    dict(BLOCK_M=32, BLOCK_N=64, num_warps=4),
+    dict(BLOCK_M=16, BLOCK_N=64, num_warps=4),
+    dict(BLOCK_M=64, BLOCK_N=64, num_warps=4),  # four loads in flight
     dict(BLOCK_M=8, BLOCK_N=256, num_warps=4),  # wide layers: whole cache lines of a row
     dict(BLOCK_M=128, BLOCK_N=16, num_warps=4),  # few channels
     dict(BLOCK_M=256, BLOCK_N=16, num_warps=8),  # few channels, contiguous NCHW: runs of pixels

@@ -302,7 +302,7 @@ def _empty_outputs(x, weight, padding):
     """Return y and the place of each maximum, both channels_last [N, K, P//2, Q//2]."""
     P, Q = output_size(x.shape[2:], weight.shape[2:], (1, 1), padding)
     y = empty_channels_last((x.shape[0], weight.shape[0], P // 2, Q // 2), x)
-    return y, torch.empty_like(y, dtype=torch.uint8)
+    return y, empty_channels_last(y.shape, x, torch.uint8)
 
 
 @torch.library.custom_op("tilelab::conv2d_relu_pool", mutates_args=())

@@ -45,11 +45,12 @@ def reference(x, kernel_size, stride=1, padding=0, dilation=1, groups=1):
 
 
 TILES = [
-    dict(BLOCK_M=32, BLOCK_N=64, num_warps=4),  # 16 bytes a thread in 16-bit: the default
-    dict(BLOCK_M=16, BLOCK_N=64, num_warps=4),  # the same in float32: the default there
+    # the default: 32 bytes a thread, two loads in flight; and the same in float32
+    dict(BLOCK_M=32, BLOCK_N=64, num_warps=4),
+    dict(BLOCK_M=16, BLOCK_N=64, num_warps=4),
     dict(BLOCK_M=16, BLOCK_N=128, num_warps=4),  # wide layers: longer runs of a pixel's channels
     dict(BLOCK_M=64, BLOCK_N=16, num_warps=4),  # few channels
-    dict(BLOCK_M=64, BLOCK_N=64, num_warps=8),  # two loads in flight a thread
+    dict(BLOCK_M=64, BLOCK_N=64, num_warps=8),  # the same by more threads
     dict(BLOCK_M=8, BLOCK_N=256, num_warps=4),  # one tap of 256 channels a row
 ]
 DEFAULT = {2: TILES[0], 4: TILES[1]}

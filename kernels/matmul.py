@@ -100,6 +100,9 @@ def matmul_kernel(
     a_ptrs = a_ptr + (offs_m % M * stride_am)[:, None] + (offs_k * stride_ak)[None, :]
     b_ptrs = b_ptr + (offs_k * stride_bk)[:, None] + (offs_n % N * stride_bn)[None, :]
 
+    step_a = BLOCK_K * tl.cast(stride_ak, tl.int64)
+    step_b = BLOCK_K * tl.cast(stride_bk, tl.int64)
+
     acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
     for k in range(0, K, BLOCK_K):
         if EVEN_K:
@@ -109,8 +112,8 @@ def matmul_kernel(
             a = tl.load(a_ptrs, mask=(offs_k < K - k)[None, :], other=0.0)
             b = tl.load(b_ptrs, mask=(offs_k < K - k)[:, None], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        a_ptrs += BLOCK_K * stride_ak
-        b_ptrs += BLOCK_K * stride_bk
+        a_ptrs += step_a
+        b_ptrs += step_b
 
     # The epilogue costs no memory traffic but the bias: the tile is still in registers.
     mask_n = offs_n < N

@@ -43,6 +43,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels._geometry import empty_channels_last, output_size
 from kernels._launch import check_shape, check_tensors, choose_tile, launch, pair
 
 
@@ -147,18 +148,16 @@ def max_pool2d_backward_kernel(
     tl.store(dx_ptrs, acc.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-def _out_size(size: int, window: int, stride: int, padding: int) -> int:
-    return (size + 2 * padding - window) // stride + 1
-
-
 def _constants(window: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> dict:
     names = ("R", "S", "STRIDE_H", "STRIDE_W", "PAD_H", "PAD_W")
     return dict(zip(names, (*window, *stride, *padding), strict=True))
 
 
-def _empty(size: Sequence[int], like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    memory = torch.channels_last
-    return torch.empty(*size, dtype=dtype, device=like.device, memory_format=memory)
+def _empty_outputs(x, window, stride, padding, save_index):
+    """Return y and the places of the maxima, both channels_last."""
+    size = (*x.shape[:2], *output_size(x.shape[2:], window, stride, padding))
+    index_size = size if save_index else (0, 0, 0, 0)
+    return empty_channels_last(size, x), empty_channels_last(index_size, x, torch.int32)
 
 
 @torch.library.custom_op("tilelab::max_pool2d", mutates_args=())
@@ -169,9 +168,8 @@ def _max_pool2d(
     padding: Sequence[int],
     save_index: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    (N, C, H, W), (P, Q) = x.shape, map(_out_size, x.shape[2:], window, stride, padding)
-    y = _empty((N, C, P, Q), x, x.dtype)
-    index = _empty((N, C, P, Q) if save_index else (0, 0, 0, 0), x, torch.int32)
+    y, index = _empty_outputs(x, window, stride, padding, save_index)
+    (N, C, H, W), (P, Q) = x.shape, y.shape[2:]
     M = N * P * Q
     tile = choose_tile("max_pool2d", x.dtype, DEFAULT, M=M, N=C)
     grid = (triton.cdiv(M, tile["BLOCK_M"]), triton.cdiv(C, tile["BLOCK_N"]))
@@ -184,9 +182,7 @@ def _max_pool2d(
 
 @_max_pool2d.register_fake
 def _(x, window, stride, padding, save_index):
-    size = (*x.shape[:2], *map(_out_size, x.shape[2:], window, stride, padding))
-    y = _empty(size, x, x.dtype)
-    return y, _empty(size if save_index else (0, 0, 0, 0), x, torch.int32)
+    return _empty_outputs(x, window, stride, padding, save_index)
 
 
 @torch.library.custom_op("tilelab::max_pool2d_backward", mutates_args=())

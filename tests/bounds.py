@@ -3,10 +3,10 @@
     with in_bounds():
         y = conv2d(x, weight)
 
-poison.py finds a read out of bounds by the NaN that it brings into a result. Where the value is read
-and then never stored (rows past the last one, say) it brings none, and a GPU may still fault on it.
-So this looks at the addresses: each one whose mask is set has to lie within a tensor that this launch
-was given, from its first element to its last. Compiled for a GPU there is nothing to look at.
+poison.py finds a read out of bounds by the NaN that it brings into a result. Where a value is read
+and never stored (of rows past the last one, say) it brings none, but a GPU may fault on it. So
+this looks at the addresses: each whose mask is set has to lie within a tensor that this launch was
+given, from its first element to its last. Compiled for a GPU there is nothing to look at.
 """
 
 import contextlib

@@ -142,7 +142,6 @@ CORE = [
     "all of size 1",
     "3x3 of the same size",
     "C=17, one more than a block",
-    "C=32, padding along one side alone": Conv((1, 32, 4, 5), 16, (1, 3), padding=(0, 1)),
     "C=130, a second step of channels",
     "5x2",
     "stride 2 that leaves a row and a column unread",
