@@ -1,15 +1,12 @@
 """The convolutions that the tests of conv2d, its gradients and im2col try, each for a reason."""
 
-import contextlib
 from dataclasses import dataclass
 
 import hypothesis.strategies as st
 import pytest
 import torch
 
-from tests.bounds import in_bounds
 from tests.inputs import DEVICE, laid_out, randn
-from tests.poison import poison
 
 
 @dataclass(frozen=True)
@@ -173,13 +170,6 @@ GROUPED = Conv((3, 36, 9, 8), 6, (2, 3), (2, 1), (0, 1), (1, 2), groups=2)
 few_and_many = pytest.mark.parametrize(
     "conv", [FEW, MANY, GROUPED], ids=["few channels", "many channels", "groups"]
 )
-
-
-@contextlib.contextmanager
-def guarded():
-    """Tensors in poison, as poison.py has it, and every address of every launch checked."""
-    with in_bounds(), poison() as p:
-        yield p
 
 
 @pytest.fixture(autouse=True)

@@ -19,11 +19,11 @@ from tests.convolutions import (  # noqa: F401
     every_dtype,
     far_apart,
     few_and_many,
-    guarded,
     ieee_products,
     integers,
 )
 from tests.inputs import DEVICE, DTYPES, INTERPRET, LAYOUTS, double, gradients, randn
+from tests.poison import poison
 from tests.tolerance import assert_close
 
 module = importlib.import_module("kernels.conv2d")
@@ -44,7 +44,7 @@ def check_forward(conv, dtype, *, x="contiguous", weight="contiguous", bias=None
     inputs = conv.inputs(dtype, x, weight)
     if bias is not None:
         inputs.append(randn(conv.filters, dtype=dtype, layout=bias, seed=2))
-    with guarded() as p:
+    with poison() as p:
         y = call(conv, activation=activation)(*[p(t) for t in inputs])
     y64 = call(conv, reference, activation=activation)(*double(*inputs))
     alike = "expanded" in (x, weight)  # equal images, or equal channels
@@ -372,7 +372,7 @@ def test_the_same_bits_twice(dtype, conv):
 @every_dtype
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "offset"])
 def test_nothing_is_read_or_written_out_of_bounds(layout, dtype, conv):
-    with guarded() as p:
+    with poison() as p:
         inputs = [p(t) for t in conv.inputs(dtype, layout, layout)]
         bias, dy = p(randn(conv.filters, dtype=dtype, seed=2)), p(conv.dy(dtype, layout))
         gradients(call(conv, activation="relu"), [*inputs, bias], dy)
@@ -407,7 +407,7 @@ def test_any_convolution(conv, dtype, x, weight, dy, with_bias, activation):
     inputs, grad = conv.inputs(dtype, x, weight, integers), conv.dy(dtype, dy, integers)
     if with_bias:
         inputs.append(integers(conv.filters, dtype=dtype, seed=2))
-    with guarded() as p:
+    with poison() as p:
         y, grads = gradients(call(conv, activation=activation), [p(t) for t in inputs], p(grad))
     y64, grads64 = gradients(
         call(conv, reference, activation=activation), double(*inputs), double(grad)

@@ -21,11 +21,11 @@ from tests.convolutions import (  # noqa: F401
     every_dtype,
     far_apart,
     few_and_many,
-    guarded,
     ieee_products,
     integers,
 )
 from tests.inputs import DEVICE, DTYPES, INTERPRET, LAYOUTS, double, randn
+from tests.poison import poison
 from tests.tolerance import assert_close
 
 module = importlib.import_module("kernels.conv2d_grad")
@@ -53,7 +53,7 @@ def check_input(conv, dtype, *, dy="contiguous", weight="contiguous"):
     """dx, in poison, against float64; `dy` and `weight` name layouts."""
     x, w = conv.inputs(dtype, weight=weight)
     grad = conv.dy(dtype, dy)
-    with guarded() as p:
+    with poison() as p:
         dx = input_grad(conv, p(grad), p(w))
     want = reference(conv, x, grad, w)[0]
     alike = "expanded" in (dy, weight)  # equal images, or a sum over equal filters
@@ -66,7 +66,7 @@ def check_weight(conv, dtype, *, x="contiguous", dy="contiguous", weight="contig
     """dweight, in poison, against float64; `x`, `dy` and `weight` name layouts."""
     image, w = conv.inputs(dtype, x, weight)
     grad = conv.dy(dtype, dy)
-    with guarded() as p:
+    with poison() as p:
         dw = weight_grad(conv, p(image), p(grad), p(w))
     want = reference(conv, image, grad, w)[1]
     assert_close(dw, want, dtype=dtype, terms=conv.terms["dw"], name="dweight")
@@ -185,7 +185,7 @@ def test_empty_batch(C, dtype):
     conv = Conv((0, C, 6, 7), 4, (3, 2), 2, 1)
     (x, weight), dy = conv.inputs(dtype), conv.dy(dtype)
     assert input_grad(conv, dy, weight).shape == conv.x
-    with guarded() as p:  # a sum over no pixels: written, and zero
+    with poison() as p:  # a sum over no pixels: written, and zero
         dw = weight_grad(conv, x, dy, p(weight))
     assert torch.equal(dw, torch.zeros_like(weight))
 
@@ -353,9 +353,9 @@ def test_the_same_bits_twice(dtype, parts, monkeypatch):
 def test_nothing_is_read_or_written_out_of_bounds(parts, layout, dtype, monkeypatch):
     monkeypatch.setattr(module, "splits", lambda programs, steps: parts)
     (x, weight), dy = GROUPED.inputs(dtype, layout, layout), GROUPED.dy(dtype, layout)
-    with use_tile("conv2d_weight_grad", {**SMALL, "BLOCK_N": 128}), guarded() as p:
+    with use_tile("conv2d_weight_grad", {**SMALL, "BLOCK_N": 128}), poison() as p:
         weight_grad(GROUPED, p(x), p(dy), p(weight))
-    with use_tile("conv2d_input_grad", {**SMALL, "BLOCK_M": 64}), guarded() as p:
+    with use_tile("conv2d_input_grad", {**SMALL, "BLOCK_M": 64}), poison() as p:
         input_grad(GROUPED, p(dy), p(weight))
 
 
@@ -395,9 +395,9 @@ def test_any_convolution(conv, dtype, x, weight, dy, parts):
     image, w = conv.inputs(dtype, x, weight, integers)
     grad = conv.dy(dtype, dy, integers)
     dx64, dw64 = reference(conv, image, grad, w)
-    with guarded() as p:
+    with poison() as p:
         assert torch.equal(input_grad(conv, p(grad), p(w)), dx64.to(dtype))
-    with pytest.MonkeyPatch.context() as patch, guarded() as p:
+    with pytest.MonkeyPatch.context() as patch, poison() as p:
         patch.setattr(module, "splits", lambda programs, steps: parts)
         tile = dict(BLOCK_M=64, BLOCK_N=1024, BLOCK_K=32, num_warps=4, num_stages=2)
         with use_tile("conv2d_weight_grad", tile):

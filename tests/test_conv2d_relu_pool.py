@@ -10,8 +10,9 @@ import torch
 from kernels import bias_relu, conv2d, conv2d_relu_pool
 from kernels._launch import use_tile
 from kernels.conv2d_relu_pool import TILES, reference
-from tests.convolutions import every_dtype, far_apart, guarded, ieee_products, integers  # noqa: F401
+from tests.convolutions import every_dtype, far_apart, ieee_products, integers  # noqa: F401
 from tests.inputs import DEVICE, DTYPES, INTERPRET, LAYOUTS, double, gradients, laid_out, randn
+from tests.poison import poison
 from tests.tolerance import assert_close
 
 module = importlib.import_module("kernels.conv2d_relu_pool")
@@ -45,7 +46,7 @@ def check(shape, filters, taps, padding=0, dtype=torch.float32, *, bias=True, **
     """
     *inputs, dy = make(shape, filters, taps, padding, dtype, **layouts)
     inputs = inputs[: 3 if bias else 2]
-    with guarded() as p:
+    with poison() as p:
         y, grads = gradients(call(padding), [p(t) for t in inputs], p(dy))
     y64, grads64 = gradients(call(padding, reference), double(*inputs), double(dy))
     N, K, P, Q = y.shape
@@ -267,7 +268,7 @@ def test_dead_windows_have_exactly_no_gradient(dtype):
     *inputs, dy = make((2, 3, 7, 8), 5, (3, 3), 1, dtype)
     inputs[2].fill_(-1000)
     dy.flatten()[::3] = torch.inf  # a dead output passes no infinity on, as in torch
-    with guarded() as p:
+    with poison() as p:
         y, grads = gradients(call(1), [p(t) for t in inputs], p(dy))
     for t in (y, *grads):
         assert not t.any()
@@ -467,7 +468,7 @@ def test_many_small_tiles(taps):
 def test_nothing_is_read_or_written_out_of_bounds(padding, layout, dtype):
     layouts = dict(x=layout, weight=layout, dy=layout)
     *inputs, dy = make((2, 3, 7, 8), 5, (2, 3), padding, dtype, **layouts)
-    with guarded() as p:
+    with poison() as p:
         gradients(call(padding), [p(t) for t in inputs], p(dy))
 
 
@@ -514,7 +515,7 @@ def test_any_block(block, dtype, x, weight, dy, bias):
     *inputs, grad = make(*block, dtype, x=x, weight=weight, dy=dy, values=integers)
     inputs = inputs[: 3 if bias else 2]
     padding = block[3]
-    with guarded() as p:
+    with poison() as p:
         y, grads = gradients(call(padding), [p(t) for t in inputs], p(grad))
     y64, grads64 = gradients(call(padding, reference), double(*inputs), double(grad))
     for got, want in zip([y, *grads], [y64, *grads64], strict=True):

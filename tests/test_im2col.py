@@ -22,11 +22,11 @@ from tests.convolutions import (  # noqa: F401
     every_dtype,
     far_apart,
     few_and_many,
-    guarded,
     ieee_products,
     integers,
 )
 from tests.inputs import DEVICE, DTYPES, INTERPRET, LAYOUTS, double, gradients, laid_out, randn
+from tests.poison import poison
 from tests.tolerance import assert_close
 
 module = importlib.import_module("kernels.im2col")
@@ -53,7 +53,7 @@ def folded(conv, columns):
 def check_im2col(conv, dtype, layout="contiguous"):
     """A copy: exact."""
     x = laid_out(randn(*conv.x, dtype=dtype), layout)
-    with guarded() as p:
+    with poison() as p:
         got = im2col(p(x), conv.taps, *conv.args)
     want = unfolded(conv, x)
     assert got.dtype == dtype and got.shape == columns_of(conv) and got.is_contiguous()
@@ -64,7 +64,7 @@ def check_im2col(conv, dtype, layout="contiguous"):
 def check_col2im(conv, dtype, layout="contiguous"):
     """A sum, rounded once."""
     columns = randn(*columns_of(conv), dtype=dtype, layout=layout)
-    with guarded() as p:
+    with poison() as p:
         got = col2im(p(columns), conv.x, conv.taps, *conv.args)
     want = folded(conv, columns)
     terms = conv.taps[0] * conv.taps[1]
@@ -219,7 +219,7 @@ def check_conv(conv, dtype, *, x="contiguous", weight="contiguous", dy="contiguo
     def call(fn):
         return lambda x, w, b=None: fn(x, w, b, *conv.args, activation)
 
-    with guarded() as p:
+    with poison() as p:
         y, grads = gradients(call(conv2d_im2col), [p(t) for t in inputs], p(grad))
     y64, grads64 = gradients(call(conv2d_reference), double(*inputs), double(grad))
     teeth = "expanded" not in (x, weight, dy)
@@ -390,7 +390,7 @@ def test_any_geometry(conv, dtype, x, columns, with_bias):
     image, weight = conv.inputs(dtype, x, values=integers)
     matrix = laid_out(integers(*columns_of(conv), dtype=dtype, seed=4), columns)
     bias = [integers(conv.filters, dtype=dtype, seed=2)] if with_bias else [None]
-    with guarded() as p:
+    with poison() as p:
         copied = im2col(p(image), conv.taps, *conv.args)
         summed = col2im(p(matrix), conv.x, conv.taps, *conv.args)
         y = conv2d_im2col(p(image), p(weight), *bias, *conv.args)
