@@ -199,14 +199,15 @@ def any_conv(draw):
 
 
 def far_apart(x, dim, path):
-    """`x`, but with 2^31 elements from the first to the last along `dim`, in next to no memory.
+    """`x`, but with 3 * 2^30 elements from the first to the last along `dim`, in next to no memory.
 
     It lies in a sparse file, of which only the pages that are used exist. Before it come 2^31 more
     elements: that is where an offset that overflows ends up, and finds zeros.
     """
+    extent = 3 * 2**30
     strides = list(x.stride())
-    strides[dim] = -(-(2**31) // (x.shape[dim] - 1))
-    size = 2 * 2**31 + 2**20
+    strides[dim] = -(-extent // (x.shape[dim] - 1))
+    size = 2**31 + extent + 2**20
     with open(path, "wb") as file:
         file.truncate(size * x.element_size())
     buffer = torch.from_file(str(path), shared=True, size=size, dtype=x.dtype)
