@@ -178,9 +178,9 @@ def dot_precision(dtype: torch.dtype, switch: Any) -> str:
 _forced: dict[str, dict] = {}
 
 # The interpreter spends 10-50 us on every operation of every program, whatever the tile's size, and
-# 15 ns an element on a load: few, large tiles. They pay until a load of 2^17 elements falls out of
+# 15 ns an element on a load: few, large tiles. They pay until a load of 2^18 elements falls out of
 # the CPU's cache; the product of two such loads may be larger, up to Triton's limit for one tensor.
-INTERPRETER_LOAD = 2**17
+INTERPRETER_LOAD = 2**18
 INTERPRETER_TENSOR = 2**20
 
 

@@ -50,7 +50,6 @@ from kernels._launch import (
     dot_precision,
     launch,
 )
-from kernels._rows import row_offsets
 from kernels.bias_relu import bias_backward, bias_relu_backward
 from kernels.conv2d_grad import conv2d_input_grad, conv2d_weight_grad
 
@@ -110,9 +109,9 @@ def conv2d_flat_kernel(
     offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     pixel = offs_m % M  # past the border it wraps around: valid to read, never stored
-    h = pixel // Q % P * STRIDE_H - PAD_H  # of tap (0, 0)
-    w = pixel % Q * STRIDE_W - PAD_W
-    x_rows = pixel // Q // P * stride_xn + h * stride_xh + w * stride_xw
+    n, p, q = pixel // Q // P, pixel // Q % P, pixel % Q
+    h, w = p * STRIDE_H - PAD_H, q * STRIDE_W - PAD_W  # of tap (0, 0)
+    x_rows = n * stride_xn + h * stride_xh + w * stride_xw
     w_cols = offs_n % K * stride_wk
 
     acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
@@ -140,7 +139,7 @@ def conv2d_flat_kernel(
         acc += bias.to(tl.float32)[None, :]
     if RELU:
         acc = tl.where(acc < 0, 0.0, acc)
-    y_rows = row_offsets(offs_m, P, Q, stride_yn, stride_yp, stride_yq)
+    y_rows = n * stride_yn + p * stride_yp + q * stride_yq
     y_ptrs = y_ptr + y_rows[:, None] + (offs_k * stride_yk)[None, :]
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & mask_n[None, :])
 
@@ -172,9 +171,9 @@ def conv2d_kernel(
     offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_c = tl.arange(0, BLOCK_K).to(tl.int64)
     pixel = offs_m % M
-    h = pixel // Q % P * STRIDE_H - PAD_H
-    w = pixel % Q * STRIDE_W - PAD_W
-    x_rows = pixel // Q // P * stride_xn + h * stride_xh + w * stride_xw
+    n, p, q = pixel // Q // P, pixel // Q % P, pixel % Q
+    h, w = p * STRIDE_H - PAD_H, q * STRIDE_W - PAD_W
+    x_rows = n * stride_xn + h * stride_xh + w * stride_xw
     x_ptrs = x_ptr + x_rows[:, None] + (offs_c * stride_xc)[None, :]  # [BLOCK_M, BLOCK_K]
     w_ptrs = w_ptr + (offs_c * stride_wc)[:, None] + (offs_n % K * stride_wk)[None, :]
     step_h = tl.cast(stride_xh, tl.int64) * DIL_H  # from one tap to the next
@@ -211,7 +210,7 @@ def conv2d_kernel(
         acc += bias.to(tl.float32)[None, :]
     if RELU:
         acc = tl.where(acc < 0, 0.0, acc)
-    y_rows = row_offsets(offs_m, P, Q, stride_yn, stride_yp, stride_yq)
+    y_rows = n * stride_yn + p * stride_yp + q * stride_yq
     y_ptrs = y_ptr + y_rows[:, None] + (offs_k * stride_yk)[None, :]
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & mask_n[None, :])
 

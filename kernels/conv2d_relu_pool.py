@@ -42,7 +42,7 @@ import triton.language as tl
 
 from kernels._geometry import empty_channels_last, output_size
 from kernels._launch import autocast, choose_tile, dot_precision, launch, splits
-from kernels._rows import row_offsets, sum_partials
+from kernels._rows import sum_partials
 from kernels.conv2d import check_conv2d
 
 
@@ -88,11 +88,15 @@ def conv2d_relu_pool_kernel(
     offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < K
-    pixel = offs_m % M  # past the border it wraps around: valid to read, never stored
-    h = pixel // Q % P * 2 - PAD_H  # of patch pixel (0, 0)
-    w = pixel % Q * 2 - PAD_W
-    x_rows = pixel // Q // P * stride_xn + h * stride_xh + w * stride_xw
+    window = offs_m % M  # past the border it wraps around: valid to read, never stored
+    n, p, q = window // Q // P, window // Q % P, window % Q
+    h, w = p * 2 - PAD_H, q * 2 - PAD_W  # of patch pixel (0, 0)
+    x_rows = n * stride_xn + h * stride_xh + w * stride_xw
     w_cols = offs_n % K * stride_wk
+
+    # Patch pixel (u, v) meets the weight (u - a, v - b): one base for each place (a, b).
+    w0_ptr, w1_ptr = w_ptr, w_ptr - stride_ws
+    w2_ptr, w3_ptr = w0_ptr - stride_wr, w1_ptr - stride_wr
 
     acc0 = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)  # place (0, 0)
     acc1 = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)  # place (0, 1)
@@ -113,13 +117,13 @@ def conv2d_relu_pool_kernel(
         x = tl.load(x_ptr + x_rows[:, None] + x_cols[None, :], mask=x_mask, other=0.0)
 
         w_rows = u * stride_wr + v * stride_ws + c * stride_wc
-        w_ptrs = w_ptr + w_rows[:, None] + w_cols[None, :]  # [BLOCK_K, BLOCK_N] at (u, v)
+        w_offs = w_rows[:, None] + w_cols[None, :]  # [BLOCK_K, BLOCK_N]
         top, bottom = (u < R) & inside, (u > 0) & inside  # a = 0, a = 1
         left, right = v < S, v > 0  # b = 0, b = 1
-        w0 = tl.load(w_ptrs, mask=(top & left)[:, None], other=0.0)
-        w1 = tl.load(w_ptrs - stride_ws, mask=(top & right)[:, None], other=0.0)
-        w2 = tl.load(w_ptrs - stride_wr, mask=(bottom & left)[:, None], other=0.0)
-        w3 = tl.load(w_ptrs - stride_wr - stride_ws, mask=(bottom & right)[:, None], other=0.0)
+        w0 = tl.load(w0_ptr + w_offs, mask=(top & left)[:, None], other=0.0)
+        w1 = tl.load(w1_ptr + w_offs, mask=(top & right)[:, None], other=0.0)
+        w2 = tl.load(w2_ptr + w_offs, mask=(bottom & left)[:, None], other=0.0)
+        w3 = tl.load(w3_ptr + w_offs, mask=(bottom & right)[:, None], other=0.0)
         acc0 = tl.dot(x, w0, acc0, input_precision=PRECISION)
         acc1 = tl.dot(x, w1, acc1, input_precision=PRECISION)
         acc2 = tl.dot(x, w2, acc2, input_precision=PRECISION)
@@ -140,7 +144,7 @@ def conv2d_relu_pool_kernel(
     place = tl.where(best <= 0, 4, place)
     best = tl.where(best < 0, 0.0, best)
 
-    y_rows = row_offsets(offs_m, P, Q, stride_yn, stride_yp, stride_yq)
+    y_rows = n * stride_yn + p * stride_yp + q * stride_yq
     y_offs = y_rows[:, None] + (offs_n * stride_yk)[None, :]
     mask = (offs_m < M)[:, None] & mask_n[None, :]
     tl.store(y_ptr + y_offs, best.to(y_ptr.dtype.element_ty), mask=mask)
@@ -178,6 +182,10 @@ def conv2d_relu_pool_input_grad_kernel(
     f = cols // BLOCK_N % 2
     offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
 
+    # Patch pixel (u, v) meets the weight (u - a, v - b): one base for each place (a, b).
+    w0_ptr, w1_ptr = w_ptr, w_ptr - stride_ws
+    w2_ptr, w3_ptr = w0_ptr - stride_wr, w1_ptr - stride_wr
+
     acc = tl.full((BLOCK_M, 4 * BLOCK_N), 0.0, tl.float32)
     blocks_k = tl.cdiv(K, BLOCK_K)
     for step in range(0, (R // 2 + 1) * (S // 2 + 1) * blocks_k):
@@ -197,14 +205,14 @@ def conv2d_relu_pool_input_grad_kernel(
         u = e + 2 * i_up  # where the pixel lies in that window's patch
         v = f + 2 * j_up
         w_cols = u * stride_wr + v * stride_ws + c * stride_wc
-        w_ptrs = w_ptr + (k * stride_wk)[:, None] + w_cols[None, :]  # [BLOCK_K, 4 * BLOCK_N]
+        w_offs = (k * stride_wk)[:, None] + w_cols[None, :]  # [BLOCK_K, 4 * BLOCK_N]
         mask = (k < K)[:, None] & (c < C)[None, :]
         top, bottom = (u < R)[None, :] & mask, ((u > 0) & (u <= R))[None, :] & mask
         left, right = (v < S)[None, :], ((v > 0) & (v <= S))[None, :]
-        w0 = tl.load(w_ptrs, mask=top & left, other=0.0)
-        w1 = tl.load(w_ptrs - stride_ws, mask=top & right, other=0.0)
-        w2 = tl.load(w_ptrs - stride_wr, mask=bottom & left, other=0.0)
-        w3 = tl.load(w_ptrs - stride_wr - stride_ws, mask=bottom & right, other=0.0)
+        w0 = tl.load(w0_ptr + w_offs, mask=top & left, other=0.0)
+        w1 = tl.load(w1_ptr + w_offs, mask=top & right, other=0.0)
+        w2 = tl.load(w2_ptr + w_offs, mask=bottom & left, other=0.0)
+        w3 = tl.load(w3_ptr + w_offs, mask=bottom & right, other=0.0)
         zero = tl.full((BLOCK_M, BLOCK_K), 0.0, dy.dtype)
         acc = tl.dot(tl.where(place == 0, dy, zero), w0, acc, input_precision=PRECISION)
         acc = tl.dot(tl.where(place == 1, dy, zero), w1, acc, input_precision=PRECISION)
@@ -249,7 +257,7 @@ def conv2d_relu_pool_weight_grad_kernel(
     first = split * CHUNK
     last = tl.minimum(first + CHUNK, tl.cast(N, tl.int64) * P * Q)
 
-    db = tl.full((BLOCK_M,), 0.0, tl.float32)
+    live = tl.full((BLOCK_M, BLOCK_K), 0.0, tl.float32)  # dy where it came through the ReLU
     acc0 = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
     acc1 = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
     acc2 = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
@@ -266,7 +274,7 @@ def conv2d_relu_pool_weight_grad_kernel(
         place_cols = n * stride_pn + p * stride_pp + q * stride_pq
         place_ptrs = place_ptr + (k * stride_pk)[:, None] + place_cols[None, :]
         place = tl.load(place_ptrs, mask=mask, other=4).to(tl.int32)
-        db += tl.sum(tl.where(place < 4, dy.to(tl.float32), 0.0), axis=1)
+        live += tl.where(place < 4, dy.to(tl.float32), 0.0)
 
         h = p * 2 - PAD_H
         w = q * 2 - PAD_W
@@ -295,7 +303,7 @@ def conv2d_relu_pool_weight_grad_kernel(
     tl.store(dw_ptrs + (2 * SIZE - stride_wr), acc2, mask=bottom & left)
     tl.store(dw_ptrs + (3 * SIZE - stride_wr - stride_ws), acc3, mask=bottom & right)
     if pid_n == 0:
-        tl.store(db_ptr + split * K + k, db, mask=k < K)
+        tl.store(db_ptr + split * K + k, tl.sum(live, axis=1), mask=k < K)
 
 
 def _empty_outputs(x, weight, padding):
