@@ -40,9 +40,13 @@ clean:  ## remove the environments and every cache (runs/ stays)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The interpreter is one Python thread that calls BLAS for the dots: the tests gain from processes, and
-# BLAS threads that wait for a busy core cost up to ten times what they bring.
+# BLAS threads that wait for a busy core cost up to ten times what they bring. Its temporaries are
+# megabytes: glibc is told to keep such memory, and not to give each back to the kernel (a tenth of a
+# training step).
 IN_PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 train test test-oldest test-gpu: export OPENBLAS_NUM_THREADS ?= 1
+train test test-oldest test-gpu: export MALLOC_MMAP_THRESHOLD_ ?= 33554432
+train test test-oldest test-gpu: export MALLOC_TRIM_THRESHOLD_ ?= 536870912
 test test-oldest test-gpu: export OMP_NUM_THREADS ?= 1
 test test-oldest: export TRITON_INTERPRET := 1
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from kernels._launch import pair
+from kernels._launch import check_choice, check_shape, check_tensors, pair
 
 
 def output_size(
@@ -61,6 +61,23 @@ def check_groups(groups: int, channels: int) -> None:
         raise TypeError(f"groups must be an int, got {groups!r}")
     if groups < 1 or channels % groups:
         raise ValueError(f"groups must divide the {channels} channels of x, got {groups}")
+
+
+def check_conv2d(x, weight, bias, stride, padding, dilation, groups, activation):
+    """Raise for what no convolution can be made of; return the pairs of the geometry."""
+    check_tensors(x=x, weight=weight, bias=bias, optional=("bias",))
+    check_shape("x", x, "[N, C, H, W]", N=None, C=None, H=None, W=None)
+    check_shape("weight", weight, "[K, C/groups, R, S]", K=None, C=None, R=None, S=None)
+    check_groups(groups, x.shape[1])
+    if weight.shape[0] % groups or x.shape[1] != weight.shape[1] * groups:
+        raise ValueError(
+            f"weight must be [K, C/groups, R, S] for x {list(x.shape)} and groups={groups}, "
+            f"got {list(weight.shape)}"
+        )
+    if bias is not None:
+        check_shape("bias", bias, "[K]", K=weight.shape[0])
+    check_choice("activation", activation, (None, "relu"))
+    return check_geometry("weight", weight.shape[2:], x.shape[2:], stride, padding, dilation)
 
 
 def empty_channels_last(

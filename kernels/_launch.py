@@ -2,7 +2,7 @@
 
 A kernel file says what its kernels compute. This file decides where they run (on the GPU, or in
 Triton's interpreter where torch sees none), checks what the user passed, chooses the tile, and
-launches. Nothing here computes a result.
+launches. Nothing here computes a result, but for rounding bfloat16 in the interpreter.
 
 Where kernels run. `@triton.jit` reads the variable TRITON_INTERPRET when triton is first imported,
 so it is set here, before that import:
@@ -223,8 +223,8 @@ def splits(programs: int, steps: int) -> int:
     """Among how many programs to divide a reduction of `steps` steps, for `programs` results.
 
     A GPU wants some 512 programs; they are a constant and not its number of SMs, so that the order
-    of the sum, and with it the result, is the same on every GPU. Each keeps at least 8 steps, to be
-    worth its partial result. The interpreter runs one program after the other: it splits nothing.
+    of the sum is the same on every GPU. Each keeps at least 8 steps, to be worth its partial
+    result. The interpreter runs one program after the other: it splits nothing.
     """
     return 1 if INTERPRET else max(1, min(512 // max(programs, 1), steps // 8))
 
@@ -289,7 +289,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         return
     tensors = [t for arg in args for t in (arg if isinstance(arg, list) else [arg])]
     tensors = [t for t in tensors if isinstance(t, torch.Tensor)]
+    if max(grid[1:], default=0) > 65535:
+        raise ValueError(f"too many blocks for one launch: {grid}, of 65535 in the last two places")
     if INTERPRET:
+        if tensors[0].is_cuda and any(isinstance(arg, list) for arg in args):
+            raise TypeError("tensors must be on the CPU to be interpreted by their addresses")
         # NumPy would warn of an inf - inf or a 1 / 0 that the GPU computes in silence.
         with _float32_twins(tensors) as twin, np.errstate(all="ignore"):
             args = tuple(
@@ -304,12 +308,20 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
 
 
 def _addresses(tensors: list[torch.Tensor]) -> torch.Tensor:
-    return _address_table(tuple(t.data_ptr() for t in tensors), tensors[0].device)
+    device = tensors[0].device
+    return _address_table(tuple(t.data_ptr() for t in tensors), device, stream_of(device))
 
 
-@functools.lru_cache(maxsize=64)  # training comes back with the same addresses: no copy to the GPU
-def _address_table(addresses: tuple[int, ...], device: torch.device) -> torch.Tensor:
+# Training comes back with the same addresses: no copy to the GPU. A table belongs to the stream
+# that its copy and all its readers are ordered by.
+@functools.lru_cache(maxsize=64)
+def _address_table(addresses: tuple[int, ...], device: torch.device, stream: int) -> torch.Tensor:
     return torch.tensor(addresses, dtype=torch.int64).to(device, non_blocking=True)
+
+
+def stream_of(device: torch.device) -> int:
+    """The stream that a launch on `device` would go to now."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 @contextlib.contextmanager

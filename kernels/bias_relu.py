@@ -8,8 +8,8 @@ rows:
                 db[c]    = sum over m of dx[m, c]
 
                C
-         +-----+-----+        forward: one program owns a tile of BLOCK_M rows and BLOCK_N channels.
-     M   |     |     |
+         +-----+-----+        forward: one program owns a tile (@) of BLOCK_M rows and BLOCK_N
+     M   |  @  |     |        channels.
          +-----#-----+        backward: one program owns BLOCK_N channels of a chunk of rows: it
          |     #     |        walks down the chunk tile by tile, keeps the sum of its columns and
          |     #     |        writes it as one row of [chunks, C]. A second, small kernel adds the
@@ -156,7 +156,7 @@ def _backward(dy: torch.Tensor, y: torch.Tensor | None) -> tuple[torch.Tensor, t
 
 @torch.library.custom_op("tilelab::bias_relu_backward", mutates_args=())
 def bias_relu_backward(dy: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dx, db) of `y = relu(x + b)`, b along dim 1; dx lies in memory as y does."""
+    """(dx, db) of `y = relu(x + b)`, b along dim 1; y is dense, and dx lies as it does."""
     return _backward(dy, y)
 
 
@@ -195,7 +195,8 @@ def bias_relu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         bias: [C], of x's dtype.
 
     Returns:
-        A tensor of x's shape, dtype and memory format.
+        A tensor of x's shape, dtype and memory format; both are cast to the dtype of
+        `torch.autocast` within one.
 
     Raises:
         TypeError: a dtype or device that is not supported, or differs between the two.

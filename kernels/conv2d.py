@@ -40,12 +40,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._geometry import check_geometry, check_groups, empty_channels_last, output_size
+from kernels._geometry import check_conv2d, empty_channels_last, output_size
 from kernels._launch import (
     autocast,
-    check_choice,
-    check_shape,
-    check_tensors,
     choose_tile,
     dot_precision,
     launch,
@@ -157,7 +154,7 @@ def conv2d_kernel(
     """One program computes a tile of y: BLOCK_M pixels x BLOCK_N channels of one group.
 
     Faster: a step is a block of channels of one tap. A tap moves all pixels by the same distance:
-    the tile of addresses is made once, a step adds one number to it, nothing is divided.
+    the tile of addresses is made once, a step adds one number to it, and divides only scalars.
     """
     blocks_n = tl.cdiv(K, BLOCK_N)
     pid_m = tl.program_id(0) // blocks_n
@@ -179,6 +176,8 @@ def conv2d_kernel(
     step_h = tl.cast(stride_xh, tl.int64) * DIL_H  # from one tap to the next
     step_w = tl.cast(stride_xw, tl.int64) * DIL_W
     step_c = tl.cast(stride_xc, tl.int64)
+    step_wr, step_ws = tl.cast(stride_wr, tl.int64), tl.cast(stride_ws, tl.int64)
+    step_wc = tl.cast(stride_wc, tl.int64)
 
     acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
     blocks_c = tl.cdiv(C, BLOCK_K)
@@ -187,7 +186,7 @@ def conv2d_kernel(
         s = i // blocks_c % S
         c = i % blocks_c * BLOCK_K
         x_tap = x_ptrs + (r * step_h + s * step_w + c * step_c)
-        w_tap = w_ptrs + (r * stride_wr + s * stride_ws + c * stride_wc)
+        w_tap = w_ptrs + (r * step_wr + s * step_ws + c * step_wc)
         # Which pixels fall into the padding is cheaper to compute again than to keep.
         inside = (h + r * DIL_H >= 0) & (h + r * DIL_H < H)
         inside &= (w + s * DIL_W >= 0) & (w + s * DIL_W < W)
@@ -279,23 +278,6 @@ def _backward(ctx, dy):
 
 
 _conv2d.register_autograd(_backward, setup_context=_setup_context)
-
-
-def check_conv2d(x, weight, bias, stride, padding, dilation, groups, activation):
-    """Raise for what no convolution can be made of; return the pairs of the geometry."""
-    check_tensors(x=x, weight=weight, bias=bias, optional=("bias",))
-    check_shape("x", x, "[N, C, H, W]", N=None, C=None, H=None, W=None)
-    check_shape("weight", weight, "[K, C/groups, R, S]", K=None, C=None, R=None, S=None)
-    check_groups(groups, x.shape[1])
-    if weight.shape[0] % groups or x.shape[1] != weight.shape[1] * groups:
-        raise ValueError(
-            f"weight must be [K, C/groups, R, S] for x {list(x.shape)} and groups={groups}, "
-            f"got {list(weight.shape)}"
-        )
-    if bias is not None:
-        check_shape("bias", bias, "[K]", K=weight.shape[0])
-    check_choice("activation", activation, (None, "relu"))
-    return check_geometry("weight", weight.shape[2:], x.shape[2:], stride, padding, dilation)
 
 
 def conv2d(

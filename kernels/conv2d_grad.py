@@ -21,9 +21,9 @@ found without a search:
     g = gcd(dil, stride); none unless g divides a, else
     r = (a/g) * (dil/g)^-1  mod stride/g, and every stride/g-th after it
 
-    stride 2, 3x3, padding 1      h + pad even:  taps r = 0, 2       # . #
-                                  h + pad odd:   tap  r = 1          . + .
-                                                                     # . #
+    stride 2, 3x3, padding 1      h + pad even:  taps r = 0, 2       # . #     # both even: 4 taps
+                                  h + pad odd:   tap  r = 1          . + .     + both odd:  1 tap
+                                                                     # . #     . mixed:     2, 2
     so a pixel takes 4, 2, 2 or 1 of the nine taps, and no product is spent on the others.
 
 **Weight gradient, by splitting.** Its result is small (K x RSC) and its sum is long (NPQ,
@@ -94,8 +94,8 @@ def conv2d_input_grad_kernel(
     # The pixels of this class: h0, h0 + stride, ...
     h0 = (class_h + STRIDE_H - PAD_H % STRIDE_H) % STRIDE_H
     w0 = (class_w + STRIDE_W - PAD_W % STRIDE_W) % STRIDE_W
-    rows_h = tl.maximum((H - h0 + STRIDE_H - 1) // STRIDE_H, 0)
-    rows_w = tl.maximum((W - w0 + STRIDE_W - 1) // STRIDE_W, 0)
+    rows_h = (H - h0 + STRIDE_H - 1) // STRIDE_H
+    rows_w = (W - w0 + STRIDE_W - 1) // STRIDE_W
     M = tl.cast(N, tl.int64) * rows_h * rows_w
     if pid_m.to(tl.int64) * BLOCK_M >= M:  # this class has fewer pixels than the largest
         return
@@ -110,8 +110,8 @@ def conv2d_input_grad_kernel(
     s_step: tl.constexpr = STRIDE_W // GCD_W
     r0 = class_h // GCD_H * INV_H % r_step
     s0 = class_w // GCD_W * INV_W % s_step
-    taps_r = tl.where(class_h % GCD_H == 0, tl.maximum((R - r0 + r_step - 1) // r_step, 0), 0)
-    taps_s = tl.where(class_w % GCD_W == 0, tl.maximum((S - s0 + s_step - 1) // s_step, 0), 0)
+    taps_r = tl.where(class_h % GCD_H == 0, (R - r0 + r_step - 1) // r_step, 0)
+    taps_s = tl.where(class_w % GCD_W == 0, (S - s0 + s_step - 1) // s_step, 0)
     p0 = (h + PAD_H) // STRIDE_H
     q0 = (w + PAD_W) // STRIDE_W
 
@@ -123,6 +123,8 @@ def conv2d_input_grad_kernel(
     step_p = tl.cast(stride_dyp, tl.int64)
     step_q = tl.cast(stride_dyq, tl.int64)
     step_k = tl.cast(stride_dyk, tl.int64)
+    step_wr, step_ws = tl.cast(stride_wr, tl.int64), tl.cast(stride_ws, tl.int64)
+    step_wk = tl.cast(stride_wk, tl.int64)
 
     acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
     blocks_k = tl.cdiv(K, BLOCK_K)
@@ -133,7 +135,7 @@ def conv2d_input_grad_kernel(
         up = r * DIL_H // STRIDE_H  # p = p0 - up: (h + pad) and r*dil leave the same remainder
         left = s * DIL_W // STRIDE_W
         dy_tap = dy_ptrs + (k * step_k - up * step_p - left * step_q)
-        w_tap = w_ptrs + (k * stride_wk + r * stride_wr + s * stride_ws)
+        w_tap = w_ptrs + (k * step_wk + r * step_wr + s * step_ws)
         inside = (p0 >= up) & (p0 < P + up) & (q0 >= left) & (q0 < Q + left)
         if EVEN_K:
             dy = tl.load(dy_tap, mask=inside[:, None], other=0.0)

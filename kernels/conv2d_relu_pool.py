@@ -40,10 +40,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._geometry import empty_channels_last, output_size
+from kernels._geometry import check_conv2d, empty_channels_last, output_size
 from kernels._launch import autocast, choose_tile, dot_precision, launch, splits
 from kernels._rows import sum_partials
-from kernels.conv2d import check_conv2d
 
 
 def reference(x, weight, bias=None, padding=0):
@@ -129,7 +128,7 @@ def conv2d_relu_pool_kernel(
         acc2 = tl.dot(x, w2, acc2, input_precision=PRECISION)
         acc3 = tl.dot(x, w3, acc3, input_precision=PRECISION)
 
-    # The first of the largest, as in torch; a NaN wins.
+    # The first of the largest, as in torch, but before any rounding to 16 bits; a NaN wins.
     best = acc0
     place = tl.full((BLOCK_M, BLOCK_N), 0, tl.int32)
     place = tl.where((acc1 > best) | (acc1 != acc1), 1, place)
@@ -163,9 +162,8 @@ def conv2d_relu_pool_input_grad_kernel(
 ):  # fmt: skip
     """One program computes BLOCK_M quads (2x2 pixels) x BLOCK_N channels of dx.
 
-    A quad is a row of ROWS_H x ROWS_W to an image, counted in padded coordinates; the four pixels
-    of a quad are four blocks of columns, so that dy and the places are loaded once for all of
-    them.
+    An image has ROWS_H x ROWS_W quads, in padded coordinates. Each is a row; its four pixels are
+    four blocks of columns, so that dy and the places are loaded once for all of them.
     """
     blocks_n = tl.cdiv(C, BLOCK_N)
     pid_m = tl.program_id(0) // blocks_n
@@ -292,16 +290,17 @@ def conv2d_relu_pool_weight_grad_kernel(
         acc3 = tl.dot(tl.where(place == 3, dy, zero), x, acc3, input_precision=PRECISION)
 
     # Patch pixel (u, v) met the weight (u - a, v - b), if there is one.
-    dw_ptr += split * 4 * SIZE
+    size = tl.cast(SIZE, tl.int64)
+    dw_ptr += split * 4 * size
     dw_cols = u * stride_wr + v * stride_ws + c * stride_wc
     dw_ptrs = dw_ptr + (k * stride_wk)[:, None] + dw_cols[None, :]
     mask = (k < K)[:, None] & mask_n[None, :]
     top, bottom = (u < R)[None, :] & mask, (u > 0)[None, :] & mask
     left, right = (v < S)[None, :], (v > 0)[None, :]
     tl.store(dw_ptrs, acc0, mask=top & left)
-    tl.store(dw_ptrs + (SIZE - stride_ws), acc1, mask=top & right)
-    tl.store(dw_ptrs + (2 * SIZE - stride_wr), acc2, mask=bottom & left)
-    tl.store(dw_ptrs + (3 * SIZE - stride_wr - stride_ws), acc3, mask=bottom & right)
+    tl.store(dw_ptrs + (size - stride_ws), acc1, mask=top & right)
+    tl.store(dw_ptrs + (2 * size - stride_wr), acc2, mask=bottom & left)
+    tl.store(dw_ptrs + (3 * size - stride_wr - stride_ws), acc3, mask=bottom & right)
     if pid_n == 0:
         tl.store(db_ptr + split * K + k, tl.sum(live, axis=1), mask=k < K)
 

@@ -29,9 +29,14 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._geometry import check_geometry, check_groups, empty_channels_last, output_size
+from kernels._geometry import (
+    check_conv2d,
+    check_geometry,
+    check_groups,
+    empty_channels_last,
+    output_size,
+)
 from kernels._launch import autocast, check_shape, check_tensors, choose_tile, launch, pair
-from kernels.conv2d import check_conv2d
 from kernels.matmul import matmul
 
 
@@ -303,7 +308,9 @@ def conv2d_im2col(
     """Compute what `conv2d` does through explicit columns: to compare with, and to learn from.
 
     Arguments, result and errors are those of `conv2d`. It needs N*P*Q*C*R*S elements of memory for
-    the columns, which the backward keeps. One matmul a group: slow for many groups.
+    the columns, which the backward keeps, copies a weight that is not channels_last, and is one
+    matmul a group: slow for many groups. Whether float32 is rounded to TF32 is decided by torch's
+    switch for matmuls, not by that for convolutions.
 
     Example:
         >>> conv2d_im2col(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 2, 2)).squeeze()
@@ -318,16 +325,14 @@ def conv2d_im2col(
     P, Q = output_size(x.shape[2:], (R, S), stride, padding, dilation)
     columns = _im2col(x, (R, S), stride, padding, dilation, groups)
     rows = weight.permute(0, 2, 3, 1).reshape(K, R * S * C)  # a view for channels_last weights
-    y = torch.cat(
-        [
-            matmul(c, w.t(), b, activation)
-            for c, w, b in zip(
-                columns.split(R * S * C, dim=1),
-                rows.split(K // groups),
-                [None] * groups if bias is None else bias.split(K // groups),
-                strict=True,
-            )
-        ],
-        dim=1,
-    )  # [N*P*Q, K]
+    parts = [
+        matmul(c, w.t(), b, activation)
+        for c, w, b in zip(
+            columns.split(R * S * C, dim=1),
+            rows.split(K // groups),
+            [None] * groups if bias is None else bias.split(K // groups),
+            strict=True,
+        )
+    ]
+    y = parts[0] if groups == 1 else torch.cat(parts, dim=1)  # [N*P*Q, K]
     return y.view(x.shape[0], P, Q, K).permute(0, 3, 1, 2)

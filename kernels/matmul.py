@@ -13,15 +13,16 @@
 
     for each tile (m, n) of C, in parallel:
         acc = 0                                  # float32, in registers
-        for k in 0, BLOCK_K, 2*BLOCK_K ... K:
+        for k in 0, BLOCK_K, 2*BLOCK_K ... below K:
             acc += A[m, k] @ B[k, n]             # tensor cores
         C[m, n] = act(acc + bias[n])
 
 What limits it: 2MNK FLOPs over e(MK + KN + MN) bytes, e for each element. A square of side n does
 n/3 FLOPs a byte in 16-bit, so from n ~ 600 on (an H200 does 206 FLOPs in the time of one byte) it
-is the tensor cores, if each tile is used often enough: a program reads BLOCK_M + BLOCK_N rows for
-BLOCK_M * BLOCK_N results, so large tiles are what saves bandwidth, and they end where the
-accumulator no longer fits the registers (128x256 float32 is 256 registers x 128 threads).
+is the tensor cores, if what is loaded is used often enough: a program reads BLOCK_M rows of A and
+BLOCK_N columns of B for BLOCK_M * BLOCK_N results. So large tiles save bandwidth, and they end
+where the accumulator fills the registers (128x256 float32 are half of an SM's 65,536). A small C
+with a long K, as dB of a classifier, is few programs with a long sum each: not what this is for.
 
 Program order. Programs start in the order of their index, a wave of them at a time. Row by row, a
 wave would touch one block row of A and all of B. In groups of GROUP_M block rows it touches a

@@ -10,9 +10,9 @@
              with m' = m / (1 - beta1^t) and v' = v / (1 - beta2^t), which undo the start from zero
 
 Every element is on its own, so the arithmetic is a few lines. What matters is the launch: a network
-has some hundred parameters, most of them small, and a kernel for each would spend more time being
-launched than running. So one launch gets all of them. A kernel cannot take a list of tensors, but
-it can take a table of their addresses, and a second table that says which piece is whose:
+has some hundred parameter tensors, most of them small, and a kernel for each would spend more time
+being launched than running. So one launch gets all of them. A kernel cannot take a list of tensors,
+but it can take a table of their addresses, and a second table that says which piece is whose:
 
     parameters    p0 [==========|==========|====]     p1 [===]     p2 [==========|=======]
     programs             0          1        2             3             4           5
@@ -48,7 +48,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._launch import check_tensors, choose_tile, launch
+from kernels._launch import check_tensors, choose_tile, launch, stream_of
 
 
 def sgd_reference(p, grad, m, lr, momentum=0, dampening=0, weight_decay=0, nesterov=False):
@@ -195,8 +195,11 @@ def adamw_kernel(
 
 
 @functools.lru_cache(maxsize=64)
-def _plan(sizes: tuple[int, ...], block: int, device: torch.device) -> torch.Tensor:
-    """For each program its parameter, its chunk of it, and the elements from there to its end."""
+def _plan(sizes: tuple[int, ...], block: int, device: torch.device, stream: int) -> torch.Tensor:
+    """For each program its parameter, its chunk of it, and the elements from there to its end.
+
+    Kept for the stream that it is made and read on.
+    """
     numel = torch.tensor(sizes)
     chunks = -(-numel // block)
     parameter = torch.repeat_interleave(torch.arange(len(sizes)), chunks)
@@ -211,7 +214,7 @@ def _update(kernel: Any, rows: list[tuple[torch.Tensor, ...]], *scalars: float, 
     first, tensors = rows[0][0], [t for row in rows for t in row]
     typical = min(max(sizes), 4 * sum(sizes) // len(sizes))  # where most are small, smaller chunks
     tile = choose_tile(kernel.__name__.removesuffix("_kernel"), first.dtype, DEFAULT, M=typical)
-    plan = _plan(sizes, tile["BLOCK_M"], first.device)
+    plan = _plan(sizes, tile["BLOCK_M"], first.device, stream_of(first.device))
     aligned = all(t.data_ptr() % 16 == 0 for t in tensors)
     launch(kernel, (len(plan),), first, tensors, plan, *scalars, **flags, ALIGNED=aligned, **tile)
     torch.autograd.graph.increment_version([row[0] for row in rows])  # autograd cannot see it
@@ -286,6 +289,11 @@ class _Optimizer(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             for p in params:
                 _check_parameter(p)
+            if any(p.is_cuda for p in params) and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "an optimizer's step cannot be captured in a CUDA graph: the host counts the "
+                    "steps, and looks the addresses up"
+                )
             grads = [_beside("grad", p.grad, p) for p in params]
             batches: dict[tuple, list] = {}
             for p, grad in zip(params, grads, strict=True):
@@ -422,8 +430,6 @@ class AdamW(_Optimizer):
         return state["step"].item(), [state["exp_avg"], state["exp_avg_sq"]]
 
     def _launch(self, group: dict[str, Any], step: float, rows: list) -> None:
-        if rows[0][0].is_cuda and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("AdamW cannot be in a CUDA graph, since the host counts its steps")
         lr, (beta1, beta2) = float(group["lr"]), map(float, group["betas"])
         _update(
             adamw_kernel, rows, beta1, 1 - beta1, beta2, 1 - beta2, lr / (1 - beta1**step),

@@ -76,8 +76,8 @@ def max_pool2d_kernel(
 ):  # fmt: skip
     """One program computes BLOCK_M pixels x BLOCK_N channels of y, and the places of the maxima.
 
-    M = N*P*Q. y and index are channels_last. The window is constexpr: its short loops are unrolled,
-    and several loads are in flight.
+    M = N*P*Q. y and index are channels_last. The window is constexpr: the compiler unrolls short
+    loops, wholly or in part, and has several loads in flight.
     """
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -248,8 +248,11 @@ def report(target, dtypes, cases=CASES, only=None, tile=None):
             set_precision(precision)
             for kernel, args, meta in record(case, dtype):
                 signature, constants, divisible, options = specialize(kernel, args, meta)
-                blocks = [(k, v) for k, v in constants.items() if k.startswith("BLOCK")]
-                key = kernel, dtype, constants.get("PRECISION"), *blocks
+                key = (
+                    kernel,
+                    dtype,
+                    *sorted((k, str(v)) for k, v in constants.items() if k.isupper()),
+                )
                 if key in seen or only not in (None, kernel.__module__):
                     continue
                 seen.add(key)
