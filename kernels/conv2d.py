@@ -70,13 +70,11 @@ TILES = [
     dict(BLOCK_M=256, BLOCK_N=64, BLOCK_K=32, num_warps=8, num_stages=3),
     # small images and small batches: four times the programs
     dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=4),
-    # few input channels: conv2d_flat_kernel needs the registers for addresses and masks; in
-    # float32 without TF32 more of them
-    dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=4, num_stages=2),
+    # few input channels: conv2d_flat_kernel needs the registers for addresses and masks
     dict(BLOCK_M=64, BLOCK_N=32, BLOCK_K=16, num_warps=4, num_stages=2),
 ]
 DEFAULT = {2: TILES[0], 4: TILES[1]}
-FLAT_DEFAULT = {2: TILES[6], 4: TILES[7]}
+FLAT_DEFAULT = {2: TILES[6], 4: TILES[6]}
 FEW_CHANNELS = 16  # below this a block of one tap's channels would be mostly padding
 
 

@@ -54,8 +54,8 @@ TILES = [
     dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=3),
     # float32, as in conv2d.py
     dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=8, num_stages=3),
-    # the weight gradient's default: 64 channels k by 128 of (r, s, c) is little of a small layer
-    dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=3),
+    # the weight gradient's default: with few channels, addresses and masks take the registers
+    dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=8, num_stages=3),
     # 64 deep: fewer, longer steps
     dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
     # wide layers on Hopper

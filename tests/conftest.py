@@ -43,6 +43,18 @@ def pytest_make_parametrize_id(val: object) -> str | None:
     return str(val).removeprefix("torch.") if isinstance(val, torch.dtype) else None
 
 
+@pytest.fixture(autouse=True)
+def full_float32():
+    """float32 products in full: torch's default for convolutions is TF32, a reference's is not."""
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [switch.fp32_precision for switch in switches]
+    for switch in switches:
+        switch.fp32_precision = "ieee"
+    yield
+    for switch, precision in zip(switches, before, strict=True):
+        switch.fp32_precision = precision
+
+
 @pytest.fixture
 def device() -> str:
     """Where the kernels run: "cuda", or "cpu" for the interpreter."""

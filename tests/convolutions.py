@@ -172,15 +172,6 @@ few_and_many = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(autouse=True)
-def ieee_products():
-    """float32 products in full: torch's own default for convolutions is TF32 on a GPU."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
-
-
 @st.composite
 def any_conv(draw):
     """Any convolution that fits: few pixels and few classes of pixels, for the interpreter."""

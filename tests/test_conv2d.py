@@ -10,7 +10,7 @@ import torch
 from kernels import conv2d
 from kernels._launch import use_tile
 from kernels.conv2d import TILES, reference
-from tests.convolutions import (  # noqa: F401
+from tests.convolutions import (
     FEW,
     MANY,
     Conv,
@@ -19,7 +19,6 @@ from tests.convolutions import (  # noqa: F401
     every_dtype,
     far_apart,
     few_and_many,
-    ieee_products,
     integers,
 )
 from tests.inputs import DEVICE, DTYPES, INTERPRET, LAYOUTS, double, gradients, randn
@@ -537,8 +536,8 @@ def test_tf32_follows_torchs_switch(conv):
     names = ["y", "dx", "dw"]
     y64, grads64 = gradients(call(conv, reference), double(*inputs), double(dy))
     for tf32 in (True, False):
-        torch.backends.cudnn.allow_tf32 = tf32
-        torch.backends.cuda.matmul.allow_tf32 = not tf32
+        torch.backends.cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"
+        torch.backends.cuda.matmul.fp32_precision = "ieee" if tf32 else "tf32"
         y, grads = gradients(call(conv), inputs, dy)
         for name, got, want in zip(names, [y, *grads], [y64, *grads64], strict=True):
             close = dict(dtype=torch.float32, terms=conv.terms[name], name=name)

@@ -10,7 +10,7 @@ import torch
 
 from kernels._launch import use_tile
 from kernels.conv2d_grad import TILES, conv2d_input_grad, conv2d_weight_grad
-from tests.convolutions import (  # noqa: F401
+from tests.convolutions import (
     CONVS,
     FEW,
     GROUPED,
@@ -21,7 +21,6 @@ from tests.convolutions import (  # noqa: F401
     every_dtype,
     far_apart,
     few_and_many,
-    ieee_products,
     integers,
 )
 from tests.inputs import DEVICE, DTYPES, INTERPRET, LAYOUTS, double, randn

@@ -10,7 +10,7 @@ import torch
 from kernels import bias_relu, conv2d, conv2d_relu_pool
 from kernels._launch import use_tile
 from kernels.conv2d_relu_pool import TILES, reference
-from tests.convolutions import every_dtype, far_apart, ieee_products, integers  # noqa: F401
+from tests.convolutions import every_dtype, far_apart, integers
 from tests.inputs import DEVICE, DTYPES, INTERPRET, LAYOUTS, double, gradients, laid_out, randn
 from tests.poison import poison
 from tests.tolerance import assert_close
@@ -601,7 +601,7 @@ def test_tf32_follows_torchs_switch():
     *inputs, dy = make((8, 16, 28, 28), 32, (3, 3), 1)
     y64 = reference(*double(*inputs), 1)
     close = dict(dtype=torch.float32, terms=145)
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = True, False
+    torch.backends.cudnn.conv.fp32_precision = "tf32"  # and matmul's is off
     y = conv2d_relu_pool(*inputs, 1)
     assert_close(y, y64, tf32=True, **close)
     with pytest.raises(AssertionError, match="error"):

@@ -11,7 +11,7 @@ from kernels import col2im, conv2d, conv2d_im2col, im2col
 from kernels._launch import use_tile
 from kernels.conv2d import reference as conv2d_reference
 from kernels.im2col import TILES, reference
-from tests.convolutions import (  # noqa: F401
+from tests.convolutions import (
     CONVS,
     FEW,
     GROUPED,
@@ -22,7 +22,6 @@ from tests.convolutions import (  # noqa: F401
     every_dtype,
     far_apart,
     few_and_many,
-    ieee_products,
     integers,
 )
 from tests.inputs import DEVICE, DTYPES, INTERPRET, LAYOUTS, double, gradients, laid_out, randn
@@ -485,7 +484,7 @@ def test_tf32_follows_the_switch_of_matmul():
     """It is made of `matmul`: cuDNN's switch has no say."""
     inputs = MANY.inputs(torch.float32)
     want = conv2d_reference(*double(*inputs), None, *MANY.args)
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = True, False
+    torch.backends.cuda.matmul.fp32_precision = "tf32"  # and the convolutions' is off
     y = conv2d_im2col(*inputs, None, *MANY.args)
     close = dict(dtype=torch.float32, terms=MANY.terms["y"])
     assert_close(y, want, tf32=True, **close)

@@ -13,12 +13,6 @@ from tests.inputs import DEVICE, double, gradients, randn
 from tests.tolerance import assert_close
 
 
-@pytest.fixture(autouse=True)
-def full_float32(monkeypatch):
-    """Without TF32, which torch allows in convolutions: the references are float64."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-
-
 class ReluAfter(nn.Module):
     """The torch.nn twin of a layer with activation="relu"."""
 

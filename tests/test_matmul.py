@@ -462,17 +462,11 @@ def test_offsets_past_2_to_the_31(where):
 
 @pytest.mark.gpu
 def test_tf32_follows_torchs_switch():
-    matmul_switch = torch.backends.cuda.matmul
-    before = matmul_switch.allow_tf32
     a, b = randn(512, 1024), randn(1024, 512, seed=1)
     want = reference(*double(a, b))
-    try:
-        matmul_switch.allow_tf32 = False
-        assert_close(matmul(a, b), want, dtype=torch.float32, terms=1024)
-        matmul_switch.allow_tf32 = True
-        rounded = matmul(a, b)
-        assert_close(rounded, want, dtype=torch.float32, terms=1024, tf32=True)
-        with pytest.raises(AssertionError, match="error"):  # so TF32 was really used
-            assert_close(rounded, want, dtype=torch.float32, terms=1024)
-    finally:
-        matmul_switch.allow_tf32 = before
+    assert_close(matmul(a, b), want, dtype=torch.float32, terms=1024)
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    rounded = matmul(a, b)
+    assert_close(rounded, want, dtype=torch.float32, terms=1024, tf32=True)
+    with pytest.raises(AssertionError, match="error"):  # so TF32 was really used
+        assert_close(rounded, want, dtype=torch.float32, terms=1024)

@@ -258,15 +258,15 @@ def test_nothing_to_do(cls, launches):
 
 def test_the_plan():
     """Each program's parameter, its chunk of it, and how many elements are left."""
-    plan = _plan((20, 0, 8, 1), 8, torch.device("cpu"))
+    plan = _plan((20, 0, 8, 1), 8, torch.device("cpu"), 0)
     assert plan.tolist() == [[0, 0, 20], [0, 1, 12], [0, 2, 4], [2, 0, 8], [3, 0, 1]]
-    large = _plan((2**33 + 1,), 2**30, torch.device("cpu"))
+    large = _plan((2**33 + 1,), 2**30, torch.device("cpu"), 0)
     assert large[-1].tolist() == [0, 8, 1]
 
 
 @pytest.mark.core
 def test_a_long_parameter_takes_several_of_the_interpreters_large_chunks(launches):
-    params = parameters(torch.float32, [(300_001,), (250_000,)])
+    params = parameters(torch.float32, [(600_001,), (500_000,)])
     optimizer = AdamW(params, lr=0.1)
     set_gradients(params, 0)
     step_and_check(optimizer)

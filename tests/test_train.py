@@ -87,12 +87,6 @@ def cli(arguments, capsys):
     return code, output.out, output.err
 
 
-@pytest.fixture(autouse=True)
-def full_float32(monkeypatch):
-    """Without TF32, which torch allows in convolutions: the references are float64."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-
-
 # --- the arithmetic of training -----------------------------------------------------------------
 
 
