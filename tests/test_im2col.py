@@ -12,7 +12,6 @@ from kernels._launch import use_tile
 from kernels.conv2d import reference as conv2d_reference
 from kernels.im2col import TILES, reference
 from tests.convolutions import (
-    CONVS,
     FEW,
     GROUPED,
     MANY,
