@@ -229,6 +229,15 @@ def splits(programs: int, steps: int) -> int:
     return 1 if INTERPRET else max(1, min(512 // max(programs, 1), steps // 8))
 
 
+def into_chunks(extent: int, block: int, parts: int) -> tuple[int, int]:
+    """Divide `extent` into at most `parts` chunks of whole blocks: one chunk's size, their number.
+
+    Of nothing there is one chunk, so that somebody writes the zeros.
+    """
+    chunk = triton.cdiv(triton.cdiv(extent, block), parts) * block
+    return chunk, max(1, triton.cdiv(extent, max(chunk, 1)))
+
+
 def _large_blocks(blocks: dict[str, int]) -> dict[str, int]:
     """For the interpreter: the first dimension takes the elements that the others leave."""
     first, *others = blocks

@@ -33,7 +33,14 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._launch import autocast, check_shape, check_tensors, choose_tile, launch
+from kernels._launch import (
+    autocast,
+    check_shape,
+    check_tensors,
+    choose_tile,
+    into_chunks,
+    launch,
+)
 from kernels._rows import as_rows, row_offsets, sum_partials
 
 
@@ -141,9 +148,7 @@ def _backward(dy: torch.Tensor, y: torch.Tensor | None) -> tuple[torch.Tensor, t
     M = D0 * D1 * D2
     db = torch.empty(N, dtype=dy.dtype, device=dy.device)
     tile = choose_tile("bias_relu_backward", dy.dtype, DEFAULT, M=M, N=N)
-    blocks = triton.cdiv(M, tile["BLOCK_M"])
-    chunk = triton.cdiv(blocks, CHUNKS) * tile["BLOCK_M"]  # rows of one program
-    chunks = triton.cdiv(M, max(chunk, 1))
+    chunk, chunks = into_chunks(M, tile["BLOCK_M"], CHUNKS)
     partials = torch.empty(chunks, N, dtype=torch.float32, device=dy.device)
     launch(
         bias_relu_backward_kernel, (chunks, triton.cdiv(N, tile["BLOCK_N"])),

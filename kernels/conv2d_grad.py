@@ -46,7 +46,7 @@ import triton
 import triton.language as tl
 
 from kernels._geometry import empty_channels_last
-from kernels._launch import choose_tile, dot_precision, launch, splits
+from kernels._launch import choose_tile, dot_precision, into_chunks, launch, splits
 from kernels._rows import sum_partials
 
 TILES = [
@@ -271,8 +271,7 @@ def conv2d_weight_grad(
     tile = choose_tile("conv2d_weight_grad", x.dtype, WEIGHT_DEFAULT, K=M, M=K, N=R * S * C)
     blocks = triton.cdiv(K, tile["BLOCK_M"]) * triton.cdiv(R * S * C, tile["BLOCK_N"])
     steps = triton.cdiv(M, tile["BLOCK_K"])
-    chunk = triton.cdiv(steps, splits(blocks * groups, steps)) * tile["BLOCK_K"]
-    parts = max(1, triton.cdiv(M, max(chunk, 1)))
+    chunk, parts = into_chunks(M, tile["BLOCK_K"], splits(blocks * groups, steps))
     size = dweight.numel()
     partials = dweight
     if parts > 1:

@@ -41,7 +41,7 @@ import triton
 import triton.language as tl
 
 from kernels._geometry import check_conv2d, empty_channels_last, output_size
-from kernels._launch import autocast, choose_tile, dot_precision, launch, splits
+from kernels._launch import autocast, choose_tile, dot_precision, into_chunks, launch, splits
 from kernels._rows import sum_partials
 
 
@@ -380,8 +380,7 @@ def _weight_grad(
     tile = choose_tile("conv2d_relu_pool_weight_grad", x.dtype, WEIGHT_DEFAULT, K=M, M=K, N=patch)
     blocks = triton.cdiv(K, tile["BLOCK_M"]) * triton.cdiv(patch, tile["BLOCK_N"])
     steps = triton.cdiv(M, tile["BLOCK_K"])
-    chunk = triton.cdiv(steps, splits(blocks, steps)) * tile["BLOCK_K"]
-    parts = max(1, triton.cdiv(M, max(chunk, 1)))
+    chunk, parts = into_chunks(M, tile["BLOCK_K"], splits(blocks, steps))
     size = dweight.numel()
     partials = torch.empty(parts, 4, size, dtype=torch.float32, device=x.device)
     bias_partials = torch.empty(parts, K, dtype=torch.float32, device=x.device)
