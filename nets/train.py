@@ -285,7 +285,7 @@ def fit(
             f"note: {out / 'metrics.jsonl'} is brought to epoch {run.epoch}, the checkpoint's",
             file=sys.stderr,
         )
-    about = describe(config, data, run.model, device)
+    about = describe(run, data, device)
     ckpt.write_whole(out / "config.json", (json.dumps(about, indent=2) + "\n").encode())
     run.write()
     if progress:
@@ -389,7 +389,7 @@ def draw(run: _Run, data, result: Evaluation) -> None:
         ckpt.write_whole(run.out / name, pictures.png(figure))
 
 
-def describe(config: Config, data, model: nn.Module, device: torch.device) -> dict:
+def describe(run: _Run, data, device: torch.device) -> dict:
     """Return what config.json says: flags, data, model, and what they ran on."""
     import triton
 
@@ -399,15 +399,18 @@ def describe(config: Config, data, model: nn.Module, device: torch.device) -> di
         else (f"CPU with {torch.get_num_threads()} threads")
     )
     return {
-        "config": asdict(config),
+        "config": asdict(run.config),
         "data": {
             "train": len(data.train_labels),
             "held_out": len(data.test_labels),
             "shape": list(data.shape),
             "classes": list(data.classes),
-            "checksum": f"{data.checksum():08x}",
+            "checksum": f"{run.checksum:08x}",
         },
-        "model": {"name": config.model, "parameters": sum(p.numel() for p in model.parameters())},
+        "model": {
+            "name": run.config.model,
+            "parameters": sum(p.numel() for p in run.model.parameters()),
+        },
         "environment": {
             "device": place + (", Triton's interpreter" if INTERPRET else ""),
             "python": platform.python_version(),
