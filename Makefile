@@ -4,7 +4,7 @@
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: help train test test-oldest test-gpu lint format clean
+.PHONY: help train sweep test test-oldest test-gpu lint format clean
 
 help:  ## this list
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -14,6 +14,9 @@ help:  ## this list
 
 train: .venv/.ready  ## train the demo network on real digits and write what it learned to runs/
 	.venv/bin/python -m nets.train $(ARGS)
+
+sweep: .venv/.ready  ## time every tile of a kernel (with no GPU: compile and predict) and say why
+	.venv/bin/python -m perf sweep $(or $(ARGS),matmul)
 
 test: .venv/.ready  ## run the tests, kernels interpreted on the CPU (no GPU needed)
 	.venv/bin/python -m pytest $(IN_PARALLEL) -m "not gpu" $(ARGS)
@@ -44,7 +47,7 @@ clean:  ## remove the environments and every cache (runs/ stays)
 # megabytes: glibc is told to keep such memory, and not to give each back to the kernel (a tenth of a
 # training step).
 IN_PARALLEL := -n auto --maxprocesses 8 --dist worksteal
-train test test-oldest test-gpu: export OPENBLAS_NUM_THREADS ?= 1
+train sweep test test-oldest test-gpu: export OPENBLAS_NUM_THREADS ?= 1
 train test test-oldest test-gpu: export MALLOC_MMAP_THRESHOLD_ ?= 33554432
 train test test-oldest test-gpu: export MALLOC_TRIM_THRESHOLD_ ?= 536870912
 test test-oldest test-gpu: export OMP_NUM_THREADS ?= 1

@@ -23,11 +23,11 @@ def output_size(
     dilation: Sequence[int] = (1, 1),
 ) -> tuple[int, int]:
     """(P, Q), how many windows fit: floor((H + 2*padding - dilation*(R - 1) - 1)/stride) + 1."""
-    P, Q = (
-        (extent + 2 * pad - dil * (n - 1) - 1) // step + 1
-        for extent, n, step, pad, dil in zip(size, taps, stride, padding, dilation, strict=True)
-    )
-    return P, Q
+
+    def windows(i: int) -> int:
+        return (size[i] + 2 * padding[i] - dilation[i] * (taps[i] - 1) - 1) // stride[i] + 1
+
+    return windows(0), windows(1)
 
 
 def check_geometry(
@@ -68,16 +68,17 @@ def check_conv2d(x, weight, bias, stride, padding, dilation, groups, activation)
     check_tensors(x=x, weight=weight, bias=bias, optional=("bias",))
     check_shape("x", x, "[N, C, H, W]", N=None, C=None, H=None, W=None)
     check_shape("weight", weight, "[K, C/groups, R, S]", K=None, C=None, R=None, S=None)
-    check_groups(groups, x.shape[1])
-    if weight.shape[0] % groups or x.shape[1] != weight.shape[1] * groups:
+    (_, channels, H, W), (K, C, R, S) = x.shape, weight.shape
+    check_groups(groups, channels)
+    if K % groups or channels != C * groups:
         raise ValueError(
             f"weight must be [K, C/groups, R, S] for x {list(x.shape)} and groups={groups}, "
             f"got {list(weight.shape)}"
         )
     if bias is not None:
-        check_shape("bias", bias, "[K]", K=weight.shape[0])
+        check_shape("bias", bias, "[K]", K=K)
     check_choice("activation", activation, (None, "relu"))
-    return check_geometry("weight", weight.shape[2:], x.shape[2:], stride, padding, dilation)
+    return check_geometry("weight", (R, S), (H, W), stride, padding, dilation)
 
 
 def empty_channels_last(

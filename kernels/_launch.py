@@ -19,8 +19,9 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -77,11 +78,14 @@ def check_tensors(optional: tuple[str, ...] = (), **tensors: torch.Tensor | None
     Those named in `optional` may be None.
     """
     first_name, first = next(iter(tensors.items()))
+    dtype = device = None  # the first's, once it has passed
     for name, x in tensors.items():
         if x is None and name in optional:
             continue
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.dtype is dtype and x.device == device and x.layout is torch.strided:
+            continue  # as the first
         if x.dtype not in DTYPES:
             raise TypeError(f"{name} must be float32, float16 or bfloat16, got {_short(x.dtype)}")
         if x.layout != torch.strided:
@@ -92,13 +96,14 @@ def check_tensors(optional: tuple[str, ...] = (), **tensors: torch.Tensor | None
                 f"got {_short(x.dtype)}"
             )
         check_device(name, x, first_name, first)
+        dtype, device = first.dtype, first.device
 
 
 def check_device(name: str, x: torch.Tensor, first_name: str, first: torch.Tensor) -> None:
     """`x` is where `first` is, and that is a place where kernels can run."""
     if x.device != first.device:
         raise TypeError(f"{name} must be on {first.device} like {first_name}, got {x.device}")
-    if x.device.type not in ("cuda", "meta") and not INTERPRET:
+    if x.device.type not in ("cuda", "meta") and not INTERPRET and _recorded is None:
         raise TypeError(
             f"{name} is on {x.device}, but the kernels are compiled for the GPU: move it there, "
             "or set TRITON_INTERPRET=1 before python starts to run them on the CPU"
@@ -107,15 +112,17 @@ def check_device(name: str, x: torch.Tensor, first_name: str, first: torch.Tenso
 
 def check_shape(name: str, x: torch.Tensor, shape: str, **expected: int | None) -> None:
     """`check_shape("bias", bias, "[N]", N=128)`: the rank, and the sizes that are not None."""
-    sizes = list(expected.values())
-    if x.dim() != len(sizes) or any(
-        want is not None and want != got for want, got in zip(sizes, x.shape, strict=True)
-    ):
-        known = ", ".join(f"{k}={v}" for k, v in expected.items() if v is not None)
-        raise ValueError(
-            f"{name} must have shape {shape}{' with ' + known if known else ''}, "
-            f"got {list(x.shape)}"
-        )
+    sizes = x.shape
+    if len(sizes) == len(expected):
+        for want, got in zip(expected.values(), sizes, strict=True):
+            if want is not None and want != got:
+                break
+        else:
+            return
+    known = ", ".join(f"{k}={v}" for k, v in expected.items() if v is not None)
+    raise ValueError(
+        f"{name} must have shape {shape}{' with ' + known if known else ''}, got {list(sizes)}"
+    )
 
 
 def check_choice(name: str, value: Any, choices: tuple) -> None:
@@ -126,14 +133,21 @@ def check_choice(name: str, value: Any, choices: tuple) -> None:
 
 def pair(name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]:
     """An int, or a pair of ints (height, width), as a pair; each at least `minimum`."""
+    if type(value) is int and value >= minimum:  # most calls
+        return value, value
     if isinstance(value, int) and not isinstance(value, bool):
         value = (value, value)
-    ok = isinstance(value, tuple | list | torch.Size) and len(value) == 2
-    if not ok or any(isinstance(v, bool) or not isinstance(v, int | torch.SymInt) for v in value):
+    ok = isinstance(value, (tuple, list)) and len(value) == 2
+    if not (ok and _is_int(value[0]) and _is_int(value[1])):
         raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
-    if any(v < minimum for v in value):
+    first, second = value
+    if first < minimum or second < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
-    return value[0], value[1]
+    return first, second
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -142,10 +156,10 @@ def _short(dtype: torch.dtype) -> str:
 
 def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """Under `torch.autocast`, the tensors in its dtype (what it does for torch's own matmul)."""
-    device = next((x.device.type for x in tensors if isinstance(x, torch.Tensor)), "cpu")
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    first = tensors[0]
+    if not isinstance(first, torch.Tensor) or not _autocast_is_on(first):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(first.device.type)
     floats = [isinstance(x, torch.Tensor) and x.dtype in DTYPES for x in tensors]
     return tuple(x.to(dtype) if f else x for x, f in zip(tensors, floats, strict=True))
 
@@ -155,9 +169,12 @@ def reduction_dtype(x: torch.Tensor) -> torch.dtype:
 
     torch casts x for that. A kernel that computes in float32 anyway reads x as it is.
     """
-    device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.float32 if on else x.dtype
+    return torch.float32 if _autocast_is_on(x) else x.dtype
+
+
+def _autocast_is_on(x: torch.Tensor) -> bool:
+    device = "cuda" if x.is_cuda else "cpu" if x.is_cpu else None  # where kernels run
+    return device is not None and torch.is_autocast_enabled(device)
 
 
 def dot_precision(dtype: torch.dtype, switch: Any) -> str:
@@ -209,14 +226,24 @@ def choose_tile(op: str, dtype: torch.dtype, default: dict[int, dict], **sizes: 
             block becomes larger than the power of two that covers its dimension, nor smaller than
             16, which is the least a tensor core takes.
     """
+    if _recorded is not None:
+        _recorded.append(Choice(op, dtype, sizes))
     if op in _forced:
         return _forced[op]
-    blocks = {f"BLOCK_{k}": max(16, triton.next_power_of_2(size)) for k, size in sizes.items()}
     base = default[dtype.itemsize]
-    if INTERPRET:
-        return {**base, **_large_blocks(blocks)}
-    base = _nearest(op, _short(dtype), sizes) or base
-    return {**base, **{name: min(base[name], block) for name, block in blocks.items()}}
+    if not INTERPRET and _recorded is None:
+        base = _nearest(op, dtype, sizes) or base
+    return _fitted(INTERPRET, tuple(base.items()), tuple(sizes.items())).copy()
+
+
+@functools.lru_cache(maxsize=4096)
+def _fitted(interpret: bool, base: tuple, sizes: tuple) -> dict:
+    """The tile `base` with its blocks fitted to the sizes; both are the items of a dict."""
+    tile = dict(base)
+    blocks = {f"BLOCK_{k}": max(16, triton.next_power_of_2(size)) for k, size in sizes}
+    if interpret:
+        return tile | _large_blocks(blocks)
+    return tile | {name: min(tile[name], block) for name, block in blocks.items()}
 
 
 def splits(programs: int, steps: int) -> int:
@@ -229,13 +256,18 @@ def splits(programs: int, steps: int) -> int:
     return 1 if INTERPRET else max(1, min(512 // max(programs, 1), steps // 8))
 
 
+def cdiv(a: int, b: int) -> int:
+    """`a / b` rounded up; `triton.cdiv` spends 2 us on the same, since kernels may call it too."""
+    return -(-a // b)
+
+
 def into_chunks(extent: int, block: int, parts: int) -> tuple[int, int]:
     """Divide `extent` into at most `parts` chunks of whole blocks: one chunk's size, their number.
 
     Of nothing there is one chunk, so that somebody writes the zeros.
     """
-    chunk = triton.cdiv(triton.cdiv(extent, block), parts) * block
-    return chunk, max(1, triton.cdiv(extent, max(chunk, 1)))
+    chunk = cdiv(cdiv(extent, block), parts) * block
+    return chunk, max(1, cdiv(extent, max(chunk, 1)))
 
 
 def _large_blocks(blocks: dict[str, int]) -> dict[str, int]:
@@ -254,33 +286,88 @@ def _large_blocks(blocks: dict[str, int]) -> dict[str, int]:
     return blocks
 
 
-def _nearest(op: str, dtype: str, sizes: dict[str, int]) -> dict | None:
-    """The tuned tile of the nearest shape, in octaves over all dimensions, if there is one."""
-    entries = _tuned(torch.cuda.current_device()).get((op, dtype))
-    if not entries:
-        return None
+def _nearest(op: str, dtype: torch.dtype, sizes: dict[str, int]) -> dict | None:
+    """The tuned tile of the nearest shape, if this GPU has been tuned for `op`."""
+    device = torch.cuda.current_device()
+    return _nearest_tile(_tuned, device, op, _short(dtype), tuple(sizes.items()))
+
+
+@functools.lru_cache(maxsize=4096)  # to compare a shape with 200 others takes 0.2 ms
+def _nearest_tile(
+    tuned: Callable[[int], dict], device: int, op: str, dtype: str, sizes: tuple
+) -> dict | None:
+    """The nearest in octaves over all dimensions; of equally near ones the first."""
+    names = dict(sizes).keys()  # a table of an older kernel may name others
+    entries = [e for e in tuned(device).get((op, dtype), []) if e["sizes"].keys() == names]
 
     def octaves(entry: dict) -> float:
         shape = entry["sizes"]
-        return sum(abs(math.log2(max(size, 1) / max(shape[k], 1))) for k, size in sizes.items())
+        return sum(abs(math.log2(max(size, 1) / max(shape[k], 1))) for k, size in sizes)
 
-    return min(entries, key=octaves)["tile"]
+    return min(entries, key=octaves)["tile"] if entries else None
 
 
 @functools.cache
 def _tuned(device: int) -> dict[tuple[str, str], list[dict]]:
     """The table of winners for this GPU, by op and dtype; empty where nobody has tuned it yet."""
-    name = torch.cuda.get_device_name(device).lower().replace(" ", "-")
-    return read_tuned(pathlib.Path(__file__).parent / "tuned" / f"{name}.json")
+    return read_tuned(tuned_path(torch.cuda.get_device_name(device)))
+
+
+def forget_tuned() -> None:
+    """Forget the tuned tables, so that the next call reads their files again."""
+    _tuned.cache_clear()
+    _nearest_tile.cache_clear()
+
+
+def tuned_path(gpu: str, folder: pathlib.Path | None = None) -> pathlib.Path:
+    """Where the table of a GPU is, from its name as torch gives it: `NVIDIA H200` -> nvidia-h200.
+
+    `folder` is kernels/tuned unless it is given. What no file name should have becomes a dash.
+    """
+    name = re.sub(r"[^a-z0-9._-]", "-", gpu.strip().lower()).strip(".-")
+    if not name:
+        raise ValueError(f"gpu must be the name of a device, got {gpu!r}")
+    return (folder or pathlib.Path(__file__).parent / "tuned") / f"{name}.json"
 
 
 def read_tuned(path: pathlib.Path) -> dict[tuple[str, str], list[dict]]:
-    """Read `{"tiles": [{"op", "dtype", "sizes": {...}, "tile": {...}}, ...]}`."""
+    """Read `{"tiles": [{"op", "dtype", "sizes": {...}, "tile": {...}}, ...]}`, by op and dtype.
+
+    Raises:
+        ValueError: what is wrong in the file, in one line. A file that is missing has no entries.
+    """
     table: dict[tuple[str, str], list[dict]] = {}
-    if path.exists():
-        for entry in json.loads(path.read_text())["tiles"]:
-            table.setdefault((entry["op"], entry["dtype"]), []).append(entry)
+    if not path.exists():
+        return table
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    tiles = content.get("tiles") if isinstance(content, dict) else None
+    if not isinstance(tiles, list):
+        raise ValueError(f'{path} must hold {{"tiles": [...]}}')
+    for i, entry in enumerate(tiles):
+        if problem := _entry_problem(entry):
+            raise ValueError(f"{path}: entry {i} of tiles {problem}")
+        table.setdefault((entry["op"], entry["dtype"]), []).append(entry)
     return table
+
+
+def _entry_problem(entry: Any) -> str | None:
+    """What is wrong with an entry of a tuned table, if anything is."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("op"), str):
+        return "must have an op"
+    if entry.get("dtype") not in [_short(dtype) for dtype in DTYPES]:
+        return f"must have dtype float32, float16 or bfloat16, got {entry.get('dtype')!r}"
+    sizes, tile = entry.get("sizes"), entry.get("tile")
+    if not isinstance(sizes, dict) or not all(_is_int(size) for size in sizes.values()):
+        return f"must have sizes, each an int, got {sizes!r}"
+    if not isinstance(tile, dict) or not all(isinstance(v, (int, str)) for v in tile.values()):
+        return f"must have a tile, of ints, got {tile!r}"
+    for k in sizes:
+        if not _is_int(tile.get(f"BLOCK_{k}")):
+            return f"must have BLOCK_{k} in its tile, which its sizes name, got {tile!r}"
+    return None
 
 
 # -------------------------------------------------------------------------------------------------
@@ -288,19 +375,57 @@ def read_tuned(path: pathlib.Path) -> dict[tuple[str, str], list[dict]]:
 # -------------------------------------------------------------------------------------------------
 
 
+class Choice(NamedTuple):
+    """That `choose_tile` was asked for a tile."""
+
+    op: str
+    dtype: torch.dtype
+    sizes: dict[str, int]
+
+
+class Launch(NamedTuple):
+    """What `launch` was asked to launch."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple
+    meta: dict[str, Any]
+
+
+_recorded: list[Choice | Launch] | None = None
+
+
+@contextlib.contextmanager
+def record() -> Iterator[list[Choice | Launch]]:
+    """Within this context nothing is launched: what would have been is listed, in order.
+
+    So a call can be compiled and counted with no GPU, and its tensors may be empty ones on the CPU.
+    Tiles are the forced ones or the defaults: nothing is looked up.
+    """
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """`kernel[grid](*args, **meta)`, on the device of the tensors; nothing where the grid is empty.
 
-    A list of tensors among `args` is passed as the table of their addresses (int64), which is how
-    one launch of an optimizer reaches all parameters.
+    The first of `args` says which device. A list of tensors among them is passed as the table of
+    their addresses (int64), which is how one launch of an optimizer reaches all parameters.
     """
     if 0 in grid:
         return
-    tensors = [t for arg in args for t in (arg if isinstance(arg, list) else [arg])]
-    tensors = [t for t in tensors if isinstance(t, torch.Tensor)]
-    if max(grid[1:], default=0) > 65535:
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, grid, args, meta))
+        return
+    if len(grid) > 1 and max(grid[1:]) > 65535:
         raise ValueError(f"too many blocks for one launch: {grid}, of 65535 in the last two places")
     if INTERPRET:
+        tensors = [t for arg in args for t in (arg if isinstance(arg, list) else [arg])]
+        tensors = [t for t in tensors if isinstance(t, torch.Tensor)]
         if tensors[0].is_cuda and any(isinstance(arg, list) for arg in args):
             raise TypeError("tensors must be on the CPU to be interpreted by their addresses")
         # NumPy would warn of an inf - inf or a 1 / 0 that the GPU computes in silence.
@@ -311,8 +436,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
             )
             kernel[grid](*args, **meta)
         return
-    args = tuple(_addresses(arg) if isinstance(arg, list) else arg for arg in args)
-    with torch.cuda.device(tensors[0].device):
+    first = args[0][0] if isinstance(args[0], list) else args[0]
+    args = [_addresses(arg) if isinstance(arg, list) else arg for arg in args]
+    with torch.cuda.device(first.device):
         kernel[grid](*args, **meta)
 
 

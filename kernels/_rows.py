@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._launch import choose_tile, launch
+from kernels._launch import cdiv, choose_tile, launch
 
 SUM_DEFAULT = {4: dict(BLOCK_N=128, num_warps=4)}  # partial results are float32 and few
 
@@ -53,5 +53,5 @@ def sum_partials(partials: torch.Tensor, out: torch.Tensor) -> None:
     """
     size = out.numel()
     tile = choose_tile("sum_partials", partials.dtype, SUM_DEFAULT, N=size)
-    grid = (triton.cdiv(size, tile["BLOCK_N"]),)
+    grid = (cdiv(size, tile["BLOCK_N"]),)
     launch(sum_partials_kernel, grid, partials, out, size, partials.shape[0], **tile)

@@ -35,6 +35,7 @@ import triton.language as tl
 
 from kernels._launch import (
     autocast,
+    cdiv,
     check_shape,
     check_tensors,
     choose_tile,
@@ -127,7 +128,7 @@ def _bias_relu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     D0, D1, D2, N = xr.shape
     M = D0 * D1 * D2
     tile = choose_tile("bias_relu", x.dtype, DEFAULT, M=M, N=N)
-    grid = (triton.cdiv(M, tile["BLOCK_M"]), triton.cdiv(N, tile["BLOCK_N"]))
+    grid = (cdiv(M, tile["BLOCK_M"]), cdiv(N, tile["BLOCK_N"]))
     launch(
         bias_relu_kernel, grid, x, bias, y, M, N, D1, D2,
         *xr.stride(), bias.stride(0), *yr.stride(), **tile,
@@ -151,7 +152,7 @@ def _backward(dy: torch.Tensor, y: torch.Tensor | None) -> tuple[torch.Tensor, t
     chunk, chunks = into_chunks(M, tile["BLOCK_M"], CHUNKS)
     partials = torch.empty(chunks, N, dtype=torch.float32, device=dy.device)
     launch(
-        bias_relu_backward_kernel, (chunks, triton.cdiv(N, tile["BLOCK_N"])),
+        bias_relu_backward_kernel, (chunks, cdiv(N, tile["BLOCK_N"])),
         dy, y, dx, partials, M, N, D1, D2, chunk, *dyr.stride(), *xr.stride(), RELU=y is not None,
         **tile,
     )  # fmt: skip

@@ -43,6 +43,7 @@ import triton.language as tl
 from kernels._geometry import check_conv2d, empty_channels_last, output_size
 from kernels._launch import (
     autocast,
+    cdiv,
     choose_tile,
     dot_precision,
     launch,
@@ -241,7 +242,7 @@ def _conv2d(
     options = {} if flat else dict(EVEN_C=C % tile["BLOCK_K"] == 0)
     launch(
         conv2d_flat_kernel if flat else conv2d_kernel,
-        (triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(K, tile["BLOCK_N"]), groups),
+        (cdiv(M, tile["BLOCK_M"]) * cdiv(K, tile["BLOCK_N"]), groups),
         x, weight, bias, y, N, C, H, W, K, P, Q, *x.stride(), *weight.stride(),
         0 if bias is None else bias.stride(0), *y.stride(), R, S, *stride, *padding, *dilation,
         HAS_BIAS=bias is not None, RELU=activation == "relu",

@@ -46,7 +46,7 @@ import triton
 import triton.language as tl
 
 from kernels._geometry import empty_channels_last
-from kernels._launch import choose_tile, dot_precision, into_chunks, launch, splits
+from kernels._launch import cdiv, choose_tile, dot_precision, into_chunks, launch, splits
 from kernels._rows import sum_partials
 
 TILES = [
@@ -234,9 +234,9 @@ def conv2d_input_grad(
     dx = empty_channels_last(input_size, dy)
     (N, _, H, W), (_, C, R, S), (_, K, P, Q) = input_size, weight.shape, dy.shape
     K //= groups
-    M = N * triton.cdiv(H, stride[0]) * triton.cdiv(W, stride[1])  # pixels of the largest class
+    M = N * cdiv(H, stride[0]) * cdiv(W, stride[1])  # pixels of the largest class
     tile = choose_tile("conv2d_input_grad", dy.dtype, INPUT_DEFAULT, M=M, N=C, K=K)
-    blocks = triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(C, tile["BLOCK_N"])
+    blocks = cdiv(M, tile["BLOCK_M"]) * cdiv(C, tile["BLOCK_N"])
     (gcd_h, inv_h), (gcd_w, inv_w) = (_inverse(d, s) for d, s in zip(dilation, stride, strict=True))
     launch(
         conv2d_input_grad_kernel, (blocks, groups, stride[0] * stride[1]),
@@ -269,8 +269,8 @@ def conv2d_weight_grad(
     K //= groups
     M = N * P * Q
     tile = choose_tile("conv2d_weight_grad", x.dtype, WEIGHT_DEFAULT, K=M, M=K, N=R * S * C)
-    blocks = triton.cdiv(K, tile["BLOCK_M"]) * triton.cdiv(R * S * C, tile["BLOCK_N"])
-    steps = triton.cdiv(M, tile["BLOCK_K"])
+    blocks = cdiv(K, tile["BLOCK_M"]) * cdiv(R * S * C, tile["BLOCK_N"])
+    steps = cdiv(M, tile["BLOCK_K"])
     chunk, parts = into_chunks(M, tile["BLOCK_K"], splits(blocks * groups, steps))
     size = dweight.numel()
     partials = dweight

@@ -41,7 +41,7 @@ import triton
 import triton.language as tl
 
 from kernels._geometry import check_conv2d, empty_channels_last, output_size
-from kernels._launch import autocast, choose_tile, dot_precision, into_chunks, launch, splits
+from kernels._launch import autocast, cdiv, choose_tile, dot_precision, into_chunks, launch, splits
 from kernels._rows import sum_partials
 
 
@@ -323,7 +323,7 @@ def _conv2d_relu_pool(
     tile = choose_tile("conv2d_relu_pool", x.dtype, DEFAULT, M=M, N=K, K=patch)
     launch(
         conv2d_relu_pool_kernel,
-        (triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(K, tile["BLOCK_N"]),),
+        (cdiv(M, tile["BLOCK_M"]) * cdiv(K, tile["BLOCK_N"]),),
         x, weight, bias, y, place, N, C, H, W, K, P, Q, *x.stride(), *weight.stride(),
         0 if bias is None else bias.stride(0), *y.stride(), R, S, *padding,
         HAS_BIAS=bias is not None,
@@ -352,7 +352,7 @@ def _input_grad(
     tile = choose_tile("conv2d_relu_pool_input_grad", dy.dtype, INPUT_DEFAULT, M=M, N=C, K=K)
     launch(
         conv2d_relu_pool_input_grad_kernel,
-        (triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(C, tile["BLOCK_N"]),),
+        (cdiv(M, tile["BLOCK_M"]) * cdiv(C, tile["BLOCK_N"]),),
         dy, place, weight, dx, N, C, H, W, K, P, Q, *quads,
         *dy.stride(), *place.stride(), *weight.stride(), *dx.stride(), R, S, *padding,
         PRECISION=dot_precision(dy.dtype, torch.backends.cudnn.conv), **tile,
@@ -378,8 +378,8 @@ def _weight_grad(
     M = N * P * Q
     patch = (R + 1) * (S + 1) * C
     tile = choose_tile("conv2d_relu_pool_weight_grad", x.dtype, WEIGHT_DEFAULT, K=M, M=K, N=patch)
-    blocks = triton.cdiv(K, tile["BLOCK_M"]) * triton.cdiv(patch, tile["BLOCK_N"])
-    steps = triton.cdiv(M, tile["BLOCK_K"])
+    blocks = cdiv(K, tile["BLOCK_M"]) * cdiv(patch, tile["BLOCK_N"])
+    steps = cdiv(M, tile["BLOCK_K"])
     chunk, parts = into_chunks(M, tile["BLOCK_K"], splits(blocks, steps))
     size = dweight.numel()
     partials = torch.empty(parts, 4, size, dtype=torch.float32, device=x.device)
@@ -450,7 +450,8 @@ def conv2d_relu_pool(
     """
     x, weight, bias = autocast(x, weight, bias)
     _, padding, _ = check_conv2d(x, weight, bias, 1, padding, 1, 1, None)
-    if min(output_size(x.shape[2:], weight.shape[2:], (1, 1), padding)) < 2:
+    (_, _, H, W), (_, _, R, S) = x.shape, weight.shape
+    if H + 2 * padding[0] - R < 1 or W + 2 * padding[1] - S < 1:  # P or Q below 2
         raise ValueError(
             f"x must give a convolution of at least 2x2 to pool, got {list(x.shape)} with "
             f"weight {list(weight.shape)} and padding {padding}"

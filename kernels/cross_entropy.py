@@ -42,7 +42,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._launch import check_choice, check_device, check_tensors, launch, reduction_dtype
+from kernels._launch import cdiv, check_choice, check_device, check_tensors, launch, reduction_dtype
 from kernels._rows import as_rows, row_offsets
 from kernels.softmax import LOWEST, TILES, row_tile  # noqa: F401  the same tiles for the same rows
 
@@ -248,7 +248,7 @@ def _cross_entropy(
     tile = row_tile("cross_entropy", xr)
     kernel = cross_entropy_kernel if N <= tile["BLOCK_N"] else cross_entropy_online_kernel
     launch(
-        kernel, (triton.cdiv(M, tile["BLOCK_M"]),), logits, target, losses, d, M, N, D1, D2,
+        kernel, (cdiv(M, tile["BLOCK_M"]),), logits, target, losses, d, M, N, D1, D2,
         ignore_index, label_smoothing, *xr.stride(), *tr.stride(), *dr.stride(),
         SMOOTH=label_smoothing > 0, NEEDS_GRAD=needs_grad, **tile,
     )  # fmt: skip
@@ -277,7 +277,7 @@ def _cross_entropy_backward(d: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     D0, D1, D2, N = dr.shape
     M = D0 * D1 * D2
     tile = row_tile("cross_entropy_backward", dr)
-    grid = (triton.cdiv(M, tile["BLOCK_M"]), triton.cdiv(N, tile["BLOCK_N"]))
+    grid = (cdiv(M, tile["BLOCK_M"]), cdiv(N, tile["BLOCK_N"]))
     launch(
         cross_entropy_backward_kernel, grid, d, g, dx, M, N, D1, D2,
         *dr.stride(), *gr.stride(), *dxr.stride(), **tile,

@@ -36,7 +36,7 @@ from kernels._geometry import (
     empty_channels_last,
     output_size,
 )
-from kernels._launch import autocast, check_shape, check_tensors, choose_tile, launch, pair
+from kernels._launch import autocast, cdiv, check_shape, check_tensors, choose_tile, launch, pair
 from kernels.matmul import matmul
 
 
@@ -143,7 +143,7 @@ def _im2col(
     M, J = columns.shape
     tile = choose_tile("im2col", x.dtype, DEFAULT, M=M, N=J)
     launch(
-        im2col_kernel, (triton.cdiv(M, tile["BLOCK_M"]), triton.cdiv(J, tile["BLOCK_N"])),
+        im2col_kernel, (cdiv(M, tile["BLOCK_M"]), cdiv(J, tile["BLOCK_N"])),
         x, columns, N, C // groups, H, W, P, Q, J, *x.stride(), *columns.stride(),
         *kernel_size, *stride, *padding, *dilation, **tile,
     )  # fmt: skip
@@ -176,7 +176,7 @@ def _col2im(
     M = N * H * W
     tile = choose_tile("col2im", columns.dtype, DEFAULT, M=M, N=C)
     launch(
-        col2im_kernel, (triton.cdiv(M, tile["BLOCK_M"]), triton.cdiv(C, tile["BLOCK_N"])),
+        col2im_kernel, (cdiv(M, tile["BLOCK_M"]), cdiv(C, tile["BLOCK_N"])),
         columns, x, N, C // groups, H, W, P, Q, C, *x.stride(), *columns.stride(),
         *kernel_size, *stride, *padding, *dilation, **tile,
     )  # fmt: skip

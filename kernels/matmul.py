@@ -42,6 +42,7 @@ import triton.language as tl
 
 from kernels._launch import (
     autocast,
+    cdiv,
     check_choice,
     check_shape,
     check_tensors,
@@ -135,7 +136,7 @@ def _matmul(
     c = torch.empty(M, N, dtype=a.dtype, device=a.device)
     tile = choose_tile("matmul", a.dtype, DEFAULT, M=M, N=N, K=K)
     launch(
-        matmul_kernel, (triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(N, tile["BLOCK_N"]),),
+        matmul_kernel, (cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"]),),
         a, b, bias, c, M, N, K,
         *a.stride(), *b.stride(), 0 if bias is None else bias.stride(0), *c.stride(),
         HAS_BIAS=bias is not None, RELU=activation == "relu", EVEN_K=K % tile["BLOCK_K"] == 0,

@@ -44,7 +44,7 @@ import triton
 import triton.language as tl
 
 from kernels._geometry import empty_channels_last, output_size
-from kernels._launch import check_shape, check_tensors, choose_tile, launch, pair
+from kernels._launch import cdiv, check_shape, check_tensors, choose_tile, launch, pair
 
 
 def reference(x, kernel_size, stride=None, padding=0):
@@ -172,7 +172,7 @@ def _max_pool2d(
     (N, C, H, W), (P, Q) = x.shape, y.shape[2:]
     M = N * P * Q
     tile = choose_tile("max_pool2d", x.dtype, DEFAULT, M=M, N=C)
-    grid = (triton.cdiv(M, tile["BLOCK_M"]), triton.cdiv(C, tile["BLOCK_N"]))
+    grid = (cdiv(M, tile["BLOCK_M"]), cdiv(C, tile["BLOCK_N"]))
     launch(
         max_pool2d_kernel, grid, x, y, index, M, C, H, W, P, Q, *x.stride(),
         **_constants(window, stride, padding), SAVE_INDEX=save_index, **tile,
@@ -201,7 +201,7 @@ def _max_pool2d_backward(
     dx = torch.empty(N, C, H, W, dtype=dy.dtype, device=dy.device, memory_format=memory)
     M = N * H * W
     tile = choose_tile("max_pool2d_backward", dy.dtype, DEFAULT, M=M, N=C)
-    grid = (triton.cdiv(M, tile["BLOCK_M"]), triton.cdiv(C, tile["BLOCK_N"]))
+    grid = (cdiv(M, tile["BLOCK_M"]), cdiv(C, tile["BLOCK_N"]))
     launch(
         max_pool2d_backward_kernel, grid, dy, index, dx, M, C, H, W, P, Q, *dy.stride(),
         *dx.stride(), **_constants(window, stride, padding), **tile,

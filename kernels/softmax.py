@@ -38,7 +38,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._launch import check_tensors, choose_tile, launch, reduction_dtype
+from kernels._launch import cdiv, check_tensors, choose_tile, launch, reduction_dtype
 from kernels._rows import as_rows, row_offsets
 
 
@@ -210,7 +210,7 @@ def _softmax(x: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
     tile = row_tile("softmax", xr)
     kernel = softmax_kernel if N <= tile["BLOCK_N"] else softmax_online_kernel
     launch(
-        kernel, (triton.cdiv(M, tile["BLOCK_M"]),), x, y, M, N, D1, D2,
+        kernel, (cdiv(M, tile["BLOCK_M"]),), x, y, M, N, D1, D2,
         *xr.stride(), *yr.stride(), **tile,
     )  # fmt: skip
     return y
@@ -233,7 +233,7 @@ def _softmax_backward(
     online = N > tile["BLOCK_N"]
     kernel = softmax_backward_online_kernel if online else softmax_backward_kernel
     launch(
-        kernel, (triton.cdiv(M, tile["BLOCK_M"]),), dy, y, dx, M, N, D1, D2,
+        kernel, (cdiv(M, tile["BLOCK_M"]),), dy, y, dx, M, N, D1, D2,
         *dyr.stride(), *yr.stride(), *dxr.stride(), **tile,
     )  # fmt: skip
     return dx

@@ -4,9 +4,8 @@
     TRITON_INTERPRET=0 python -m tests.aot sm_90 --tiles    every tile of every TILES list
 
 test_compile.py runs this in processes of its own, because a process has to choose between compiler
-and interpreter before it imports triton. Nobody lists the kernels' arguments here: each op is
-called on empty CPU tensors while `launch` records what it was asked to launch instead of launching
-it, and that is compiled. So what is compiled is what a GPU would be asked to run.
+and interpreter before it imports triton. How a call becomes something to compile, and what is read
+off the machine code, is perf/offline.py; here are the calls that between them reach every kernel.
 
 The report is a JSON object: "launches" (a list of what `compile_launch` returns) and "missing" (the
 names of kernels that no case launches).
@@ -15,43 +14,24 @@ names of kernels that no case launches).
 import contextlib
 import importlib
 import json
-import pathlib
 import pkgutil
 import re
-import subprocess
 import sys
-import tempfile
-from unittest import mock
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 import kernels
 from kernels import _launch
+from perf import offline
+from perf.workloads import set_precision
 from tests.inputs import gradients
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
 TENSOR_CORES = (
     r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)"  # in PTX, and in AMD's assembly
 )
 BFLOAT16 = [(torch.bfloat16, "ieee")]  # with the precision of float32 products
 FLOAT32 = [(torch.float32, "ieee"), (torch.float32, "tf32")]
-TYPES = {
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.uint8: "*u8",
-    torch.int8: "*i8",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-}
 
 
 def train(fn, *inputs, **options):
@@ -138,146 +118,78 @@ CASES = {
 
 
 def record(case, dtype):
-    """The launches [(kernel, args, meta)] of one case, none of which take place."""
-    launches = []
-
-    def launch(kernel, grid, *args, **meta):
-        if 0 not in grid:
-            launches.append((kernel, args, meta))
-
-    with contextlib.ExitStack() as stack:
-        for owner, name, fake in [
-            (_launch, "_nearest", lambda *_: None),  # the defaults, nothing tuned
-            (torch.cuda, "is_current_stream_capturing", lambda: False),
-            *((module, "launch", launch) for module in modules()),
-            *((module, "check_device", lambda *_: None) for module in modules()),
-        ]:
-            if hasattr(owner, name):
-                stack.enter_context(mock.patch.object(owner, name, fake))
+    """What one case chooses and launches; nothing is launched."""
+    with _launch.record() as events:
         CASES[case](dtype)
-    return launches
+    return events
+
+
+def compile_launch(launch):
+    """Compile, and return what a test wants to know; {"error": ...} where it does not compile."""
+    kernel = launch.kernel
+    row = dict(kernel=kernel.__name__)
+    row["constants"] = {k: v for k, v in launch.meta.items() if k in kernel.arg_names}
+    row["options"] = {k: v for k, v in launch.meta.items() if k not in kernel.arg_names}
+    try:
+        compiled = offline.compile_launch(launch)
+    except Exception as e:
+        return row | {"error": f"{type(e).__name__}: {e}"[:2000], "hash": None}
+    row |= offline.analyse(compiled)
+    assembly = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
+    row["tensor_cores"] = sorted(set(re.findall(TENSOR_CORES, assembly)))
+    row["dots"] = compiled.asm["ttir"].count("tt.dot ")
+    return row | {"hash": compiled.hash}
+
+
+def report(dtypes, cases=CASES, only=None, tile=None):
+    """Compile what the cases launch (of the kernels of module `only`), each kernel once."""
+    rows, seen = [], set()
+    for case in cases:
+        for dtype, precision in dtypes:
+            set_precision(precision)
+            for launch in record(case, dtype):
+                if not isinstance(launch, _launch.Launch):
+                    continue
+                if only not in (None, launch.kernel.__module__):
+                    continue
+                row = compile_launch(launch)
+                if row["hash"] is None or row["hash"] not in seen:
+                    seen.add(row["hash"])
+                    rows.append({"case": case, "dtype": str(dtype)[6:], "tile": tile} | row)
+    return rows
+
+
+def chosen_by(module, events):
+    """The names under which the kernels of `module` were given their tiles."""
+    names, pending = set(), []
+    for event in events:
+        if isinstance(event, _launch.Choice):
+            pending.append(event.op)
+        elif pending:
+            if event.kernel.__module__ == module.__name__:
+                names.add(pending[-1])
+            pending = []
+    return names
+
+
+def report_tiles():
+    """The same in bfloat16 for every tile of every TILES list, with all kernels of its file."""
+    rows = []
+    events = {case: record(case, torch.bfloat16) for case in CASES}
+    for module in modules():
+        used = {case: names for case in CASES if (names := chosen_by(module, events[case]))}
+        for tile in getattr(module, "TILES", []):
+            with contextlib.ExitStack() as stack:
+                for name in set().union(*used.values()):
+                    stack.enter_context(_launch.use_tile(name, tile))
+                rows += report(BFLOAT16, used, module.__name__, tile)
+    return rows
 
 
 def modules():
     """Every module of kernels/ (the functions hide some: `kernels.matmul` is one)."""
     names = [m.name for m in pkgutil.iter_modules(kernels.__path__)]
     return [importlib.import_module(f"kernels.{name}") for name in names]
-
-
-def specialize(kernel, args, meta):
-    """(signature, constants, divisible, options), by the rules of `triton.jit` for a launch.
-
-    An int that is 1 is a constant, and so is None. Pointers and ints that are multiples of 16 are
-    known to be: `divisible` are their positions. Tensors are taken to be aligned, as torch's are.
-    """
-    names = kernel.arg_names
-    values = dict(zip(names, args, strict=False)) | {k: v for k, v in meta.items() if k in names}
-    options = {k: v for k, v in meta.items() if k not in names}
-    constexpr = {p.name for p in kernel.params if p.is_constexpr}
-    signature, constants, divisible = {}, {}, []
-    for i, name in enumerate(names):
-        value = values[name] if name in values else kernel.params[i].default
-        if isinstance(value, list):  # a table of addresses
-            signature[name] = "*i64"
-            divisible.append(i)
-        elif isinstance(value, torch.Tensor):
-            signature[name] = TYPES[value.dtype]
-            divisible.append(i)
-        elif name in constexpr or value is None or (value == 1 and type(value) is int):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        elif isinstance(value, bool):
-            signature[name] = "u1"
-        else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
-                divisible.append(i)
-    return signature, constants, divisible, options
-
-
-def compile_launch(target, kernel, signature, constants, divisible, options):
-    """Compile, and return what a test wants to know; {"error": ...} where it does not compile."""
-    row = dict(kernel=kernel.__name__, constants=constants, options=options)
-    row["types"] = [t for t in signature.values() if t.startswith("*")]
-    known = [["tt.divisibility", 16]]
-    pointer = known + [["tt.pointer_range", 32]] * (target.backend == "hip")  # below 2 GiB
-    attrs = {
-        (i,): pointer if signature[kernel.arg_names[i]][0] == "*" else known for i in divisible
-    }
-    try:
-        source = ASTSource(kernel, signature, constants, attrs)
-        compiled = triton.compile(source, target=target, options=options)
-    except Exception as e:
-        return row | {"error": f"{type(e).__name__}: {e}"[:2000]}
-    assembly = compiled.asm["amdgcn" if target.backend == "hip" else "ptx"]
-    row["shared"] = compiled.metadata.shared
-    row["tensor_cores"] = sorted(set(re.findall(TENSOR_CORES, assembly)))
-    row["dots"] = compiled.asm["ttir"].count("tt.dot ")
-    if target.backend == "hip":
-        row["registers"] = int(re.search(r"\.vgpr_count:\s*(\d+)", assembly)[1])
-        row["spills"] = int(re.search(r"\.vgpr_spill_count:\s*(\d+)", assembly)[1])
-    else:
-        row["registers"], row["spills"] = usage(compiled.asm["cubin"])
-    return row
-
-
-def usage(cubin):
-    """(registers, bytes of stack and local memory) of the only kernel in `cubin`."""
-    tools = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [tools / "cuobjdump", "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", text).groups()
-    return int(registers), int(stack) + int(local)
-
-
-def set_precision(precision):
-    """Of float32 matmuls and convolutions: "ieee" or "tf32"."""
-    torch.backends.cuda.matmul.fp32_precision = precision
-    torch.backends.cudnn.conv.fp32_precision = precision
-
-
-def report(target, dtypes, cases=CASES, only=None, tile=None):
-    """Compile what the cases launch (of the kernels of module `only`), once a dtype and tile."""
-    rows, seen = [], set()
-    for case in cases:
-        for dtype, precision in dtypes:
-            set_precision(precision)
-            for kernel, args, meta in record(case, dtype):
-                signature, constants, divisible, options = specialize(kernel, args, meta)
-                key = (
-                    kernel,
-                    dtype,
-                    *sorted((k, str(v)) for k, v in constants.items() if k.isupper()),
-                )
-                if key in seen or only not in (None, kernel.__module__):
-                    continue
-                seen.add(key)
-                row = compile_launch(
-                    TARGETS[target], kernel, signature, constants, divisible, options
-                )
-                rows.append({"case": case, "dtype": str(dtype)[6:], "tile": tile} | row)
-    return rows
-
-
-def report_tiles(target):
-    """The same in bfloat16 for every tile of every TILES list, with all kernels of its file."""
-    rows = []
-    launched = {case: {k.__module__ for k, *_ in record(case, torch.bfloat16)} for case in CASES}
-    for module in modules():
-        if hasattr(module, "TILES") and hasattr(module, "choose_tile"):
-            cases = [case for case in CASES if module.__name__ in launched[case]]
-            for tile in module.TILES:
-
-                def choose(op, dtype, default, tile=tile, **sizes):
-                    return _launch.choose_tile(op, dtype, {dtype.itemsize: tile}, **sizes)
-
-                with mock.patch.object(module, "choose_tile", choose):
-                    rows += report(target, BFLOAT16, cases, module.__name__, tile)
-    return rows
 
 
 def missing(rows):
@@ -292,8 +204,9 @@ def missing(rows):
 
 
 if __name__ == "__main__":
+    offline.compile_for(sys.argv[1])
     if "--tiles" in sys.argv:
-        print(json.dumps({"launches": report_tiles(sys.argv[1])}, default=str))
+        print(json.dumps({"launches": report_tiles()}, default=str))
     else:
-        rows = report(sys.argv[1], BFLOAT16 + FLOAT32)
+        rows = report(BFLOAT16 + FLOAT32)
         print(json.dumps({"launches": rows, "missing": missing(rows)}, default=str))

@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -27,6 +28,7 @@ from kernels._launch import (
     read_tuned,
     refuse_broken_versions,
     splits,
+    tuned_path,
     use_tile,
 )
 from kernels._rows import as_rows, sum_partials
@@ -322,6 +324,103 @@ def test_tuned_tile_of_the_nearest_shape(gpu, tmp_path):
 
 def test_no_table_no_tiles(tmp_path):
     assert read_tuned(tmp_path / "missing.json") == {}
+
+
+ENTRY = dict(op="matmul", dtype="float16", sizes=dict(M=64, N=64, K=64), tile=TILE)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", "is not JSON: Expecting value"),
+        ('{"tiles": [{"op": ', "is not JSON"),
+        (b"\xff\xfe", "is not JSON: 'utf-8' codec"),
+        ([], 'must hold {"tiles": [...]}'),
+        ({"tiles": {}}, 'must hold {"tiles": [...]}'),
+        ({"tiles": [ENTRY, 1]}, "entry 1 of tiles must have an op"),
+        ({"tiles": [ENTRY | dict(op=None)]}, "entry 0 of tiles must have an op"),
+        ({"tiles": [ENTRY | dict(dtype="half")]}, "must have dtype .*, got 'half'"),
+        ({"tiles": [ENTRY | dict(sizes=[64])]}, r"must have sizes, each an int, got \[64\]"),
+        ({"tiles": [ENTRY | dict(sizes=dict(M="64"))]}, "must have sizes, each an int"),
+        ({"tiles": [ENTRY | dict(tile=None)]}, "must have a tile, of ints, got None"),
+        ({"tiles": [ENTRY | dict(tile=TILE | dict(BLOCK_K=[1]))]}, "must have a tile, of ints"),
+        ({"tiles": [ENTRY | dict(sizes=dict(M=1, C=1))]}, "must have BLOCK_C in its tile"),
+    ],
+)
+def test_a_damaged_table_is_one_clear_line(content, message, tmp_path):
+    path = tmp_path / "some-gpu.json"
+    data = content if isinstance(content, str | bytes) else json.dumps(content)
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    message = message.replace("{", r"\{").replace("[...]", r"\[...\]")
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}.*{message}") as caught:
+        read_tuned(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_looking_a_tile_up_again(gpu, monkeypatch):
+    """It is kept by op, dtype, device and sizes, until the tables are forgotten or exchanged."""
+
+    def tile(M=64, dtype=torch.float16, op="matmul"):
+        return choose_tile(op, dtype, DEFAULT, M=M, N=64, K=64)
+
+    def table(**tile):
+        return {("matmul", "float16"): [ENTRY | dict(tile=TILE | tile)]}
+
+    gpu |= table(num_warps=1)
+    first = tile()
+    first["num_warps"] = 99  # who changes a tile changes no other
+    assert tile()["num_warps"] == 1 and TILE["num_warps"] == 4
+    assert tile(dtype=torch.bfloat16)["num_warps"] == tile(op="conv2d")["num_warps"] == 4
+    assert tile(M=16)["BLOCK_M"] == 16 and tile()["BLOCK_M"] == 64
+    monkeypatch.setattr(_launch, "_tuned", lambda device: table(num_warps=2 + device))
+    assert tile()["num_warps"] == 2
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 6)
+    assert tile()["num_warps"] == 8
+    with use_tile("matmul", TILE):
+        assert tile() is TILE
+    assert tile()["num_warps"] == 8
+
+
+def test_forget_tuned(monkeypatch, tmp_path):
+    path = tmp_path / "some-gpu.json"
+    monkeypatch.setattr(_launch, "INTERPRET", False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    monkeypatch.setattr(_launch, "tuned_path", lambda name: tuned_path(name, tmp_path))
+    for warps in (1, 2):
+        _launch.forget_tuned()
+        path.write_text(json.dumps({"tiles": [ENTRY | dict(tile=TILE | dict(num_warps=warps))]}))
+        for _ in range(2):
+            tile = choose_tile("matmul", torch.float16, DEFAULT, M=64, N=64, K=64)
+            assert tile["num_warps"] == warps
+        path.write_text("damaged")  # it is not read on every call
+        assert choose_tile("matmul", torch.float16, DEFAULT, M=64, N=64, K=64) == tile
+    _launch.forget_tuned()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="some-gpu.json is not JSON"):
+            choose_tile("matmul", torch.float16, DEFAULT, M=64, N=64, K=64)
+    _launch.forget_tuned()
+
+
+def test_a_table_of_other_dimensions_is_passed_over(gpu):
+    gpu["matmul", "float16"] = [ENTRY | dict(sizes=dict(M=64, C=64), tile=TILE | dict(BLOCK_C=16))]
+    assert choose_tile("matmul", torch.float16, DEFAULT, M=999, N=999, K=999) == TILE
+
+
+@pytest.mark.parametrize(
+    "name, file",
+    [
+        ("NVIDIA H200", "nvidia-h200.json"),
+        ("NVIDIA A100-SXM4-80GB", "nvidia-a100-sxm4-80gb.json"),
+        ("AMD Instinct MI300X / MI325X", "amd-instinct-mi300x---mi325x.json"),
+        ("../../etc/GPU:0\\x", "etc-gpu-0-x.json"),
+    ],
+)
+def test_tuned_path(name, file, tmp_path):
+    assert tuned_path(name, tmp_path) == tmp_path / file
+    assert tuned_path(name).parent == ROOT / "kernels" / "tuned"
+    with pytest.raises(ValueError, match="gpu must be the name of a device, got ' /'"):
+        tuned_path(" /")
 
 
 def test_shipped_tables_can_be_read():

@@ -1,0 +1,47 @@
+"""`python -m perf`: sweep, compile, plot, report, compare, doctor."""
+
+import argparse
+import importlib
+import sys
+
+from perf.errors import Help, PerfError
+
+COMMANDS = {
+    "sweep": "time every tile and every peer on the GPU here (with none: compile and predict)",
+    "compile": "compile every tile for GPUs that need not be here; tabulate and predict",
+    "plot": "draw results files",
+    "report": "make one HTML page of results files",
+    "compare": "say what became faster or slower between two results files",
+    "doctor": "say what is here, how fast it is, and what is missing",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; return the exit status: 2 for wrong input."""
+    parser = argparse.ArgumentParser(prog="python -m perf", description=__doc__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    argv = sys.argv[1:] if argv is None else argv
+    named = next((a for a in argv if not a.startswith("-")), None)
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        if name == named:  # importing the others would take seconds for nothing
+            importlib.import_module(f"perf.{name}").add_arguments(command)
+    try:
+        args = parser.parse_args(argv)
+        return importlib.import_module(f"perf.{args.command}").run(args)
+    except Help as e:
+        print(e)
+        return 0
+    except PerfError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: what was finished is in the results file", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # of `| head`
+        sys.stderr.close()
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

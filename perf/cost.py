@@ -1,0 +1,246 @@
+"""FLOPs and bytes of every operator: what the mathematics asks for, whoever computes it.
+
+They are the yardstick. Every implementation of a workload is given the same FLOPs and the same
+bytes, so that TFLOP/s and GB/s compare as times do, and the share of a GPU's peak means something:
+
+    FLOPs    a multiply and an add are two. An operation that padding, whole tiles or a slower
+             algorithm add does not count.
+    bytes    every input read once, every result written once, nothing in between. Of an input only
+             the pixels that some window reads: a 1x1 convolution of stride 2 reads a quarter.
+
+    e  bytes of an element          n  elements          P, Q  height and width of the output
+    MACs of a convolution  =  N P Q K (C / groups) R S,  the same forward and for both gradients
+
+    op                 mode            FLOPs             bytes
+    matmul             fwd             2 M N K           e (M K + K N + M N), read A B, write C
+                       dgrad, wgrad    2 M N K           the same: each of A, B, C in another role
+    conv2d,            fwd             2 MACs            e (x + w + y)
+    conv2d_im2col      dgrad           2 MACs            e (dy + w + dx)
+                       wgrad           2 MACs            e (x + dy + dw)
+    conv2d_relu_pool   fwd             2 MACs            e (x + w + bias + y)
+                       dgrad           2 MACs            e (dy + w + dx) + y places
+                       wgrad           2 MACs            e (x + dy + dw + dbias) + y places
+    bias_relu          fwd             2 n               2 n e
+                       bwd             2 n               3 n e, read dy and y, write dx
+    softmax            fwd             5 n               2 n e
+                       bwd             4 n               3 n e, read dy and y, write dx
+    cross_entropy      fwd             5 n               n e
+                       fwdbwd          7 n               2 n e, write the gradient too
+    max_pool2d         fwd             y (R R - 1)       e (x + y)
+                       bwd             y                 e (dy + dx) + y places
+    im2col             fwd             0                 e (x + columns)
+    col2im             fwd             N P Q C R S       e (columns + x)
+    sgd                step            4 n               5 n e, read p g m, write p m
+    adamw              step            14 n              7 n e, read p g m v, write p m v
+    train_step         step            see `train_step_flops`
+
+What is left out is small beside the rest: the classes and losses of a cross-entropy (a few bytes a
+row), the bias and its gradient in bias_relu.
+
+Where a maximum was is one byte an output, in conv2d_relu_pool and max_pool2d: enough for windows of
+up to 16 x 16. conv2d_relu_pool keeps exactly that. max_pool2d keeps four bytes and PyTorch eight,
+so neither reaches this minimum. Forward, nothing is kept: that is what inference needs.
+
+conv2d_relu_pool counts the outputs that are pooled: of an odd P or Q the last is not, so P and Q
+are rounded down to even. Its gradients count as those of a dense convolution, though three of four
+elements of dz are zero: nobody's hardware can leave them out.
+
+conv2d_im2col has conv2d's minimum. The matrix that it writes and reads, 2 N P Q C R S e bytes more,
+is its own choice; a row's "moved" has it.
+"""
+
+from perf.errors import PerfError
+from perf.shapes import demo, shapes
+
+MODES = {
+    **dict.fromkeys(
+        ("matmul", "conv2d", "conv2d_im2col", "conv2d_relu_pool"), ("fwd", "dgrad", "wgrad")
+    ),
+    **dict.fromkeys(("bias_relu", "softmax", "max_pool2d"), ("fwd", "bwd")),
+    "cross_entropy": ("fwd", "fwdbwd"),
+    "im2col": ("fwd",),
+    "col2im": ("fwd",),
+    **dict.fromkeys(("sgd", "adamw", "train_step"), ("step",)),
+}
+# An element's FLOPs. softmax: take the maximum, subtract it, exp, sum, divide; back: multiply, sum,
+# subtract, multiply. cross_entropy: maximum, subtract, exp, sum, and the mean that label smoothing
+# needs; with the gradient divide and subtract. SGD: m = mu m + g; p = p - lr m. AdamW: m 3, v 4,
+# p 7: decay, root, its scale, + eps, divide, step size, subtract.
+_PER_ELEMENT = {
+    ("bias_relu", "fwd"): (2, 2),  # FLOPs, elements read and written
+    ("bias_relu", "bwd"): (2, 3),
+    ("softmax", "fwd"): (5, 2),
+    ("softmax", "bwd"): (4, 3),
+    ("cross_entropy", "fwd"): (5, 1),
+    ("cross_entropy", "fwdbwd"): (7, 2),
+    ("sgd", "step"): (4, 5),
+    ("adamw", "step"): (14, 7),
+}
+
+
+def flops(op: str, mode: str, shape: dict[str, int]) -> int:
+    """Return the floating-point operations of one call; the table above has the formulas.
+
+    Args:
+        op: the operator, a key of MODES.
+        mode: one of MODES[op].
+        shape: sizes with the keys of perf/shapes.py.
+
+    Raises:
+        PerfError: for an operator or mode that does not exist.
+    """
+    _check(op, mode)
+    if (op, mode) in _PER_ELEMENT:
+        return _PER_ELEMENT[op, mode][0] * _elements(shape)
+    if op == "matmul":
+        return 2 * shape["M"] * shape["N"] * shape["K"]
+    if op == "train_step":
+        return train_step_flops(shape["N"])
+    P, Q = output_size(shape)
+    if op == "im2col":
+        return 0
+    if op == "col2im":
+        return shape["N"] * P * Q * shape["C"] * shape["R"] * shape["S"]
+    if op == "max_pool2d":
+        outputs = shape["N"] * shape["C"] * P * Q
+        return outputs * (shape["R"] ** 2 - 1) if mode == "fwd" else outputs
+    if op == "conv2d_relu_pool":
+        P, Q = P // 2 * 2, Q // 2 * 2
+    return 2 * shape["N"] * P * Q * _weights(shape)
+
+
+def minimum_bytes(op: str, mode: str, shape: dict[str, int], itemsize: int) -> int:
+    """Return the bytes that one call must read and write at least; the table has the formulas.
+
+    Args:
+        op: the operator, a key of MODES.
+        mode: one of MODES[op].
+        shape: sizes with the keys of perf/shapes.py.
+        itemsize: bytes of an element, of all tensors alike.
+
+    Raises:
+        PerfError: for an operator or mode that does not exist.
+    """
+    _check(op, mode)
+    if (op, mode) in _PER_ELEMENT:
+        return _PER_ELEMENT[op, mode][1] * _elements(shape) * itemsize
+    if op == "matmul":
+        M, N, K = shape["M"], shape["N"], shape["K"]
+        return itemsize * (M * K + K * N + M * N)
+    if op == "train_step":
+        return train_step_bytes(shape["N"], itemsize)
+    return _window_bytes(op, mode, shape, itemsize)
+
+
+def train_step_flops(N: int) -> int:
+    """Return the FLOPs of a training step of the demo CNN (nets/models.py) on N images.
+
+    Those of its two convolutions and its linear layer, three times: forward, input gradient and
+    weight gradient; without the input gradient of the first, which nobody needs. Everything else
+    (ReLU, pools, loss, optimizer) is left out: about 2%.
+    """
+    total = 0
+    for op, layers in _demo_layers(N).items():
+        for sizes, modes in layers:
+            total += sum(flops(op, mode, sizes) for mode in modes)
+    return total
+
+
+def train_step_bytes(N: int, itemsize: int) -> int:
+    """Return the bytes of a training step of the demo CNN on N images, each operator at its best.
+
+    The sum of the minimum bytes of the convolutions with ReLU and pool (which write their places in
+    training), the linear layer and the cross-entropy, with elements of `itemsize` bytes, and of an
+    SGD step with momentum, whose parameters stay in float32 under autocast, too.
+    """
+    total = minimum_bytes("cross_entropy", "fwdbwd", {"M": N, "N": 10}, itemsize)
+    total += minimum_bytes("sgd", "step", {"tensors": 1, "elements": demo().parameters}, 4)
+    for op, layers in _demo_layers(N).items():
+        for sizes, modes in layers:
+            total += sum(minimum_bytes(op, mode, sizes, itemsize) for mode in modes)
+            if op == "conv2d_relu_pool":
+                P, Q = output_size(sizes)
+                total += sizes["N"] * sizes["K"] * (P // 2) * (Q // 2)
+    return total
+
+
+def output_size(shape: dict[str, int]) -> tuple[int, int]:
+    """Return (P, Q), how many windows fit: (H + 2 padding - dilation (R - 1) - 1) // stride + 1."""
+    P, Q = (len(_starts(shape, size, taps)) for size, taps in _sides(shape))
+    return P, Q
+
+
+def _demo_layers(N: int) -> dict[str, list[tuple[dict[str, int], tuple[str, ...]]]]:
+    """Return the demo CNN's products: sizes, and the modes that a training step computes."""
+    convolutions = [shape.sizes for shape in shapes("conv2d_relu_pool", f"demo@{N}")]
+    every = ("fwd", "dgrad", "wgrad")
+    return {
+        "conv2d_relu_pool": [
+            (sizes, every if i else ("fwd", "wgrad")) for i, sizes in enumerate(convolutions)
+        ],
+        "matmul": [(shape.sizes, every) for shape in shapes("matmul", f"demo@{N}")],
+    }
+
+
+def _window_bytes(op, mode, shape, itemsize):
+    """The minimum of the operators that slide a window over an image."""
+    N, C, H, W = (shape[key] for key in "NCHW")
+    P, Q = output_size(shape)
+    image, read = N * C * H * W, N * C * _touched(shape)
+    if op in ("im2col", "col2im"):
+        columns = N * P * Q * C * shape["R"] * shape["S"]
+        return itemsize * (columns + (read if op == "im2col" else image))
+    if op == "max_pool2d":
+        y = N * C * P * Q
+        return itemsize * (read + y) if mode == "fwd" else itemsize * (image + y) + y
+    weights, bias, places = _weights(shape), 0, 0
+    y = N * shape["K"] * P * Q
+    if op == "conv2d_relu_pool":
+        y, bias = N * shape["K"] * (P // 2) * (Q // 2), shape["K"]
+        read = N * C * _touched(shape, P // 2 * 2, Q // 2 * 2)
+        places = 0 if mode == "fwd" else y
+    if mode == "dgrad":
+        return itemsize * (y + weights + image) + places
+    return itemsize * (read + weights + bias + y) + places
+
+
+def _weights(shape: dict[str, int]) -> int:
+    """Elements of a convolution's weight, [K, C / groups, R, S]."""
+    return shape["K"] * (shape["C"] // shape["groups"]) * shape["R"] * shape["S"]
+
+
+def _sides(shape: dict[str, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Extent and taps of the image's two sides."""
+    return (shape["H"], shape["R"]), (shape["W"], shape.get("S", shape["R"]))
+
+
+def _starts(shape: dict[str, int], size: int, taps: int) -> range:
+    """Where the windows along one side begin."""
+    padding, last = shape["padding"], shape.get("dilation", 1) * (taps - 1)
+    return range(-padding, size + padding - last, shape["stride"])
+
+
+def _touched(shape: dict[str, int], *outputs: int) -> int:
+    """Pixels of a channel that windows read: all of them, or the first `outputs` of a side."""
+    total, dilation = 1, shape.get("dilation", 1)
+    for (size, taps), count in zip(_sides(shape), outputs or (None, None), strict=True):
+        starts = _starts(shape, size, taps)[:count]
+        inside = range(size)
+        total *= len(
+            {at for p in starts for r in range(taps) if (at := p + r * dilation) in inside}
+        )
+    return total
+
+
+def _elements(shape: dict[str, int]) -> int:
+    total = 1
+    for size in shape.values():
+        total *= size
+    return total
+
+
+def _check(op: str, mode: str) -> None:
+    if op not in MODES:
+        raise PerfError(f"unknown operator {op!r}: there are {', '.join(MODES)}")
+    if mode not in MODES[op]:
+        raise PerfError(f"{op} has no mode {mode!r}: it has {', '.join(MODES[op])}")

@@ -1,0 +1,340 @@
+"""Compiles for GPUs that are not here, and says what came of it: what `perf compile` tabulates.
+
+Nobody lists the arguments of kernels here. A workload is called as a user would call it, on empty
+CPU tensors, while `kernels._launch.record` lists what would have been launched; and that is
+compiled by Triton's own JIT, which is made to believe in a GPU of the wanted target. So what is
+compiled is what a GPU would be asked to run, and a sweep on a real one finds it in Triton's cache.
+
+A process is either interpreter or compiler (kernels/_launch.py), so the compiler runs in worker
+processes: `python -m perf.offline` reads one job a line and answers with one line. They work side
+by side, and one that crashes takes only its own job along.
+"""
+
+import ast
+import concurrent.futures
+import contextlib
+import functools
+import hashlib
+import importlib
+import json
+import math
+import os
+import pathlib
+import pkgutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from typing import Any, NamedTuple
+
+import torch
+
+import kernels  # before triton: it decides between interpreter and compiler
+from kernels import _launch
+
+# isort: split
+import triton
+from triton.backends.compiler import GPUTarget
+
+from perf import sass, workloads
+from perf.errors import PerfError
+from perf.workloads import OPS, Workload
+
+TIMEOUT_S = 300  # for one kernel: the compiler hangs
+
+
+def gpu_target(target: str) -> GPUTarget:
+    """Triton's description of "sm_90" or "gfx942"."""
+    if target.startswith("gfx"):
+        return GPUTarget("hip", target, 64)
+    return GPUTarget("cuda", int(target.removeprefix("sm_").rstrip("a")), 32)
+
+
+# -------------------------------------------------------------------------------------------------
+# What a call would launch.
+# -------------------------------------------------------------------------------------------------
+
+
+class Trace(NamedTuple):
+    """The launches of one call; `main` is the one whose tile is swept, `sizes` what it covers."""
+
+    launches: list[_launch.Launch]
+    main: _launch.Launch | None
+    tile_op: str | None
+    sizes: dict[str, int]
+
+    @property
+    def moved(self) -> int:
+        """Bytes that the launches read and write, if each touches its tensors once."""
+        return sum(_bytes(launch.args) for launch in self.launches)
+
+
+def trace(w: Workload, tile: dict | None) -> Trace:
+    """What `w` launches with this tile (None: the default). Nothing is launched or compiled."""
+    with _launch.record():
+        call = workloads.prepare(w, "tilelab", "cpu", None)
+    with contextlib.ExitStack() as stack:
+        if tile is not None:
+            for name in OPS[w.op].modes[w.mode]:
+                stack.enter_context(_launch.use_tile(name, tile))
+        events = stack.enter_context(_launch.record())
+        call()
+    launches = [event for event in events if isinstance(event, _launch.Launch)]
+    for i, event in enumerate(events):
+        if isinstance(event, _launch.Choice) and event.op in OPS[w.op].modes[w.mode]:
+            main = next(e for e in events[i:] if isinstance(e, _launch.Launch))
+            return Trace(launches, main, event.op, event.sizes)
+    return Trace(launches, None, None, {})
+
+
+def _bytes(args: tuple) -> int:
+    tensors = [t for arg in args for t in (arg if isinstance(arg, list) else [arg])]
+    storages = {}
+    for t in tensors:
+        if isinstance(t, torch.Tensor):
+            storages[t.data_ptr()] = t.numel() * t.element_size()
+    return sum(storages.values())
+
+
+def describe(w: Workload) -> dict:
+    """What there is to choose: the kernel's name, what it divides, its default, its lesson's tiles.
+
+    {"tile_op": None} for work that has no tile of its own.
+    """
+    t = trace(w, None)
+    if t.main is None:
+        return {"tile_op": None}
+    lesson = getattr(importlib.import_module(t.main.kernel.fn.__module__), "TILES", [])
+    default = {k: v for k, v in t.main.meta.items() if k.startswith(("BLOCK_", "GROUP_", "num_"))}
+    same = [tile for tile in lesson if tile.keys() == default.keys()]
+    return {"tile_op": t.tile_op, "sizes": t.sizes, "tile": default, "lesson": same}
+
+
+# -------------------------------------------------------------------------------------------------
+# Compile and read.
+# -------------------------------------------------------------------------------------------------
+
+
+class _Driver:
+    """Stands in for the GPU's driver: Triton's JIT asks it what to compile for."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return str(self.target)  # a kernel keeps what it has compiled by device
+
+    def get_current_stream(self, device: Any) -> int:
+        return 0
+
+    def set_current_device(self, device: Any) -> None:
+        pass
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def compile_for(target: str) -> None:
+    """From now on Triton's JIT compiles for `target`, in this process, which must be a compiler."""
+    if _launch.INTERPRET:
+        raise RuntimeError("this process interprets: set TRITON_INTERPRET=0 before it starts")
+    triton.runtime.driver.set_active(_Driver(gpu_target(target)))
+
+
+def compile_launch(launch: _launch.Launch) -> Any:
+    """Triton's CompiledKernel of a recorded launch, for the target of `compile_for`."""
+    args = [
+        torch.empty(len(arg), dtype=torch.int64) if isinstance(arg, list) else arg
+        for arg in launch.args
+    ]
+    return launch.kernel.warmup(*args, grid=launch.grid, **launch.meta)
+
+
+_analyses: dict[str, dict] = {}  # by Triton's hash: many shapes share a kernel
+
+
+def analyse(compiled: Any) -> dict:
+    """What perf/sass.py reads off the machine code, and the shared memory of a program in bytes."""
+    if compiled.hash not in _analyses:
+        if "cubin" in compiled.asm:
+            analysis = sass.analyse_cubin(compiled.asm["cubin"])
+        else:
+            analysis = sass.analyse_amdgcn(compiled.asm["amdgcn"])
+        _analyses[compiled.hash] = analysis | {"shared": compiled.metadata.shared}
+    return _analyses[compiled.hash]
+
+
+def compile_job(w: Workload, tile: dict | None, target: str) -> dict:
+    """Trace and compile one call; return the row fields that follow, with "failed" if it fails."""
+    started = time.perf_counter()
+    workloads.set_precision(w.precision)
+    t = trace(w, tile)
+    row = {
+        "tile_op": t.tile_op,
+        "sizes": t.sizes,
+        "launches": len(t.launches),
+        "moved": t.moved,
+    }
+    compile_for(target)
+    for launch in t.launches:
+        if launch is not t.main:
+            compile_launch(launch)
+    if t.main is not None:
+        try:
+            compiled = compile_launch(t.main)
+        except Exception as e:
+            first = next((s for s in str(e).splitlines() if s.strip()), "")
+            return row | {"failed": f"does not compile: {type(e).__name__}: {first}"[:500]}
+        row |= analyse(compiled)
+        row |= {
+            "kernel": t.main.kernel.__name__,
+            "programs": math.prod(t.main.grid),
+            "threads": compiled.metadata.num_warps * compiled.metadata.target.warp_size,
+        }
+    return row | {"compile_s": time.perf_counter() - started}
+
+
+def annotated_loop(w: Workload, tile: dict | None, target: str) -> list[tuple[str, int, str]]:
+    """The main loop as (source file, line, instruction), for NVIDIA targets."""
+    workloads.set_precision(w.precision)
+    compile_for(target)
+    main = trace(w, tile).main
+    if main is None:
+        return []
+    compiled = compile_launch(main)
+    return sass.annotate(compiled.asm["cubin"]) if "cubin" in compiled.asm else []
+
+
+# -------------------------------------------------------------------------------------------------
+# Worker processes.
+# -------------------------------------------------------------------------------------------------
+
+
+class Compilers:
+    """Worker processes that compile. Use as a context manager; `submit` returns a Future of a dict.
+
+    Args:
+        workers: how many; None for one a core.
+    """
+
+    def __init__(self, workers: int | None = None) -> None:
+        self.workers = workers or len(os.sched_getaffinity(0))
+        self._threads = concurrent.futures.ThreadPoolExecutor(self.workers)
+        self._local = threading.local()
+        self._processes: list[subprocess.Popen] = []
+        self._logs = tempfile.TemporaryDirectory(prefix="perf-compile-")
+
+    def __enter__(self) -> "Compilers":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for process in self._processes:
+            process.kill()
+            process.wait()
+        self._threads.shutdown(wait=True)
+        self._logs.cleanup()
+
+    def submit(self, what: str, w: Workload, tile: dict | None, target: str):
+        """Ask for "describe", "compile" (`compile_job`) or "annotate" (`annotated_loop`)."""
+        return self._threads.submit(self._work, [what, list(w), tile, target])
+
+    def _work(self, job: list) -> Any:
+        process = getattr(self._local, "process", None)
+        if process is None or process.poll() is not None:
+            process = self._local.process = self._start()
+        watchdog = threading.Timer(TIMEOUT_S, process.kill)
+        watchdog.start()
+        try:
+            process.stdin.write(json.dumps(job) + "\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        finally:
+            watchdog.cancel()
+        if answer:
+            return json.loads(answer)
+        code = process.wait()
+        log = pathlib.Path(process.log).read_text(errors="replace").strip().splitlines()
+        tail = log[-1] if log else "it said nothing"
+        return {"failed": f"the compiler process ended with {code}: {tail}"[:500]}
+
+    def _start(self) -> subprocess.Popen:
+        log = tempfile.NamedTemporaryFile(dir=self._logs.name, delete=False)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "perf.offline"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            cwd=pathlib.Path(__file__).parents[1],
+            env=os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"},
+        )
+        log.close()
+        process.log = log.name
+        self._processes.append(process)
+        return process
+
+
+def source_hash(w: Workload) -> str:
+    """A hash of the sources that a call of `w` runs: rows of different ones must not be mixed.
+
+    The operator's own file and every file of kernels/ that it imports, as they are on disk.
+    """
+    return _source_hash(w.op)
+
+
+FILES = {  # of operators that are not called as their lesson is
+    "conv2d_im2col": "im2col",
+    "col2im": "im2col",
+    "max_pool2d": "pool",
+    "sgd": "optim",
+    "adamw": "optim",
+}
+
+
+@functools.cache
+def _source_hash(op: str) -> str:
+    folder = pathlib.Path(kernels.__file__).parent
+    modules = {m.name for m in pkgutil.iter_modules([str(folder)])}
+    todo = sorted(modules) if op == "train_step" else [FILES.get(op, op)]
+    seen: dict[str, str] = {}
+    while todo:
+        name = todo.pop()
+        if name in seen:
+            continue
+        seen[name] = (folder / f"{name}.py").read_text()
+        for node in ast.walk(ast.parse(seen[name])):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kernels."):
+                todo.append(node.module.split(".")[1])
+    text = "\0".join(f"{name}\0{seen[name]}" for name in sorted(seen))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _serve() -> None:
+    """Answer jobs until stdin ends. What the compiler prints goes to stderr."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        what, w, tile, target = json.loads(line)
+        try:
+            if what == "describe":
+                answer = describe(Workload(*w))
+            else:
+                do = {"compile": compile_job, "annotate": annotated_loop}[what]
+                answer = do(Workload(*w), tile, target)
+        except PerfError as e:
+            answer = {"failed": str(e)}
+        except Exception as e:
+            answer = {"failed": f"{type(e).__name__}: {e}"[:500]}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,122 @@
+"""How long a tile should take, by what compiling has shown: a model to be held to measurements.
+
+    time = max(tensor, issue, L2, memory) + launches * 2.5 us
+
+    tensor   FLOPs * padding / (peak * wave efficiency)
+    issue    instructions of the main loop, over all warps, at one a clock on four schedulers an SM
+    L2       what the programs of a product read: (BLOCK_M + BLOCK_N) * BLOCK_K elements a step
+    memory   bytes that its launches read and write, each tensor once, over the bandwidth
+
+padding is what the tiles compute over what was asked for. wave efficiency: programs run in waves of
+SMs * programs an SM, and the last wave is seldom full: waves / ceil(waves).
+
+It knows nothing of latency: not of loads that nothing hides in a short loop, nor of the first loads
+and the last stores of a program. So it is a lower bound on the time, more often than not.
+"""
+
+import math
+
+from perf.gpus import GPU, kind
+from perf.occupancy import occupancy
+
+LAUNCH_S = 2.5e-6  # assumed: from the end of one kernel to the start of the next, in a CUDA graph
+# Assumed: bytes that L2 hands to an SM in a clock. NVIDIA's A100 whitepaper states 5,120 bytes a
+# clock in all, for 108 SMs; AMD's CDNA3 comes to about as many for each of its compute units.
+L2_BYTES_PER_CLOCK = 48
+SCHEDULERS = 4  # of an SM, each of which issues one warp's instruction a clock
+
+
+def padding(sizes: dict[str, int], tile: dict[str, int]) -> float:
+    """What the tiles cover over what there is: at least 1."""
+    covered = 1.0
+    for name, size in sizes.items():
+        block = tile.get(f"BLOCK_{name}")
+        if block and size:
+            covered *= math.ceil(size / block) * block / size
+    return covered
+
+
+def extra_work(op: str, shape: dict[str, int]) -> float:
+    """FLOPs of our algorithm over those of the mathematics: the fused block's padded filter."""
+    if op == "conv2d_relu_pool":  # four places of one (R+1) x (S+1) patch, seen as one filter
+        R, S = shape["R"], shape["S"]
+        return (R + 1) * (S + 1) / (R * S)
+    return 1.0
+
+
+def predict(row: dict, gpu: GPU) -> dict:
+    """The row fields that follow from a compiled tile's own: occupancy, waves, padding, time.
+
+    Args:
+        row: with op, mode, shape, dtype, precision, tile, sizes, flops, moved, launches, programs,
+            threads and what perf/sass.py reads off the machine code. For a whole training step
+            there is no tile, and only its bytes and launches count.
+        gpu: for which.
+    """
+    if row.get("tile") is None:
+        memory = row["moved"] / gpu.bandwidth
+        peak = gpu.peak(kind(row["dtype"], row["precision"]))
+        times = {"memory": memory, "compute": row["flops"] / peak}
+        return _finish(row, times, gpu)
+
+    fits = occupancy(gpu.target, row["threads"], row["registers"], row["shared"])
+    at_once = gpu.sms * max(fits.blocks, 1)
+    waves = row["programs"] / at_once
+    found = {
+        "occupancy": fits.fraction,
+        "blocks_per_sm": fits.blocks,
+        "limit": fits.limit,
+        "waves": waves,
+        "wave_efficiency": waves / math.ceil(waves),
+        "padding": padding(row["sizes"], row["tile"]) * extra_work(row["op"], row["shape"]),
+    }
+    if fits.blocks == 0:
+        return found
+    times = {"memory": row["moved"] / gpu.bandwidth}
+    work = row["flops"] * found["padding"]
+    unit = kind(row["dtype"], row["precision"]) if row.get("tensor_core") else "fp32"
+    peak = gpu.peak(unit) or gpu.peak("fp32")
+    times["compute"] = work / (peak * found["wave_efficiency"])
+    tile = row["tile"]
+    if "BLOCK_K" in tile:
+        step = 2 * tile["BLOCK_M"] * tile["BLOCK_N"] * tile["BLOCK_K"]
+        if row["op"] == "conv2d_relu_pool":
+            step *= 4  # accumulators
+        steps = work / step / found["wave_efficiency"]
+        clocks = gpu.sms * gpu.clock_mhz * 1e6
+        itemsize = 4 if row["dtype"] == "float32" else 2
+        loaded = (tile["BLOCK_M"] + tile["BLOCK_N"]) * tile["BLOCK_K"] * itemsize
+        times["l2"] = steps * loaded / (L2_BYTES_PER_CLOCK * clocks)
+        if row.get("loop_instructions"):
+            instructions = row["loop_instructions"] * tile["num_warps"]
+            times["issue"] = steps * instructions / (SCHEDULERS * clocks)
+    return found | _finish(row, times, gpu)
+
+
+def _finish(row: dict, times: dict[str, float], gpu: GPU) -> dict:
+    bound = max(times, key=times.get)
+    launching = LAUNCH_S * row["launches"]
+    seconds = times[bound] + launching
+    return {
+        "predicted_s": seconds,
+        "predicted_tflops": row["flops"] / seconds / 1e12,
+        "predicted_gbps": row["bytes"] / seconds / 1e9,
+        "bound": "launch" if launching > times[bound] else bound,
+    }
+
+
+def refused(row: dict) -> str | None:
+    """Why a tile is not worth a GPU's time, from what compiling it has shown; None if it is."""
+    if row.get("failed"):
+        return row["failed"]
+    if row.get("tile") is None:
+        return None
+    if row.get("blocks_per_sm") == 0:
+        return row["limit"]
+    if row.get("spills"):
+        return f"spills {row['spills']} bytes a thread"
+    product = "BLOCK_K" in row["tile"]
+    ieee = row["dtype"] == "float32" and row["precision"] == "ieee"
+    if product and not ieee and not row.get("tensor_core"):
+        return "no tensor cores"
+    return None

@@ -1,0 +1,110 @@
+"""Which tiles a sweep tries: a few values on each axis, and all their combinations."""
+
+import itertools
+from collections.abc import Iterable
+
+from perf.errors import PerfError
+
+# Products: a tile is BLOCK_M x BLOCK_N of the result, BLOCK_K of the sum at a step.
+_PRODUCT = dict(
+    BLOCK_M=(64, 128, 256),
+    BLOCK_N=(64, 128, 256),
+    BLOCK_K=(32, 64, 128),
+    num_warps=(4, 8),
+    num_stages=(2, 3, 4),
+)
+_FLAT = dict(
+    BLOCK_M=(64, 128, 256), BLOCK_N=(32, 64, 128), BLOCK_K=(16, 32, 64), num_warps=(4, 8),
+    num_stages=(2, 3),
+)  # fmt: skip
+# The fused block has four accumulators, so its tiles are smaller.
+_FUSED = dict(
+    BLOCK_M=(32, 64, 128), BLOCK_N=(16, 32, 64), BLOCK_K=(16, 32, 64), num_warps=(4, 8),
+    num_stages=(2, 3),
+)  # fmt: skip
+# Memory-bound: only how many bytes a program has in flight, and how they lie.
+_ROWS = dict(BLOCK_M=(4, 8, 16, 32, 64, 128), BLOCK_N=(16, 64, 128, 256), num_warps=(2, 4, 8))
+_SOFTMAX = dict(
+    BLOCK_M=(1, 2, 4, 8, 16, 32, 64),
+    BLOCK_N=(16, 32, 128, 1024, 2048, 4096, 8192, 16384),
+    num_warps=(4, 8, 16),
+)
+AXES: dict[str, dict[str, tuple[int, ...]]] = {
+    "matmul": {**_PRODUCT, "GROUP_M": (8,)},
+    "conv2d": _PRODUCT,
+    "conv2d_flat": _FLAT,
+    "conv2d_input_grad": _PRODUCT,
+    "conv2d_weight_grad": _PRODUCT,
+    "conv2d_relu_pool": _FUSED,
+    "conv2d_relu_pool_input_grad": _FUSED,
+    "conv2d_relu_pool_weight_grad": _FUSED,
+    "bias_relu": _ROWS,
+    "bias_relu_backward": _ROWS,
+    "im2col": _ROWS,
+    "col2im": _ROWS,
+    "max_pool2d": _ROWS,
+    "max_pool2d_backward": _ROWS,
+    "softmax": _SOFTMAX,
+    "softmax_backward": _SOFTMAX,
+    "cross_entropy": _SOFTMAX,
+    "sgd": dict(BLOCK_M=(256, 512, 1024, 2048, 4096, 8192), num_warps=(2, 4, 8, 16)),
+    "adamw": dict(BLOCK_M=(256, 512, 1024, 2048, 4096, 8192), num_warps=(2, 4, 8, 16)),
+}
+MOST_ELEMENTS = 2**16  # of a tile in registers: more than 256 float32 a thread of 8 warps
+
+
+def parse_axes(texts: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """["BLOCK_M=64,128", "num_warps=8"] as a dict.
+
+    Raises:
+        PerfError: not of that form, or a value that no tile can have.
+    """
+    axes = {}
+    for text in texts:
+        name, _, values = text.partition("=")
+        try:
+            numbers = tuple(int(v) for v in values.split(","))
+        except ValueError:
+            raise PerfError(f"an axis is given as BLOCK_M=64,128; got {text!r}") from None
+        block = name.startswith("BLOCK_") or name == "num_warps"
+        if any(v < 1 or (block and v & (v - 1)) for v in numbers):
+            raise PerfError(
+                f"{name} takes {'powers of two' if block else 'positive numbers'}: {text!r}"
+            )
+        axes[name] = numbers
+    known = sorted({name for axes_of in AXES.values() for name in axes_of})
+    for name in axes:
+        if name not in known:
+            raise PerfError(f"unknown axis {name!r}: there are {', '.join(known)}")
+    return axes
+
+
+def tiles(
+    tile_op: str, sizes: dict[str, int], given: list[dict], narrowed: dict[str, tuple[int, ...]]
+) -> list[dict]:
+    """The tiles to try for one problem: `given` first (the default, the lesson's own), each once.
+
+    Args:
+        tile_op: the kernel's name, as in `choose_tile`.
+        sizes: the extent of each blocked dimension. A block never exceeds the power of two that
+            covers its dimension (as in `choose_tile`): what differs only beyond that is one tile.
+        given: tiles to start with.
+        narrowed: the values that `-a` leaves to an axis. Given tiles that have others are dropped.
+    """
+    axes = AXES[tile_op]
+    if tile_op.startswith(("softmax", "cross_entropy")) and sizes["N"] <= 64:
+        axes = axes | dict(BLOCK_M=(*axes["BLOCK_M"], 128, 256))
+    axes = axes | {name: values for name, values in narrowed.items() if name in axes}
+    product = (dict(zip(axes, v, strict=True)) for v in itertools.product(*axes.values()))
+    chosen: dict[tuple, dict] = {}
+    for tile in itertools.chain(given, product):
+        if any(name in tile and tile[name] not in values for name, values in narrowed.items()):
+            continue
+        tile = dict(tile)
+        for name, size in sizes.items():
+            block = f"BLOCK_{name}"
+            if block in tile and block not in narrowed:
+                tile[block] = min(tile[block], max(16, 1 << (size - 1).bit_length()))
+        if tile.get("BLOCK_M", 1) * tile.get("BLOCK_N", 1) <= MOST_ELEMENTS:
+            chosen.setdefault(tuple(sorted(tile.items())), tile)
+    return list(chosen.values())

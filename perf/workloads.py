@@ -1,0 +1,434 @@
+"""What is measured: each operator in each mode, by our kernels and its peers, on the same inputs.
+
+A workload is an operator, a mode, a dtype and a shape. Everything else follows from it:
+
+    inputs      random in [-1, 1] (zeros would make a GPU faster than it is), or empty ones that are
+                only compiled for
+    call        a function of no arguments that does the work once, and returns its results
+    reference   the peer's formula in float64
+
+The modes are `fwd`; `dgrad` and `wgrad`, the gradients of the first and of the second factor of a
+product; `bwd`, all gradients at once; `fwdbwd`, where the gradient is made on the way forward; and
+`step`. A gradient is asked for through autograd, of ours and of the peers alike: only those inputs
+require it that the mode is about, and the forward pass is over before the clock starts.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+import kernels
+from kernels._geometry import output_size
+from perf import cost
+from perf.errors import PerfError
+
+DTYPES = {  # as users type them: dtype and how float32 products are rounded
+    "bf16": ("bfloat16", "ieee"),
+    "fp16": ("float16", "ieee"),
+    "fp32": ("float32", "ieee"),
+    "tf32": ("float32", "tf32"),
+}
+PEERS = {
+    "torch": "PyTorch: cuBLAS, cuDNN in channels_last with benchmark=True",
+    "compile": "torch.compile, max-autotune",
+    "inductor": "Inductor's own Triton template (products and convolutions forward)",
+}
+
+
+class Workload(NamedTuple):
+    """One thing to measure. `shape` has the keys of perf/shapes.py."""
+
+    op: str
+    mode: str
+    dtype: str
+    precision: str
+    shape: dict[str, int]
+    name: str
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """`dtype` as torch has it."""
+        return getattr(torch, self.dtype)
+
+    @property
+    def flops(self) -> int:
+        """That the mathematics asks for."""
+        return cost.flops(self.op, self.mode, self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """That must be read and written at least."""
+        return cost.minimum_bytes(self.op, self.mode, self.shape, self.torch_dtype.itemsize)
+
+
+class Op(NamedTuple):
+    """How to call an operator.
+
+    `modes` gives, for each mode, the names by which `choose_tile` knows the kernel that is swept
+    (whichever is asked for first); `inputs` makes the tensors by name; `wrt` are those that a mode
+    differentiates; `ours` and `theirs` compute the result from the tensors.
+    """
+
+    modes: dict[str, tuple[str, ...]]
+    inputs: Callable[[dict, "Maker"], dict[str, torch.Tensor]]
+    wrt: dict[str, tuple[str, ...]]
+    ours: Callable[..., Any]
+    theirs: Callable[..., Any]
+
+
+class Maker:
+    """Makes input tensors: random ones from a seed, or empty ones where `seed` is None."""
+
+    def __init__(self, dtype: torch.dtype, device: str, seed: int | None) -> None:
+        self.dtype, self.device = dtype, device
+        self.generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+
+    def __call__(self, *shape: int) -> torch.Tensor:
+        """A tensor of values in [-1, 1]; an image (four dimensions) is channels_last."""
+        memory = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+        x = torch.empty(shape, dtype=self.dtype, device=self.device, memory_format=memory)
+        return x if self.generator is None else x.uniform_(-1, 1, generator=self.generator)
+
+    def classes(self, rows: int, classes: int) -> torch.Tensor:
+        """Class indices, int64 [rows]."""
+        if self.generator is None:
+            return torch.zeros(rows, dtype=torch.int64, device=self.device)
+        return torch.randint(classes, (rows,), device=self.device, generator=self.generator)
+
+
+def _conv_inputs(s, make):
+    return dict(
+        x=make(s["N"], s["C"], s["H"], s["W"]),
+        weight=make(s["K"], s["C"] // s["groups"], s["R"], s["S"]),
+    )
+
+
+def _fused_inputs(s, make):
+    return _conv_inputs(s, make) | dict(bias=make(s["K"]))
+
+
+def _geometry(s):
+    return s["stride"], s["padding"], s["dilation"], s["groups"]
+
+
+def _columns(x, s):
+    """unfold, with the columns in our order: [N*P*Q, (group, r, s, channel)]."""
+    taps, C = s["R"] * s["S"], s["C"] // s["groups"]
+    columns = F.unfold(x, (s["R"], s["S"]), s["dilation"], s["padding"], s["stride"])
+    columns = columns.view(len(x), s["groups"], C, taps, -1).permute(0, 4, 1, 3, 2)
+    return columns.reshape(-1, s["C"] * taps)
+
+
+def _fold(columns, s):
+    taps, C = s["R"] * s["S"], s["C"] // s["groups"]
+    columns = columns.view(s["N"], -1, s["groups"], taps, C).permute(0, 2, 4, 3, 1)
+    return F.fold(
+        columns.reshape(s["N"], s["C"] * taps, -1), (s["H"], s["W"]), (s["R"], s["S"]),
+        s["dilation"], s["padding"], s["stride"],
+    )  # fmt: skip
+
+
+def _col2im_inputs(s, make):
+    window = (s["R"], s["S"]), *((v, v) for v in _geometry(s)[:3])
+    P, Q = output_size((s["H"], s["W"]), *window)
+    return dict(columns=make(s["N"] * P * Q, s["C"] * s["R"] * s["S"]))
+
+
+CONV_WRT = {"dgrad": ("x",), "wgrad": ("weight",)}
+OPS: dict[str, Op] = {
+    "matmul": Op(
+        dict.fromkeys(("fwd", "dgrad", "wgrad"), ("matmul",)),
+        lambda s, make: dict(a=make(s["M"], s["K"]), b=make(s["K"], s["N"])),
+        {"dgrad": ("a",), "wgrad": ("b",)},
+        lambda s, a, b: kernels.matmul(a, b),
+        lambda s, a, b: a @ b,
+    ),
+    "conv2d": Op(
+        {
+            "fwd": ("conv2d", "conv2d_flat"),
+            "dgrad": ("conv2d_input_grad",),
+            "wgrad": ("conv2d_weight_grad",),
+        },
+        _conv_inputs,
+        CONV_WRT,
+        lambda s, x, weight: kernels.conv2d(x, weight, None, *_geometry(s)),
+        lambda s, x, weight: F.conv2d(x, weight, None, *_geometry(s)),
+    ),
+    "conv2d_im2col": Op(
+        dict.fromkeys(("fwd", "dgrad", "wgrad"), ("matmul",)),
+        _conv_inputs,
+        CONV_WRT,
+        lambda s, x, weight: kernels.conv2d_im2col(x, weight, None, *_geometry(s)),
+        lambda s, x, weight: F.conv2d(x, weight, None, *_geometry(s)),
+    ),
+    "conv2d_relu_pool": Op(
+        {
+            "fwd": ("conv2d_relu_pool",),
+            "dgrad": ("conv2d_relu_pool_input_grad",),
+            "wgrad": ("conv2d_relu_pool_weight_grad",),
+        },
+        _fused_inputs,
+        {"dgrad": ("x",), "wgrad": ("weight", "bias")},
+        lambda s, x, weight, bias: kernels.conv2d_relu_pool(x, weight, bias, s["padding"]),
+        lambda s, x, weight, bias: F.max_pool2d(
+            F.relu(F.conv2d(x, weight, bias, padding=s["padding"])), 2
+        ),
+    ),
+    "im2col": Op(
+        {"fwd": ("im2col",)},
+        lambda s, make: dict(x=make(s["N"], s["C"], s["H"], s["W"])),
+        {},
+        lambda s, x: kernels.im2col(x, (s["R"], s["S"]), *_geometry(s)),
+        lambda s, x: _columns(x, s),
+    ),
+    "col2im": Op(
+        {"fwd": ("col2im",)},
+        _col2im_inputs,
+        {},
+        lambda s, columns: kernels.col2im(
+            columns, (s["N"], s["C"], s["H"], s["W"]), (s["R"], s["S"]), *_geometry(s)
+        ),
+        lambda s, columns: _fold(columns, s),
+    ),
+    "bias_relu": Op(
+        {"fwd": ("bias_relu",), "bwd": ("bias_relu_backward",)},
+        lambda s, make: dict(x=make(s["N"], s["C"], s["H"], s["W"]), bias=make(s["C"])),
+        {"bwd": ("x", "bias")},
+        lambda s, x, bias: kernels.bias_relu(x, bias),
+        lambda s, x, bias: F.relu(x + bias[:, None, None]),
+    ),
+    "softmax": Op(
+        {"fwd": ("softmax",), "bwd": ("softmax_backward",)},
+        lambda s, make: dict(x=make(s["M"], s["N"])),
+        {"bwd": ("x",)},
+        lambda s, x: kernels.softmax(x),
+        lambda s, x: F.softmax(x, -1),
+    ),
+    "cross_entropy": Op(
+        dict.fromkeys(("fwd", "fwdbwd"), ("cross_entropy",)),
+        lambda s, make: dict(logits=make(s["M"], s["N"]), target=make.classes(s["M"], s["N"])),
+        {"fwdbwd": ("logits",)},
+        lambda s, logits, target: kernels.cross_entropy(logits, target),
+        lambda s, logits, target: F.cross_entropy(logits, target),
+    ),
+    "max_pool2d": Op(
+        {"fwd": ("max_pool2d",), "bwd": ("max_pool2d_backward",)},
+        lambda s, make: dict(x=make(s["N"], s["C"], s["H"], s["W"])),
+        {"bwd": ("x",)},
+        lambda s, x: kernels.max_pool2d(x, s["R"], s["stride"], s["padding"]),
+        lambda s, x: F.max_pool2d(x, s["R"], s["stride"], s["padding"]),
+    ),
+    # Not functions: `prepare` knows these three.
+    "sgd": Op({"step": ("sgd",)}, None, {}, None, None),
+    "adamw": Op({"step": ("adamw",)}, None, {}, None, None),
+    "train_step": Op({"step": ()}, None, {}, None, None),
+}
+GRADIENTS = ("dgrad", "wgrad", "bwd", "fwdbwd")
+
+
+def modes(op: str, text: str) -> list[str]:
+    """The modes of `op` that `text` names: "fwd,dgrad", "bwd" (every gradient) or "all".
+
+    Raises:
+        PerfError: an unknown operator or mode. A mode that only other operators have is left out.
+    """
+    if op not in OPS:
+        raise PerfError(f"unknown operator {op!r}: there are {', '.join(OPS)}")
+    has = OPS[op].modes
+    chosen = []
+    for mode in text.split(","):
+        if mode not in ("all", "fwd", "step", *GRADIENTS):
+            raise PerfError(
+                f"unknown mode {mode!r}: fwd, dgrad, wgrad, bwd (all gradients), step or all"
+            )
+        wanted = has if mode == "all" or has.keys() == {"step"} else (mode,)
+        if mode == "bwd":
+            wanted = GRADIENTS
+        chosen += [m for m in has if m in wanted and m not in chosen]
+    return chosen
+
+
+def prepare(w: Workload, impl: str, device: str, seed: int | None) -> Callable[[], tuple]:
+    """Make inputs, and return the function that does the work once on them.
+
+    Args:
+        w: what to do.
+        impl: "tilelab", a peer (see PEERS), or "reference": the peer's formula in float64.
+        device: where.
+        seed: of the inputs; the same seed gives every implementation the same values. With None
+            they are left empty.
+
+    Returns:
+        A function that returns the results, a tuple of tensors. Its attribute `inputs` has the
+        tensors that it must not change.
+
+    Raises:
+        PerfError: a peer that does not exist for this workload.
+    """
+    make = Maker(w.torch_dtype, device, seed)
+    if w.op in ("sgd", "adamw"):
+        call, inputs = _optimizer(w, impl, make)
+    elif w.op == "train_step":
+        call, inputs = _training(w, impl, device, make)
+    else:
+        call, inputs = _function(w, impl, make)
+    call.inputs = inputs
+    return call
+
+
+def _function(w, impl, make):
+    op = OPS[w.op]
+    inputs = op.inputs(w.shape, make)
+    if impl == "reference":
+        inputs = {k: x.double() if x.is_floating_point() else x for k, x in inputs.items()}
+    wrt = [inputs[name].requires_grad_() for name in op.wrt.get(w.mode, ())]
+    formula = op.ours if impl == "tilelab" else op.theirs
+
+    def forward(*tensors):
+        return formula(w.shape, *tensors)
+
+    if impl not in ("tilelab", "reference"):
+        forward = _peer(w, impl, forward)
+    tensors = list(inputs.values())
+    if w.mode == "fwd":
+
+        def call():
+            with torch.no_grad():
+                return (forward(*tensors),)
+
+        return call, tensors
+
+    if w.mode == "fwdbwd":
+
+        def call():
+            y = forward(*tensors)
+            return y.detach(), *torch.autograd.grad(y, wrt)
+
+        return call, tensors
+
+    y = forward(*tensors)
+    dy = make(*y.shape).to(y.dtype)  # after the inputs: the same values for every implementation
+
+    def call():
+        return torch.autograd.grad(y, wrt, dy, retain_graph=True)
+
+    return call, [*tensors, dy]
+
+
+def _peer(w, impl, forward):
+    """`forward` as the peer runs it."""
+    if impl == "torch":
+        return forward
+    if impl == "compile":
+        return torch.compile(forward, mode="max-autotune-no-cudagraphs", dynamic=False)
+    if impl == "inductor":
+        product = w.op == "matmul" or (w.op in ("conv2d", "conv2d_im2col") and w.mode == "fwd")
+        if not product:
+            raise PerfError(f"Inductor has no Triton template for {w.op} {w.mode}")
+        options = {
+            "max_autotune": True,
+            "max_autotune_gemm_backends": "TRITON",
+            "max_autotune_conv_backends": "TRITON",
+        }
+        return torch.compile(forward, options=options, dynamic=False)
+    raise PerfError(f"unknown peer {impl!r}: there are {', '.join(PEERS)}")
+
+
+def _optimizer(w, impl, make):
+    """One step over `tensors` parameters of `elements` each; the results are the parameters."""
+    s = w.shape
+    params, grads = ([make(s["elements"]) for _ in range(s["tensors"])] for _ in range(2))
+    if impl == "reference":
+        params, grads = ([x.double() for x in xs] for xs in (params, grads))
+    for p, grad in zip(params, grads, strict=True):
+        p.requires_grad_().grad = grad
+    if impl == "inductor":
+        raise PerfError("Inductor has no Triton template for optimizers")
+    options = {"lr": 0.01} | ({"momentum": 0.9} if w.op == "sgd" else {})
+    if impl not in ("tilelab", "reference"):
+        options["fused"] = params[0].is_cuda  # torch's fastest, where it has one
+    source = kernels if impl == "tilelab" else torch.optim
+    optimizer = getattr(source, "SGD" if w.op == "sgd" else "AdamW")(params, **options)
+    step = optimizer.step
+    if impl not in ("tilelab", "reference"):
+        step = _peer(w, impl, step)
+
+    def call():
+        step()
+        return tuple(p.detach() for p in params)
+
+    return call, grads
+
+
+def _training(w, impl, device, make):
+    """A step of the demo network: forward, backward, optimizer; results: loss and gradients."""
+    from nets import models  # only whole steps need the networks
+
+    images = Maker(torch.float32, device, None if make.generator is None else 1)(
+        w.shape["N"], 1, 28, 28
+    )
+    labels = make.classes(w.shape["N"], 10)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = models.build("cnn" if impl == "tilelab" else "cnn-torch", (1, 28, 28), 10)
+    model = model.to(device=device, memory_format=torch.channels_last)
+    dtype = w.torch_dtype
+    if impl == "reference":
+        model, images, dtype = model.double(), images.double(), torch.float64
+    loss_of = kernels.cross_entropy if impl == "tilelab" else F.cross_entropy
+    if impl == "tilelab":
+        optimizer = kernels.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    if impl == "inductor":
+        raise PerfError("Inductor has no Triton template for a training step")
+    half = dtype in (torch.float16, torch.bfloat16)
+
+    def forward():
+        with torch.autocast(device.split(":")[0], dtype, enabled=half):
+            logits = model(images)
+        return loss_of(logits.double() if impl == "reference" else logits.float(), labels)
+
+    if impl not in ("tilelab", "reference"):
+        forward = _peer(w, impl, forward)
+
+    def call():
+        loss = forward()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach(), *(p.grad for p in model.parameters())
+
+    return call, [images, labels]
+
+
+def set_precision(precision: str) -> None:
+    """Of float32 products and convolutions, ours and torch's: "ieee" or "tf32"."""
+    torch.backends.cuda.matmul.fp32_precision = precision
+    torch.backends.cudnn.conv.fp32_precision = precision
+
+
+def tolerance(w: Workload, results: int) -> float:
+    """The largest acceptable relative error in the 2-norm, ||got - reference|| / ||reference||.
+
+    A rounding to the dtype, the sum of `terms` products in float32, and TF32 where it is on, as
+    tests/tolerance.py derives them; twice that, since gradients round twice. Where a maximum
+    decides which way a gradient goes, float32 decides differently from float64 in about one window
+    of a million; one way in a million is 1e-3 of the norm. In a training step of 16-bit activations
+    one window in a hundred goes another way: there the gate only keeps out what is plainly wrong.
+    """
+    terms = max(1, w.flops // (2 * max(results, 1)))
+    bound = torch.finfo(w.torch_dtype).eps / 2 + 2 * torch.finfo(torch.float32).eps * math.sqrt(
+        terms
+    )
+    if w.precision == "tf32":
+        bound += 2 * 2.0**-10
+    if w.op == "train_step":
+        if w.dtype != "float32":
+            return 0.3
+        bound *= 4  # three layers, each of which rounds
+    routed = (w.op == "conv2d_relu_pool" and w.mode != "fwd") or w.op == "train_step"
+    return 2 * bound + (5e-3 if routed else 0.0)

@@ -1,0 +1,127 @@
+"""perf/host.py, and the bound on what the kernels' checks and tile look-ups may cost."""
+
+import functools
+import json
+
+import pytest
+
+from perf import host
+from perf.errors import PerfError
+from perf.host import _child, _imports, _run, lines, measure
+
+LIMIT = 10.0  # us a call for checks and the tile look-up together
+# The limit holds on a machine where plain Python takes this long for `yardstick` (us). On a slower
+# one it grows as much; on a faster one it stays.
+YARDSTICK = 2.8
+CHILD = """
+import json
+from perf import host
+def yardstick():
+    total = 0
+    for i in range(100):
+        total += i * i
+    return total
+before = min(host._microseconds(yardstick, 10))
+costs = host._calls(20, "matmul", "conv2d")
+print(json.dumps([max(before, min(host._microseconds(yardstick, 10))), costs]))
+"""
+
+
+@functools.cache
+def calls():
+    """The yardstick, and the least cost of each part of two ops; measured once."""
+    yardstick, costs = _run(CHILD, TRITON_INTERPRET="0")
+    return yardstick, {name: m.get("least") for name, m in costs.items()}
+
+
+@pytest.mark.parametrize("op", ["matmul", "conv2d"])
+def test_checks_and_tile_look_up_are_cheap(op):
+    """Of the best of twenty repeats, in CPU time: what else runs here does not count."""
+    yardstick, least = calls()
+    cost = least[f"{op}: checks"] + least[f"{op}: tile look-up"]
+    limit = LIMIT * max(1.0, yardstick / YARDSTICK)
+    assert cost <= limit, f"{cost:.1f} us, where {limit:.1f} are allowed"
+
+
+@pytest.mark.parametrize("op", ["matmul", "conv2d"])
+def test_the_parts_make_the_call(op):
+    """None of them is nothing, and together they are the whole: within what a repeat varies."""
+    _, least = calls()
+    parts = [least[f"{op}: {part}"] for part in ("checks", "tile look-up", "dispatch", "rest")]
+    assert all(part > 0.5 for part in parts)
+    assert 0.6 < sum(parts) / least[f"{op}: call"] < 1.4
+    assert least[f"{op}: call with gradients"] > least[f"{op}: call"]
+    assert least[f"{op}: backward"] > least[f"{op}: call"]
+
+
+def test_a_slow_look_up_would_be_seen():
+    """The table has 200 shapes for what the op looks up: without its cache that is seen at once."""
+    code = """
+import json
+from kernels import _launch
+_launch._nearest_tile = _launch._nearest_tile.__wrapped__
+_launch.forget_tuned = lambda: None
+from perf import host
+print(json.dumps(host._calls(1, "matmul")))
+"""
+    costs = _run(code, TRITON_INTERPRET="0")
+    assert costs["matmul: tile look-up"]["least"] > 5 * LIMIT
+
+
+def test_what_needs_a_gpu_is_not_measured():
+    _, least = calls()
+    assert least["launch: by the driver"] is None
+    assert 0 < least["launch: before Triton"] < 1000
+
+
+@pytest.mark.slow
+def test_imports():
+    """perf itself imports nothing; kernels load torch._dynamo, as their first call would."""
+    found = {name: m["value"] for name, m in _imports(1).items()}
+    assert list(found) == [
+        "import kernels", "import kernels, after torch._dynamo", "import nets.train", "import perf"
+    ]  # fmt: skip
+    assert found["import perf"] < 0.1
+    assert found["import kernels, after torch._dynamo"] < found["import kernels"]
+
+
+@pytest.mark.slow
+def test_interpreted_calls_and_first_calls():
+    found = measure(repeats=1, parts=("interpreted", "compile"))
+    for op in ("matmul", "conv2d", "softmax"):
+        assert 0.1 < found[f"{op}: interpreted"]["value"] < 10_000  # ms
+        full = found[f"{op}: first call, full cache"]["value"]
+        assert 0 < 5 * full < found[f"{op}: first call, empty cache"]["value"]
+        assert 1 < found[f"{op}: launch by Triton"]["value"] < 1000
+    assert {m["unit"] for m in found.values()} == {"ms", "s", "us"}
+    json.dumps(found)
+
+
+def test_lines():
+    found = {
+        "matmul: call": dict(value=12.345, unit="us", what="to the launch", least=11.0),
+        "driver": dict(value=None, unit="us", what="needs a GPU"),
+    }
+    assert lines(found) == [
+        "matmul: call      12.35 us  to the launch",
+        "driver        not measured  needs a GPU",
+    ]
+    assert lines({}) == []
+
+
+@pytest.mark.parametrize("options", [dict(parts=("call",)), dict(repeats=0), dict(parts="calls")])
+def test_refuses(options):
+    with pytest.raises(PerfError, match="parts must be of calls, interpreted, imports, compile"):
+        measure(**options)
+
+
+def test_a_process_that_fails_is_one_line():
+    with pytest.raises(PerfError, match="^measuring the host failed: ValueError: no such op$"):
+        _run("raise ValueError('no such op')")
+    with pytest.raises(PerfError, match="AttributeError: .*_no_such_part"):
+        _child("no_such_part()")
+
+
+def test_microseconds_are_of_one_call(monkeypatch):
+    monkeypatch.setattr(host, "_cpu_time", lambda fn, number: number * 3000)  # ns
+    assert host._microseconds(lambda: None, 4) == [3.0] * 4

@@ -1,0 +1,132 @@
+"""Compiling for GPUs that are not here: the right kernels, and workers that may die."""
+
+import os
+import pathlib
+import shutil
+
+import pytest
+
+from kernels import _launch
+from perf import offline, shapes
+from perf.gpus import TARGETS
+from perf.workloads import OPS, Workload
+
+LAYER = dict(N=32, C=128, H=28, W=28, K=256, R=3, S=3, stride=1, padding=1, dilation=1, groups=1)
+CONV = Workload("conv2d", "fwd", "bfloat16", "ieee", LAYER, "layer")
+MATMUL = Workload("matmul", "fwd", "bfloat16", "ieee", dict(M=4096, N=2048, K=1024), "m")
+TILE = dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3)
+
+
+@pytest.fixture(scope="module")
+def compilers():
+    with offline.Compilers(1) as pool:
+        yield pool
+
+
+def test_a_trace_is_what_would_be_launched():
+    trace = offline.trace(MATMUL, TILE)
+    assert trace.tile_op == "matmul" and trace.sizes == dict(M=4096, N=2048, K=1024)
+    assert trace.main.grid == (32 * 16,)
+    assert {k: trace.main.meta[k] for k in TILE} == TILE
+    assert trace.moved == 2 * (4096 * 1024 + 1024 * 2048 + 4096 * 2048)
+
+
+def test_a_trace_counts_intermediate_results():
+    """Explicit im2col writes the matrix and reads it: 2 N P Q C R S e bytes more."""
+    base, explicit = (
+        offline.trace(CONV, None),
+        offline.trace(CONV._replace(op="conv2d_im2col"), None),
+    )
+    matrix = 32 * 28 * 28 * 128 * 9 * 2
+    assert explicit.moved - base.moved == 2 * matrix
+    assert explicit.main.kernel.__name__ == "matmul_kernel" and len(explicit.launches) == 2
+
+
+def test_a_trace_of_few_channels_finds_the_other_kernel():
+    stem = CONV._replace(shape=LAYER | dict(C=3))
+    assert offline.trace(stem, None).tile_op == "conv2d_flat"
+
+
+def test_nothing_runs_while_recording():
+    with _launch.record() as events:
+        pass
+    assert events == [] and _launch._recorded is None
+
+
+def test_every_operator_has_a_main_kernel_or_is_a_whole_step():
+    for op, o in OPS.items():
+        shape = shapes.shapes(op, "tiny")[0]
+        for mode, names in o.modes.items():
+            trace = offline.trace(Workload(op, mode, "float16", "ieee", shape.sizes, ""), None)
+            assert trace.tile_op in (names or (None,)), (op, mode)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_compile(compilers, target):
+    row = compilers.submit("compile", list(MATMUL), TILE, target).result()
+    assert "failed" not in row
+    assert row["kernel"] == "matmul_kernel" and row["programs"] == 32 * 16
+    assert row["tensor_core"] and row["spills"] == 0 and row["load_bytes"] == 16
+    warp = 64 if target.startswith("gfx") else 32
+    assert row["threads"] == 8 * warp
+    assert 0 < row["registers"] <= 512 and row["loop_instructions"] > 20
+    core = {"sm_80": "HMMA", "sm_89": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC", "gfx942": "v_mfma"}
+    assert row["tensor_core"].startswith(core[target])
+
+
+@pytest.mark.slow
+def test_describe_gives_the_gpus_default_and_the_lessons_tiles(compilers):
+    described = compilers.submit("describe", list(CONV), None, "").result()
+    assert described["tile_op"] == "conv2d"
+    assert described["sizes"] == dict(M=32 * 28 * 28, N=256, K=128)
+    assert described["tile"]["BLOCK_M"] == 128  # not the interpreter's thousands
+    assert described["tile"] in described["lesson"]
+
+
+@pytest.mark.slow
+def test_the_annotated_loop_names_the_lines_of_the_kernel(compilers):
+    loop = compilers.submit("annotate", list(MATMUL), TILE, "sm_90").result()
+    lines = open(offline.kernels.__path__[0] + "/matmul.py").read().splitlines()
+    at = {lines[number - 1].strip() for file, number, _ in loop if file.endswith("matmul.py")}
+    assert any(text.startswith("acc = tl.dot(") for text in at)
+    assert any("HGMMA" in instruction for _, _, instruction in loop)
+
+
+@pytest.mark.slow
+def test_what_does_not_compile_is_a_row(compilers):
+    tile = TILE | dict(BLOCK_M=48)
+    row = compilers.submit("compile", list(MATMUL), tile, "sm_90").result()
+    assert row["failed"].startswith("does not compile: ") and "\n" not in row["failed"]
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_takes_one_job_along(compilers):
+    compilers.submit("describe", list(MATMUL), None, "").result()
+    compilers._processes[-1].kill()
+    compilers._processes[-1].wait()
+    again = compilers.submit("describe", list(MATMUL), None, "").result()
+    assert again["tile_op"] == "matmul"  # a new worker
+    stuck = compilers.submit("wrong job", list(MATMUL), None, "").result()
+    assert "KeyError" in stuck["failed"]
+
+
+def test_a_compiler_is_not_an_interpreter():
+    if os.environ.get("TRITON_INTERPRET") == "0":
+        pytest.skip("this process compiles")
+    with pytest.raises(RuntimeError, match="this process interprets"):
+        offline.compile_for("sm_90")
+
+
+def test_source_hash_is_of_what_a_kernel_is_made_of(monkeypatch, tmp_path):
+    folder = tmp_path / "kernels"
+    shutil.copytree(pathlib.Path(offline.kernels.__file__).parent, folder)
+    monkeypatch.setattr(offline.kernels, "__file__", str(folder / "__init__.py"))
+    offline._source_hash.cache_clear()
+    before = {op: offline._source_hash(op) for op in OPS}
+    (folder / "bias_relu.py").write_text((folder / "bias_relu.py").read_text() + "\n# changed\n")
+    offline._source_hash.cache_clear()
+    changed = {op for op in OPS if offline._source_hash(op) != before[op]}
+    offline._source_hash.cache_clear()
+    assert {"bias_relu", "matmul", "conv2d", "train_step"} <= changed
+    assert not {"softmax", "sgd", "max_pool2d"} & changed

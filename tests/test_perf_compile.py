@@ -1,0 +1,145 @@
+"""`python -m perf compile`, from the command line to the file: tables, resuming, words."""
+
+import argparse
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from perf import compile as compiling
+from perf import explain, gpus, plan, results
+from perf.errors import PerfError
+from perf.workloads import Workload
+from tests.test_predict import product
+
+ROOT = pathlib.Path(__file__).parents[1]
+H200 = gpus.GPUS["h200"]
+
+
+def compiled(**changes):
+    """A row as `finish` gets it from the compiler."""
+    row = product(
+        shape_name="m=4096", impl="tilelab", operands="shared", tensor_cores_in_loop=4, tma=False,
+        load_bytes=16, store_bytes=16, serialised=False, instructions=800, tile_op="matmul",
+        loop_mix={"tensor core": 4, "load": 12, "integer": 76}, source="abc",
+        kernel="matmul_kernel", compile_s=0.5, default=True,
+    )  # fmt: skip
+    return row | changes
+
+
+def test_words_say_what_is_good():
+    text = explain.words(compiling.finish(compiled(), H200), H200)
+    for piece in (
+        "BLOCK_M=128, BLOCK_N=256, BLOCK_K=64",
+        "137.4 GFLOP over at least 100.7 MB, 1365 FLOPs a byte",
+        "206 in the time of a byte, so the arithmetic is the ceiling",
+        "accumulator takes 128",
+        "occupancy 12%, limited by registers",
+        "HGMMA.64x256x16.F32.BF16, 4 in the main loop, its first operand from shared",
+        "92 instructions (4 tensor core, 12 load, 76 integer)",
+        "512 programs, 132 at once: 3.88 waves",
+        "Predicted, not measured: 145.7 us, 943 TFLOP/s",
+    ):
+        assert piece in " ".join(text.split()), piece
+    assert "BAD" not in text
+
+
+@pytest.mark.parametrize(
+    "changes, piece",
+    [
+        (dict(spills=160), "BAD: 160 bytes a thread are spilled"),
+        (dict(shared=240_000), "BAD: it cannot be launched: does not fit: shared memory"),
+        (dict(tensor_core=None), "BAD: no tensor cores"),
+        (dict(serialised=True), "BAD: the wgmma instructions are serialised"),
+        (dict(load_bytes=2), "2 bytes a thread at the narrowest. NARROW"),
+        (dict(programs=140), "1.06 waves. BAD: 47% of the time"),
+        (dict(sizes=dict(M=4096, N=130, K=4096)), "Tiles cover 1.97 times the work"),
+        (dict(moved=10**9, launches=2), "Its 2 launches move 9.93 times that minimum"),
+        (dict(failed="does not compile: odd"), "BAD: does not compile: odd"),
+    ],
+)
+def test_words_say_what_is_bad(changes, piece):
+    row = compiling.finish(compiled(**changes), H200)
+    assert piece in " ".join(explain.words(row, H200).split())
+
+
+def test_the_annotated_loop_shows_a_line_once(tmp_path):
+    source = tmp_path / "k.py"
+    source.write_text("a = 1\nacc = tl.dot(a, b)\n")
+    text = explain.annotated([(str(source), 2, "HGMMA R1"), (str(source), 2, "BRA"), ("", 0, "X")])
+    assert text.count("k.py:2  acc = tl.dot(a, b)") == 1 and "BRA" in text
+
+
+def test_the_table_counts_what_is_not_worth_running():
+    kinds = {}, dict(spills=8), dict(spills=16), dict(failed="does not compile: x")
+    rows = [compiling.finish(compiled(**kind), H200) for kind in kinds]
+    text = compiling.table(rows, top=5)
+    assert "2 x spills registers" in text and "1 x does not compile" in text
+    assert "943" in text and "predicted" in text.splitlines()[0]
+
+
+def test_what_is_stored_fits_the_schema(tmp_path):
+    row = compiling.finish(compiled(), H200) | {"status": "predicted"}
+    header = dict(gpu="sm_90 (compiled)", created=plan.now(), measured=False, versions={})
+    with results.Writer(tmp_path / "r.jsonl", header) as writer:
+        writer.write(compiling.stored(row))
+    (back,) = results.read(tmp_path / "r.jsonl").rows
+    assert back["predicted_tflops"] == pytest.approx(943, rel=1e-3)
+    assert not back["measured"] and back["limit"] == "registers" and back["waves"]
+
+
+def perf(*argv, cwd):
+    return subprocess.run(
+        [sys.executable, "-m", "perf", *argv],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_a_sweep_with_no_gpu_compiles_and_says_so(tmp_path):
+    """What a newcomer does: one command, then the heat-map and why the others lost."""
+    axes = [
+        "-a",
+        "BLOCK_M=64,128",
+        "-a",
+        "BLOCK_N=64,128",
+        "-a",
+        "BLOCK_K=64",
+        "-a",
+        "num_stages=3",
+    ]
+    done = perf("sweep", "matmul", "--shapes", "m=2048", *axes, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "No GPU here: tiles are compiled and predicted, not timed" in done.stdout
+    assert "best of" in done.stdout and "predicted" in done.stdout
+    path = tmp_path / "runs" / "sweep" / "sm_90.jsonl"
+    rows = results.read(path).rows
+    assert len(rows) == 8 and {row["status"] for row in rows} <= {"predicted", "pruned"}
+    assert (path.parent / "report.html").stat().st_size > 10_000
+
+    resumed = perf("sweep", "matmul", "--shapes", "m=2048", *axes, "--resume", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert len(results.read(path).rows) == 8  # nothing was done again
+    again = perf("sweep", "matmul", "--out", str(path.parent), cwd=tmp_path)
+    assert again.returncode == 2 and "go on with --resume" in again.stderr
+
+
+@pytest.mark.slow
+def test_explain_from_the_command_line(tmp_path):
+    done = perf("compile", "bias_relu", "--explain", "-t", "a100,sm_90", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Predicted, not measured") == 2
+    assert "bias_relu.py:" in done.stdout and "memory is the ceiling" in done.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_step_has_no_tile_to_explain():
+    work = [Workload("train_step", "step", "float32", "ieee", {"N": 8}, "")]
+    with pytest.raises(PerfError, match="train_step has no tile"):
+        compiling._explain(work, argparse.Namespace(axis=[], workers=1), [H200])
