@@ -3,6 +3,7 @@
 Every sentence has its number, and a rule of thumb where there is one, so that it can be checked.
 """
 
+import math
 import pathlib
 import textwrap
 
@@ -95,14 +96,16 @@ def _grid(row: dict, gpu: GPU) -> list[str]:
     said = []
     if row.get("waves") is None or row["blocks_per_sm"] == 0:
         return said
-    at_once = gpu.sms * row["blocks_per_sm"]
-    tail = 1 - row["wave_efficiency"]
+    idle = 1 - row["wave_efficiency"]
     bad = ""
-    if tail > 0.15:
-        bad = " BAD: " if tail > 0.3 else " "
-        bad += f"{tail:.0%} of the time programs could run, none does, in the last wave"
-        bad += ": smaller tiles or a split sum would fill it." if row["waves"] < 4 else "."
-    said.append(f"{row['programs']} programs, {at_once} at once: {row['waves']:.2f} waves.{bad}")
+    if idle > 0.15:
+        bad = " BAD" if idle > 0.3 else ""
+        bad += f": the busiest SM has {math.ceil(row['programs'] / gpu.sms)}, and {idle:.0%} of the"
+        bad += " SMs' time is idle. Smaller tiles or a split sum would fill it"
+    said.append(
+        f"{row['programs']} programs on {gpu.sms} SMs, {row['blocks_per_sm']} at a time on each: "
+        f"{row['waves']:.2f} waves{bad}."
+    )
     if row["padding"] > 1.02:
         said.append(
             f"Tiles cover {row['padding']:.2f} times the work: blocks do not divide the sizes "

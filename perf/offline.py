@@ -154,18 +154,35 @@ def compile_launch(launch: _launch.Launch) -> Any:
     return launch.kernel.warmup(*args, grid=launch.grid, **launch.meta)
 
 
-_analyses: dict[str, dict] = {}  # by Triton's hash: many shapes share a kernel
+# By Triton's hash, since many shapes share a kernel. Disassembling takes as long as compiling, so
+# what came of it is kept on the disk, too.
+_analyses: dict[str, dict] = {}
 
 
 def analyse(compiled: Any) -> dict:
     """What perf/sass.py reads off the machine code, and the shared memory of a program in bytes."""
     if compiled.hash not in _analyses:
-        if "cubin" in compiled.asm:
-            analysis = sass.analyse_cubin(compiled.asm["cubin"])
-        else:
-            analysis = sass.analyse_amdgcn(compiled.asm["amdgcn"])
+        folder = pathlib.Path(triton.knobs.cache.dir) / f"tilelab-{_reader()}"
+        path = folder / f"{compiled.hash}.json"
+        try:
+            analysis = json.loads(path.read_text())
+        except (OSError, ValueError):  # not there
+            if "cubin" in compiled.asm:
+                analysis = sass.analyse_cubin(compiled.asm["cubin"])
+            else:
+                analysis = sass.analyse_amdgcn(compiled.asm["amdgcn"])
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(f".{os.getpid()}")
+            temporary.write_text(json.dumps(analysis))
+            temporary.replace(path)
         _analyses[compiled.hash] = analysis | {"shared": compiled.metadata.shared}
     return _analyses[compiled.hash]
+
+
+@functools.cache
+def _reader() -> str:
+    """Which version of sass.py has read the code: the name of its folder beside Triton's cache."""
+    return hashlib.sha256(pathlib.Path(sass.__file__).read_bytes()).hexdigest()[:12]
 
 
 def compile_job(w: Workload, tile: dict | None, target: str) -> dict:

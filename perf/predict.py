@@ -7,8 +7,9 @@
     L2       what the programs of a product read: (BLOCK_M + BLOCK_N) * BLOCK_K elements a step
     memory   bytes that its launches read and write, each tensor once, over the bandwidth
 
-padding is what the tiles compute over what was asked for. wave efficiency: programs run in waves of
-SMs * programs an SM, and the last wave is seldom full: waves / ceil(waves).
+padding is what the tiles compute over what was asked for. wave efficiency: the GPU is done when its
+busiest SM is, and that has ceil(programs / SMs) of them: programs / (SMs * ceil(programs / SMs)).
+How many an SM has at a time does not matter to its rate, only to how well loads are hidden.
 
 It knows nothing of latency: not of loads that nothing hides in a short loop, nor of the first loads
 and the last stores of a program. So it is a lower bound on the time, more often than not.
@@ -44,6 +45,12 @@ def extra_work(op: str, shape: dict[str, int]) -> float:
     return 1.0
 
 
+def step_flops(op: str, tile: dict[str, int]) -> int:
+    """FLOPs of one step of a product's main loop; the fused block has four accumulators."""
+    accumulators = 4 if op == "conv2d_relu_pool" else 1
+    return 2 * tile["BLOCK_M"] * tile["BLOCK_N"] * tile["BLOCK_K"] * accumulators
+
+
 def predict(row: dict, gpu: GPU) -> dict:
     """The row fields that follow from a compiled tile's own: occupancy, waves, padding, time.
 
@@ -67,7 +74,7 @@ def predict(row: dict, gpu: GPU) -> dict:
         "blocks_per_sm": fits.blocks,
         "limit": fits.limit,
         "waves": waves,
-        "wave_efficiency": waves / math.ceil(waves),
+        "wave_efficiency": row["programs"] / (gpu.sms * math.ceil(row["programs"] / gpu.sms)),
         "padding": padding(row["sizes"], row["tile"]) * extra_work(row["op"], row["shape"]),
     }
     if fits.blocks == 0:
@@ -79,10 +86,7 @@ def predict(row: dict, gpu: GPU) -> dict:
     times["compute"] = work / (peak * found["wave_efficiency"])
     tile = row["tile"]
     if "BLOCK_K" in tile:
-        step = 2 * tile["BLOCK_M"] * tile["BLOCK_N"] * tile["BLOCK_K"]
-        if row["op"] == "conv2d_relu_pool":
-            step *= 4  # accumulators
-        steps = work / step / found["wave_efficiency"]
+        steps = work / step_flops(row["op"], tile) / found["wave_efficiency"]
         clocks = gpu.sms * gpu.clock_mhz * 1e6
         itemsize = 4 if row["dtype"] == "float32" else 2
         loaded = (tile["BLOCK_M"] + tile["BLOCK_N"]) * tile["BLOCK_K"] * itemsize

@@ -10,6 +10,7 @@ script that sort and filter the table. It asks nothing of any network, and says 
 import argparse
 import base64
 import datetime
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -241,17 +242,22 @@ def alt_text(page: plot.Page) -> str:
 
 # Columns of the table of all rows: title, and whether it is a number.
 COLUMNS = (
-    ("operator", False), ("dtype", False), ("shape", False), ("implementation", False),
-    ("tile", False), ("stage", False), ("status", False), ("time (µs)", True), ("speed", True),
-    ("unit", False), ("of peak", True), ("registers", True), ("spills (B)", True),
-    ("shared (KiB)", True), ("occupancy", True), ("waves", True), ("padding", True),
-    ("predicted (µs)", True), ("energy (J)", True), ("error", True), ("reason", False),
+    ("GPU", False), ("operator", False), ("dtype", False), ("shape", False),
+    ("implementation", False), ("tile", False), ("stage", False), ("status", False),
+    ("time (µs)", True), ("speed", True), ("unit", False), ("of peak", True), ("registers", True),
+    ("spills (B)", True), ("shared (KiB)", True), ("occupancy", True), ("waves", True),
+    ("padding", True), ("predicted (µs)", True), ("energy (J)", True), ("error", True),
+    ("reason", False),
 )  # fmt: skip
 
 
 def _rows_table(shown: Iterable[Workload]) -> tuple[list[list[tuple[str, Any]]], int]:
     """A line a tile and peer, of cells (text, what to sort by); and how many were left out."""
-    rows = [(w, row) for w in shown for row in (*w.tiles, *w.peers)]
+    rows = [
+        (w, row)
+        for w in shown
+        for row in sorted((*w.tiles, *w.peers), key=lambda row: seconds(row) or math.inf)
+    ]
     kept = sorted(rows, key=lambda pair: not ran(pair[1]))[:MOST_ROWS]  # those without a time last
     return [_line(w, row) for w, row in kept], len(rows) - len(kept)
 
@@ -274,6 +280,7 @@ def _line(w: Workload, row: Row) -> list[tuple[str, Any]]:
         "error": (row.get("error"), "{:.2g}"),
     }
     texts = {
+        "GPU": w.gpu,
         "operator": f"{w.op} {w.mode}",
         "dtype": dtype_text(w.dtype, w.precision),
         "shape": w.name,
@@ -311,7 +318,17 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         PerfError: for files that cannot be read or written.
     """
-    page = build(*tried.read(args.results)).encode()
-    plot.write_whole(Path(args.out), page)
-    print(f"{args.out}: {len(page) / 1e6:.1f} MB")
+    size = write(args.results, Path(args.out))
+    print(f"{args.out}: {size / 1e6:.1f} MB")
     return 0
+
+
+def write(paths: Iterable[str | Path], out: Path) -> int:
+    """Write the page of some results files whole; return its size in bytes.
+
+    Raises:
+        PerfError: for files that cannot be read or written.
+    """
+    page = build(*tried.read(paths)).encode()
+    plot.write_whole(out, page)
+    return len(page)

@@ -125,7 +125,7 @@ ROW = {
     "blocks_per_sm": Field("int", "blocks resident on an SM"),
     "limit": Field("str", "what limits them: `registers`, `shared memory`, `warps`, `blocks`"),
     "waves": Field("float", "blocks of the launch, over those that run at once"),
-    "wave_efficiency": Field("float", "waves / waves rounded up: 0 to 1"),
+    "wave_efficiency": Field("float", "programs / (SMs x those of the busiest SM): 0 to 1"),
     "padding": Field("float", "work in whole tiles, over the work asked for: 1 or more"),
     "bound": Field(BOUNDS, "what the prediction says it waits for (perf/predict.py)"),
     "predicted_s": Field("float", "s a call, predicted"),

@@ -105,7 +105,8 @@ def finish_up(path: pathlib.Path, args: argparse.Namespace) -> None:
     if not args.no_plots:
         from perf import report
 
-        page = report.write([path], path.parent / "report.html")
+        page = path.parent / "report.html"
+        report.write([path], page)
         print(f"\nThe page with every picture: {page}")
     print(f"The results: {path}")
 

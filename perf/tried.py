@@ -101,7 +101,11 @@ class Workload(NamedTuple):
 
 
 def workloads(rows: Iterable[Row]) -> list[Workload]:
-    """Sort rows into workloads, in the order of their first rows."""
+    """Sort rows into workloads.
+
+    Operators, GPUs and families of shapes come in the order of their first rows; within a family
+    the sizes and layers come in order, whichever was finished first.
+    """
     tried: dict[tuple, dict[tuple, Row]] = defaultdict(dict)
     for row in rows:
         cache = row.get("cache") or "cold"
@@ -117,7 +121,20 @@ def workloads(rows: Iterable[Row]) -> list[Workload]:
         mine = [row for row in group.values() if row["impl"] == "tilelab"]
         others = [row for row in group.values() if row["impl"] != "tilelab"]
         found.append(Workload(*about, mine, others))
-    return found
+    firsts: dict[tuple, int] = {}
+    for w in found:
+        firsts.setdefault(_group(w), len(firsts))
+    return sorted(found, key=lambda w: (firsts[_group(w)], _natural(w.label)))
+
+
+def _group(w: Workload) -> tuple:
+    return w.gpu, w.measured, w.op, w.mode, w.dtype, w.precision, w.cache, w.family
+
+
+def _natural(text: str) -> list[tuple[int, int, str]]:
+    """To sort texts with the numbers in them as numbers: "layer2" before "layer10"."""
+    parts = re.findall(r"\d+|\D+", text)
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
 
 
 def _later(old: Row | None, new: Row) -> Row:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from perf import gpus
 from perf.gpus import GPU
-from perf.predict import LAUNCH_S
+from perf.predict import LAUNCH_S, step_flops
 from perf.tried import (
     PRODUCTS,
     Row,
@@ -53,7 +53,7 @@ TITLES = {  # code: what its tiles do, as a heading of a group
     "serialised": "have serialised wgmma",
     "narrow loads": "load in narrow pieces",
     "occupancy": "keep fewer warps on an SM",
-    "waves": "leave SMs idle in the last wave",
+    "waves": "leave SMs idle",
     "padding": "compute more padding",
     "loop": "need more instructions",
     "traffic": "read more memory",
@@ -259,10 +259,8 @@ def _waves(row: Row, best: Row, gpu: GPU | None) -> Cause | None:
         return None
     waves, idle = row.get("waves"), 1 - mine
     words = f"{idle:.0%} of the SMs' time is idle, {1 - other:.0%} with the winner"
-    if waves is not None and waves <= 1:
+    if waves is not None:
         words = f"{waves:.2f} waves: {words}"
-    elif waves is not None:
-        words = f"{waves:.2f} waves run as {math.ceil(waves)}: {words}"
     factor = _modelled(row, gpu, other / mine, ("compute", "issue", "l2"))
     return Cause("waves", words, factor) if factor > 1.01 or not row.get("predicted_s") else None
 
@@ -282,7 +280,7 @@ def _issue(row: Row) -> float | None:
     blocks = [size for name, size in tile.items() if name.startswith("BLOCK_")]
     if not loop or not blocks:
         return None
-    work = math.prod(blocks) * (2 if row["op"] in PRODUCTS else 1)
+    work = step_flops(row["op"], tile) if "BLOCK_K" in tile else math.prod(blocks)
     return 1000 * loop * tile.get("num_warps", 4) / work
 
 
@@ -310,17 +308,18 @@ def issue_share(row: Row, gpu: GPU | None) -> float | None:
     rate = gpu.rate.get(gpus.kind(row["dtype"], row.get("precision") or "ieee"))
     if not rate or not {"BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps"} <= set(tile):
         return None
-    clocks = 2 * tile["BLOCK_M"] * tile["BLOCK_N"] * tile["BLOCK_K"] / rate
+    clocks = step_flops(row["op"], tile) / rate
     return loop * tile["num_warps"] / 4 / clocks
 
 
 def _operand_bytes(row: Row) -> float | None:
     """Bytes that programs read for 1,000 FLOPs of a product: those of one row and column a step."""
     tile = row.get("tile") or {}
-    if row["op"] not in PRODUCTS or not {"BLOCK_M", "BLOCK_N"} <= set(tile):
+    if not {"BLOCK_M", "BLOCK_N", "BLOCK_K"} <= set(tile):
         return None
     size = 4 if row["dtype"] == "float32" else 2
-    return 1000 * size / 2 * (1 / tile["BLOCK_M"] + 1 / tile["BLOCK_N"])
+    bytes_a_step = size * (tile["BLOCK_M"] + tile["BLOCK_N"]) * tile["BLOCK_K"]
+    return 1000 * bytes_a_step / step_flops(row["op"], tile)
 
 
 def _traffic(row: Row, best: Row, gpu: GPU | None) -> Cause | None:
@@ -497,7 +496,7 @@ def _board(workload: Workload, top: int) -> str:
         numbers = map(str.rjust, numbers, widths[1:])
         lines.append("  ".join(["", name.ljust(widths[0]), *numbers, ratio, flags]).rstrip())
     if len(tiles) > top:
-        lines.append(f"  and {_tiles(len(tiles) - top)} more that ran")
+        lines.append(f"  and {_tiles(len(tiles) - top)} more")
     for peer in workload.peers:
         if not ran(peer):
             lines.append(f"  {peer['impl']}: {peer.get('reason') or peer['status']}")

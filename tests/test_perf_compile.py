@@ -39,7 +39,7 @@ def test_words_say_what_is_good():
         "occupancy 12%, limited by registers",
         "HGMMA.64x256x16.F32.BF16, 4 in the main loop, its first operand from shared",
         "92 instructions (4 tensor core, 12 load, 76 integer)",
-        "512 programs, 132 at once: 3.88 waves",
+        "512 programs on 132 SMs, 1 at a time on each: 3.88 waves.",
         "Predicted, not measured: 145.7 us, 943 TFLOP/s",
     ):
         assert piece in " ".join(text.split()), piece
@@ -54,7 +54,7 @@ def test_words_say_what_is_good():
         (dict(tensor_core=None), "BAD: no tensor cores"),
         (dict(serialised=True), "BAD: the wgmma instructions are serialised"),
         (dict(load_bytes=2), "2 bytes a thread at the narrowest. NARROW"),
-        (dict(programs=140), "1.06 waves. BAD: 47% of the time"),
+        (dict(programs=140), "1.06 waves BAD: the busiest SM has 2, and 47% of the SMs'"),
         (dict(sizes=dict(M=4096, N=130, K=4096)), "Tiles cover 1.97 times the work"),
         (dict(moved=10**9, launches=2), "Its 2 launches move 9.93 times that minimum"),
         (dict(failed="does not compile: odd"), "BAD: does not compile: odd"),

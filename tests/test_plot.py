@@ -312,7 +312,7 @@ def test_predicted_against_measured():
     np.testing.assert_allclose(points.get_xdata(), [100, 100, 100, 200])
     np.testing.assert_allclose(points.get_ydata(), [100, 90, 130, 100])
     low, high = ax.collections[0].get_paths()[0].get_extents().get_points()
-    assert high[1] / high[0] == pytest.approx(1.25)
+    assert high[1] / high[0] == pytest.approx(1.25) and low[1] / low[0] == pytest.approx(0.75)
 
 
 def test_energy(matmuls):

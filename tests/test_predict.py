@@ -25,7 +25,7 @@ def product(**changes):
 
 def test_a_large_product_waits_for_the_tensor_cores():
     row = predict(product(), H200)
-    # 512 programs, one an SM (200 registers x 256 threads): 3.88 waves of 132, four are paid for
+    # 512 programs, one an SM (200 registers x 256 threads): so the busiest SM has four
     assert row["blocks_per_sm"] == 1 and row["limit"] == "registers"
     assert row["waves"] == pytest.approx(512 / 132)
     assert row["wave_efficiency"] == pytest.approx(512 / 528)
@@ -80,6 +80,19 @@ def test_a_step_without_a_tile():
     assert row["bound"] == "launch"
     assert row["predicted_s"] == pytest.approx(10**7 / 4.8e12 + 17 * LAUNCH_S)
     assert "waves" not in row
+
+
+@pytest.mark.parametrize(
+    "programs, efficiency",
+    [(16, 16 / 132), (132, 1.0), (133, 133 / 264), (264, 1.0), (265, 265 / 396)],
+)
+def test_the_busiest_sm_decides(programs, efficiency):
+    """Whether its programs run one by one or side by side: two on an SM take twice as long."""
+    tile = dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3)
+    row = product(tile=tile, programs=programs, threads=128, registers=90, shared=49152)
+    found = predict(row, H200)
+    assert found["blocks_per_sm"] == 4
+    assert found["wave_efficiency"] == pytest.approx(efficiency)
 
 
 def test_padding():
