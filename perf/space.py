@@ -50,7 +50,9 @@ AXES: dict[str, dict[str, tuple[int, ...]]] = {
     "sgd": dict(BLOCK_M=(256, 512, 1024, 2048, 4096, 8192), num_warps=(2, 4, 8, 16)),
     "adamw": dict(BLOCK_M=(256, 512, 1024, 2048, 4096, 8192), num_warps=(2, 4, 8, 16)),
 }
-MOST_ELEMENTS = 2**16  # of a tile in registers: more than 256 float32 a thread of 8 warps
+# Elements of a tile in registers. Of a product, 256x256: what spills there teaches something. Of
+# the others 128 a thread of four warps: beyond that they spill, after minutes of compiling.
+MOST_OF_A_PRODUCT, MOST_OF_ROWS = 2**16, 2**14
 
 
 def parse_axes(texts: Iterable[str]) -> dict[str, tuple[int, ...]]:
@@ -96,6 +98,7 @@ def tiles(
         axes = axes | dict(BLOCK_M=(*axes["BLOCK_M"], 128, 256))
     axes = axes | {name: values for name, values in narrowed.items() if name in axes}
     product = (dict(zip(axes, v, strict=True)) for v in itertools.product(*axes.values()))
+    most = MOST_OF_A_PRODUCT if "BLOCK_K" in axes else MOST_OF_ROWS
     chosen: dict[tuple, dict] = {}
     for tile in itertools.chain(given, product):
         if any(name in tile and tile[name] not in values for name, values in narrowed.items()):
@@ -105,6 +108,6 @@ def tiles(
             block = f"BLOCK_{name}"
             if block in tile and block not in narrowed:
                 tile[block] = min(tile[block], max(16, 1 << (size - 1).bit_length()))
-        if tile.get("BLOCK_M", 1) * tile.get("BLOCK_N", 1) <= MOST_ELEMENTS:
+        if tile.get("BLOCK_M", 1) * tile.get("BLOCK_N", 1) <= most:
             chosen.setdefault(tuple(sorted(tile.items())), tile)
     return list(chosen.values())
