@@ -209,6 +209,8 @@ def table(rows: list[dict], top: int) -> str:
     title = f"{first['op']} {first['mode']} {first['dtype']} {first['precision']}, "
     title += f"{first['shape_name']}, predicted"
     if first["tile"] is None:
+        if not good:
+            return f"{title}: {first['reason']}"
         row = good[0]
         return f"{title}: {row['predicted_s'] * 1e6:.1f} us, {row['launches']} launches"
     cells = [list(COLUMNS)]

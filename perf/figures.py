@@ -509,13 +509,16 @@ def _ceilings(ax: Axes, xs: np.ndarray, shown: list[Workload], theme: Theme, as_
 def roofline(shown: list[Workload], theme: Theme) -> Figure:
     """Speed over arithmetic intensity, under the GPU's roofs; peers hollow, joined to tilelab's."""
     shown = [w for w in shown if w.best and w.best.get("bytes") and w.best.get("flops")]
+    kinds = list(dict.fromkeys((w.op, w.mode) for w in shown))
+    columns = 4  # of the legend, whose words are as long as conv2d_relu_pool wgrad
+    more = 0.2 * (math.ceil(len(kinds) / columns) - 1)
     figure, ((ax,),) = _frame(
         shown, theme, f"Roofline: {shown[0].gpu}, {dtype_text(shown[0].dtype, shown[0].precision)}",
-        4.9,
+        4.9 + more,
         "Intensity: FLOPs over the bytes that must be moved at least. Filled: tilelab's best tile. "
         "Hollow: the fastest peer.",
+        head=HEAD + more,
     )  # fmt: skip
-    kinds = list(dict.fromkeys((w.op, w.mode) for w in shown))
     for w in shown:
         at = kinds.index((w.op, w.mode))
         style = {"color": theme.series[at % 7], "marker": MARKERS[at % 12], "linestyle": "none"}
@@ -534,7 +537,7 @@ def roofline(shown: list[Workload], theme: Theme) -> Figure:
         _key(MARKERS[i % 12], theme.series[i % 7], f"{op} {mode}")
         for i, (op, mode) in enumerate(kinds)
     ]
-    _legend(figure, keys)
+    _legend(figure, keys, columns)
     return figure
 
 

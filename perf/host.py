@@ -91,6 +91,24 @@ def lines(measured: dict[str, dict[str, Any]]) -> list[str]:
     return out
 
 
+def markdown(values: dict[str, float]) -> str:
+    """The README's table of what a call costs, from the values of `measure` by name."""
+    lines = [
+        "| µs | whole call | checks and tile look-up | dispatch | with gradients | backward |",
+        "|---|---|---|---|---|---|",
+    ]
+    for op in [name.removesuffix(": checks") for name in values if name.endswith(": checks")]:
+        parts = [
+            values[f"{op}: call"],
+            values[f"{op}: checks"] + values[f"{op}: tile look-up"],
+            values[f"{op}: dispatch"],
+            values[f"{op}: call with gradients"],
+            values[f"{op}: backward"],
+        ]
+        lines.append(f"| `{op}` | " + " | ".join(f"{part:.3g}" for part in parts) + " |")
+    return "\n".join(lines)
+
+
 # --- processes ----------------------------------------------------------------------------------
 
 

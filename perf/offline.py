@@ -42,6 +42,13 @@ from perf.errors import PerfError
 from perf.workloads import OPS, Workload
 
 TIMEOUT_S = 300  # for one kernel: the compiler hangs
+MOST_WORKERS = 32  # unless asked for: each is a process that has imported torch
+ENVIRONMENT = {  # of the processes that compile; they see no GPU, and so take none of its memory
+    "TRITON_INTERPRET": "0",
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "HIP_VISIBLE_DEVICES": "",
+}
 
 
 def gpu_target(target: str) -> GPUTarget:
@@ -93,7 +100,8 @@ def _bytes(args: tuple) -> int:
     storages = {}
     for t in tensors:
         if isinstance(t, torch.Tensor):
-            storages[t.data_ptr()] = t.numel() * t.element_size()
+            size = t.numel() * t.element_size()
+            storages[t.data_ptr()] = max(size, storages.get(t.data_ptr(), 0))
     return sum(storages.values())
 
 
@@ -239,7 +247,7 @@ class Compilers:
     """
 
     def __init__(self, workers: int | None = None) -> None:
-        self.workers = workers or len(os.sched_getaffinity(0))
+        self.workers = workers or min(len(os.sched_getaffinity(0)), MOST_WORKERS)
         self._threads = concurrent.futures.ThreadPoolExecutor(self.workers)
         self._local = threading.local()
         self._processes: list[subprocess.Popen] = []
@@ -290,7 +298,7 @@ class Compilers:
             stderr=log,
             text=True,
             cwd=pathlib.Path(__file__).parents[1],
-            env=os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"},
+            env=os.environ | ENVIRONMENT,
         )
         log.close()
         process.log = log.name
@@ -329,6 +337,9 @@ def _source_hash(op: str) -> str:
         for node in ast.walk(ast.parse(seen[name])):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kernels."):
                 todo.append(node.module.split(".")[1])
+    if op == "train_step":
+        for path in sorted((folder.parent / "nets").glob("*.py")):
+            seen[f"nets.{path.stem}"] = path.read_text()
     text = "\0".join(f"{name}\0{seen[name]}" for name in sorted(seen))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

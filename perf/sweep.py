@@ -71,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
     work = plan.workloads(args)
     peers(args.peers)  # an error in them comes first
     device = devices.here()
+    if args.dry_run and device.target is not None:
+        raise PerfError("--dry-run where there is a GPU needs TRITON_INTERPRET=1 before `python`")
     if device.target is None and not args.dry_run:
         print("No GPU here: tiles are compiled and predicted, not timed (perf compile).")
         args.explain = False
@@ -142,7 +144,7 @@ class Sweep:
     def run(self) -> None:
         """Do it all; what is finished is in the file whenever this ends."""
         compiled = self._compile()
-        with self.device.stream():
+        with self.device.stream(), workloads.cudnn_benchmark(True):
             for i, w in enumerate(self.work):
                 mine = [row for row in compiled if same_work(row, w)]
                 share = None
@@ -206,19 +208,22 @@ class Sweep:
             sets = self._sets(w)
             calls = [self._call(w, "tilelab", self._seed()) for _ in range(sets.count)]
         except Exception as e:
-            self._broken(e)
+            self._broken(devices.first_line(e))
             self._failed(w, "tilelab", None, "screen", f"cannot be set up: {devices.first_line(e)}")
             return
         cache = "cold" if sets.cold and not self.args.hot else "hot"
         screened = self._screen(w, compiled, gate, calls, cache, share)
+        del gate  # large: float64
         self._final(w, screened, calls, cache, share, until)
-        del calls, gate
+        del calls
         gc.collect()
 
     def _sets(self, w: Workload) -> timing.Sets:
         if self.args.hot:
             return timing.Sets(1, False)
-        sets = timing.sets_needed(w.bytes, self.device.l2)
+        # A launch of our optimizers finds the addresses of 64 sets on the GPU, and copies others.
+        most = 64 if w.mode == "step" else 512
+        sets = timing.sets_needed(w.bytes, self.device.l2, most)
         fits = max(1, int(0.4 * self.device.memory_free() // max(w.bytes, 1)))
         return sets if sets.count <= fits else timing.Sets(1, False)
 
@@ -243,24 +248,27 @@ class Sweep:
         todo = [row for row in compiled if row.get("stage") == "compile" and row["status"] == "ok"]
         # What looks best comes first, in case the time is not enough; the default before all.
         todo.sort(key=lambda row: (not row["default"], row.get("predicted_s") or 0.0))
-        checked = self._call(w, "tilelab", gate.seed)
+        checked, warm = None, False
         for i, row in enumerate(tqdm(todo, unit="tile", desc=name, disable=None, leave=False)):
             if until is not None and self.device.now() > until:
                 self._skip(todo[i:], "not timed: the time budget ran out")
                 break
             row = row | {"stage": "screen", "cache": cache, "time": plan.now()}
             try:
+                if checked is None or w.mode == "step":  # a second step would have other results
+                    checked = self._call(w, "tilelab", gate.seed)
                 verdict = gate.check(with_tile(checked, row["tile"]))
                 row |= {"error": verdict.error, "tolerance": verdict.tolerance}
                 if verdict.problem:
                     row |= {"status": "wrong", "reason": verdict.problem}
                 else:
                     with self._runner([with_tile(call, row["tile"]) for call in calls], cache) as r:
-                        if not rows:
+                        if not warm:
                             self._warm(r, share)
+                            warm = True
                         row |= self._timed(w, timing.screen(self.device, r), r)
             except Exception as e:
-                self._broken(e, row)
+                self._broken(devices.first_line(e), row)
                 row |= {"status": "error", "reason": devices.first_line(e)}
             self.writer.write(stored(row))
             if row["status"] == "ok":
@@ -276,30 +284,37 @@ class Sweep:
         entries = {_name(row): row | {"stage": "final"} for row in best + default}
         with contextlib.ExitStack() as stack:
             runners = {}
-            for name, row in entries.items():
+            for name, row in list(entries.items()):
                 tiled = [with_tile(call, row["tile"]) for call in calls]
-                runners[name] = stack.enter_context(self._runner(tiled, cache))
-            for peer in self.peers:
+                try:
+                    runners[name] = stack.enter_context(self._runner(tiled, cache))
+                except Exception as e:  # all of them at once may be too much for the memory
+                    self._broken(devices.first_line(e), entries.pop(name))
+                    self._failed(w, "tilelab", row["tile"], "final", devices.first_line(e))
+            if set(self.peers) - {"torch"}:
+                workloads.forget_compiled()
+            for peer in self._peers_of(w):
                 row = plan.identity(w, None) | {"impl": peer, "tile": None, "stage": "final"}
                 try:
-                    peer_calls = [self._call(w, peer, self._seed()) for _ in calls]
                     with warnings.catch_warnings():  # of what a peer's compiler finds worth saying
                         warnings.simplefilter("ignore")
+                        peer_calls = [self._call(w, peer, self._seed()) for _ in calls]
                         runners[peer] = stack.enter_context(self._runner(peer_calls, cache))
                     entries[peer] = row | {"status": "ok"}
-                except PerfError:  # no such peer for this work
-                    continue
                 except Exception as e:
-                    self._broken(e)
+                    self._broken(devices.first_line(e), row)
                     self._failed(w, peer, None, "final", devices.first_line(e))
             if not runners:
                 return
             self._warm(next(iter(runners.values())), share)
             race = f"{plan.now()} {self._seed():08x}"
             timed = timing.race(self.device, runners, self.rng, self._rules(), until)
+            for name, result in timed.items():
+                if result.error:
+                    self._broken(result.error, entries[name])
             verdicts = self._recheck(w, entries)
             for name, result in timed.items():
-                row = entries[name] | {"race": race, "time": plan.now()}
+                row = entries[name] = entries[name] | {"race": race, "time": plan.now()}
                 error, tolerance, problem = verdicts[name]
                 row |= {"error": error, "tolerance": tolerance}
                 if result.samples:
@@ -314,10 +329,24 @@ class Sweep:
                 if result.error:
                     row |= {"status": "error", "reason": result.error}
                 elif problem:
-                    row |= {"status": "wrong", "reason": f"after timing: {problem}"}
-                elif self.args.energy and (until is None or self.device.now() < until):
-                    row["joules"] = timing.energy(self.device, runners[name])
+                    status = "wrong" if error is not None else "error"
+                    row |= {"status": status, "reason": f"after timing: {problem}"}
                 self.writer.write(stored(row))
+            if self.args.energy:
+                self._energy(entries, runners, until)
+
+    def _energy(self, entries, runners, until) -> None:
+        """Joules of what was raced: its rows, which the file has by now, are written again."""
+        for name, row in entries.items():
+            if row["status"] != "ok" or (until is not None and self.device.now() >= until):
+                continue
+            try:
+                joules = timing.energy(self.device, runners[name])
+            except Exception as e:
+                self._broken(devices.first_line(e), row)
+                continue
+            if joules is not None:
+                self.writer.write(stored(row | {"joules": joules}))
 
     def _rules(self) -> timing.Rules:
         if self.device.target is None:  # a dry run: a few rounds show that it works
@@ -326,14 +355,18 @@ class Sweep:
 
     def _recheck(self, w: Workload, entries: dict[str, dict]) -> dict[str, tuple]:
         """Every finalist once more, on inputs that nobody has seen."""
-        gate = Gate(w, self.device.torch_device, self._seed())
+        try:
+            gate = Gate(w, self.device.torch_device, self._seed())
+        except Exception as e:
+            self._broken(devices.first_line(e))
+            return dict.fromkeys(entries, (None, None, devices.first_line(e)))
         verdicts = {}
         for name, row in entries.items():
             try:
                 call = self._call(w, row["impl"], gate.seed)
-                verdicts[name] = gate.check(with_tile(call, row["tile"]))
+                verdicts[name] = gate.check(with_tile(call, row["tile"]), row["impl"])
             except Exception as e:
-                self._broken(e)
+                self._broken(devices.first_line(e), row)
                 verdicts[name] = (None, None, devices.first_line(e))
         return verdicts
 
@@ -375,30 +408,45 @@ class Sweep:
     # --- what was done, and what went wrong ------------------------------------------------------
 
     def _has_final(self, w: Workload) -> bool:
-        """Whether the file already has the race of this workload, with the kernels of today."""
+        """Whether the file already has the race of this workload, as it would be run today."""
         source = offline.source_hash(w)
-        return any(
-            row["stage"] == "final" and row.get("source") == source and same_work(row, w)
+        raced = {
+            row["impl"]
             for row in self.writer.rows
-        )
+            if row["stage"] == "final"
+            and same_work(row, w)
+            and row.get("source") in (None, source)
+            and (row.get("cache") != "cold" or not self.args.hot)
+        }
+        return raced >= {"tilelab", *self._peers_of(w)}
+
+    def _peers_of(self, w: Workload) -> list[str]:
+        return [peer for peer in self.peers if workloads.offers(peer, w)]
 
     def _failed(self, w: Workload, impl: str, tile: dict | None, stage: str, reason: str) -> None:
         source = offline.source_hash(w) if impl == "tilelab" else None
         row = plan.identity(w, source) | {"impl": impl, "tile": tile, "stage": stage}
         self.writer.write(stored(row | {"status": "error", "reason": reason, "time": plan.now()}))
 
-    def _broken(self, error: Exception, row: dict | None = None) -> None:
-        """Stop if the GPU itself no longer works; out of memory and the like are only a row."""
+    def _broken(self, what: str, row: dict | None = None) -> None:
+        """Stop if the GPU itself no longer works; out of memory and the like are only a row.
+
+        Args:
+            what: the error.
+            row: of whose it is. A tile's becomes one of a screening that failed, even if that was
+                in a race: so `--resume` goes on without this tile.
+        """
         try:
             self.device.synchronize()
-        except Exception:
-            what = devices.first_line(error)
+        except Exception as e:
             if row is not None:
-                self.writer.write(stored(row | {"status": "error", "reason": what}))
+                stage = "screen" if row["impl"] == "tilelab" else "final"
+                failed = {"stage": stage, "status": "error", "reason": what, "time": plan.now()}
+                self.writer.write(stored(row | failed))
             raise PerfError(
                 f"the GPU failed ({what}) and this process cannot use it any more: what was "
                 "finished is in the results file, --resume goes on behind it"
-            ) from error
+            ) from e
         gc.collect()
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from perf.device import SAMPLE, cache_label
+from tests.inputs import DEVICE
 
 
 class BrokenGPU(RuntimeError):
@@ -60,7 +61,7 @@ class FakeDevice:
         throttle: Sequence[str] | Callable[[float], list[str]] = (),
         watts: float | None = 500.0,
         timer: str = "graph",
-        torch_device: str = "cpu",
+        torch_device: str = DEVICE,
         execute: bool = False,
         seed: int = 0,
         **properties: Any,

@@ -5,6 +5,7 @@ import pathlib
 import shutil
 
 import pytest
+import torch
 
 from kernels import _launch
 from perf import offline, shapes
@@ -109,6 +110,24 @@ def test_a_worker_that_dies_takes_one_job_along(compilers):
     assert again["tile_op"] == "matmul"  # a new worker
     stuck = compilers.submit("wrong job", list(MATMUL), None, "").result()
     assert "KeyError" in stuck["failed"]
+
+
+def test_bytes_of_views_that_begin_at_the_same_address():
+    x = torch.empty(8, 4)
+    assert offline._bytes((x, x[:2], [x.t()], 3)) == offline._bytes((x[:2], x)) == 8 * 4 * 4
+
+
+@pytest.mark.slow
+def test_compilers_see_no_gpu(monkeypatch):
+    """So none of them takes memory of the one that is measured."""
+    seen = []
+    real = offline.subprocess.Popen
+    monkeypatch.setattr(
+        offline.subprocess, "Popen", lambda *a, **k: seen.append(k) or real(*a, **k)
+    )
+    with offline.Compilers(1) as compilers:
+        compilers.submit("describe", list(MATMUL), None, "").result()
+    assert seen[0]["env"]["CUDA_VISIBLE_DEVICES"] == "" == seen[0]["env"]["HIP_VISIBLE_DEVICES"]
 
 
 def test_a_compiler_is_not_an_interpreter():

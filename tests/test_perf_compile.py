@@ -100,6 +100,11 @@ def perf(*argv, cwd):
     )
 
 
+def test_a_table_of_work_without_a_tile_that_failed():
+    row = compiling.finish(compiled(tile=None, failed="it is odd"), H200)
+    assert compiling.table([row], top=5).endswith("predicted: it is odd")
+
+
 @pytest.mark.slow
 def test_a_sweep_with_no_gpu_compiles_and_says_so(tmp_path):
     """What a newcomer does: one command, then the heat-map and why the others lost."""

@@ -15,12 +15,14 @@ import sys
 import time
 
 import pytest
+import torch
 
 import kernels
 from kernels import _launch
 from perf import __main__ as main
 from perf import gpus, offline, plan, results, sweep, workloads
 from perf.errors import PerfError
+from perf.gate import Gate
 from tests.fake_device import BrokenGPU, FakeDevice
 
 SHAPE = "m=48,n=40,k=64"
@@ -177,6 +179,98 @@ def test_a_broken_gpu_ends_the_sweep_and_resume_goes_on_behind_it(tmp_path):
     assert len(of(rows, status="error")) == 1 and of(rows, stage="final", status="ok")
 
 
+@pytest.mark.parametrize("when", ["race", "recheck"])
+def test_a_tile_that_breaks_the_gpu_late_is_left_out_when_resumed(tmp_path, monkeypatch, when):
+    """Its screening went well, and without it the others have a race."""
+    path, bad, armed = tmp_path / "r.jsonl", dict(BLOCK_M=16, BLOCK_N=32), []
+    race, check = sweep.timing.race, Gate.check
+
+    def times(call):
+        if armed and call.tile and bad.items() <= call.tile.items():
+            raise BrokenGPU("CUDA error: an illegal memory access was encountered")
+        return speed(call)
+
+    def armed_race(*args):
+        armed.extend([when] if when == "race" else [])
+        found = race(*args)
+        armed.append(when)
+        return found
+
+    def broken_check(gate, call, impl="tilelab"):
+        if armed:
+            device.spend(call)
+        return check(gate, call, impl)
+
+    device = FakeDevice(times)
+    monkeypatch.setattr(sweep.timing, "race", armed_race)
+    monkeypatch.setattr(Gate, "check", broken_check)
+    with pytest.raises(PerfError, match="the GPU failed .*illegal memory access.* --resume"):
+        swept(path, device=device)
+    monkeypatch.undo()
+    rows = swept(path, device=FakeDevice(speed))  # a new process, a GPU that works again
+    (failed,) = of(rows, status="error")
+    assert failed["stage"] == "screen" and bad.items() <= failed["tile"].items()
+    finals = of(rows, stage="final", status="ok")
+    assert len(of(finals, impl="tilelab")) == 3 and of(finals, impl="torch")
+
+
+def test_every_tile_of_an_optimizer_is_checked_on_its_first_step(tmp_path):
+    device = FakeDevice(1e-3, noise=0.002)
+    args = arguments("sgd", "adamw", "--shapes", "tiny", "-a", "BLOCK_M=256,512,1024", "-a",
+                     "num_warps=4")  # fmt: skip
+    path = tmp_path / "r.jsonl"
+    with results.Writer(path, plan.header(device.header(), True, args)) as writer:
+        sweep.Sweep(device, plan.workloads(args), args, FakeCompilers(), writer).run()
+    rows = results.read(path).rows
+    for op in ("sgd", "adamw"):
+        assert len(of(rows, op=op, stage="screen")) >= 3
+    assert {row["status"] for row in rows} == {"ok"}
+
+
+def test_cudnn_searches_for_peers_and_not_for_the_reference(tmp_path, monkeypatch):
+    found = set()
+
+    def theirs(s, a, b):
+        found.add((a.dtype, torch.backends.cudnn.benchmark))
+        return a @ b
+
+    op = workloads.OPS["matmul"]._replace(theirs=theirs)
+    monkeypatch.setitem(workloads.OPS, "matmul", op)
+    swept(tmp_path / "r.jsonl")
+    assert found == {(torch.float64, False), (torch.bfloat16, True)}
+    assert not torch.backends.cudnn.benchmark
+
+
+def test_a_finalist_that_does_not_fit_beside_the_others_is_a_row(tmp_path):
+    class Full(FakeDevice):
+        def prepare(self, calls, cache=None):
+            if self.open_runners == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().prepare(calls, cache)
+
+    rows = swept(tmp_path / "r.jsonl", "matmul", "--peers", "none", device=Full(speed))
+    finals = of(rows, stage="final")
+    assert sorted(row["status"] for row in finals) == ["error", "error", "ok", "ok"]
+
+
+def test_a_race_is_in_the_file_before_its_energy_is_measured(tmp_path, monkeypatch):
+    def interrupted(device, runner):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep.timing, "energy", interrupted)
+    path = tmp_path / "r.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        swept(path, "matmul", "--energy")
+    finals = of(results.read(path).rows, stage="final", status="ok")
+    assert {row["impl"] for row in finals} == {"tilelab", "torch"} and len(finals) == 5
+
+
+def test_a_dry_run_is_not_a_measurement(monkeypatch, capsys):
+    monkeypatch.setattr(sweep.devices, "here", lambda: FakeDevice(speed))
+    assert main.main(["sweep", "matmul", "--dry-run"]) == 2
+    assert "--dry-run where there is a GPU needs TRITON_INTERPRET=1" in capsys.readouterr().err
+
+
 def test_resuming_does_only_what_is_missing(tmp_path):
     path = tmp_path / "r.jsonl"
     first = swept(path)
@@ -190,6 +284,15 @@ def test_resuming_does_only_what_is_missing(tmp_path):
     rows = swept(path, device=device, compilers=compilers)
     assert len(compilers.jobs) == 1  # the torn one
     assert len(of(rows, stage="screen")) == 4 and of(rows, stage="final", impl="torch")
+
+
+def test_resuming_with_another_peer_races_again(tmp_path):
+    path = tmp_path / "r.jsonl"
+    swept(path, "matmul", "--peers", "none")
+    rows = swept(path, "matmul", "--peers", "torch")
+    finals = of(rows, stage="final")
+    assert {row["impl"] for row in finals} == {"tilelab", "torch"}
+    assert len({row["race"] for row in finals}) == 1
 
 
 def test_rows_of_another_kernel_are_done_again_and_not_mixed(tmp_path, monkeypatch, capsys):
@@ -331,3 +434,18 @@ def test_wrong_input_gets_one_clear_line(argv, message, capsys, monkeypatch, tmp
 def test_shapes_help(capsys):
     assert main.main(["sweep", "matmul", "--shapes", "help"]) == 0
     assert "resnet50" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+def test_on_a_real_gpu(tmp_path):
+    """Everything that a simulated GPU stands for above: compile, gate, screen, race, save, plot."""
+    out = tmp_path / "run"
+    argv = ["sweep", "matmul", "conv2d", "softmax", "cross_entropy", "sgd", "train_step"]
+    argv += ["--mode", "all", "--shapes", "tiny", "--peers", "torch", "--out", str(out)]
+    argv += ["-a", "BLOCK_M=64,128", "-a", "BLOCK_N=64", "-a", "num_warps=4", "-a", "num_stages=2"]
+    assert main.main(argv) == 0
+    rows = results.read(out / "results.jsonl").rows
+    assert not of(rows, status="wrong") and (out / "report.html").exists()
+    for op in ("matmul", "conv2d", "softmax", "cross_entropy", "sgd", "train_step"):
+        assert of(rows, op=op, stage="final", impl="tilelab", status="ok"), op
+        assert of(rows, op=op, stage="final", impl="torch", status="ok"), op
