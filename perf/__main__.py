@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import sys
+from typing import NoReturn
 
 from perf.errors import Help, PerfError
 
@@ -16,9 +17,17 @@ COMMANDS = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """One line for wrong input, as for every other error; the usage is what --help is for."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing and exiting."""
+        raise PerfError(f"{message} ({self.prog} --help)")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; return the exit status: 2 for wrong input."""
-    parser = argparse.ArgumentParser(prog="python -m perf", description=__doc__)
+    parser = Parser(prog="python -m perf", description=__doc__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     argv = sys.argv[1:] if argv is None else argv
     named = next((a for a in argv if not a.startswith("-")), None)
@@ -36,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: what was finished is in the results file", file=sys.stderr)
+        kept = ": what was finished is in the results file" if named in ("sweep", "compile") else ""
+        print(f"interrupted{kept}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # of `| head`
         sys.stderr.close()

@@ -23,7 +23,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from perf import results, stats
+from perf import results, stats, tried
 from perf.errors import PerfError
 
 VERDICTS = ("SLOWER", "FASTER", "SAME", "UNSURE")
@@ -260,7 +260,7 @@ def _compared(a: dict, b: dict, margin: float) -> Comparison:
     if low is None:
         notes.append("no samples: no interval")
     if a.get("tile") != b.get("tile"):
-        notes.append(f"tile in A: {_tile(a)}")
+        notes.append(f"tile in A: {tried.tile_text(a.get('tile'))}")
     return Comparison(a, b, ratio, low, high, verdict, _source(a, b), ", ".join(notes))
 
 
@@ -325,6 +325,8 @@ def _about(a_path, a, b_path, b, anyway: bool) -> list[str]:
 def _one_gpu(path, found: results.Results) -> tuple[str, bool]:
     """Return the GPU of a file and whether it was measured, which must be one."""
     kinds = {(header["gpu"], header["measured"]) for header in found.headers}
+    if not kinds:
+        raise PerfError(f"no results in {path}: it is empty")
     if len(kinds) != 1:
         gpus = ", ".join(sorted({gpu for gpu, _ in kinds}))
         raise PerfError(f"{path} has results of several kinds ({gpus}): compare one at a time")
@@ -342,22 +344,14 @@ def _cells(c: Comparison) -> tuple[str, ...]:
     ratio = "-" if c.ratio is None else f"{c.ratio:.3f}"
     interval = "-" if c.low is None else f"{c.low:.3f} ... {c.high:.3f}"
     a, b = c.a, c.b
-    shape = a.get("shape_name") or " ".join(f"{k}={v}" for k, v in a["shape"].items())
-    dtype = "tf32" if a["precision"] == "tf32" else a["dtype"]
+    shape = a.get("shape_name") or tried.shape_text(a["shape"])
+    dtype = tried.dtype_text(a["dtype"], a["precision"])
     what = f"{a['op']} {a['mode']} {dtype}, {shape}"
     if (a.get("cache") or "cold") != "cold":
         what += f", {a['cache']} cache"
-    tile = _tile(b) if c.ours else a["impl"]
+    tile = tried.tile_text(b.get("tile")) if c.ours else a["impl"]
     times = _time(_seconds(a)), _time(_seconds(b))
     return (c.verdict, ratio, interval, *times, c.source, what, tile, c.note)
-
-
-def _tile(row: dict) -> str:
-    """Return a tile in short: 128x256x64, warps 8, stages 3."""
-    tile = dict(row.get("tile") or {})
-    blocks = "x".join(str(tile.pop(key)) for key in list(tile) if key.startswith("BLOCK_"))
-    rest = [f"{key.removeprefix('num_').replace('_', ' ')} {value}" for key, value in tile.items()]
-    return ", ".join(filter(None, [blocks, *rest])) or "-"
 
 
 def _time(seconds: float | None) -> str:

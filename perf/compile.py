@@ -8,7 +8,7 @@ and the predicted time. Nothing is run. `--explain` says in words what one tile 
 import argparse
 import concurrent.futures
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -17,9 +17,6 @@ from perf import explain, gpus, offline, plan, results, tried
 from perf.errors import PerfError
 from perf.predict import predict, refused
 from perf.workloads import Workload
-
-# What a row keeps of a compilation; the rest served the prediction.
-FIELDS = {name for name in results.ROW if name not in ("kind", "status", "reason")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="go on with --out, or the newest default folder"
     )
-    parser.add_argument("--top", type=int, default=10, help="tiles to print for each problem")
+    parser.add_argument(
+        "--top", type=plan.positive, default=10, help="tiles to print a problem (default: 10)"
+    )
     parser.add_argument(
         "--explain", action="store_true", help="say in words what one tile does, and show its loop"
     )
@@ -44,13 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compile what the arguments say, for each target. Returns the exit status."""
     chosen = [gpus.find(text) for text in args.target.split(",")]
+    chosen = list({gpu.name: gpu for gpu in chosen}.values())  # sm_90 and h200 are one
     work = plan.workloads(args)
     if args.explain:
         return _explain(work, args, chosen)
     folder = out_folder(args, "compile")
     with offline.Compilers(args.workers) as compilers:
         for gpu in chosen:
-            compile_all(work, gpu, compilers, folder / f"{gpu.target}.jsonl", args)
+            compile_all(work, gpu, compilers, folder / f"{label(gpu)}.jsonl", args)
     return 0
 
 
@@ -69,6 +69,11 @@ def out_folder(args: argparse.Namespace, name: str) -> pathlib.Path:
     return found
 
 
+def label(gpu: gpus.GPU) -> str:
+    """What a GPU is called in results: its target, if it is the one that stands for that."""
+    return gpu.target if gpus.find(gpu.target) is gpu else gpu.name
+
+
 def compile_all(
     work: list[Workload],
     gpu: gpus.GPU,
@@ -77,7 +82,7 @@ def compile_all(
     args: argparse.Namespace,
 ) -> list[dict]:
     """Compile every tile of all work for one GPU into a results file; print what came of it."""
-    fields = {"gpu": f"{gpu.target} (compiled)", "target": gpu.target}
+    fields = {"gpu": f"{label(gpu)} (compiled)", "target": gpu.target}
     print(f"{gpu.target}: compiled, not run; times are predictions for the {gpu.title}")
     rows = []
     with results.Writer(path, plan.header(fields, False, args)) as writer:
@@ -116,7 +121,7 @@ class Todo:
         axes: list[str],
         compilers: offline.Compilers,
         writer: results.Writer,
-        attempts: tuple[dict, ...] = ({"stage": "compile"},),
+        attempts: Sequence[dict] = ({"stage": "compile"},),
     ) -> None:
         asked = [compilers.submit("describe", w, None, "") for w in work]
         lists, self.done = [], []
@@ -174,8 +179,8 @@ def finish(row: dict, gpu: gpus.GPU | None) -> dict:
 
 
 def stored(row: dict) -> dict:
-    """The part of a row that the results file keeps."""
-    return {name: row[name] for name in row if name in FIELDS or name in ("status", "reason")}
+    """The part of a row that the results file keeps; the rest served the prediction."""
+    return {name: value for name, value in row.items() if name in results.ROW}
 
 
 def same_work(row: dict, w: Workload) -> bool:

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from perf import gpus, timing
+from perf import gpus, results, timing
 from perf.device import HostDevice, first_line, here
 from perf.errors import PerfError
 
@@ -81,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
         )
     print("\n".join(lines(findings)))
     if args.json:
-        _write(args.json, {"findings": [finding._asdict() for finding in findings]})
+        found = {"findings": [finding._asdict() for finding in findings]}
+        results.write_whole(pathlib.Path(args.json), f"{json.dumps(found, indent=1)}\n".encode())
     return int(any(finding.level == "error" for finding in findings))
 
 
@@ -157,7 +158,9 @@ def _cache() -> list[Finding]:
     except OSError as error:
         detail = f"{folder} cannot be written ({error.strerror}): set TRITON_CACHE_DIR to a folder"
         return [Finding("warning", "compile cache", f"{detail} of yours")]
-    return [Finding("ok", "compile cache", folder)]
+    home = os.path.expanduser("~")  # a report that is shared need not say whose it is
+    shown = "~" + folder.removeprefix(home) if folder.startswith(home + os.sep) else folder
+    return [Finding("ok", "compile cache", shown)]
 
 
 def _tools() -> list[Finding]:
@@ -470,14 +473,3 @@ def _host() -> list[Finding]:
         value = "needs a GPU" if m["value"] is None else f"{m['value']:.4g} {m['unit']}"
         found.append(Finding("note", f"host {name}", value, m["value"], m["unit"]))
     return found
-
-
-def _write(path: str, content: Any) -> None:
-    """Write JSON as a whole, or not at all."""
-    target = pathlib.Path(path)
-    temporary = target.with_name(target.name + ".tmp")
-    try:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(temporary, target)
-    except OSError as error:
-        raise PerfError(f"cannot write {path}: {error.strerror}") from None

@@ -81,16 +81,6 @@ def measure(
     return results
 
 
-def lines(measured: dict[str, dict[str, Any]]) -> list[str]:
-    """One line for each measurement, for people."""
-    width = max(map(len, measured), default=0)
-    out = []
-    for name, m in measured.items():
-        value = "not measured" if m["value"] is None else f"{m['value']:.4g} {m['unit']}"
-        out.append(f"{name:{width}}  {value:>12}  {m['what']}")
-    return out
-
-
 def markdown(values: dict[str, float]) -> str:
     """The README's table of what a call costs, from the values of `measure` by name."""
     lines = [

@@ -60,12 +60,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="BLOCK_M=64,128",
-        help="the values that are tried for an axis of the tiles; again for another axis",
+        help="the only values to try for an axis of the tiles; again for another axis",
     )
     parser.add_argument(
-        "--workers", type=int, help="processes that compile (default: one for each core)"
+        "--workers", type=positive, help="processes that compile (default: one for each core)"
     )
     parser.add_argument("--note", default="", help="kept in the results file")
+
+
+def positive(text: str) -> int:
+    """A number of things, from the command line: 1 or more."""
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
+    return int(text)
 
 
 def workloads(args: argparse.Namespace) -> list[Workload]:
@@ -83,10 +90,10 @@ def workloads(args: argparse.Namespace) -> list[Workload]:
     for dtype in dtypes:
         if dtype not in DTYPES:
             raise PerfError(f"unknown dtype {dtype!r}: there are {', '.join(DTYPES)}")
-    chosen = []
+    chosen, default = [], args.shapes is None
     for op in ops:
         for mode in modes(op, args.mode):
-            for shape in shapes.shapes(op, args.shapes or DEFAULT_SHAPES[op]):
+            for shape in shapes.shapes(op, DEFAULT_SHAPES[op] if default else args.shapes):
                 for dtype in dtypes:
                     chosen.append(Workload(op, mode, *DTYPES[dtype], shape.sizes, shape.name))
     if not chosen:

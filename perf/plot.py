@@ -20,9 +20,7 @@ A README shows the one that suits the reader's page:
 """
 
 import argparse
-import contextlib
 import io
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -31,7 +29,7 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 from PIL import Image
 
-from perf import figures, tried
+from perf import figures, results, tried
 from perf.errors import PerfError
 from perf.figures import DARK, LIGHT, Theme
 from perf.tried import Row, Workload, ran, workloads
@@ -194,33 +192,18 @@ def save(
     for theme in (LIGHT, DARK):
         for form in forms:
             path = Path(out_dir) / f"{name}-{theme.name}.{form}"
-            write_whole(path, render(draw, rows, theme, form))
+            results.write_whole(path, render(draw, rows, theme, form))
             paths.append(path)
     return paths
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file through a temporary one beside it, so that nobody ever sees half of it.
-
-    Raises:
-        PerfError: if it cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise PerfError(f"cannot write {path}: {error.strerror}") from error
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what to draw of which files, and whereto."""
     parser.add_argument("results", nargs="+", metavar="RESULTS", help="results files (JSON lines)")
     parser.add_argument("--out", default="figures", metavar="DIR", help="(default: %(default)s)")
-    parser.add_argument("--kind", default=",".join(KINDS), help="of %(default)s (default: all)")
+    parser.add_argument(
+        "--kind", default=",".join(KINDS), help=f"of {', '.join(KINDS)} (default: all)"
+    )
     parser.add_argument(
         "--format", default="png", help="png, svg or png,svg (default: %(default)s)"
     )

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from perf import figures, plot, stats, tried, why
+from perf import figures, plot, results, stats, tried, why
 from perf.figures import DARK, IMPL, LIGHT, Speedup, speedups
 from perf.tried import Row, Workload, dtype_text, number_text, ran, seconds, speed, tile_text, unit
 
@@ -189,18 +189,11 @@ def _board(w: Workload, top: int = 5) -> list[dict[str, str]]:
                 "speed": f"{number_text(speed(row))} {unit(w.op)}",
                 "interval": interval,
                 "share": f"{row['peak_share']:.0%}" if row.get("peak_share") is not None else "",
-                "ratio": _paired_text(row, best),
+                "ratio": tried.paired_text(row, best),
                 "best": row is best,
             }
         )
     return lines
-
-
-def _paired_text(row: Row, best: Row | None) -> str:
-    if best is None or row is best:
-        return "" if best is None else "1.00x"
-    ratio, low, high = tried.paired(row, best)
-    return f"{ratio:.2f}x" + (f" [{low:.3f}, {high:.3f}]" if low is not None else "")
 
 
 # -- figures -------------------------------------------------------------------------------------
@@ -330,5 +323,5 @@ def write(paths: Iterable[str | Path], out: Path) -> int:
         PerfError: for files that cannot be read or written.
     """
     page = build(*tried.read(paths)).encode()
-    plot.write_whole(out, page)
+    results.write_whole(out, page)
     return len(page)

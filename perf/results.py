@@ -16,6 +16,7 @@ The tables HEADER and ROW are the schema. They are what is checked when a line i
 and what README.md prints.
 """
 
+import contextlib
 import fcntl
 import gzip
 import json
@@ -508,6 +509,23 @@ def _get(header: dict, name: str) -> Any:
     for part in name.split("."):
         header = (header or {}).get(part)
     return header
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write any file through a temporary one beside it, so that nobody ever sees half of it.
+
+    Raises:
+        PerfError: if it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise PerfError(f"cannot write {path}: {error.strerror}") from error
 
 
 # -------------------------------------------------------------------------------------------------

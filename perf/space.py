@@ -59,7 +59,7 @@ def parse_axes(texts: Iterable[str]) -> dict[str, tuple[int, ...]]:
     """["BLOCK_M=64,128", "num_warps=8"] as a dict.
 
     Raises:
-        PerfError: not of that form, or a value that no tile can have.
+        PerfError: not of that form, given twice, or a value that no tile can have.
     """
     axes = {}
     for text in texts:
@@ -73,6 +73,8 @@ def parse_axes(texts: Iterable[str]) -> dict[str, tuple[int, ...]]:
             raise PerfError(
                 f"{name} takes {'powers of two' if block else 'positive numbers'}: {text!r}"
             )
+        if name in axes:
+            raise PerfError(f"{name} is given twice: all its values go into one -a")
         axes[name] = numbers
     known = sorted({name for axes_of in AXES.values() for name in axes_of})
     for name in axes:

@@ -6,7 +6,7 @@ The order of things, for all workloads and then for each:
                 cores is pruned, and reported as pruned
     gate        a wrong result is reported as wrong and never ranked (perf/gate.py)
     screen      about 20 ms each
-    final       the eight fastest and every peer, in one race of rounds (perf/timing.py)
+    final       the eight fastest, the default and every peer, in a race of rounds (perf/timing.py)
 
 Each row is in the file as soon as it is known, and `--resume` goes on from there. With no GPU the
 first step is all there is; then this is `perf compile`, and says so.
@@ -60,25 +60,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="the whole path on the CPU, kernels interpreted: for tiny shapes, times mean nothing",
     )
-    parser.add_argument("-t", "--target", default="sm_90", help="what to predict for without a GPU")
-    parser.add_argument("--top", type=int, default=10, help="tiles to print for each problem")
+    parser.add_argument(
+        "-t", "--target", default="sm_90", help="what to predict for without a GPU (default: sm_90)"
+    )
+    parser.add_argument(
+        "--top", type=plan.positive, default=5, help="tiles to print a problem (default: 5)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Sweep what the arguments say. Returns the exit status."""
-    if args.budget is not None and args.budget <= 0:
+    if args.budget is not None and not args.budget > 0:
         raise PerfError(f"--budget must be positive, got {args.budget:g}")
     work = plan.workloads(args)
     peers(args.peers)  # an error in them comes first
     device = devices.here()
     if args.dry_run and device.target is not None:
         raise PerfError("--dry-run where there is a GPU needs TRITON_INTERPRET=1 before `python`")
+    if device.target is None and args.save_tuned:
+        raise PerfError("--save-tuned saves what a GPU has measured: there is none here")
     if device.target is None and not args.dry_run:
         print("No GPU here: tiles are compiled and predicted, not timed (perf compile).")
         args.explain = False
         folder = compiling.out_folder(args, "sweep")
         gpu = gpus.find(args.target)
-        path = folder / f"{gpu.target}.jsonl"
+        path = folder / f"{compiling.label(gpu)}.jsonl"
         with offline.Compilers(args.workers) as compilers:
             compiling.compile_all(work, gpu, compilers, path, args)
         finish_up(path, args)
@@ -98,7 +104,7 @@ def finish_up(path: pathlib.Path, args: argparse.Namespace) -> None:
     """Print who won and why the others lost, save what was asked for, draw the pictures."""
     found = results.read(path)
     if any(row["measured"] for row in found.rows):
-        print("\n" + why.leaderboard(found.rows))
+        print("\n" + why.leaderboard(found.rows, args.top))
     print("\n" + why.format_table(why.table(found.rows)))
     if args.save_tuned:
         from perf import tuned

@@ -34,7 +34,7 @@ def read(
     paths = list(paths)
     headers, rows = map(_printable, results.read_all(paths, note))
     if not rows:
-        raise PerfError(f"nothing in {', '.join(map(str, paths))}: headers, but no row")
+        raise PerfError(f"no results in {', '.join(map(str, paths))}: not one row")
     commits = {}
     for header in sorted(headers, key=lambda header: header["created"]):
         commit = (header.get("commit") or "")[:7] + ("+" if header.get("dirty") else "")
@@ -191,6 +191,14 @@ def paired(row: Row, other: Row) -> tuple[float, float | None, float | None]:
     return seconds(other) / seconds(row), None, None
 
 
+def paired_text(row: Row, best: Row | None) -> str:
+    """`paired` as text, "0.98x [0.975, 0.984]"; "" where nothing has a time."""
+    if best is None or row is best:
+        return "" if best is None else "1.00x"
+    ratio, low, high = paired(row, best)
+    return f"{ratio:.2f}x" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
+
+
 def tile_text(tile: dict[str, int] | None) -> str:
     """A tile in short: "128x256x64 w8 s3 g8" (blocks; warps, stages, GROUP_M)."""
     if not tile:
@@ -236,6 +244,6 @@ def number_text(value: float) -> str:
 
 
 def known_gpu(name: str) -> gpus.GPU | None:
-    """What is known of a row's "gpu" ("NVIDIA H200", "sm_90 (compiled)"), if anything."""
+    """What is known of a row's "gpu" ("NVIDIA H200", "h100 (compiled)"), if anything."""
     name = name.partition(" (")[0]
-    return gpus.GPUS[gpus.TARGETS[name]] if name in gpus.TARGETS else gpus.find_device(name)
+    return gpus.GPUS.get(gpus.TARGETS.get(name, name)) or gpus.find_device(name)

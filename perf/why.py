@@ -28,7 +28,7 @@ from perf.tried import (
     Workload,
     known_gpu,
     number_text,
-    paired,
+    paired_text,
     ran,
     rank,
     seconds,
@@ -511,12 +511,6 @@ def _entry(row: Row, best: Row | None) -> tuple[str, ...]:
         slow, fast = speed(row, row["high_s"]), speed(row, row["low_s"])
         bounds = f"[{number_text(slow)}, {number_text(fast)}]"
     share = f"{row['peak_share']:.0%} of peak" if row.get("peak_share") is not None else ""
-    ratio = "" if best is None else "1.00x" if row is best else _ratio_text(paired(row, best))
     flags = "noisy" if row.get("noisy") else ""
     value = f"{number_text(speed(row))} {unit(row['op'])}"
-    return name, time_text(seconds(row)), value, bounds, share, ratio, flags
-
-
-def _ratio_text(ratio: tuple[float, float | None, float | None]) -> str:
-    middle, low, high = ratio
-    return f"{middle:.2f}x" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
+    return name, time_text(seconds(row)), value, bounds, share, paired_text(row, best), flags

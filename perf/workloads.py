@@ -236,7 +236,8 @@ def modes(op: str, text: str) -> list[str]:
     """The modes of `op` that `text` names: "fwd,dgrad", "bwd" (every gradient) or "all".
 
     Raises:
-        PerfError: an unknown operator or mode. A mode that only other operators have is left out.
+        PerfError: an unknown operator or mode. A mode that only other operators have is left out;
+            what has `step` alone does that, whatever is asked for.
     """
     if op not in OPS:
         raise PerfError(f"unknown operator {op!r}: there are {', '.join(OPS)}")

@@ -152,7 +152,7 @@ def test_the_best_tile_of_each_is_compared():
     b = [row(2e-3, 3, tile=small), row(4e-3, 4, tile=large)]
     (found,) = compare(a, b)
     assert found.ratio == pytest.approx(2, rel=0.01) and found.verdict == "SLOWER"
-    assert found.note == "tile in A: 128, warps 8"
+    assert found.note == "tile in A: 128 w8"
     slower, faster = compare(a, b, every_tile=True)
     assert (slower.verdict, faster.verdict) == ("SLOWER", "FASTER")
     assert slower.a["tile"] == slower.b["tile"] == large
@@ -213,7 +213,7 @@ def test_the_worst_is_first_and_the_table_is_aligned():
     ]  # fmt: skip
     assert text[0].index("what") == text[1].index("matmul") == text[-1].index("matmul")
     assert "1 ms" in text[1] and "500" in text[3] and "us" in text[3]
-    assert "64x32, warps 4" in text[1] and text[-1].endswith("torch")
+    assert "64x32 w4" in text[1] and text[-1].endswith("torch")
 
 
 def test_the_summary_counts_ours_and_tells_the_drift_of_the_peers():

@@ -293,7 +293,7 @@ def test_the_command_prints_and_writes(monkeypatch, tmp_path, capsys):
     assert len(findings) == len(printed.splitlines()) - 2
     assert os.listdir(tmp_path) == ["findings.json"]
     with pytest.raises(PerfError, match="cannot write"):
-        command(monkeypatch, FakeGPU(), "--quick", "--json", str(tmp_path / "no" / "f.json"))
+        command(monkeypatch, FakeGPU(), "--quick", "--json", str(path / "f.json"))
 
 
 def test_the_exit_status_is_1_when_nothing_can_be_trusted(monkeypatch, capsys):

@@ -7,7 +7,7 @@ import pytest
 
 from perf import host
 from perf.errors import PerfError
-from perf.host import _child, _imports, _run, lines, measure
+from perf.host import _child, _imports, _run, measure
 
 LIMIT = 10.0  # us a call for checks and the tile look-up together
 # The limit holds on a machine where plain Python takes this long for `yardstick` (us). On a slower
@@ -97,18 +97,6 @@ def test_interpreted_calls_and_first_calls():
     json.dumps(found)
 
 
-def test_lines():
-    found = {
-        "matmul: call": dict(value=12.345, unit="us", what="to the launch", least=11.0),
-        "driver": dict(value=None, unit="us", what="needs a GPU"),
-    }
-    assert lines(found) == [
-        "matmul: call      12.35 us  to the launch",
-        "driver        not measured  needs a GPU",
-    ]
-    assert lines({}) == []
-
-
 @pytest.mark.parametrize("options", [dict(parts=("call",)), dict(repeats=0), dict(parts="calls")])
 def test_refuses(options):
     with pytest.raises(PerfError, match="parts must be of calls, interpreted, imports, compile"):
@@ -125,3 +113,11 @@ def test_a_process_that_fails_is_one_line():
 def test_microseconds_are_of_one_call(monkeypatch):
     monkeypatch.setattr(host, "_cpu_time", lambda fn, number: number * 3000)  # ns
     assert host._microseconds(lambda: None, 4) == [3.0] * 4
+
+
+def test_the_readme_has_the_committed_measurement():
+    """The table of what a call costs, from perf/results/cpu/doctor.json and not from memory."""
+    root = host.ROOT
+    findings = json.loads((root / "perf/results/cpu/doctor.json").read_text())["findings"]
+    values = {f["title"].removeprefix("host "): f["value"] for f in findings}
+    assert host.markdown(values) in (root / "README.md").read_text()

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from perf import compile as compiling
-from perf import explain, gpus, plan, results
+from perf import explain, gpus, plan, results, tried
 from perf.errors import PerfError
 from perf.workloads import Workload
 from tests.test_predict import product
@@ -98,6 +98,13 @@ def perf(*argv, cwd):
         capture_output=True,
         text=True,
     )
+
+
+def test_a_gpu_that_does_not_stand_for_its_target_has_its_own_name():
+    """Predictions for an H100 are not to be taken for those of an H200: both are sm_90."""
+    assert [compiling.label(gpu) for gpu in (H200, gpus.GPUS["h100"])] == ["sm_90", "h100"]
+    assert tried.known_gpu("sm_90 (compiled)") is H200
+    assert tried.known_gpu("h100 (compiled)") is gpus.GPUS["h100"]
 
 
 def test_a_table_of_work_without_a_tile_that_failed():

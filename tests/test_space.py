@@ -44,6 +44,8 @@ def test_narrowed_axes():
 def test_wrong_axes(text, message):
     with pytest.raises(PerfError, match=message):
         space.parse_axes([text])
+    with pytest.raises(PerfError, match="num_warps is given twice"):
+        space.parse_axes(["num_warps=4", "num_warps=8"])
 
 
 @pytest.mark.parametrize("tile_op", space.AXES)

@@ -418,7 +418,13 @@ def test_killed_in_the_middle_a_sweep_loses_at_most_one_row(tmp_path):
         (["sweep", "matmul", "--budget", "-3"], "--budget must be positive"),
         (["sweep", "softmax", "--mode", "dgrad"], "softmax has no mode dgrad"),
         (["sweep", "matmul", "--resume", "--out", "nowhere"], "nothing to resume"),
+        (["sweep", "matmul", "--save-tuned"], "saves what a GPU has measured"),
+        (["sweep", "matmul", "--budget", "nan"], "--budget must be positive"),
+        (["sweep", "matmul", "--shapes", ""], "unknown set of shapes ''"),
+        (["sweep", "matmul", "--top", "0"], "must be a positive number, got '0'"),
+        (["compile", "matmul", "--workers", "-1"], "must be a positive number, got '-1'"),
         (["compile", "matmul", "-t", "sm_42"], "sm_42"),
+        (["compare", "a", "b", "--fail-on", "odd"], "invalid choice: 'odd'"),
         (["report", "missing.jsonl"], "cannot read missing.jsonl"),
     ],
 )
