@@ -37,7 +37,7 @@ from kernels import _launch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from perf import sass, workloads
+from perf import results, sass, workloads
 from perf.errors import PerfError
 from perf.workloads import OPS, Workload
 
@@ -179,10 +179,7 @@ def analyse(compiled: Any) -> dict:
                 analysis = sass.analyse_cubin(compiled.asm["cubin"])
             else:
                 analysis = sass.analyse_amdgcn(compiled.asm["amdgcn"])
-            folder.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(f".{os.getpid()}")
-            temporary.write_text(json.dumps(analysis))
-            temporary.replace(path)
+            results.write_whole(path, json.dumps(analysis).encode())
         _analyses[compiled.hash] = analysis | {"shared": compiled.metadata.shared}
     return _analyses[compiled.hash]
 
@@ -231,7 +228,11 @@ def annotated_loop(w: Workload, tile: dict | None, target: str) -> list[tuple[st
     if main is None:
         return []
     compiled = compile_launch(main)
-    return sass.annotate(compiled.asm["cubin"]) if "cubin" in compiled.asm else []
+    loop = sass.annotate(compiled.asm["cubin"]) if "cubin" in compiled.asm else []
+    # Triton's cache goes by the text of a kernel: it may have the path of another checkout.
+    own = main.kernel.fn.__code__.co_filename
+    name = pathlib.Path(own).name
+    return [(own if pathlib.Path(f).name == name else f, n, text) for f, n, text in loop]
 
 
 # -------------------------------------------------------------------------------------------------

@@ -525,7 +525,7 @@ def write_whole(path: Path, content: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise PerfError(f"cannot write {path}: {error.strerror}") from error
+        raise PerfError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 # -------------------------------------------------------------------------------------------------

@@ -17,13 +17,12 @@ kernels/_launch.py reads op, dtype, sizes and tile. The rest says where the entr
 
 import importlib.metadata
 import json
-import os
 import pathlib
-import uuid
 from collections.abc import Iterable
 from typing import Any
 
 from perf.errors import PerfError
+from perf.results import write_whole
 
 NOTE = "written by perf/tuned.py from the rows of a sweep; read by kernels/_launch.py"
 
@@ -164,10 +163,4 @@ def _write(path: pathlib.Path, gpu: str, entries: list[dict]) -> None:
     """The whole file or, if that fails, what was there."""
     tiles = ",\n".join(json.dumps(entry) for entry in entries)
     head = f'"gpu": {json.dumps(gpu)},\n"note": {json.dumps(NOTE)}'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_text(f'{{\n{head},\n"tiles": [\n{tiles}\n]\n}}\n')
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, f'{{\n{head},\n"tiles": [\n{tiles}\n]\n}}\n'.encode())

@@ -10,6 +10,8 @@ from perf.gate import Gate, relative_error
 from perf.workloads import Workload, prepare
 from tests.inputs import DEVICE
 
+pytestmark = pytest.mark.core  # with the oldest triton, too
+
 W = Workload("matmul", "fwd", "float32", "ieee", dict(M=33, N=20, K=50), "test")
 
 

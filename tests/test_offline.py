@@ -12,6 +12,8 @@ from perf import offline, shapes
 from perf.gpus import TARGETS
 from perf.workloads import OPS, Workload
 
+pytestmark = pytest.mark.core  # with the oldest triton, too
+
 LAYER = dict(N=32, C=128, H=28, W=28, K=256, R=3, S=3, stride=1, padding=1, dilation=1, groups=1)
 CONV = Workload("conv2d", "fwd", "bfloat16", "ieee", LAYER, "layer")
 MATMUL = Workload("matmul", "fwd", "bfloat16", "ieee", dict(M=4096, N=2048, K=1024), "m")

@@ -281,7 +281,8 @@ def test_annotate(binaries):
     loop = sass.annotate(binaries.cubin("wide"))
     found = binaries.analyse("wide")
     assert len(loop) == found["loop_instructions"]
-    assert {file for file, _, _ in loop} == {str(ROOT / "kernels" / "matmul.py")}
+    # Of this checkout or of another: Triton's cache goes by the text of a kernel, not by its place.
+    assert {pathlib.Path(file).name for file, _, _ in loop} == {"matmul.py"}
     tensor = [line for _, line, text in loop if found["tensor_core"] in text]
     assert len(tensor) == found["tensor_cores_in_loop"]
     assert tensor.count(dot) >= len(tensor) / 2  # triton 3.6.0 gives some to the line above
