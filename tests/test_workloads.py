@@ -1,5 +1,10 @@
 """What is measured is what was asked for, on the same inputs for everybody."""
 
+import os
+import pathlib
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -99,17 +104,33 @@ def test_torch_compile_is_a_peer():
     assert Gate(w, DEVICE, 0).check(prepare(w, "compile", DEVICE, 0)).problem is None
 
 
+SWITCHES = """
+import torch
+from kernels import _launch
+from perf import workloads
+
+for precision in ("tf32", "ieee", "tf32"):
+    workloads.set_precision(precision)
+    for switch in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):
+        assert _launch.dot_precision(torch.float32, switch) == precision
+    # Inductor reads these, and they raise where the older and the newer flags contradict.
+    tf32 = precision == "tf32"
+    assert torch.backends.cuda.matmul.allow_tf32 == tf32
+    assert torch.backends.cudnn.allow_tf32 == tf32
+    assert (torch.get_float32_matmul_precision() == "highest") != tf32
+"""
+
+
 def test_precision_is_torchs_own_switch():
-    switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-    for precision in ("tf32", "ieee"):  # the last is what tests have
-        workloads.set_precision(precision)
-        for switch in switches:
-            assert _launch.dot_precision(torch.float32, switch) == precision
-        # Inductor reads these, and they raise where the older and the newer flags contradict.
-        tf32 = precision == "tf32"
-        assert torch.backends.cuda.matmul.allow_tf32 == tf32
-        assert torch.backends.cudnn.allow_tf32 == tf32
-        assert (torch.get_float32_matmul_precision() == "highest") != tf32
+    """In a process of its own: other tests set the newer flags, and torch remembers which."""
+    done = subprocess.run(
+        [sys.executable, "-c", SWITCHES],
+        cwd=pathlib.Path(__file__).parents[1],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("op, mode", EVERY)
