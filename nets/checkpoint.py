@@ -1,7 +1,7 @@
 """Checkpoints that survive a kill -9: written whole, checked before they are believed.
 
-A file is written under a temporary name in the same folder, flushed to the disk, and then renamed
-over the final name. A rename is atomic, so at every moment the folder holds complete files only.
+Files are written under a temporary name and renamed (files.py), so at every moment the folder holds
+complete files only.
 
 `torch.save` writes a zip archive with a CRC-32 of every tensor, but `torch.load` does not check
 them: a flipped bit would silently become a wrong weight. `load` checks them, and unpickles tensors
@@ -9,7 +9,6 @@ and plain Python values only (weights_only), so a checkpoint from a stranger can
 """
 
 import io
-import os
 import re
 import sys
 import zipfile
@@ -17,24 +16,13 @@ from pathlib import Path
 
 import torch
 
+from .files import write_whole
+
 FORMAT = "tilelab.nets 1"
 
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, damaged or of another kind; the message is one line."""
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is there completely or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut could leave the name without the content
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save(path: Path, state: dict) -> None:

@@ -34,6 +34,7 @@ from kernels._launch import INTERPRET
 from . import checkpoint as ckpt
 from . import data as datasets
 from .config import DTYPES, WARMUP, Config, ConfigError, check_same, parser
+from .files import numbered, write_whole
 from .models import build
 
 EVAL_BATCH = 1000  # large: without a GPU a launch costs more than the arithmetic of 100 images
@@ -231,7 +232,7 @@ class _Run:
         )
         # The whole file each time, from the history that the checkpoint has too: a kill never
         # leaves half a line, and resuming brings the two together again.
-        ckpt.write_whole(self.out / "metrics.jsonl", jsonl(self.history))
+        write_whole(self.out / "metrics.jsonl", jsonl(self.history))
 
 
 def fit(
@@ -286,7 +287,7 @@ def fit(
             file=sys.stderr,
         )
     about = describe(run, data, device)
-    ckpt.write_whole(out / "config.json", (json.dumps(about, indent=2) + "\n").encode())
+    write_whole(out / "config.json", (json.dumps(about, indent=2) + "\n").encode())
     run.write()
     if progress:
         print(
@@ -386,7 +387,7 @@ def draw(run: _Run, data, result: Evaluation) -> None:
         pictures.mistakes(data.test_images, data.test_labels, result.probability, data.classes),
     )
     for name, figure in zip(PICTURES, figures, strict=True):
-        ckpt.write_whole(run.out / name, pictures.png(figure))
+        write_whole(run.out / name, pictures.png(figure))
 
 
 def describe(run: _Run, data, device: torch.device) -> dict:
@@ -455,11 +456,8 @@ def holds_run(out: Path) -> bool:
 
 def default_folder(out: Path, latest: bool) -> Path:
     """Return the first of out, out-2, out-3, ... that is free, or the last that is not."""
-    number, free, last = 1, out, out
-    while holds_run(free):
-        number, last = number + 1, free
-        free = out.with_name(f"{out.name}-{number}")
-    return last if latest else free
+    free, last = numbered(out, holds_run)
+    return (last or out) if latest else free
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from nets.files import numbered
 from perf import explain, gpus, offline, plan, results, tried
 from perf.errors import PerfError
 from perf.predict import predict, refused
@@ -57,13 +58,14 @@ def run(args: argparse.Namespace) -> int:
 def out_folder(args: argparse.Namespace, name: str) -> pathlib.Path:
     """Where the results go: --out, or a new runs/<name>[-n]; with --resume the newest of these."""
     default = pathlib.Path("runs") / name
+    free, last = numbered(default, pathlib.Path.exists)
     if not args.resume:
         if args.out is None:
-            return plan.fresh(default)
+            return free
         if any(args.out.glob("*.jsonl")):
             raise PerfError(f"{args.out} has results: go on with --resume, or choose another")
         return args.out
-    found = args.out or plan.latest(default)
+    found = args.out or last
     if found is None or not found.is_dir():
         raise PerfError(f"nothing to resume: there is no {found or default}")
     return found
@@ -94,8 +96,9 @@ def compile_all(
                 writer.write(stored(row))
                 rows.append(row)
                 bar.update()
+    found = by_work(rows)
     for w in work:
-        print("\n" + table([row for row in rows if same_work(row, w)], args.top))
+        print("\n" + table(found[results.workload(w._asdict())], args.top))
     print(f"\n{len(rows)} tiles in {path}")
     return rows
 
@@ -183,10 +186,12 @@ def stored(row: dict) -> dict:
     return {name: value for name, value in row.items() if name in results.ROW}
 
 
-def same_work(row: dict, w: Workload) -> bool:
-    """Whether a row is about this workload."""
-    mine = (w.op, w.mode, w.dtype, w.precision, dict(w.shape))
-    return tuple(row[k] for k in ("op", "mode", "dtype", "precision", "shape")) == mine
+def by_work(rows: Iterable[dict]) -> dict[tuple, list[dict]]:
+    """The rows of each workload, by what `results.workload` says of them, or of `w._asdict()`."""
+    found: dict[tuple, list[dict]] = {}
+    for row in rows:
+        found.setdefault(results.workload(row), []).append(row)
+    return found
 
 
 COLUMNS = {  # of the table: heading, and how a row fills it

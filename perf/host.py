@@ -418,34 +418,6 @@ def _imports(repeats: int) -> dict[str, dict[str, Any]]:
 
 # --- the first call -----------------------------------------------------------------------------
 
-TARGET = ("cuda", 90, 32)
-
-
-class _Offline:
-    """What Triton asks of a driver to compile for a GPU that is not there."""
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget(*TARGET)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def set_current_device(self, device: int) -> None:
-        pass
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> Any:
-        import torch
-
-        return torch.device("cuda", 0)
-
-    def map_python_to_cpp_type(self, type_name: str) -> str:
-        return type_name
-
 
 def _large_cases() -> dict[str, tuple[Callable, tuple]]:
     """Calls that do not shrink the default tile; empty memory, which nobody touches."""
@@ -473,11 +445,11 @@ def _compile(repeats: int) -> dict[str, list[float]]:
     The first is a tiny one, for what Triton does once in a process.
     """
     import torch
-    from triton.runtime import driver
 
     from kernels import _rows
+    from perf import offline
 
-    driver.set_active(_Offline())
+    offline.compile_for("sm_90")
     launches = {}
     with without_gpu({}) as latest:
         _rows.sum_partials(torch.empty(4, 512), torch.empty(512))

@@ -129,12 +129,13 @@ class _Driver:
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
+        self.device = str(target)  # a kernel keeps what it has compiled by device
 
     def get_current_target(self) -> GPUTarget:
         return self.target
 
     def get_current_device(self) -> str:
-        return str(self.target)  # a kernel keeps what it has compiled by device
+        return self.device
 
     def get_current_stream(self, device: Any) -> int:
         return 0

@@ -188,22 +188,3 @@ def _cpu() -> str:
         return platform.machine()
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.machine())
-
-
-def fresh(folder: pathlib.Path) -> pathlib.Path:
-    """Return the first of folder, folder-2, folder-3, ... that does not exist."""
-    candidate, n = folder, 1
-    while candidate.exists():
-        n += 1
-        candidate = folder.with_name(f"{folder.name}-{n}")
-    return candidate
-
-
-def latest(folder: pathlib.Path) -> pathlib.Path | None:
-    """Return the last of folder, folder-2, folder-3, ... that exists."""
-    candidate = fresh(folder)
-    number = candidate.name.removeprefix(folder.name)
-    if not number:
-        return None
-    n = int(number[1:]) - 1
-    return folder if n == 1 else folder.with_name(f"{folder.name}-{n}")

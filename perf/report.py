@@ -311,17 +311,17 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         PerfError: for files that cannot be read or written.
     """
-    size = write(args.results, Path(args.out))
+    size = write(*tried.read(args.results), Path(args.out))
     print(f"{args.out}: {size / 1e6:.1f} MB")
     return 0
 
 
-def write(paths: Iterable[str | Path], out: Path) -> int:
-    """Write the page of some results files whole; return its size in bytes.
+def write(headers: Sequence[dict[str, Any]], rows: Sequence[Row], out: Path) -> int:
+    """Write the page of what `perf.tried.read` gave, whole; return its size in bytes.
 
     Raises:
-        PerfError: for files that cannot be read or written.
+        PerfError: if it cannot be written.
     """
-    page = build(*tried.read(paths)).encode()
+    page = build(headers, rows).encode()
     results.write_whole(out, page)
     return len(page)

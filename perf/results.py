@@ -16,7 +16,6 @@ The tables HEADER and ROW are the schema. They are what is checked when a line i
 and what README.md prints.
 """
 
-import contextlib
 import fcntl
 import gzip
 import json
@@ -512,19 +511,17 @@ def _get(header: dict, name: str) -> Any:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write any file through a temporary one beside it, so that nobody ever sees half of it.
+    """Write any file, its folder too, so that nobody ever sees half of it (nets/files.py).
 
     Raises:
         PerfError: if it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    from nets import files  # reading results needs nothing but perf
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        files.write_whole(path, content)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise PerfError(f"cannot write {path}: {error.strerror or error}") from error
 
 

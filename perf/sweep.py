@@ -26,7 +26,7 @@ from tqdm import tqdm
 from perf import compile as compiling
 from perf import device as devices
 from perf import gpus, offline, plan, results, stats, timing, tried, why, workloads
-from perf.compile import Todo, compile_rows, same_work, stored
+from perf.compile import Todo, by_work, compile_rows, stored
 from perf.errors import PerfError
 from perf.gate import Gate
 from perf.workloads import OPS, PEERS, Workload
@@ -102,19 +102,19 @@ def run(args: argparse.Namespace) -> int:
 
 def finish_up(path: pathlib.Path, args: argparse.Namespace) -> None:
     """Print who won and why the others lost, save what was asked for, draw the pictures."""
-    found = results.read(path)
-    if any(row["measured"] for row in found.rows):
-        print("\n" + why.leaderboard(found.rows, args.top))
-    print("\n" + why.format_table(why.table(found.rows)))
+    headers, rows = tried.read([path])
+    if any(row["measured"] for row in rows):
+        print("\n" + why.leaderboard(rows, args.top))
+    print("\n" + why.format_table(why.table(rows)))
     if args.save_tuned:
         from perf import tuned
 
-        print(f"tuned table: {tuned.save(found.rows)}")
+        print(f"tuned table: {tuned.save(rows)}")
     if not args.no_plots:
         from perf import report
 
         page = path.parent / "report.html"
-        report.write([path], page)
+        report.write(headers, rows, page)
         print(f"\nThe page with every picture: {page}")
     print(f"The results: {path}")
 
@@ -149,10 +149,10 @@ class Sweep:
 
     def run(self) -> None:
         """Do it all; what is finished is in the file whenever this ends."""
-        compiled = self._compile()
+        compiled = by_work(self._compile())
         with self.device.stream(), workloads.cudnn_benchmark(True):
             for i, w in enumerate(self.work):
-                mine = [row for row in compiled if same_work(row, w)]
+                mine = compiled.get(results.workload(w._asdict()), [])
                 share = None
                 if self.args.budget:
                     left = self.began + self.args.budget - self.device.now()
@@ -287,7 +287,10 @@ class Sweep:
         best = screened[:FINALISTS]
         best = [row for row in best if row["median_s"] <= SLOW * best[0]["median_s"]]
         default = [row for row in screened if row["default"] and row not in best]
-        entries = {_name(row): row | {"stage": "final"} for row in best + default}
+        entries = {
+            tried.tile_text(row["tile"]) or "tilelab": row | {"stage": "final"}
+            for row in best + default
+        }
         with contextlib.ExitStack() as stack:
             runners = {}
             for name, row in list(entries.items()):
@@ -415,12 +418,12 @@ class Sweep:
 
     def _has_final(self, w: Workload) -> bool:
         """Whether the file already has the race of this workload, as it would be run today."""
-        source = offline.source_hash(w)
+        source, about = offline.source_hash(w), results.workload(w._asdict())
         raced = {
             row["impl"]
             for row in self.writer.rows
             if row["stage"] == "final"
-            and same_work(row, w)
+            and results.workload(row) == about
             and row.get("source") in (None, source)
             and (row.get("cache") != "cold" or not self.args.hot)
         }
@@ -488,7 +491,3 @@ def peers(text: str) -> list[str]:
         if name not in PEERS:
             raise PerfError(f"unknown peer {name!r}: there are all, none, {', '.join(PEERS)}")
     return names
-
-
-def _name(row: dict) -> str:
-    return " ".join(f"{k}={v}" for k, v in row["tile"].items()) if row["tile"] else "tilelab"

@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from kernels._geometry import output_size
 from perf import cost
 from perf.errors import PerfError
 
@@ -135,8 +134,7 @@ def _fold(columns, s):
 
 
 def _col2im_inputs(s, make):
-    window = (s["R"], s["S"]), *((v, v) for v in _geometry(s)[:3])
-    P, Q = output_size((s["H"], s["W"]), *window)
+    P, Q = cost.output_size(s)
     return dict(columns=make(s["N"] * P * Q, s["C"] * s["R"] * s["S"]))
 
 
