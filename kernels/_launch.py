@@ -31,6 +31,7 @@ if not torch.cuda.is_available():
 
 import triton  # noqa: E402  (the variable above has to be set first)
 import triton.language as tl  # noqa: E402
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 INTERPRET: bool = triton.knobs.runtime.interpret
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -114,8 +115,8 @@ def check_shape(name: str, x: torch.Tensor, shape: str, **expected: int | None) 
     """`check_shape("bias", bias, "[N]", N=128)`: the rank, and the sizes that are not None."""
     sizes = x.shape
     if len(sizes) == len(expected):
-        for want, got in zip(expected.values(), sizes, strict=True):
-            if want is not None and want != got:
+        for want, got in zip(expected.values(), sizes, strict=False):
+            if want != got and want is not None:
                 break
         else:
             return
@@ -215,25 +216,43 @@ def use_tile(op: str, tile: dict) -> Iterator[None]:
             _forced[op] = before
 
 
-def choose_tile(op: str, dtype: torch.dtype, default: dict[int, dict], **sizes: int) -> dict:
+def choose_tile(
+    op: str,
+    dtype: torch.dtype,
+    default: dict[int, dict],
+    kernels: tuple[str, ...] = ("pointer",),
+    **sizes: int,
+) -> dict:
     """The tile for one call: forced, the interpreter's, tuned for this GPU, or the file's default.
 
+    Where an operator has several kernels, a tile says by its "kernel" which one it is for, and so
+    the choice of a tile is the choice of a kernel.
+
     Args:
-        op: the kernel's name, as in the tuned tables.
+        op: the operator's name, as in the tuned tables.
         dtype: of the operands.
         default: the file's default tile by bytes per element.
+        kernels: those that can do this call. A tile that names none is for the "pointer" kernel.
         sizes: the extent of each blocked dimension, `M=` for BLOCK_M; the longest one first. No
             block becomes larger than the power of two that covers its dimension, nor smaller than
-            16, which is the least a tensor core takes.
+            16, which is the least a tensor core takes. Tiles of other kernels stay as they are.
+
+    Raises:
+        ValueError: a tile is forced whose kernel cannot do this call.
     """
-    if _recorded is not None:
-        _recorded.append(Choice(op, dtype, sizes))
     if op in _forced:
-        return _forced[op]
-    base = default[dtype.itemsize]
-    if not INTERPRET and _recorded is None:
-        base = _nearest(op, dtype, sizes) or base
-    return _fitted(INTERPRET, tuple(base.items()), tuple(sizes.items())).copy()
+        tile = _forced[op]
+        if tile.get("kernel", "pointer") not in kernels:
+            raise ValueError(f"the {tile['kernel']} kernel of {op} cannot take these operands")
+    else:
+        tile = default[dtype.itemsize]
+        if not INTERPRET and _recorded is None:
+            tile = _nearest(op, dtype, sizes, kernels) or tile
+        if "kernel" not in tile:
+            tile = _fitted(INTERPRET, tuple(tile.items()), tuple(sizes.items())).copy()
+    if _recorded is not None:
+        _recorded.append(Choice(op, dtype, sizes, tile, kernels))
+    return tile
 
 
 @functools.lru_cache(maxsize=4096)
@@ -286,19 +305,30 @@ def _large_blocks(blocks: dict[str, int]) -> dict[str, int]:
     return blocks
 
 
-def _nearest(op: str, dtype: torch.dtype, sizes: dict[str, int]) -> dict | None:
+def _nearest(
+    op: str, dtype: torch.dtype, sizes: dict[str, int], kernels: tuple[str, ...]
+) -> dict | None:
     """The tuned tile of the nearest shape, if this GPU has been tuned for `op`."""
     device = torch.cuda.current_device()
-    return _nearest_tile(_tuned, device, op, _short(dtype), tuple(sizes.items()))
+    return _nearest_tile(_tuned, device, op, _short(dtype), tuple(sizes.items()), kernels)
 
 
 @functools.lru_cache(maxsize=4096)  # to compare a shape with 200 others takes 0.2 ms
 def _nearest_tile(
-    tuned: Callable[[int], dict], device: int, op: str, dtype: str, sizes: tuple
+    tuned: Callable[[int], dict],
+    device: int,
+    op: str,
+    dtype: str,
+    sizes: tuple,
+    kernels: tuple[str, ...],
 ) -> dict | None:
     """The nearest in octaves over all dimensions; of equally near ones the first."""
     names = dict(sizes).keys()  # a table of an older kernel may name others
-    entries = [e for e in tuned(device).get((op, dtype), []) if e["sizes"].keys() == names]
+    entries = [
+        e
+        for e in tuned(device).get((op, dtype), [])
+        if e["sizes"].keys() == names and e["tile"].get("kernel", "pointer") in kernels
+    ]
 
     def octaves(entry: dict) -> float:
         shape = entry["sizes"]
@@ -375,12 +405,70 @@ def _entry_problem(entry: Any) -> str | None:
 # -------------------------------------------------------------------------------------------------
 
 
+class Device(NamedTuple):
+    """What a choice of kernel depends on: the kinds that it can run, and how many SMs it has.
+
+    Every device runs "pointer" kernels. "tma" ones load and store through the tensor memory
+    accelerator, which NVIDIA's GPUs have since Hopper; "tma_ws" ones are warp-specialised, which
+    Triton does well on Hopper alone: for sm_100 the same tiles spill.
+    """
+
+    kernels: tuple[str, ...]
+    sms: int
+
+
+def kinds(capability: int) -> tuple[str, ...]:
+    """Of kernels that an NVIDIA GPU of this compute capability (90 for sm_90) can run."""
+    if capability < 90:
+        return ("pointer",)
+    return ("pointer", "tma", "tma_ws") if capability == 90 else ("pointer", "tma")
+
+
+INTERPRETER = Device(kinds(90), sms=2)  # so that a persistent kernel has programs and turns
+ANY_GPU = Device(("pointer",), sms=132)  # what is recorded for none in particular
+
+
+def device_of(x: torch.Tensor) -> Device:
+    """The device that a kernel given `x` runs on, or the one that is recorded for."""
+    if _recorded is not None:
+        return _pretended or ANY_GPU
+    return INTERPRETER if INTERPRET else _properties(x.get_device())
+
+
+@functools.cache
+def _properties(index: int) -> Device:
+    gpu = torch.cuda.get_device_properties(index)
+    capability = 0 if torch.version.hip else 10 * gpu.major + gpu.minor
+    return Device(kinds(capability), sms=gpu.multi_processor_count)
+
+
+def descriptor(
+    x: torch.Tensor, shape: Sequence[int], step: int, block: list[int]
+) -> TensorDescriptor:
+    """What a kernel needs to load or store blocks of a matrix by TMA.
+
+    `shape` is the matrix's, `x` has its first element, and its rows lie `step` elements apart. The
+    caller has seen to it that the unit can read it: contiguous rows that begin at multiples of 16
+    bytes. TensorDescriptor's constructor would look again, for a microsecond each time.
+    """
+    d = object.__new__(TensorDescriptor)
+    d.base, d.shape, d.strides, d.block_shape, d.padding = x, shape, (step, 1), block, "zero"
+    return d
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    """Memory for descriptors that a kernel makes itself, which Triton asks for at its launch."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
 class Choice(NamedTuple):
-    """That `choose_tile` was asked for a tile."""
+    """That `choose_tile` was asked for a tile, the answer, and the kernels that could be chosen."""
 
     op: str
     dtype: torch.dtype
     sizes: dict[str, int]
+    tile: dict[str, Any]
+    kernels: tuple[str, ...]
 
 
 class Launch(NamedTuple):
@@ -393,21 +481,23 @@ class Launch(NamedTuple):
 
 
 _recorded: list[Choice | Launch] | None = None
+_pretended: Device | None = None  # the device that a recorded call would run on
 
 
 @contextlib.contextmanager
-def record() -> Iterator[list[Choice | Launch]]:
+def record(device: Device | None = None) -> Iterator[list[Choice | Launch]]:
     """Within this context nothing is launched: what would have been is listed, in order.
 
     So a call can be compiled and counted with no GPU, and its tensors may be empty ones on the CPU.
-    Tiles are the forced ones or the defaults: nothing is looked up.
+    Tiles are the forced ones or the defaults for `device`: nothing is looked up.
     """
-    global _recorded
-    before, _recorded = _recorded, []
+    global _recorded, _pretended
+    before = _recorded, _pretended
+    _recorded, _pretended = [], device
     try:
         yield _recorded
     finally:
-        _recorded = before
+        _recorded, _pretended = before
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
@@ -424,8 +514,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     if len(grid) > 1 and max(grid[1:]) > 65535:
         raise ValueError(f"too many blocks for one launch: {grid}, of 65535 in the last two places")
     if INTERPRET:
-        tensors = [t for arg in args for t in (arg if isinstance(arg, list) else [arg])]
-        tensors = [t for t in tensors if isinstance(t, torch.Tensor)]
+        tensors = tensors_of(args)
         if tensors[0].is_cuda and any(isinstance(arg, list) for arg in args):
             raise TypeError("tensors must be on the CPU to be interpreted by their addresses")
         # NumPy would warn of an inf - inf or a 1 / 0 that the GPU computes in silence.
@@ -436,10 +525,20 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
             )
             kernel[grid](*args, **meta)
         return
-    first = args[0][0] if isinstance(args[0], list) else args[0]
+    first = args[0]
+    first = first[0] if isinstance(first, list) else getattr(first, "base", first)
     args = [_addresses(arg) if isinstance(arg, list) else arg for arg in args]
     with torch.cuda.device(first.device):
+        if meta.get("WARP_SPECIALIZE"):
+            triton.set_allocator(_scratch)  # of this thread: autograd's has none otherwise
         kernel[grid](*args, **meta)
+
+
+def tensors_of(args: Sequence[Any]) -> list[torch.Tensor]:
+    """The tensors among the arguments of a launch, in lists and in descriptors too."""
+    flat = [t for arg in args for t in (arg if isinstance(arg, list) else [arg])]
+    flat = [t.base if isinstance(t, TensorDescriptor) else t for t in flat]
+    return [t for t in flat if isinstance(t, torch.Tensor)]
 
 
 def _addresses(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -474,6 +573,8 @@ def _float32_twins(tensors: list[torch.Tensor]) -> Iterator[Any]:
             storages.setdefault(t.untyped_storage().data_ptr(), (flat, flat.float()))
 
     def twin(t: Any) -> Any:
+        if isinstance(t, TensorDescriptor):
+            return descriptor(twin(t.base), t.shape, t.strides[0], t.block_shape)
         if not isinstance(t, torch.Tensor) or t.dtype != torch.bfloat16:
             return t
         storage = storages[t.untyped_storage().data_ptr()][1]

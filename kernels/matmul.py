@@ -32,21 +32,33 @@ squarish patch of C, so that the L2 cache serves most of the loads:
     0  1  2  3          0  2  4  6          a wave of 4 reads 1 + 4 blocks in the first order
     4  5  6  7          1  3  5  7          and 2 + 2 in the second
 
-Read first: bias_relu.py. Source: the grouped order is that of Triton's tutorial 03; the blocking
-goes back to Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication (2008).
+Two kernels compute it. The first, through pointers, takes every GPU, dtype and stride: read it
+first. The second is for GPUs since Hopper (sm_90) and 16-byte aligned rows, and is what changes
+when the tensor cores are so fast that everything around them shows; it is introduced above it, step
+by step. Which one a call takes is said by its tile, and `_kernels` and `fast_tile` choose.
+
+Read first: bias_relu.py. Sources: the grouped order is that of Triton's tutorial 03, persistent
+programs and epilogue subtiles those of tutorial 09; the blocking goes back to Goto and van de
+Geijn, Anatomy of High-Performance Matrix Multiplication (2008); split-K and why a grid should be
+whole waves: Osama et al., Stream-K (2023).
 """
+
+import functools
 
 import torch
 import triton
 import triton.language as tl
 
 from kernels._launch import (
+    INTERPRETER,
     autocast,
     cdiv,
     check_choice,
     check_shape,
     check_tensors,
     choose_tile,
+    descriptor,
+    device_of,
     dot_precision,
     launch,
 )
@@ -74,6 +86,39 @@ TILES = [
     dict(BLOCK_M=128, BLOCK_N=16, BLOCK_K=64, GROUP_M=8, num_warps=4, num_stages=4),
 ]
 DEFAULT = {2: TILES[0], 4: TILES[1]}
+
+
+def _fast(m, n, k, warps, stages, subtiles=1, per_sm=1, split_k=1, specialize=False):
+    """A tile of the second kernel. `per_sm`: persistent programs an SM; 0 is one for each tile."""
+    return dict(
+        kernel="tma_ws" if specialize else "tma", BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, GROUP_M=8,
+        SUBTILES=subtiles, SPLIT_K=split_k, PROGRAMS_PER_SM=per_sm, num_warps=warps,
+        num_stages=stages,
+    )  # fmt: skip
+
+
+# By bytes an element. Compiled for sm_90 with triton 3.6.0 and 3.9.0, 16-bit operands in all four
+# layouts: no spills, wgmma from shared memory as wide as the tile, at most 100 instructions a step.
+FAST_TILES = {
+    2: [
+        # the most reuse that the registers hold; half the tile at a time through the epilogue
+        # leaves room for a fourth stage
+        _fast(128, 256, 64, 8, 4, subtiles=2),
+        _fast(128, 256, 64, 8, 3),  # the same with the whole tile at once
+        _fast(128, 256, 64, 4, 3, specialize=True),  # one warp loads, two warpgroups multiply
+        # two programs an SM: one multiplies while the other stores
+        _fast(128, 128, 64, 8, 3, subtiles=2, per_sm=2),
+        _fast(128, 128, 128, 4, 3, specialize=True),  # fewer, longer steps
+        # small grids: four times the tiles, and two programs an SM; with split-K even more
+        _fast(64, 128, 64, 4, 4, subtiles=2, per_sm=2),
+        _fast(64, 256, 64, 4, 3, subtiles=2),  # few rows: the columns stream through
+    ],
+    4: [  # TF32, both operands contiguous along K; a step of 32 is as many bytes
+        _fast(128, 256, 32, 8, 3, subtiles=2),
+        _fast(128, 128, 32, 8, 3),
+        _fast(64, 128, 32, 4, 4, subtiles=2, per_sm=2),
+    ],
+}
 
 
 @triton.jit
@@ -128,19 +173,277 @@ def matmul_kernel(
     tl.store(c_ptrs, acc.to(c_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & mask_n[None, :])
 
 
+# --- The fast kernel ------------------------------------------------------------------------------
+#
+# On an H200 a 128x256 tile's step of 64 takes the tensor cores 1,024 clocks. Whatever else the SM
+# does must fit beside that, or it is time lost. What changes, one thing at a time; each rung is a
+# tile of `matmul_tma_kernel`, so `python -m perf sweep matmul` times it:
+#
+#   the kernel above, 128x256x64    every thread computes addresses, and copies 16 bytes at a time
+#   + TMA (PROGRAMS_PER_SM=0)       one thread asks for a whole tile [128, 64]: the tensor memory
+#                                   accelerator makes the addresses, fills zeros past the border (so
+#                                   no masks, no EVEN_K), and signals a barrier. It is told the
+#                                   matrix by a descriptor, and stores the result likewise
+#   + persistent (PROGRAMS_PER_SM=1)  a program an SM, that goes through its tiles one after the
+#                                   other. A launch has no last, half-empty wave of new programs to
+#                                   start, and no prologue for each tile but the loads' own
+#   + subtiles (SUBTILES=2)         the result leaves through shared memory, 64 KiB for 128x256 in
+#                                   16-bit. In two halves it needs 32, which a fourth stage takes
+#   + warp specialisation           one warp loads, two groups of four warps multiply 64 rows each,
+#                                   and registers go where they are needed. Nobody who multiplies
+#                                   has to issue a load
+#   + split-K (SPLIT_K > 1)         where C has fewer tiles than the GPU has SMs: the sum along K is
+#                                   shared out, and a second kernel adds the parts up in order
+#
+# What the compiler makes of them, for sm_90 (bfloat16, triton 3.6.0; not run):
+#
+#                                   registers   shared KiB   instructions a step   warps
+#   pointers                          RUNG0
+#   TMA, persistent or not            RUNG1
+#   + subtiles                        RUNG2
+#   + warp specialisation             RUNG3
+#
+# What is missing against cuBLAS: clusters. Two SMs that share a block row could read A once, by
+# multicast, and ask a third less of the L2 cache, which at 700 TFLOP/s has to hand out some 8 TB/s.
+# Triton does not multicast: with num_ctas=2 each SM loads all that it needs (3.6.0, 3.9.0).
+
+
+@triton.jit
+def _store_tile(
+    c, acc, row, col, bias_ptr, stride_bias, N, HAS_BIAS: tl.constexpr, RELU: tl.constexpr
+):
+    """The epilogue: store act(acc + bias) at (row, col) of c, which clips it at the border."""
+    if HAS_BIAS:
+        offs_n = col + tl.arange(0, acc.shape[1])
+        bias = tl.load(bias_ptr + offs_n * stride_bias, mask=offs_n < N, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    if RELU:
+        acc = tl.where(acc < 0, 0.0, acc)
+    c.store([row, col], acc.to(c.dtype))
+
+
+@triton.jit
+def matmul_tma_kernel(
+    a, b, bias_ptr, c, M, N, K, stride_a, stride_b, stride_bias, stride_c,
+    A_T: tl.constexpr, B_T: tl.constexpr, HAS_BIAS: tl.constexpr, RELU: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr, SUBTILES: tl.constexpr, SPLIT_K: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
+):  # fmt: skip
+    """One program computes every tile of C = act(A @ B + bias) whose number is its own, modulo.
+
+    a, b and c are descriptors; A_T and B_T say that a and b are of A^T and B^T. With SPLIT_K > 1, c
+    is of partial sums: [SPLIT_K * M, N] with M rounded up to whole tiles.
+    """
+    if WARP_SPECIALIZE:
+        # The compiler splits the tiles among the warpgroups, and for that needs descriptors that
+        # the program makes itself, of pointers and strides. It takes a few microseconds a program.
+        if A_T:
+            a_desc = tl.make_tensor_descriptor(a, [K, M], [stride_a, 1], [BLOCK_K, BLOCK_M])
+        else:
+            a_desc = tl.make_tensor_descriptor(a, [M, K], [stride_a, 1], [BLOCK_M, BLOCK_K])
+        if B_T:
+            b_desc = tl.make_tensor_descriptor(b, [N, K], [stride_b, 1], [BLOCK_N, BLOCK_K])
+        else:
+            b_desc = tl.make_tensor_descriptor(b, [K, N], [stride_b, 1], [BLOCK_K, BLOCK_N])
+        c_desc = tl.make_tensor_descriptor(c, [M, N], [stride_c, 1], [BLOCK_M, BLOCK_N // SUBTILES])
+    else:
+        a_desc, b_desc, c_desc = a, b, c
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    steps = tl.cdiv(K, SPLIT_K * BLOCK_K)  # along one part of K
+
+    for work in tl.range(
+        tl.program_id(0), blocks_m * blocks_n * SPLIT_K, tl.num_programs(0),
+        warp_specialize=WARP_SPECIALIZE,
+    ):  # fmt: skip
+        # Which tile, in the grouped order; and which part of its sum.
+        pid, part = work, 0
+        if SPLIT_K > 1:
+            pid = work % (blocks_m * blocks_n)
+            part = work // (blocks_m * blocks_n)
+        first_m = pid // (GROUP_M * blocks_n) * GROUP_M
+        rows = tl.minimum(blocks_m - first_m, GROUP_M)
+        m = (first_m + pid % (GROUP_M * blocks_n) % rows) * BLOCK_M
+        n = pid % (GROUP_M * blocks_n) // rows * BLOCK_N
+
+        acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
+        for step in range(part * steps, part * steps + steps):
+            k = step * BLOCK_K  # past the end of K there are zeros
+            # A transposed tile stays as it lies in shared memory: tensor cores read both orders.
+            if A_T:
+                a_tile = a_desc.load([k, m]).T  # [BLOCK_M, BLOCK_K]
+            else:
+                a_tile = a_desc.load([m, k])
+            if B_T:
+                b_tile = b_desc.load([n, k]).T  # [BLOCK_K, BLOCK_N]
+            else:
+                b_tile = b_desc.load([k, n])
+            acc = tl.dot(a_tile, b_tile, acc, input_precision=PRECISION)
+
+        row = part * blocks_m * BLOCK_M + m
+        if SUBTILES == 1:
+            _store_tile(c_desc, acc, row, n, bias_ptr, stride_bias, N, HAS_BIAS, RELU)
+        else:  # the left half, then the right one
+            halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+            left, right = tl.split(halves)  # [BLOCK_M, BLOCK_N / 2]
+            half: tl.constexpr = BLOCK_N // 2
+            _store_tile(c_desc, left, row, n, bias_ptr, stride_bias, N, HAS_BIAS, RELU)
+            _store_tile(c_desc, right, row, n + half, bias_ptr, stride_bias, N, HAS_BIAS, RELU)
+
+
+@triton.jit
+def matmul_reduce_kernel(
+    partials_ptr, bias_ptr, c_ptr, M, N, rows, stride_bias,
+    SPLIT_K: tl.constexpr, HAS_BIAS: tl.constexpr, RELU: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program computes one tile of C = act(sum of partials + bias), always in the same order.
+
+    partials [SPLIT_K, rows, N], rows >= M, and C [M, N] are row-major.
+    """
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    mask = (offs_m < M)[:, None] & mask_n[None, :]  # [BLOCK_M, BLOCK_N]
+    offs = (offs_m * N)[:, None] + offs_n[None, :]
+    acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
+    for part in tl.static_range(SPLIT_K):  # unrolled: the loads are all on their way at once
+        part_ptr = partials_ptr + part * rows.to(tl.int64) * N
+        acc += tl.load(part_ptr + offs, mask=mask, other=0.0)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    if RELU:
+        acc = tl.where(acc < 0, 0.0, acc)
+    tl.store(c_ptr + offs, acc.to(c_ptr.dtype.element_ty), mask=mask)
+
+
+# --- Which kernel, which tile ---------------------------------------------------------------------
+
+
+def _as_rows(x: torch.Tensor, item: int) -> tuple[torch.Tensor, bool, tuple, int] | None:
+    """`x` as rows that TMA can read: is it x^T that has them, its shape, and from row to row.
+
+    Rows are contiguous, begin at multiples of 16 bytes, and do not overlap. None if x has none.
+    """
+    step, inner = x.stride()
+    shape, transposed = x.shape, inner != 1
+    if transposed:
+        step, inner, shape = inner, step, shape[::-1]
+    if inner != 1 or step < shape[1] or step * item % 16 or x.data_ptr() % 16:
+        return None
+    return x, transposed, shape, step
+
+
+def _operands(a, b, precision):
+    """The rows of A and of B, as `_as_rows` has them, where the fast kernel can take both."""
+    item, (M, K), N = a.element_size(), a.shape, b.shape[1]
+    if not (M and N and K) or N * item % 16:  # C has rows, too
+        return None
+    rows_a, rows_b = _as_rows(a, item), _as_rows(b, item)
+    if rows_a is None or rows_b is None:
+        return None
+    if item == 4 and (precision != "tf32" or rows_a[1] or not rows_b[1]):
+        return None  # 32-bit tiles cannot be transposed on the way to the tensor cores
+    return rows_a, rows_b
+
+
+# Of an SM, in a clock: FLOPs in 16-bit (H100: 989 TFLOP/s / 132 SMs / 1.83 GHz), and bytes out of
+# the L2 cache and of the memory. Then clocks: from a tile's first load to its first product and
+# from its last to its store; and of another launch. Estimates: a tuned table takes their place.
+FLOPS_16, L2_BYTES, MEMORY_BYTES = 4096, 48, 20
+TILE_CLOCKS, LAUNCH_CLOCKS = 2000, 4000
+
+
+@functools.lru_cache(maxsize=4096)
+def fast_tile(M: int, N: int, K: int, item: int, sms: int) -> dict:
+    """Of FAST_TILES the one, and the split of K, with which the busiest SM should be done first."""
+
+    def clocks(tile: dict) -> float:
+        m, n, k, split = (tile[x] for x in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT_K"))
+        turns = cdiv(cdiv(M, m) * cdiv(N, n) * split, sms)
+        step = max(m * n * k * item / FLOPS_16, (m + n) * k * item / L2_BYTES)
+        tiles = turns * (cdiv(cdiv(K, k), split) * step + TILE_CLOCKS / tile["PROGRAMS_PER_SM"])
+        if split == 1:
+            return tiles
+        return tiles + LAUNCH_CLOCKS + M * N * (8 * split + item) / (MEMORY_BYTES * sms)
+
+    tiles = [
+        tile | dict(SPLIT_K=split)
+        for tile in FAST_TILES[item]
+        if tile["kernel"] == "tma"  # warp specialisation, when a GPU has shown that it pays
+        for split in (1, 2, 4, 8, 16)
+        # Parts have four steps at least, and their float32 tiles fit into shared memory.
+        if split == 1
+        or (split * 4 * tile["BLOCK_K"] <= K and tile["BLOCK_M"] * tile["BLOCK_N"] <= 128 * 128)
+    ]
+    return min(tiles, key=clocks)
+
+
+REDUCE_TILE = dict(BLOCK_M=8, BLOCK_N=128, num_warps=4)  # 16 bytes of each part a thread, twice
+
+
+def _matmul_tma(operands, bias, activation, c, tile, precision):
+    """Launch the fast kernel, and where K is split the one that adds the parts up."""
+    (a, a_t, a_shape, a_step), (b, b_t, b_shape, b_step) = operands
+    (M, N), K = c.shape, a_shape[0 if a_t else 1]
+    tile = tile.copy()
+    specialize = tile.pop("kernel") == "tma_ws"
+    m, n, k, split = (tile[x] for x in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT_K"))
+    work, per_sm = cdiv(M, m) * cdiv(N, n) * split, tile.pop("PROGRAMS_PER_SM")
+    programs = min(work, per_sm * device_of(c).sms) if per_sm else work
+    rows = cdiv(M, m) * m
+    out = c
+    if split > 1:
+        out = torch.empty(split * rows, N, dtype=torch.float32, device=c.device)
+    matrices = a, b, out
+    if not specialize:
+        matrices = (
+            descriptor(a, a_shape, a_step, [k, m] if a_t else [m, k]),
+            descriptor(b, b_shape, b_step, [n, k] if b_t else [k, n]),
+            descriptor(out, out.shape, N, [m, n // tile["SUBTILES"]]),
+        )
+    a_arg, b_arg, out_arg = matrices
+    stride_bias = 0 if bias is None else bias.stride(0)
+    ends = dict(HAS_BIAS=bias is not None, RELU=activation == "relu")
+    launch(
+        matmul_tma_kernel, (programs,), a_arg, b_arg, None if split > 1 else bias, out_arg, M, N, K,
+        a_step, b_step, stride_bias, N, A_T=a_t, B_T=b_t,
+        **({key: False for key in ends} if split > 1 else ends), PRECISION=precision,
+        WARP_SPECIALIZE=specialize, **tile,
+    )  # fmt: skip
+    if split > 1:
+        reduce = choose_tile("matmul_reduce", c.dtype, {c.itemsize: REDUCE_TILE}, M=M, N=N)
+        launch(
+            matmul_reduce_kernel, (cdiv(M, reduce["BLOCK_M"]), cdiv(N, reduce["BLOCK_N"])),
+            out, bias, c, M, N, rows, stride_bias, SPLIT_K=split, **ends, **reduce,
+        )  # fmt: skip
+
+
 @torch.library.custom_op("tilelab::matmul", mutates_args=())
 def _matmul(
     a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, activation: str | None
 ) -> torch.Tensor:
     (M, K), N = a.shape, b.shape[1]
     c = torch.empty(M, N, dtype=a.dtype, device=a.device)
-    tile = choose_tile("matmul", a.dtype, DEFAULT, M=M, N=N, K=K)
+    precision = dot_precision(a.dtype, torch.backends.cuda.matmul)
+    device, default, kernels = device_of(a), DEFAULT, ("pointer",)
+    operands = _operands(a, b, precision) if len(device.kernels) > 1 else None
+    if operands is not None:
+        kernels = device.kernels
+        if device is not INTERPRETER:
+            default = {a.itemsize: fast_tile(M, N, K, a.itemsize, device.sms)}
+    tile = choose_tile("matmul", a.dtype, default, kernels, M=M, N=N, K=K)
+    if "kernel" in tile:
+        _matmul_tma(operands, bias, activation, c, tile, precision)
+        return c
     launch(
         matmul_kernel, (cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"]),),
         a, b, bias, c, M, N, K,
         *a.stride(), *b.stride(), 0 if bias is None else bias.stride(0), *c.stride(),
         HAS_BIAS=bias is not None, RELU=activation == "relu", EVEN_K=K % tile["BLOCK_K"] == 0,
-        PRECISION=dot_precision(a.dtype, torch.backends.cuda.matmul), **tile,
+        PRECISION=precision, **tile,
     )  # fmt: skip
     return c
 

@@ -88,7 +88,7 @@ def compile_all(
     print(f"{gpu.target}: compiled, not run; times are predictions for the {gpu.title}")
     rows = []
     with results.Writer(path, plan.header(fields, False, args)) as writer:
-        todo = Todo(work, args.axis, compilers, writer)
+        todo = Todo(work, args.axis, compilers, writer, gpu.target)
         rows += todo.done
         with tqdm(total=len(todo), unit="tile", desc=gpu.target, disable=None) as bar:
             for row in compile_rows(todo.jobs, gpu.target, gpu, compilers):
@@ -111,6 +111,7 @@ class Todo:
         axes: what `-a` says.
         compilers: to ask for the tiles there are.
         writer: of the file that may have some already.
+        target: what they are compiled for; "" where they are interpreted.
         attempts: the stage, or stage and cache, of a row that makes a tile done.
 
     Attributes:
@@ -124,9 +125,10 @@ class Todo:
         axes: list[str],
         compilers: offline.Compilers,
         writer: results.Writer,
+        target: str,
         attempts: Sequence[dict] = ({"stage": "compile"},),
     ) -> None:
-        asked = [compilers.submit("describe", w, None, "") for w in work]
+        asked = [compilers.submit("describe", w, None, target) for w in work]
         lists, self.done = [], []
         for w, future in zip(work, asked, strict=True):
             described = future.result()
@@ -246,13 +248,13 @@ def _text(value: Any) -> str:
 def _explain(work: list[Workload], args: argparse.Namespace, chosen: list[gpus.GPU]) -> int:
     w = work[0]
     with offline.Compilers(1) as compilers:
-        described = compilers.submit("describe", w, None, "").result()
-        if described.get("failed"):
-            raise PerfError(described["failed"])
-        tile = plan.tiles(described, args.axis)[0]
-        if tile is None:
-            raise PerfError(f"{w.op} has no tile of its own to explain")
         for gpu in chosen:
+            described = compilers.submit("describe", w, None, gpu.target).result()
+            if described.get("failed"):
+                raise PerfError(described["failed"])
+            tile = plan.tiles(described, args.axis)[0]
+            if tile is None:
+                raise PerfError(f"{w.op} has no tile of its own to explain")
             fields = plan.identity(w, offline.source_hash(w)) | {"impl": "tilelab", "tile": tile}
             compiled = compilers.submit("compile", w, tile, gpu.target).result()
             row = finish(fields | compiled, gpu)

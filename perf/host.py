@@ -84,13 +84,13 @@ def measure(
 def markdown(values: dict[str, float]) -> str:
     """The README's table of what a call costs, from the values of `measure` by name."""
     lines = [
-        "| µs | whole call | checks and tile look-up | dispatch | with gradients | backward |",
+        "| µs | whole call | checks, tile, descriptors | dispatch | with gradients | backward |",
         "|---|---|---|---|---|---|",
     ]
     for op in [name.removesuffix(": checks") for name in values if name.endswith(": checks")]:
         parts = [
             values[f"{op}: call"],
-            values[f"{op}: checks"] + values[f"{op}: tile look-up"],
+            sum(values.get(f"{op}: {x}", 0) for x in ("checks", "tile look-up", "descriptors")),
             values[f"{op}: dispatch"],
             values[f"{op}: call with gradients"],
             values[f"{op}: backward"],
@@ -164,12 +164,15 @@ def _patched(name: str, fake: Any) -> Iterator[None]:
 def without_gpu(table: dict[tuple[str, str], list[dict]]) -> Iterator[list[tuple]]:
     """Compiled kernels called on CPU tensors, up to the launch: a list of the latest one.
 
-    All that a call on a GPU does is done, the look-up in the tuned `table` included. Yields a list
-    that holds the latest (kernel, grid, args, meta), and no more: it costs nothing to keep.
+    All that a call on an H200 does is done, the look-up in the tuned `table` included. Yields a
+    list that holds the latest (kernel, grid, args, meta), and no more: it costs nothing to keep.
     """
     import torch
 
+    from kernels import _launch
+
     latest: list[tuple] = []
+    hopper = _launch.Device(_launch.kinds(90), sms=132)
 
     def launch(kernel: Any, grid: tuple, *args: Any, **meta: Any) -> None:
         latest[:] = [(kernel, grid, args, meta)]
@@ -183,6 +186,7 @@ def without_gpu(table: dict[tuple[str, str], list[dict]]) -> Iterator[list[tuple
         _patched("check_device", check_device),
         _patched("_check_classes", lambda *_: None),  # which cross_entropy does on the CPU alone
         _patched("_tuned", functools.cache(lambda device: table)),
+        _patched("device_of", lambda x: hopper),
         mock.patch.object(torch.cuda, "current_device", lambda: 0),
     ):
         yield latest
@@ -239,7 +243,7 @@ def _calls(repeats: int, *only: str) -> dict[str, dict[str, Any]]:
     real_launch = _launch.launch
     table: dict[tuple[str, str], list[dict]] = {}
     results: dict[str, dict[str, Any]] = {}
-    cases = _cases(torch.float32)
+    cases = _cases(torch.bfloat16)
     with without_gpu(table) as latest:
         for name, (fn, inputs) in cases.items():
             if name in (only or cases):
@@ -251,6 +255,10 @@ def _calls(repeats: int, *only: str) -> dict[str, dict[str, Any]]:
                 samples = _microseconds(step, repeats)
                 results[f"{name}: call"] = _entry(samples, "us", "of ten parameters, to the launch")
         fn, inputs = cases["matmul"]
+        results["matmul: descriptors"] = _entry(
+            _descriptors(*inputs[:2], repeats), "us",
+            "of the rest, for TMA: looking at the operands' memory, and three descriptors",
+        )  # fmt: skip
         fn(*inputs)
         launched = latest[0]
     results["launch: before Triton"] = _entry(
@@ -261,6 +269,22 @@ def _calls(repeats: int, *only: str) -> dict[str, dict[str, Any]]:
         value=None, unit="us", what="Triton's call of the driver, and the driver: needs a GPU"
     )
     return results
+
+
+def _descriptors(a: Any, b: Any, repeats: int) -> list[float]:
+    """What a matmul through TMA does before its launch that one through pointers does not."""
+    import importlib
+
+    from kernels import _launch
+
+    operands = importlib.import_module("kernels.matmul")._operands
+
+    def make() -> list:
+        rows = operands(a, b, "ieee")
+        made = [_launch.descriptor(x, shape, step, [64, 64]) for x, _, shape, step in rows]
+        return [*made, _launch.descriptor(a, a.shape, 16, [64, 64])]
+
+    return _microseconds(make, repeats)
 
 
 def _call_parts(fn: Callable, inputs: tuple, table: dict, repeats: int) -> dict[str, dict]:
@@ -312,9 +336,9 @@ def _inside(fn: Callable, *inputs: Any) -> tuple[list[tuple], Any, tuple]:
     choices, ops = [], []
     choose, call = _launch.choose_tile, torch.library.CustomOpDef.__call__
 
-    def choose_tile(op: str, dtype: Any, default: dict, **sizes: int) -> dict:
-        choices.append((op, dtype, default, sizes))
-        return choose(op, dtype, default, **sizes)
+    def choose_tile(op: str, dtype: Any, default: dict, *kernels: tuple, **sizes: int) -> dict:
+        choices.append((op, dtype, default, kernels, sizes))
+        return choose(op, dtype, default, *kernels, **sizes)
 
     def custom_op(self: Any, *args: Any) -> Any:
         ops.append((self, args))
@@ -332,8 +356,8 @@ def _look_ups(choices: list[tuple]) -> Callable:
     from kernels import _launch
 
     calls = [
-        functools.partial(_launch.choose_tile, op, dtype, default, **sizes)
-        for op, dtype, default, sizes in choices
+        functools.partial(_launch.choose_tile, op, dtype, default, *kernels, **sizes)
+        for op, dtype, default, kernels, sizes in choices
     ]
     return calls[0] if len(calls) == 1 else lambda: [call() for call in calls]
 
@@ -342,7 +366,7 @@ def _fill(table: dict, choices: list[tuple]) -> None:
     """Give `table` its entries for what is looked up: shapes from 1 to 2^15, the default tile."""
     from kernels import _launch
 
-    for op, dtype, default, sizes in choices:
+    for op, dtype, default, _, sizes in choices:
         table[op, str(dtype).removeprefix("torch.")] = [
             dict(
                 sizes={k: 2 ** ((i + 5 * j) % 15) + i for j, k in enumerate(sizes)},

@@ -37,7 +37,7 @@ from kernels import _launch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from perf import results, sass, workloads
+from perf import gpus, results, sass, workloads
 from perf.errors import PerfError
 from perf.workloads import OPS, Workload
 
@@ -63,13 +63,30 @@ def gpu_target(target: str) -> GPUTarget:
 # -------------------------------------------------------------------------------------------------
 
 
+def device(target: str) -> _launch.Device:
+    """What the kernels would find on a GPU of this target; "" is none in particular."""
+    if target not in gpus.TARGETS:
+        return _launch.ANY_GPU
+    capability = int(target.removeprefix("sm_")) if target.startswith("sm_") else 0
+    return _launch.Device(_launch.kinds(capability), gpus.GPUS[gpus.TARGETS[target]].sms)
+
+
 class Trace(NamedTuple):
-    """The launches of one call; `main` is the one whose tile is swept, `sizes` what it covers."""
+    """The launches of one call; `main` is the one whose tile is swept, as `choice` says."""
 
     launches: list[_launch.Launch]
     main: _launch.Launch | None
-    tile_op: str | None
-    sizes: dict[str, int]
+    choice: _launch.Choice | None
+
+    @property
+    def tile_op(self) -> str | None:
+        """The name by which `choose_tile` knows the tile."""
+        return self.choice.op if self.choice else None
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What the tile covers."""
+        return self.choice.sizes if self.choice else {}
 
     @property
     def moved(self) -> int:
@@ -77,46 +94,56 @@ class Trace(NamedTuple):
         return sum(_bytes(launch.args) for launch in self.launches)
 
 
-def trace(w: Workload, tile: dict | None) -> Trace:
+def trace(w: Workload, tile: dict | None, target: str = "") -> Trace:
     """What `w` launches with this tile (None: the default). Nothing is launched or compiled."""
-    with _launch.record():
+    with _launch.record(device(target)):
         call = workloads.prepare(w, "tilelab", "cpu", None)
     with contextlib.ExitStack() as stack:
         if tile is not None:
             for name in OPS[w.op].modes[w.mode]:
                 stack.enter_context(_launch.use_tile(name, tile))
-        events = stack.enter_context(_launch.record())
+        events = stack.enter_context(_launch.record(device(target)))
         call()
     launches = [event for event in events if isinstance(event, _launch.Launch)]
     for i, event in enumerate(events):
         if isinstance(event, _launch.Choice) and event.op in OPS[w.op].modes[w.mode]:
             main = next(e for e in events[i:] if isinstance(e, _launch.Launch))
-            return Trace(launches, main, event.op, event.sizes)
-    return Trace(launches, None, None, {})
+            return Trace(launches, main, event)
+    return Trace(launches, None, None)
 
 
 def _bytes(args: tuple) -> int:
-    tensors = [t for arg in args for t in (arg if isinstance(arg, list) else [arg])]
     storages = {}
-    for t in tensors:
-        if isinstance(t, torch.Tensor):
-            size = t.numel() * t.element_size()
-            storages[t.data_ptr()] = max(size, storages.get(t.data_ptr(), 0))
+    for t in _launch.tensors_of(args):
+        size = t.numel() * t.element_size()
+        storages[t.data_ptr()] = max(size, storages.get(t.data_ptr(), 0))
     return sum(storages.values())
 
 
-def describe(w: Workload) -> dict:
+def describe(w: Workload, target: str = "") -> dict:
     """What there is to choose: the kernel's name, what it divides, its default, its lesson's tiles.
 
-    {"tile_op": None} for work that has no tile of its own.
+    {"tile_op": None} for work that has no tile of its own. "kernels" are those that can do it.
     """
-    t = trace(w, None)
+    t = trace(w, None, target)
     if t.main is None:
         return {"tile_op": None}
-    lesson = getattr(importlib.import_module(t.main.kernel.fn.__module__), "TILES", [])
-    default = {k: v for k, v in t.main.meta.items() if k.startswith(("BLOCK_", "GROUP_", "num_"))}
-    same = [tile for tile in lesson if tile.keys() == default.keys()]
-    return {"tile_op": t.tile_op, "sizes": t.sizes, "tile": default, "lesson": same}
+    lesson = importlib.import_module(t.main.kernel.fn.__module__)
+    fast = getattr(lesson, "FAST_TILES", {}).get(w.torch_dtype.itemsize, [])
+    default, kinds = t.choice.tile, t.choice.kernels
+    alike = getattr(lesson, "TILES", [])
+    if len(kinds) == 1:
+        alike = getattr(lesson, "TILES", [])
+    if len(kinds) == 1:
+        alike = [tile for tile in alike if tile.keys() == default.keys()]
+    return {
+        "tile_op": t.tile_op,
+        "sizes": t.sizes,
+        "tile": default,
+        "lesson": [tile for tile in fast if tile["kernel"] in kinds] + alike,
+        "kernels": kinds,
+        "itemsize": w.torch_dtype.itemsize,
+    }
 
 
 # -------------------------------------------------------------------------------------------------
@@ -195,7 +222,7 @@ def compile_job(w: Workload, tile: dict | None, target: str) -> dict:
     """Trace and compile one call; return the row fields that follow, with "failed" if it fails."""
     started = time.perf_counter()
     workloads.set_precision(w.precision)
-    t = trace(w, tile)
+    t = trace(w, tile, target)
     row = {
         "tile_op": t.tile_op,
         "sizes": t.sizes,
@@ -225,7 +252,7 @@ def annotated_loop(w: Workload, tile: dict | None, target: str) -> list[tuple[st
     """The main loop as (source file, line, instruction), for NVIDIA targets."""
     workloads.set_precision(w.precision)
     compile_for(target)
-    main = trace(w, tile).main
+    main = trace(w, tile, target).main
     if main is None:
         return []
     compiled = compile_launch(main)
@@ -354,7 +381,7 @@ def _serve() -> None:
         what, w, tile, target = json.loads(line)
         try:
             if what == "describe":
-                answer = describe(Workload(*w))
+                answer = describe(Workload(*w), target)
             else:
                 do = {"compile": compile_job, "annotate": annotated_loop}[what]
                 answer = do(Workload(*w), tile, target)

@@ -124,7 +124,10 @@ def tiles(described: dict, axes: list[str]) -> list[dict | None]:
     if described["tile_op"] is None:
         return [None]
     given = [described["tile"], *described["lesson"]]
-    chosen = space.tiles(described["tile_op"], described["sizes"], given, space.parse_axes(axes))
+    narrowed, kernels = space.parse_axes(axes), described["kernels"]
+    chosen = space.tiles(
+        described["tile_op"], described["sizes"], given, narrowed, kernels, described["itemsize"]
+    )
     if not chosen:
         raise PerfError(f"no tile of {described['tile_op']} has {' and '.join(axes)}")
     return chosen

@@ -9,6 +9,7 @@
 
 padding is what the tiles compute over what was asked for. wave efficiency: the GPU is done when its
 busiest SM is, and that has ceil(programs / SMs) of them: programs / (SMs * ceil(programs / SMs)).
+Of a persistent kernel, whose programs are as many as fit, it is the tiles that they go through.
 How many an SM has at a time does not matter to its rate, only to how well loads are hidden.
 
 It knows nothing of latency: not of loads that nothing hides in a short loop, nor of the first loads
@@ -35,6 +36,20 @@ def padding(sizes: dict[str, int], tile: dict[str, int]) -> float:
         if block and size:
             covered *= math.ceil(size / block) * block / size
     return covered
+
+
+def loop_warps(tile: dict) -> int:
+    """How many warps run the main loop: with warp specialisation two groups of `num_warps`."""
+    return tile["num_warps"] * (2 if tile.get("kernel") == "tma_ws" else 1)
+
+
+def units(row: dict) -> int:
+    """Pieces of equal work that programs are given: one each, unless they are persistent."""
+    tile = row["tile"]
+    if not tile.get("PROGRAMS_PER_SM"):
+        return row["programs"]
+    blocks = [math.ceil(row["sizes"][k] / tile[f"BLOCK_{k}"]) for k in ("M", "N")]
+    return math.prod(blocks) * tile["SPLIT_K"]
 
 
 def extra_work(op: str, shape: dict[str, int]) -> float:
@@ -69,12 +84,13 @@ def predict(row: dict, gpu: GPU) -> dict:
     fits = occupancy(gpu.target, row["threads"], row["registers"], row["shared"])
     at_once = gpu.sms * max(fits.blocks, 1)
     waves = row["programs"] / at_once
+    pieces = units(row)
     found = {
         "occupancy": fits.fraction,
         "blocks_per_sm": fits.blocks,
         "limit": fits.limit,
         "waves": waves,
-        "wave_efficiency": row["programs"] / (gpu.sms * math.ceil(row["programs"] / gpu.sms)),
+        "wave_efficiency": pieces / (gpu.sms * math.ceil(pieces / gpu.sms)),
         "padding": padding(row["sizes"], row["tile"]) * extra_work(row["op"], row["shape"]),
     }
     if fits.blocks == 0:
@@ -92,7 +108,7 @@ def predict(row: dict, gpu: GPU) -> dict:
         loaded = (tile["BLOCK_M"] + tile["BLOCK_N"]) * tile["BLOCK_K"] * itemsize
         times["l2"] = steps * loaded / (L2_BYTES_PER_CLOCK * clocks)
         if row.get("loop_instructions"):
-            instructions = row["loop_instructions"] * tile["num_warps"]
+            instructions = row["loop_instructions"] * loop_warps(tile)
             times["issue"] = steps * instructions / (SCHEDULERS * clocks)
     return found | _finish(row, times, gpu)
 

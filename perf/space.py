@@ -1,7 +1,7 @@
 """Which tiles a sweep tries: a few values on each axis, and all their combinations."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 from perf.errors import PerfError
 
@@ -50,13 +50,48 @@ AXES: dict[str, dict[str, tuple[int, ...]]] = {
     "sgd": dict(BLOCK_M=(256, 512, 1024, 2048, 4096, 8192), num_warps=(2, 4, 8, 16)),
     "adamw": dict(BLOCK_M=(256, 512, 1024, 2048, 4096, 8192), num_warps=(2, 4, 8, 16)),
 }
+# What an operator's other kernels have besides, where the GPU and the operands admit them.
+FAST_AXES = dict(
+    SUBTILES=(1, 2),
+    SPLIT_K=(1, 2, 4, 8, 16),
+    PROGRAMS_PER_SM=(0, 1, 2),
+)
+KERNELS = ("pointer", "tma", "tma_ws")
 # Elements of a tile in registers. Of a product, 256x256: what spills there teaches something. Of
 # the others 128 a thread of four warps: beyond that they spill, after minutes of compiling.
 MOST_OF_A_PRODUCT, MOST_OF_ROWS = 2**16, 2**14
 
 
-def parse_axes(texts: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """["BLOCK_M=64,128", "num_warps=8"] as a dict.
+def fast_products(sizes: dict[str, int], itemsize: int) -> Iterator[dict]:
+    """Tiles of the kernel of matmul that loads by TMA: those combinations that can make sense.
+
+    Args:
+        sizes: M, N and K.
+        itemsize: bytes of an operand's element; a step is 128 or 256 bytes of a row.
+    """
+    shapes = ((128, 256), (256, 128), (128, 128), (64, 256), (64, 128))
+    for (m, n), step, stages in itertools.product(shapes, (128, 256), (3, 4)):
+        few = -(-sizes["M"] // m) * -(-sizes["N"] // n)
+        blocks = dict(BLOCK_M=m, BLOCK_N=n, BLOCK_K=step // itemsize, GROUP_M=8)
+        if m > 64 and itemsize == 2 and few > 64:  # enough work that issuing loads is what counts
+            yield dict(kernel="tma_ws") | blocks | dict(
+                SUBTILES=1, SPLIT_K=1, PROGRAMS_PER_SM=1, num_warps=4, num_stages=stages,
+            )  # fmt: skip
+        splits = [s for s in (1, 2, 4, 8, 16) if s == 1 or few * s <= 264]
+        splits = [s for s in splits if s == 1 or s * 4 * step <= sizes["K"] * itemsize]
+        for subtiles, split in itertools.product((1, 2), splits):
+            for per_sm in (0, 1, 2) if split == 1 else (1, 2):
+                large, plain = m * n > 128 * 128, per_sm == 0 and (subtiles, stages) != (1, 3)
+                if plain or (per_sm == 2 and large):
+                    continue
+                yield dict(kernel="tma") | blocks | dict(
+                    SUBTILES=subtiles, SPLIT_K=split, PROGRAMS_PER_SM=per_sm,
+                    num_warps=8 if m > 64 else 4, num_stages=stages,
+                )  # fmt: skip
+
+
+def parse_axes(texts: Iterable[str]) -> dict[str, tuple]:
+    """["BLOCK_M=64,128", "num_warps=8", "kernel=tma"] as a dict.
 
     Raises:
         PerfError: not of that form, given twice, or a value that no tile can have.
@@ -64,27 +99,38 @@ def parse_axes(texts: Iterable[str]) -> dict[str, tuple[int, ...]]:
     axes = {}
     for text in texts:
         name, _, values = text.partition("=")
+        if name == "kernel":
+            axes[name] = tuple(values.split(","))
+            if not set(axes[name]) <= set(KERNELS):
+                raise PerfError(f"kernel is of {', '.join(KERNELS)}; got {text!r}")
+            continue
         try:
             numbers = tuple(int(v) for v in values.split(","))
         except ValueError:
             raise PerfError(f"an axis is given as BLOCK_M=64,128; got {text!r}") from None
         block = name.startswith("BLOCK_") or name == "num_warps"
-        if any(v < 1 or (block and v & (v - 1)) for v in numbers):
+        least = 0 if name in FAST_AXES else 1
+        if any(v < least or (block and v & (v - 1)) for v in numbers):
             raise PerfError(
                 f"{name} takes {'powers of two' if block else 'positive numbers'}: {text!r}"
             )
         if name in axes:
             raise PerfError(f"{name} is given twice: all its values go into one -a")
         axes[name] = numbers
-    known = sorted({name for axes_of in AXES.values() for name in axes_of})
+    known = sorted({name for axes_of in (*AXES.values(), FAST_AXES) for name in axes_of})
     for name in axes:
-        if name not in known:
+        if name not in (*known, "kernel"):
             raise PerfError(f"unknown axis {name!r}: there are {', '.join(known)}")
     return axes
 
 
 def tiles(
-    tile_op: str, sizes: dict[str, int], given: list[dict], narrowed: dict[str, tuple[int, ...]]
+    tile_op: str,
+    sizes: dict[str, int],
+    given: list[dict],
+    narrowed: dict[str, tuple],
+    kernels: Sequence[str] = ("pointer",),
+    itemsize: int = 2,
 ) -> list[dict]:
     """The tiles to try for one problem: `given` first (the default, the lesson's own), each once.
 
@@ -94,19 +140,25 @@ def tiles(
             covers its dimension (as in `choose_tile`): what differs only beyond that is one tile.
         given: tiles to start with.
         narrowed: the values that `-a` leaves to an axis. Given tiles that have others are dropped.
+        kernels: of the operator, those that can do it.
+        itemsize: bytes of an operand's element.
     """
     axes = AXES[tile_op]
     if tile_op.startswith(("softmax", "cross_entropy")) and sizes["N"] <= 64:
         axes = axes | dict(BLOCK_M=(*axes["BLOCK_M"], 128, 256))
     axes = axes | {name: values for name, values in narrowed.items() if name in axes}
     product = (dict(zip(axes, v, strict=True)) for v in itertools.product(*axes.values()))
+    if "tma" in kernels:
+        fast = (t for t in fast_products(sizes, itemsize) if t["kernel"] in kernels)
+        product = itertools.chain(fast, product)
     most = MOST_OF_A_PRODUCT if "BLOCK_K" in axes else MOST_OF_ROWS
     chosen: dict[tuple, dict] = {}
     for tile in itertools.chain(given, product):
-        if any(name in tile and tile[name] not in values for name, values in narrowed.items()):
+        full = {"kernel": "pointer"} | tile
+        if any(name in full and full[name] not in values for name, values in narrowed.items()):
             continue
         tile = dict(tile)
-        for name, size in sizes.items():
+        for name, size in sizes.items() if "kernel" not in tile else ():
             block = f"BLOCK_{name}"
             if block in tile and block not in narrowed:
                 tile[block] = min(tile[block], max(16, 1 << (size - 1).bit_length()))

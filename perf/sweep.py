@@ -175,8 +175,9 @@ class Sweep:
         caches = ("hot",) if self.args.hot else ("cold", "hot")
         attempts = [{"stage": "screen", "cache": cache} for cache in caches]
         attempts.append({"stage": "compile"})
-        todo = Todo(self.work, self.args.axis, self.compilers, self.writer, attempts)
-        rows, target = list(todo.done), self.device.target
+        target = self.device.target
+        todo = Todo(self.work, self.args.axis, self.compilers, self.writer, target or "", attempts)
+        rows = list(todo.done)
         if target is None:  # the interpreter: nothing to compile for
             return rows + [fields | {"stage": "compile", "status": "ok"} for _, fields in todo.jobs]
         deadline = self._left(COMPILE_SHARE)

@@ -17,6 +17,8 @@ Row = dict[str, Any]
 
 PRODUCTS = {"matmul", "conv2d", "conv2d_im2col", "conv2d_relu_pool", "train_step"}
 STAGES = results.STAGES
+SHORT = {"num_warps": "w", "num_stages": "s", "GROUP_M": "g"}  # in the text of a tile
+SHORT_UNLESS_1 = {"SUBTILES": "e", "SPLIT_K": "k", "PROGRAMS_PER_SM": "p"}
 _NAME = re.compile(r"([\w-]+)[. ]([^ =]+)(?: ([^ =]+))?")  # as perf/shapes.py makes them
 
 
@@ -200,14 +202,20 @@ def paired_text(row: Row, best: Row | None) -> str:
 
 
 def tile_text(tile: dict[str, int] | None) -> str:
-    """A tile in short: "128x256x64 w8 s3 g8" (blocks; warps, stages, GROUP_M)."""
+    """A tile in short: "128x256x64 w8 s3 g8" (blocks; warps, stages, GROUP_M).
+
+    Of other kernels, "tma 128x256x64 w8 s4 g8 e2 k4 p2": halves of the tile in the epilogue, parts
+    of K, programs an SM (0: one a tile). What is 1 is left out.
+    """
     if not tile:
         return ""
-    short = {"num_warps": "w", "num_stages": "s", "GROUP_M": "g"}
     blocks = block_names(tile)
-    words = ["x".join(str(tile[name]) for name in blocks)] if blocks else []
-    words += [f"{letter}{tile[name]}" for name, letter in short.items() if name in tile]
-    words += [f"{k}={v}" for k, v in tile.items() if k not in short and k not in blocks]
+    words = [tile["kernel"]] if "kernel" in tile else []
+    words += ["x".join(str(tile[name]) for name in blocks)] if blocks else []
+    words += [f"{letter}{tile[name]}" for name, letter in SHORT.items() if name in tile]
+    words += [f"{x}{tile[name]}" for name, x in SHORT_UNLESS_1.items() if tile.get(name, 1) != 1]
+    known = {"kernel", *blocks, *SHORT, *SHORT_UNLESS_1}
+    words += [f"{k}={v}" for k, v in tile.items() if k not in known]
     return " ".join(words)
 
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from perf import gpus
 from perf.gpus import GPU
-from perf.predict import LAUNCH_S, step_flops
+from perf.predict import LAUNCH_S, loop_warps, step_flops
 from perf.tried import (
     PRODUCTS,
     Row,
@@ -116,8 +116,7 @@ def _failed(row: Row) -> tuple[str, str] | None:
 
 
 def _block_registers(row: Row) -> str:
-    warps = (row.get("tile") or {}).get("num_warps")
-    many = f" x {32 * warps} threads" if warps else " a thread"
+    many = f" x {row['threads']} threads" if row.get("threads") else " a thread"
     return f"{row['registers']}{many}"
 
 
@@ -167,7 +166,7 @@ def _spills(row: Row, best: Row, gpu: GPU | None) -> str | None:
     words += f", the winner {least}" if least else ""
     tile = row.get("tile") or {}
     if {"BLOCK_M", "BLOCK_N", "num_warps"} <= set(tile) and row["op"] in PRODUCTS:
-        held = tile["BLOCK_M"] * tile["BLOCK_N"] // (32 * tile["num_warps"])
+        held = tile["BLOCK_M"] * tile["BLOCK_N"] // (32 * loop_warps(tile))
         words += f": its accumulators alone take {held} of 255 registers" if held >= 96 else ""
     return words
 
@@ -281,7 +280,7 @@ def _issue(row: Row) -> float | None:
     if not loop or not blocks:
         return None
     work = step_flops(row["op"], tile) if "BLOCK_K" in tile else math.prod(blocks)
-    return 1000 * loop * tile.get("num_warps", 4) / work
+    return 1000 * loop * loop_warps({"num_warps": 4} | tile) / work
 
 
 def _loop(row: Row, best: Row, gpu: GPU | None) -> Cause | None:
@@ -309,7 +308,7 @@ def issue_share(row: Row, gpu: GPU | None) -> float | None:
     if not rate or not {"BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps"} <= set(tile):
         return None
     clocks = step_flops(row["op"], tile) / rate
-    return loop * tile["num_warps"] / 4 / clocks
+    return loop * loop_warps(tile) / 4 / clocks
 
 
 def _operand_bytes(row: Row) -> float | None:

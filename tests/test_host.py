@@ -38,7 +38,9 @@ def calls():
 def test_checks_and_tile_look_up_are_cheap(op):
     """Of the best of twenty repeats, in CPU time: what else runs here does not count."""
     yardstick, least = calls()
-    cost = least[f"{op}: checks"] + least[f"{op}: tile look-up"]
+    parts = ("checks", "tile look-up", "descriptors")  # the last of what loads by TMA
+    assert least["matmul: descriptors"] > 0.5
+    cost = sum(least.get(f"{op}: {part}", 0.0) for part in parts)
     limit = LIMIT * max(1.0, yardstick / YARDSTICK)
     assert cost <= limit, f"{cost:.1f} us, where {limit:.1f} are allowed"
 

@@ -131,12 +131,14 @@ def test_a_sweep_with_no_gpu_compiles_and_says_so(tmp_path):
     assert "best of" in done.stdout and "predicted" in done.stdout
     path = tmp_path / "runs" / "sweep" / "sm_90.jsonl"
     rows = results.read(path).rows
-    assert len(rows) == 8 and {row["status"] for row in rows} <= {"predicted", "pruned"}
+    assert len(rows) == 19 and {row["status"] for row in rows} <= {"predicted", "pruned"}
+    kinds = [row["tile"].get("kernel", "pointer") for row in rows]
+    assert kinds.count("pointer") == 8 and {"tma", "tma_ws"} < set(kinds)
     assert (path.parent / "report.html").stat().st_size > 10_000
 
     resumed = perf("sweep", "matmul", "--shapes", "m=2048", *axes, "--resume", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
-    assert len(results.read(path).rows) == 8  # nothing was done again
+    assert len(results.read(path).rows) == 19  # nothing was done again
     again = perf("sweep", "matmul", "--out", str(path.parent), cwd=tmp_path)
     assert again.returncode == 2 and "go on with --resume" in again.stderr
 

@@ -50,7 +50,7 @@ def loser(**more):
         ("does not fit", ["242 KiB"], dict(
             status="pruned", limit="does not fit: shared memory", shared=242 * 1024)),
         ("does not fit", ["300 x 256 threads"], dict(
-            status="pruned", limit="does not fit: registers", registers=300)),
+            status="pruned", limit="does not fit: registers", registers=300, threads=256)),
         ("does not fit", ["out of resource"], dict(
             status="error", reason="OutOfResources: out of resource: shared memory")),
         ("spills", ["128 bytes", "accumulators alone take 128 of 255 registers"], dict(spills=128)),
