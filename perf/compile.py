@@ -112,6 +112,7 @@ class Todo:
         compilers: to ask for the tiles there are.
         writer: of the file that may have some already.
         attempts: the stage, or stage and cache, of a row that makes a tile done.
+        only_default: try the tile that a call takes here, and no other.
 
     Attributes:
         jobs: so ordered that a sweep which is cut short has tried as many tiles of each workload.
@@ -125,6 +126,7 @@ class Todo:
         compilers: offline.Compilers,
         writer: results.Writer,
         attempts: Sequence[dict] = ({"stage": "compile"},),
+        only_default: bool = False,
     ) -> None:
         asked = [compilers.submit("describe", w, None, "") for w in work]
         lists, self.done = [], []
@@ -134,7 +136,8 @@ class Todo:
                 raise PerfError(f"{w.op} {w.mode} {w.name}: {described['failed']}")
             base = plan.identity(w, offline.source_hash(w))
             jobs = []
-            for tile in plan.tiles(described, axes):
+            tiles = plan.default_tile(described, w) if only_default else None
+            for tile in tiles or plan.tiles(described, axes):
                 default = tile == described.get("tile")
                 fields = base | {"impl": "tilelab", "tile": tile, "default": default}
                 known = [writer.find(fields | attempt, base["source"]) for attempt in attempts]

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kernels import _launch
 from perf import shapes, space
 from perf.errors import Help, PerfError
 from perf.workloads import DTYPES, OPS, Workload, modes
@@ -128,6 +129,20 @@ def tiles(described: dict, axes: list[str]) -> list[dict | None]:
     if not chosen:
         raise PerfError(f"no tile of {described['tile_op']} has {' and '.join(axes)}")
     return chosen
+
+
+def default_tile(described: dict, w: Workload) -> list[dict | None]:
+    """The one tile that a call of `w` takes here: of the tuned table, or the lesson's default.
+
+    Args:
+        described: by `offline.describe`, which knows no tuned table.
+        w: the work.
+    """
+    if described["tile_op"] is None:
+        return [None]
+    lesson = {w.torch_dtype.itemsize: described["tile"]}
+    tile = _launch.choose_tile(described["tile_op"], w.torch_dtype, lesson, **described["sizes"])
+    return [tile]
 
 
 def header(fields: dict[str, Any], measured: bool, args: argparse.Namespace) -> dict[str, Any]:
