@@ -1,4 +1,4 @@
-"""`python -m perf`: sweep, compile, plot, report, compare, doctor."""
+"""`python -m perf`: sweep, compile, plot, report, compare, log, doctor."""
 
 import argparse
 import importlib
@@ -13,6 +13,7 @@ COMMANDS = {
     "plot": "draw results files",
     "report": "make one HTML page of results files",
     "compare": "say what became faster or slower between two results files",
+    "log": "keep a line for each set of shapes: predicted, measured, against the best peer",
     "doctor": "say what is here, how fast it is, and what is missing",
 }
 
