@@ -22,6 +22,7 @@ from perf.errors import Help, PerfError
 from perf.workloads import DTYPES, OPS, Workload, modes
 
 _LAYER = "n=32,c=128,h=28,w=28,k=128,r=3,s=3,padding=1"  # the middle of a ResNet
+SOURCES = ("--", ":/", ":(top,exclude)perf/results")
 DEFAULT_SHAPES = {
     "matmul": "m=4096",
     "conv2d": _LAYER,
@@ -152,7 +153,7 @@ def header(fields: dict[str, Any], measured: bool, args: argparse.Namespace) -> 
         "command": ["python", "-m", "perf", *sys.argv[1:]],
         "measured": measured,
         "versions": versions(),
-        **_commit(),
+        **commit(),
         "host": {"cpu": _cpu(), "cores": len(os.sched_getaffinity(0))},
         "seed": getattr(args, "seed", 0),
         "note": args.note,
@@ -183,7 +184,9 @@ def versions() -> dict[str, str | None]:
     }
 
 
-def _commit() -> dict[str, Any]:
+def commit() -> dict[str, Any]:
+    """The commit, and whether the working tree differs from it: new results are no difference."""
+
     def git(*command: str) -> str | None:
         try:
             folder = pathlib.Path(__file__).parent
@@ -192,7 +195,7 @@ def _commit() -> dict[str, Any]:
             return None
         return result.stdout.strip() if result.returncode == 0 else None
 
-    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain")
+    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", *SOURCES)
     return {"commit": commit, "dirty": None if changes is None else bool(changes)}
 
 
