@@ -276,26 +276,20 @@ class Programme:
 
     def _step(self, step: Step, later: list[Step]) -> None:
         """Do one step, in its share of what is left; record what came of it."""
-        later = [other for other in later if not self.done(other)]
-        seconds, most = share(step, later, self.left())
+        seconds, most = share(step, [s for s in later if not self.done(s)], self.left())
         old, source = self.records.get(step.name, {}), step.source()
         if old.get("source") != source:
             old = {}
-        if seconds < step.least:
-            self._record(step, old | {"status": LATE, "source": source})
+        command = step.command(seconds) if seconds >= step.least else None
+        if command is None:  # with no source: what is fresh is still to be removed
+            self._record(step, old | {"status": LATE, "came": old.get("came", "not begun")})
             return
-        if not old:
-            for path in step.fresh:
-                path.unlink(missing_ok=True)
-        command = step.command(seconds)
-        if command is None:
-            self._record(step, {"status": LATE, "source": source, "came": "nothing measured yet"})
-            return
+        for path in step.fresh if not old else ():
+            path.unlink(missing_ok=True)
         print(f"{step.name}: {seconds:.0f} s of {self.left():.0f}", flush=True)
-        # What a kill -9 leaves.
         record = {"status": "interrupted", "source": source, "seconds": None, "came": ""}
         record |= {**plan.commit(), "versions": self.state["versions"], "when": plan.now()}
-        self._record(step, record)
+        self._record(step, record)  # all that a kill -9 leaves
         start, log = time.monotonic(), self.out / "logs" / f"{step.name}.log"
         try:
             record["status"] = self._attempts(command, log, min(seconds + OVERTIME, most))
@@ -417,7 +411,7 @@ def execute(
     with open(log, "wb") as file:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=file,
-            stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_die_with_parent,
+            stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_in_the_child,
         )  # fmt: skip
         try:
             return "failed" if process.wait(max(0.0, seconds)) else "done"
@@ -430,9 +424,13 @@ def execute(
 _prctl = ctypes.CDLL(None).prctl
 
 
-def _die_with_parent() -> None:
-    """In a new process: end with the one that began it, kill -9 included (Linux)."""
+def _in_the_child() -> None:
+    """End with the programme, kill -9 included (Linux); and hear its SIGINT.
+
+    What a shell runs in the background ignores that signal, and so would what it begins.
+    """
     _prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _stop(process: subprocess.Popen) -> None:

@@ -31,7 +31,7 @@ ABOUT = dict(gpu="NVIDIA H200", driver="580.0", versions=plan.versions())
 def step(folder, name, code="", group="sweep", weight=1.0, least=0.0, source="a", **more):
     """A step that notes in folder/done that it was run, and then does `code`."""
     note = f"open({str(folder / 'done')!r}, 'a').write({name + ' '!r})"
-    command = [sys.executable, "-c", f"import sys, time; {note}; {code or 'pass'}"]
+    command = [sys.executable, "-c", f"import sys, time\n{note}\n{code or 'pass'}"]
     more = dict(outcome=lambda: Outcome(f"{name} came")) | more
     return Step(name, group, weight, least, lambda seconds: command, lambda: source, **more)
 
@@ -71,6 +71,16 @@ def test_what_depends_on_other_sources_is_done_again(tmp_path):
     every = [step(tmp_path, "tests"), step(tmp_path, "after", source="b", fresh=(old,))]
     assert run(tmp_path, every) == 0 and done(tmp_path) == ["tests", "after", "after"]
     assert not old.exists() and record(tmp_path, "after")["source"] == "b"
+
+
+def test_what_is_superseded_goes_even_if_the_time_is_short_at_first(tmp_path):
+    old = tmp_path / "out" / "old.jsonl"
+    run(tmp_path, [step(tmp_path, "after")])
+    old.write_text("of the old table")
+    again = step(tmp_path, "after", source="b", fresh=(old,), least=99)
+    assert run(tmp_path, [again]) == 0 and record(tmp_path, "after")["status"] == LATE
+    assert old.exists()  # until there is something better
+    assert run(tmp_path, [again._replace(least=0)]) == 0 and not old.exists()
 
 
 def test_only_some_are_done_and_the_summary_has_them_all(tmp_path, capsys):
@@ -176,7 +186,10 @@ def test_the_budget_is_kept_and_what_it_did_not_reach_is_said(tmp_path, monkeypa
     statuses = [record(tmp_path, name)["status"] for name in "abcd"]
     assert statuses == [LATE, LATE, LATE, "done"]
     summary = capsys.readouterr().out
-    assert f"| c | {LATE} |  |  |" in summary and "the next call with this --out goes on" in summary
+    assert (
+        f"| c | {LATE} |  | not begun |" in summary
+        and "the next call with this --out goes on" in summary
+    )
     every = [step(tmp_path, name) for name in "abcd"]
     assert run(tmp_path, every) == 0 and done(tmp_path)[3:] == ["a", "b", "c"]
 
@@ -221,6 +234,20 @@ def wait_for(condition, process, seconds=120):
         assert process.poll() is None, "it has ended"
         assert time.monotonic() < end, "it takes too long"
         time.sleep(0.02)
+
+
+def test_in_the_background_too_a_step_can_finish_what_it_is_at(tmp_path, monkeypatch):
+    """Shells have background processes ignore SIGINT, and Python then leaves it so."""
+    monkeypatch.setattr(programme, "OVERTIME", 0.0)
+    code = f"""
+try: time.sleep(60)
+except KeyboardInterrupt: open({str(tmp_path / "kept")!r}, "w").write("all")"""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        run(tmp_path, [step(tmp_path, "a", code)], budget=1)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (tmp_path / "kept").read_text() == "all"
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

@@ -346,7 +346,8 @@ def test_energy(tmp_path):
     assert best["joules"] == pytest.approx(500 * best["median_s"], rel=0.05)
 
 
-def test_only_the_tile_that_a_call_takes(tmp_path):
+def test_only_the_tile_that_a_call_takes(tmp_path, monkeypatch):
+    monkeypatch.setattr(_launch, "_nearest", lambda *_: None)  # a table of the GPU that is here
     args = arguments("matmul", "sgd", "--shapes", "tiny", "--tiles", "default")
     work, device = plan.workloads(args), FakeDevice(1e-3, noise=0.002)
     path = tmp_path / "r.jsonl"
@@ -464,6 +465,7 @@ def test_killed_in_the_middle_a_sweep_loses_at_most_one_row(tmp_path):
 )
 def test_wrong_input_gets_one_clear_line(argv, message, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweep.devices, "here", sweep.devices.HostDevice)
     assert main.main(argv) == 2
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1 and captured.err.startswith("error: ")
