@@ -22,7 +22,7 @@ from perf.errors import Help, PerfError
 from perf.workloads import DTYPES, OPS, Workload, modes
 
 _LAYER = "n=32,c=128,h=28,w=28,k=128,r=3,s=3,padding=1"  # the middle of a ResNet
-SOURCES = ("--", ":/", ":(top,exclude)perf/results")
+SOURCES = ("--", ":/", ":(top,exclude)perf/results")  # as git names them: all but the results
 DEFAULT_SHAPES = {
     "matmul": "m=4096",
     "conv2d": _LAYER,

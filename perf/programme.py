@@ -291,8 +291,9 @@ class Programme:
         record |= {**plan.commit(), "versions": self.state["versions"], "when": plan.now()}
         self._record(step, record)  # all that a kill -9 leaves
         start, log = time.monotonic(), self.out / "logs" / f"{step.name}.log"
+        limit = min(seconds + OVERTIME, max(most - PATIENCE, 0.5 * most))
         try:
-            record["status"] = self._attempts(command, log, min(seconds + OVERTIME, most))
+            record["status"] = self._attempts(command, log, limit)
         finally:  # interrupted, too
             record["seconds"] = round(time.monotonic() - start, 1)
             self._finish(step, record, log)

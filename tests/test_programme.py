@@ -203,7 +203,7 @@ def test_a_step_that_does_not_stop_is_stopped_with_its_children(tmp_path, monkey
         "child = subprocess.Popen(['sleep', '60']); "
         f"open({str(pids)!r}, 'w').write(f'{{os.getpid()}} {{child.pid}}'); time.sleep(60)"
     )
-    assert run(tmp_path, [step(tmp_path, "a", code)], budget=1.5) == 0
+    assert run(tmp_path, [step(tmp_path, "a", code)], budget=3) == 0
     assert len(pids.read_text().split()) == 2
     assert not [pid for pid in pids.read_text().split() if alive(int(pid))]
 
@@ -244,7 +244,7 @@ try: time.sleep(60)
 except KeyboardInterrupt: open({str(tmp_path / "kept")!r}, "w").write("all")"""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        run(tmp_path, [step(tmp_path, "a", code)], budget=1)
+        run(tmp_path, [step(tmp_path, "a", code)], budget=4)
     finally:
         signal.signal(signal.SIGINT, before)
     assert (tmp_path / "kept").read_text() == "all"
