@@ -4,7 +4,7 @@
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: help train sweep test test-oldest test-gpu lint format clean
+.PHONY: help train sweep gpu test test-oldest test-gpu lint format clean
 
 help:  ## this list
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -17,6 +17,9 @@ train: .venv/.ready  ## train the demo network on real digits and write what it 
 
 sweep: .venv/.ready  ## time every tile of a kernel (with no GPU: compile and predict) and say why
 	.venv/bin/python -m perf sweep $(or $(ARGS),matmul)
+
+gpu: .venv/.ready  ## all that needs a GPU: tests, ceilings, sweeps, training; goes on where it was ended
+	.venv/bin/python -m perf gpu $(ARGS)
 
 test: .venv/.ready  ## run the tests, kernels interpreted on the CPU (no GPU needed)
 	.venv/bin/python -m pytest $(IN_PARALLEL) -m "not gpu" $(ARGS)

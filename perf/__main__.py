@@ -1,8 +1,9 @@
-"""`python -m perf`: sweep, compile, plot, report, compare, doctor."""
+"""`python -m perf`: sweep, compile, plot, report, compare, log, doctor, gpu."""
 
 import argparse
 import importlib
 import sys
+import types
 from typing import NoReturn
 
 from perf.errors import Help, PerfError
@@ -13,8 +14,11 @@ COMMANDS = {
     "plot": "draw results files",
     "report": "make one HTML page of results files",
     "compare": "say what became faster or slower between two results files",
+    "log": "keep a line for each set of shapes: predicted, measured, against the best peer",
     "doctor": "say what is here, how fast it is, and what is missing",
+    "gpu": "do all that needs a GPU, in order of value, in the time there is",
 }
+MODULES = {"gpu": "programme"}  # of commands that are not called as their module
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,10 +38,10 @@ def main(argv: list[str] | None = None) -> int:
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
         if name == named:  # importing the others would take seconds for nothing
-            importlib.import_module(f"perf.{name}").add_arguments(command)
+            _module(name).add_arguments(command)
     try:
         args = parser.parse_args(argv)
-        return importlib.import_module(f"perf.{args.command}").run(args)
+        return _module(args.command).run(args)
     except Help as e:
         print(e)
         return 0
@@ -51,6 +55,10 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # of `| head`
         sys.stderr.close()
         return 0
+
+
+def _module(command: str) -> types.ModuleType:
+    return importlib.import_module(f"perf.{MODULES.get(command, command)}")
 
 
 if __name__ == "__main__":

@@ -113,6 +113,7 @@ class Todo:
         writer: of the file that may have some already.
         target: what they are compiled for; "" where they are interpreted.
         attempts: the stage, or stage and cache, of a row that makes a tile done.
+        only_default: try the tile that a call takes here, and no other.
 
     Attributes:
         jobs: so ordered that a sweep which is cut short has tried as many tiles of each workload.
@@ -127,6 +128,7 @@ class Todo:
         writer: results.Writer,
         target: str,
         attempts: Sequence[dict] = ({"stage": "compile"},),
+        only_default: bool = False,
     ) -> None:
         asked = [compilers.submit("describe", w, None, target) for w in work]
         lists, self.done = [], []
@@ -136,7 +138,8 @@ class Todo:
                 raise PerfError(f"{w.op} {w.mode} {w.name}: {described['failed']}")
             base = plan.identity(w, offline.source_hash(w))
             jobs = []
-            for tile in plan.tiles(described, axes):
+            tiles = plan.default_tile(described, w) if only_default else None
+            for tile in tiles or plan.tiles(described, axes):
                 default = tile == described.get("tile")
                 fields = base | {"impl": "tilelab", "tile": tile, "default": default}
                 known = [writer.find(fields | attempt, base["source"]) for attempt in attempts]

@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from kernels import _launch
 from perf import shapes, space
 from perf.errors import Help, PerfError
 from perf.workloads import DTYPES, OPS, Workload, modes
 
 _LAYER = "n=32,c=128,h=28,w=28,k=128,r=3,s=3,padding=1"  # the middle of a ResNet
+SOURCES = ("--", ":/", ":(top,exclude)perf/results")  # as git names them: all but the results
 DEFAULT_SHAPES = {
     "matmul": "m=4096",
     "conv2d": _LAYER,
@@ -133,6 +135,20 @@ def tiles(described: dict, axes: list[str]) -> list[dict | None]:
     return chosen
 
 
+def default_tile(described: dict, w: Workload) -> list[dict | None]:
+    """The one tile that a call of `w` takes here: of the tuned table, or the lesson's default.
+
+    Args:
+        described: by `offline.describe`, which knows no tuned table.
+        w: the work.
+    """
+    if described["tile_op"] is None:
+        return [None]
+    lesson, kernels = {w.torch_dtype.itemsize: described["tile"]}, tuple(described["kernels"])
+    op, sizes = described["tile_op"], described["sizes"]
+    return [_launch.choose_tile(op, w.torch_dtype, lesson, kernels, **sizes)]
+
+
 def header(fields: dict[str, Any], measured: bool, args: argparse.Namespace) -> dict[str, Any]:
     """The header of a results file; `fields` are those about the GPU."""
     return {
@@ -140,7 +156,7 @@ def header(fields: dict[str, Any], measured: bool, args: argparse.Namespace) -> 
         "command": ["python", "-m", "perf", *sys.argv[1:]],
         "measured": measured,
         "versions": versions(),
-        **_commit(),
+        **commit(),
         "host": {"cpu": _cpu(), "cores": len(os.sched_getaffinity(0))},
         "seed": getattr(args, "seed", 0),
         "note": args.note,
@@ -171,7 +187,9 @@ def versions() -> dict[str, str | None]:
     }
 
 
-def _commit() -> dict[str, Any]:
+def commit() -> dict[str, Any]:
+    """The commit, and whether the working tree differs from it: new results are no difference."""
+
     def git(*command: str) -> str | None:
         try:
             folder = pathlib.Path(__file__).parent
@@ -180,7 +198,7 @@ def _commit() -> dict[str, Any]:
             return None
         return result.stdout.strip() if result.returncode == 0 else None
 
-    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain")
+    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", *SOURCES)
     return {"commit": commit, "dirty": None if changes is None else bool(changes)}
 
 

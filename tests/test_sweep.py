@@ -346,6 +346,39 @@ def test_energy(tmp_path):
     assert best["joules"] == pytest.approx(500 * best["median_s"], rel=0.05)
 
 
+def test_only_the_tile_that_a_call_takes(tmp_path, monkeypatch):
+    monkeypatch.setattr(_launch, "_nearest", lambda *_: None)  # a table of the GPU that is here
+    args = arguments("matmul", "sgd", "--shapes", "tiny", "--tiles", "default")
+    work, device = plan.workloads(args), FakeDevice(1e-3, noise=0.002)
+    path = tmp_path / "r.jsonl"
+    with results.Writer(path, plan.header(device.header(), True, args)) as writer:
+        sweep.Sweep(device, work, args, FakeCompilers(), writer).run()
+    rows = results.read(path).rows
+    for w in work:
+        with _launch.record() as events:
+            workloads.prepare(w, "tilelab", "cpu", None)()
+        choice = next(e for e in events if isinstance(e, _launch.Choice))
+        taken = next(e for e in events if isinstance(e, _launch.Launch)).meta
+        (final,) = of(rows, op=w.op, impl="tilelab", stage="final", status="ok")
+        assert final["tile_op"] == choice.op and final["tile"].items() <= taken.items()
+        assert len(of(rows, op=w.op, impl="tilelab", stage="screen")) == 1
+        assert of(rows, op=w.op, impl="torch", stage="final", status="ok")
+
+
+def test_the_tile_that_a_call_takes_is_the_tuned_one(monkeypatch):
+    (w,) = plan.workloads(arguments("matmul", "--shapes", SHAPE))
+    tuned = dict(BLOCK_M=16, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, num_warps=4, num_stages=4)
+    lesson = offline.describe(w)["lesson"][0]
+    fitted = lesson | dict(BLOCK_M=64, BLOCK_N=64)  # of 48 rows and 40 columns
+    described = {"tile_op": "matmul", "tile": lesson, "sizes": dict(w.shape)}
+    monkeypatch.setattr(_launch, "INTERPRET", False)
+    monkeypatch.setattr(_launch, "_nearest", lambda *_: None)
+    assert plan.default_tile(described, w) == [fitted]
+    monkeypatch.setattr(_launch, "_nearest", lambda *_: tuned)
+    assert plan.default_tile(described, w) == [tuned | dict(BLOCK_N=64)]
+    assert plan.default_tile({"tile_op": None}, w) == [None]
+
+
 def test_hot_and_cold(tmp_path):
     """The inputs are tiny, so they cannot be rotated past an L2 of 50 MiB: honest rows say hot."""
     rows = swept(tmp_path / "a.jsonl")
@@ -418,6 +451,8 @@ def test_killed_in_the_middle_a_sweep_loses_at_most_one_row(tmp_path):
         (["sweep", "matmul", "--budget", "-3"], "--budget must be positive"),
         (["sweep", "softmax", "--mode", "dgrad"], "softmax has no mode dgrad"),
         (["sweep", "matmul", "--resume", "--out", "nowhere"], "nothing to resume"),
+        (["sweep", "matmul", "--tiles", "default", "-a", "BLOCK_M=64"], "is one tile"),
+        (["sweep", "matmul", "--tiles", "default"], "needs the GPU whose tuned table"),
         (["sweep", "matmul", "--save-tuned"], "saves what a GPU has measured"),
         (["sweep", "matmul", "--budget", "nan"], "--budget must be positive"),
         (["sweep", "matmul", "--shapes", ""], "unknown set of shapes ''"),
@@ -430,6 +465,7 @@ def test_killed_in_the_middle_a_sweep_loses_at_most_one_row(tmp_path):
 )
 def test_wrong_input_gets_one_clear_line(argv, message, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweep.devices, "here", sweep.devices.HostDevice)
     assert main.main(argv) == 2
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1 and captured.err.startswith("error: ")
