@@ -117,7 +117,7 @@ def analyse_cubin(cubin: bytes) -> dict:
             memory"; None for the older ones, which read registers only, and without.
         serialised: each wgmma waits for the one before, see `_serialised`.
         load_bytes: width of the narrowest load from global memory, a thread, in the main loop (in
-            the kernel, if that has none); 16 for TMA, None without.
+            the kernel, if that has none); 16 for TMA, also by another warp; None without.
         store_bytes: of the narrowest store to global memory, in the kernel.
         tma: whether the kernel uses the TMA unit to load or store.
         loop_instructions: of the main loop: the innermost with tensor-core instructions, or else
@@ -178,12 +178,15 @@ def _analyse(code: Code) -> dict:
     loop = main_loop(code)
     body = [code.instructions[i] for i in loop] if loop else code.instructions
     tensor = [x for x in body if _group(x) == "tensor core"]
+    loads = [x for x in body if _group(x) == "load"]
+    if not loads and tensor:  # warp-specialised: another warp's loop loads
+        loads = [x for x in code.instructions if _is(x, "UTMALDG")]
     return {
         "tensor_core": max(tensor, key=_flops).name if tensor else None,
         "tensor_cores_in_loop": len(tensor) if loop else 0,
         "operands": _operands(tensor),
         "serialised": _serialised(body),
-        "load_bytes": _narrowest(body, "load") or _narrowest(code.instructions, "load"),
+        "load_bytes": _narrowest(loads or code.instructions, "load"),
         "store_bytes": _narrowest(code.instructions, "store"),
         "tma": any(_is(x, r"UTMA(LDG|STG|REDG)") for x in code.instructions),
         "loop_instructions": len(loop) if loop else None,

@@ -2,6 +2,7 @@
 
     TRITON_INTERPRET=0 python -m tests.aot sm_90            each kernel at its default tiles
     TRITON_INTERPRET=0 python -m tests.aot sm_90 --tiles    every tile of every TILES list
+    TRITON_INTERPRET=0 python -m tests.aot sm_90 --fast     every tile of matmul's FAST_TILES
 
 test_compile.py runs this in processes of its own, because a process has to choose between compiler
 and interpreter before it imports triton. How a call becomes something to compile, and what is read
@@ -50,10 +51,15 @@ def step(optimizer, dtype, **options):
     optimizer([p], **options).step()
 
 
+DEVICE = _launch.ANY_GPU  # that the calls pretend to run on; set below
+
 # Calls that between them launch every kernel with every default tile: sizes that shrink none.
 CASES = {
     "matmul": lambda dtype: train(
         kernels.matmul, *(torch.empty(s, dtype=dtype) for s in [(512, 1024), (1024, 256), 256])
+    ),
+    "matmul, few tiles": lambda dtype: train(  # where TMA is: K is split
+        kernels.matmul, *(torch.empty(s, dtype=dtype) for s in [(128, 8192), (8192, 128), 128])
     ),
     "bias_relu": lambda dtype: train(
         kernels.bias_relu, images(64, 64, 28, 28, dtype=dtype), torch.empty(64, dtype=dtype)
@@ -119,7 +125,7 @@ CASES = {
 
 def record(case, dtype):
     """What one case chooses and launches; nothing is launched."""
-    with _launch.record() as events:
+    with _launch.record(DEVICE) as events:
         CASES[case](dtype)
     return events
 
@@ -186,6 +192,36 @@ def report_tiles():
     return rows
 
 
+def report_fast():
+    """matmul's tiles for TMA, in the layouts of operands that each can take, with bias and ReLU.
+
+    Those small enough for it with K split, too, in the layout whose loop is the longest; fp16,
+    which has the same instructions, in the plain one.
+    """
+    lesson = importlib.import_module("kernels.matmul")
+    set_precision("tf32")
+    jobs = []
+    for item, layouts in {2: ["NN", "NT", "TN", "TT"], 4: ["NT"]}.items():
+        for tile in lesson.FAST_TILES[item]:
+            small = tile["kernel"] == "tma" and tile["BLOCK_M"] * tile["BLOCK_N"] <= 128 * 128
+            dtype = torch.bfloat16 if item == 2 else torch.float32
+            jobs += [(dtype, layout, tile) for layout in layouts]
+            jobs += [(dtype, "TN", tile | dict(SPLIT_K=4))] if small and item == 2 else []
+            jobs += [(torch.float16, "NN", tile)] if item == 2 else []
+    rows = []
+    for dtype, layout, tile in jobs:
+        if tile["kernel"] not in DEVICE.kernels:
+            continue
+        a, b = (torch.empty(4096, 4096, dtype=dtype) for _ in range(2))
+        a, b = a.t() if layout[0] == "T" else a, b.t() if layout[1] == "T" else b
+        with _launch.use_tile("matmul", tile), _launch.record(DEVICE) as events:
+            kernels.matmul(a, b, torch.empty(4096, dtype=dtype), "relu")
+        about = {"case": layout, "dtype": str(dtype)[6:], "tile": tile}
+        launches = [event for event in events if isinstance(event, _launch.Launch)]
+        rows += [about | compile_launch(launch) for launch in launches]
+    return rows
+
+
 def modules():
     """Every module of kernels/ (the functions hide some: `kernels.matmul` is one)."""
     names = [m.name for m in pkgutil.iter_modules(kernels.__path__)]
@@ -200,12 +236,17 @@ def missing(rows):
         for name, x in vars(module).items()
         if isinstance(x, triton.JITFunction) and name.endswith("_kernel")
     }
-    return sorted(defined - {row["kernel"] for row in rows})
+    # Of what this target has.
+    lacking = set() if "tma" in DEVICE.kernels else {"matmul_tma_kernel", "matmul_reduce_kernel"}
+    return sorted(defined - lacking - {row["kernel"] for row in rows})
 
 
 if __name__ == "__main__":
     offline.compile_for(sys.argv[1])
-    if "--tiles" in sys.argv:
+    DEVICE = offline.device(sys.argv[1])
+    if "--fast" in sys.argv:
+        print(json.dumps({"launches": report_fast()}, default=str))
+    elif "--tiles" in sys.argv:
         print(json.dumps({"launches": report_tiles()}, default=str))
     else:
         rows = report(BFLOAT16 + FLOAT32)

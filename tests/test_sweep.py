@@ -370,7 +370,7 @@ def test_the_tile_that_a_call_takes_is_the_tuned_one(monkeypatch):
     tuned = dict(BLOCK_M=16, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, num_warps=4, num_stages=4)
     lesson = offline.describe(w)["lesson"][0]
     fitted = lesson | dict(BLOCK_M=64, BLOCK_N=64)  # of 48 rows and 40 columns
-    described = {"tile_op": "matmul", "tile": lesson, "sizes": dict(w.shape)}
+    described = dict(tile_op="matmul", tile=lesson, sizes=dict(w.shape), kernels=["pointer"])
     monkeypatch.setattr(_launch, "INTERPRET", False)
     monkeypatch.setattr(_launch, "_nearest", lambda *_: None)
     assert plan.default_tile(described, w) == [fitted]
