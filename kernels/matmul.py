@@ -35,7 +35,8 @@ squarish patch of C, so that the L2 cache serves most of the loads:
 Two kernels compute it. The first, through pointers, takes every GPU, dtype and stride: read it
 first. The second is for GPUs since Hopper (sm_90) and 16-byte aligned rows, and is what changes
 when the tensor cores are so fast that everything around them shows; it is introduced above it, step
-by step. Which one a call takes is said by its tile, and `_kernels` and `fast_tile` choose.
+by step. A tile says which kernel it is for, so to choose a tile is to choose a kernel: `_operands`
+says whether the second can do a call, the tuned table or `fast_tile` with which tile.
 
 Read first: bias_relu.py. Sources: the grouped order is that of Triton's tutorial 03, persistent
 programs and epilogue subtiles those of tutorial 09; the blocking goes back to Goto and van de
@@ -76,10 +77,11 @@ TILES = [
     dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, num_warps=8, num_stages=3),
     # float32: without TF32 each thread holds its rows and columns of a step in registers
     dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, GROUP_M=8, num_warps=8, num_stages=3),
-    # large squares on Hopper: the most reuse that fits the registers
+    # large squares: the most reuse that fits the registers. On Hopper the second kernel has the
+    # same tile; in this one, with B transposed, triton 3.6.0 makes each wgmma wait for the last
     dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3),
     # deep K: fewer, longer steps hide the latency of loads behind more tensor-core work
-    dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=4, num_stages=3),
+    dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3),
     # small grids: four times the programs, for when 128x128 tiles leave SMs idle
     dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, num_warps=4, num_stages=4),
     # skinny: a classifier's ten columns fit one tensor-core instruction
@@ -195,13 +197,16 @@ def matmul_kernel(
 #   + split-K (SPLIT_K > 1)         where C has fewer tiles than the GPU has SMs: the sum along K is
 #                                   shared out, and a second kernel adds the parts up in order
 #
-# What the compiler makes of them, for sm_90 (bfloat16, triton 3.6.0; not run):
+# What triton 3.6.0 and 3.9.0 make of them in bfloat16 for sm_90; compiled, not run:
 #
-#                                   registers   shared KiB   instructions a step   warps
-#   pointers                          RUNG0
-#   TMA, persistent or not            RUNG1
-#   + subtiles                        RUNG2
-#   + warp specialisation             RUNG3
+#                             registers   shared memory   instructions a step    warps
+#   pointers                  237, 207      144 KiB          98, 103               8
+#   TMA, persistent or not    208, 166      208 KiB          90, 90                8
+#   + subtiles, 4 stages      207, 176      224 KiB          90, 90                8
+#   + warp specialisation     168, 168      208 KiB          64, 65                8, and 4 that load
+#
+# All of them are predicted to take as long at 8192 (perf/predict.py: as long as the tensor cores
+# take), since the model knows nothing of latency, and latency is what each rung hides.
 #
 # What is missing against cuBLAS: clusters. Two SMs that share a block row could read A once, by
 # multicast, and ask a third less of the L2 cache, which at 700 TFLOP/s has to hand out some 8 TB/s.

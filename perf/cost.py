@@ -14,6 +14,7 @@ bytes, so that TFLOP/s and GB/s compare as times do, and the share of a GPU's pe
     op                 mode            FLOPs             bytes
     matmul             fwd             2 M N K           e (M K + K N + M N), read A B, write C
                        dgrad, wgrad    2 M N K           the same: each of A, B, C in another role
+    matmul_bias_relu   fwd             2 M N K           the same, and e N for the bias
     conv2d,            fwd             2 MACs            e (x + w + y)
     conv2d_im2col      dgrad           2 MACs            e (dy + w + dx)
                        wgrad           2 MACs            e (x + dy + dw)
@@ -58,6 +59,7 @@ MODES = {
     ),
     **dict.fromkeys(("bias_relu", "softmax", "max_pool2d"), ("fwd", "bwd")),
     "cross_entropy": ("fwd", "fwdbwd"),
+    "matmul_bias_relu": ("fwd",),
     "im2col": ("fwd",),
     "col2im": ("fwd",),
     **dict.fromkeys(("sgd", "adamw", "train_step"), ("step",)),
@@ -92,7 +94,7 @@ def flops(op: str, mode: str, shape: dict[str, int]) -> int:
     _check(op, mode)
     if (op, mode) in _PER_ELEMENT:
         return _PER_ELEMENT[op, mode][0] * _elements(shape)
-    if op == "matmul":
+    if op in ("matmul", "matmul_bias_relu"):
         return 2 * shape["M"] * shape["N"] * shape["K"]
     if op == "train_step":
         return train_step_flops(shape["N"])
@@ -124,9 +126,10 @@ def minimum_bytes(op: str, mode: str, shape: dict[str, int], itemsize: int) -> i
     _check(op, mode)
     if (op, mode) in _PER_ELEMENT:
         return _PER_ELEMENT[op, mode][1] * _elements(shape) * itemsize
-    if op == "matmul":
+    if op in ("matmul", "matmul_bias_relu"):
         M, N, K = shape["M"], shape["N"], shape["K"]
-        return itemsize * (M * K + K * N + M * N)
+        bias = N if op == "matmul_bias_relu" else 0
+        return itemsize * (M * K + K * N + bias + M * N)
     if op == "train_step":
         return train_step_bytes(shape["N"], itemsize)
     return _window_bytes(op, mode, shape, itemsize)

@@ -25,6 +25,7 @@ _LAYER = "n=32,c=128,h=28,w=28,k=128,r=3,s=3,padding=1"  # the middle of a ResNe
 SOURCES = ("--", ":/", ":(top,exclude)perf/results")  # as git names them: all but the results
 DEFAULT_SHAPES = {
     "matmul": "m=4096",
+    "matmul_bias_relu": "m=4096",
     "conv2d": _LAYER,
     "conv2d_im2col": _LAYER,
     "conv2d_relu_pool": _LAYER,

@@ -37,9 +37,11 @@ class Shape(NamedTuple):
     count: int = 1
 
 
+MATMULS = ("matmul", "matmul_bias_relu")
 _CONV = ("N", "C", "H", "W", "K", "R", "S", "stride", "padding", "dilation", "groups")
 KEYS = {
     "matmul": ("M", "N", "K"),
+    "matmul_bias_relu": ("M", "N", "K"),
     "conv2d": _CONV,
     "conv2d_im2col": _CONV,
     "conv2d_relu_pool": _CONV,
@@ -59,7 +61,7 @@ _DEFAULTS = {
         ("conv2d", "conv2d_im2col", "conv2d_relu_pool", "im2col", "col2im"),
         {"W": "H", "S": "R", "stride": 1, "padding": 0, "dilation": 1, "groups": 1},
     ),
-    "matmul": {"N": "M", "K": "M"},
+    **dict.fromkeys(MATMULS, {"N": "M", "K": "M"}),
     "bias_relu": {"W": "H"},
     "max_pool2d": {"W": "H", "stride": "R", "padding": 0},
     "sgd": {"tensors": 1},
@@ -277,7 +279,7 @@ def _of_layer(op, layer, following, N: int) -> dict[str, int] | None:
         _, C, H, R, stride, padding = layer
         return {"N": N, "C": C, "H": H, "W": H, "R": R, "stride": stride, "padding": padding}
     elif isinstance(layer, Linear):
-        if op == "matmul":
+        if op in MATMULS:
             return {"M": N, "N": layer.outputs, "K": layer.inputs}
         if op in ("softmax", "cross_entropy") and following is None:
             return {"M": N, "N": layer.outputs}
@@ -290,14 +292,14 @@ def _of_layer(op, layer, following, N: int) -> dict[str, int] | None:
 
 
 def _square(op: str, batch: int | None) -> list[Shape]:
-    if op != "matmul":
+    if op not in MATMULS:
         return []
     sides = [2**power for power in range(8, 15)]
     return [Shape(f"square {side}", {"M": side, "N": side, "K": side}) for side in sides]
 
 
 def _skinny(op: str, batch: int | None) -> list[Shape]:
-    if op != "matmul":
+    if op not in MATMULS:
         return []
     sizes = [(M, 4096, 4096) for M in (1, 16, 64, 256)]  # few rows: weights through memory
     sizes += [(4096, N, 4096) for N in (16, 64)]  # few columns
@@ -317,7 +319,7 @@ _TRANSFORMERS = (
 def _transformer(op: str, batch: int | None) -> list[Shape]:
     found, M = [], batch or 4096
     for name, width, inner, widening, vocabulary, heads, positions in _TRANSFORMERS:
-        if op == "matmul":
+        if op in MATMULS:
             found += [
                 Shape(f"{name}.qkv m{M}", {"M": M, "N": 3 * width, "K": width}),
                 Shape(f"{name}.attention_out m{M}", {"M": M, "N": width, "K": width}),
@@ -344,7 +346,7 @@ def _classes(op: str, batch: int | None) -> list[Shape]:
 
 
 _TINY = {  # sizes that divide nothing, and no two of them alike
-    "matmul": [(37, 29, 53)],
+    **dict.fromkeys(MATMULS, [(37, 29, 53)]),
     "bias_relu": [(2, 7, 5, 3)],
     "softmax": [(11, 37)],
     "cross_entropy": [(11, 37)],

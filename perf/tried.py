@@ -15,7 +15,14 @@ from perf.errors import PerfError
 
 Row = dict[str, Any]
 
-PRODUCTS = {"matmul", "conv2d", "conv2d_im2col", "conv2d_relu_pool", "train_step"}
+PRODUCTS = {
+    "matmul",
+    "matmul_bias_relu",
+    "conv2d",
+    "conv2d_im2col",
+    "conv2d_relu_pool",
+    "train_step",
+}
 STAGES = results.STAGES
 SHORT = {"num_warps": "w", "num_stages": "s", "GROUP_M": "g"}  # in the text of a tile
 SHORT_UNLESS_1 = {"SUBTILES": "e", "SPLIT_K": "k", "PROGRAMS_PER_SM": "p"}

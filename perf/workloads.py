@@ -147,6 +147,13 @@ OPS: dict[str, Op] = {
         lambda s, a, b: kernels.matmul(a, b),
         lambda s, a, b: a @ b,
     ),
+    "matmul_bias_relu": Op(  # forward alone: its gradients are those of matmul and bias_relu
+        {"fwd": ("matmul",)},
+        lambda s, make: dict(a=make(s["M"], s["K"]), b=make(s["K"], s["N"]), bias=make(s["N"])),
+        {},
+        lambda s, a, b, bias: kernels.matmul(a, b, bias, "relu"),
+        lambda s, a, b, bias: torch.addmm(bias, a, b).relu(),
+    ),
     "conv2d": Op(
         {
             "fwd": ("conv2d", "conv2d_flat"),
@@ -257,7 +264,9 @@ def offers(peer: str, w: Workload) -> bool:
     """Whether a peer has something of its own for this work: Inductor's templates are products."""
     if peer != "inductor":
         return True
-    return w.op == "matmul" or (w.op in ("conv2d", "conv2d_im2col") and w.mode == "fwd")
+    return w.op in ("matmul", "matmul_bias_relu") or (
+        w.op in ("conv2d", "conv2d_im2col") and w.mode == "fwd"
+    )
 
 
 def prepare(w: Workload, impl: str, device: str, seed: int | None) -> Callable[[], tuple]:

@@ -2,7 +2,7 @@
 
     TRITON_INTERPRET=0 python -m tests.aot sm_90            each kernel at its default tiles
     TRITON_INTERPRET=0 python -m tests.aot sm_90 --tiles    every tile of every TILES list
-    TRITON_INTERPRET=0 python -m tests.aot sm_90 --fast     every tile of matmul's FAST_TILES
+    TRITON_INTERPRET=0 python -m tests.aot sm_90 --matmul   matmul's tiles, in every layout
 
 test_compile.py runs this in processes of its own, because a process has to choose between compiler
 and interpreter before it imports triton. How a call becomes something to compile, and what is read
@@ -192,15 +192,15 @@ def report_tiles():
     return rows
 
 
-def report_fast():
-    """matmul's tiles for TMA, in the layouts of operands that each can take, with bias and ReLU.
+def report_matmul():
+    """matmul's tiles, in the layouts of operands that each can take, with bias and ReLU.
 
-    Those small enough for it with K split, too, in the layout whose loop is the longest; fp16,
-    which has the same instructions, in the plain one.
+    Those of FAST_TILES that are small enough for it with K split, too, in the layout whose loop is
+    the longest; and in fp16, which has the same instructions, in the plain one.
     """
     lesson = importlib.import_module("kernels.matmul")
     set_precision("tf32")
-    jobs = []
+    jobs = [(torch.bfloat16, x, tile) for tile in lesson.TILES for x in ("NN", "NT", "TN")]
     for item, layouts in {2: ["NN", "NT", "TN", "TT"], 4: ["NT"]}.items():
         for tile in lesson.FAST_TILES[item]:
             small = tile["kernel"] == "tma" and tile["BLOCK_M"] * tile["BLOCK_N"] <= 128 * 128
@@ -210,7 +210,7 @@ def report_fast():
             jobs += [(torch.float16, "NN", tile)] if item == 2 else []
     rows = []
     for dtype, layout, tile in jobs:
-        if tile["kernel"] not in DEVICE.kernels:
+        if tile.get("kernel", "pointer") not in DEVICE.kernels:
             continue
         a, b = (torch.empty(4096, 4096, dtype=dtype) for _ in range(2))
         a, b = a.t() if layout[0] == "T" else a, b.t() if layout[1] == "T" else b
@@ -244,8 +244,8 @@ def missing(rows):
 if __name__ == "__main__":
     offline.compile_for(sys.argv[1])
     DEVICE = offline.device(sys.argv[1])
-    if "--fast" in sys.argv:
-        print(json.dumps({"launches": report_fast()}, default=str))
+    if "--matmul" in sys.argv:
+        print(json.dumps({"launches": report_matmul()}, default=str))
     elif "--tiles" in sys.argv:
         print(json.dumps({"launches": report_tiles()}, default=str))
     else:

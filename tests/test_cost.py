@@ -63,6 +63,7 @@ def test_convolutions_by_hand(op, name):
 OTHERS = [  # op, mode, sizes, FLOPs, bytes of 2-byte elements
     ("matmul", "fwd", (3, 5, 7), 210, 142),  # N is 5, K is 7: 21 + 35 + 15 elements
     ("matmul", "dgrad", (3, 5, 7), 210, 142),
+    ("matmul_bias_relu", "fwd", (3, 5, 7), 210, 152),  # and 5 elements of bias
     ("matmul", "wgrad", (3, 5, 7), 210, 142),
     ("bias_relu", "fwd", (2, 3, 5, 7), 420, 840),
     ("bias_relu", "bwd", (2, 3, 5, 7), 420, 1260),

@@ -169,7 +169,11 @@ def test_a_shape_of_two_sets_comes_once():
 @pytest.mark.parametrize(
     "op, text, message",
     [
-        ("matmull", "square", "unknown operator 'matmull': there are matmul, conv2d"),
+        (
+            "matmull",
+            "square",
+            "unknown operator 'matmull': there are matmul, matmul_bias_relu, conv2d",
+        ),
         ("matmul", "squares", "unknown set of shapes 'squares': there are square, skinny"),
         ("matmul", "", "unknown set of shapes ''"),
         ("softmax", "square", "square has no shapes for softmax; these have: .*classes, tiny"),
