@@ -203,7 +203,7 @@ def matmul_kernel(
 #   pointers                  237, 207      144 KiB          98, 103               8
 #   TMA, persistent or not    208, 166      208 KiB          90, 90                8
 #   + subtiles, 4 stages      207, 176      224 KiB          90, 90                8
-#   + warp specialisation     168, 168      208 KiB          64, 65                8, and 4 that load
+#   + warp specialisation     168, 168      208 KiB          64, 65                8 + 4 that load
 #
 # All of them are predicted to take as long at 8192 (perf/predict.py: as long as the tensor cores
 # take), since the model knows nothing of latency, and latency is what each rung hides.

@@ -332,6 +332,10 @@ def test_every_tile_of_both_kernels_compiles_elsewhere(target):
         for row in rows
         if row["spills"] or row["shared"] > SHARED[target] or not row["tensor_cores"]
     ]
+    if target == "gfx942":  # whose 64 KiB are too few for the largest tile: a sweep prunes it
+        too_large = [p for p in problems if "'BLOCK_N': 256" in p and "'spills': 0" in p]
+        assert len(too_large) == 3
+        problems = [p for p in problems if p not in too_large]
     assert not problems, "\n".join(problems)
 
 
