@@ -186,14 +186,15 @@ def matmul_kernel(
 #                                   accelerator makes the addresses, fills zeros past the border (so
 #                                   no masks, no EVEN_K), and signals a barrier. It is told the
 #                                   matrix by a descriptor, and stores the result likewise
-#   + persistent (PROGRAMS_PER_SM=1)  a program an SM, that goes through its tiles one after the
-#                                   other. A launch has no last, half-empty wave of new programs to
-#                                   start, and no prologue for each tile but the loads' own
+#   + persistent (PROGRAMS_PER_SM=1)  as many programs as the GPU has SMs go through the tiles in
+#                                   turns: nothing is started anew for a tile but its loads. With
+#                                   two an SM, of smaller tiles, one multiplies while one stores
 #   + subtiles (SUBTILES=2)         the result leaves through shared memory, 64 KiB for 128x256 in
-#                                   16-bit. In two halves it needs 32, which a fourth stage takes
-#   + warp specialisation           one warp loads, two groups of four warps multiply 64 rows each,
-#                                   and registers go where they are needed. Nobody who multiplies
-#                                   has to issue a load
+#                                   16-bit. In two halves it needs 32, and a fourth stage takes the
+#                                   rest: loads may be three steps ahead of the tensor cores
+#   + warp specialisation           (kernel="tma_ws") four warps only load, and are already at the
+#                                   next tile while the last one is stored; two groups of four only
+#                                   multiply, 64 rows each, with the registers of those that load
 #   + split-K (SPLIT_K > 1)         where C has fewer tiles than the GPU has SMs: the sum along K is
 #                                   shared out, and a second kernel adds the parts up in order
 #
@@ -201,8 +202,8 @@ def matmul_kernel(
 #
 #                             registers   shared memory   instructions a step    warps
 #   pointers                  237, 207      144 KiB          98, 103               8
-#   TMA, persistent or not    208, 166      208 KiB          90, 90                8
-#   + subtiles, 4 stages      207, 176      224 KiB          90, 90                8
+#   TMA, persistent or not    206, 162      208 KiB          91, 91                8
+#   + subtiles, 4 stages      209, 176      224 KiB          90, 89                8
 #   + warp specialisation     168, 168      208 KiB          64, 65                8 + 4 that load
 #
 # All of them are predicted to take as long at 8192 (perf/predict.py: as long as the tensor cores
@@ -219,7 +220,7 @@ def _store_tile(
 ):
     """The epilogue: store act(acc + bias) at (row, col) of c, which clips it at the border."""
     if HAS_BIAS:
-        offs_n = col + tl.arange(0, acc.shape[1])
+        offs_n = col.to(tl.int64) + tl.arange(0, acc.shape[1])
         bias = tl.load(bias_ptr + offs_n * stride_bias, mask=offs_n < N, other=0.0)
         acc += bias.to(tl.float32)[None, :]
     if RELU:
@@ -308,12 +309,12 @@ def matmul_reduce_kernel(
     partials [SPLIT_K, rows, N], rows >= M, and C [M, N] are row-major.
     """
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     mask = (offs_m < M)[:, None] & mask_n[None, :]  # [BLOCK_M, BLOCK_N]
     offs = (offs_m * N)[:, None] + offs_n[None, :]
     acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
-    for part in tl.static_range(SPLIT_K):  # unrolled: the loads are all on their way at once
+    for part in tl.range(SPLIT_K, loop_unroll_factor=8):  # so that eight loads are on their way
         part_ptr = partials_ptr + part * rows.to(tl.int64) * N
         acc += tl.load(part_ptr + offs, mask=mask, other=0.0)
     if HAS_BIAS:
@@ -356,9 +357,10 @@ def _operands(a, b, precision):
 
 # Of an SM, in a clock: FLOPs in 16-bit (H100: 989 TFLOP/s / 132 SMs / 1.83 GHz), and bytes out of
 # the L2 cache and of the memory. Then clocks: from a tile's first load to its first product and
-# from its last to its store; and of another launch. Estimates: a tuned table takes their place.
+# from its last to its store; of another launch; and of a part that is added up there, since a load
+# takes 1,000 and eight are on their way. Estimates: a tuned table takes their place.
 FLOPS_16, L2_BYTES, MEMORY_BYTES = 4096, 48, 20
-TILE_CLOCKS, LAUNCH_CLOCKS = 2000, 4000
+TILE_CLOCKS, LAUNCH_CLOCKS, PART_CLOCKS = 2000, 4000, 125
 
 
 @functools.lru_cache(maxsize=4096)
@@ -372,13 +374,14 @@ def fast_tile(M: int, N: int, K: int, item: int, sms: int) -> dict:
         tiles = turns * (cdiv(cdiv(K, k), split) * step + TILE_CLOCKS / tile["PROGRAMS_PER_SM"])
         if split == 1:
             return tiles
-        return tiles + LAUNCH_CLOCKS + M * N * (8 * split + item) / (MEMORY_BYTES * sms)
+        traffic = M * N * (8 * split + item) / (MEMORY_BYTES * sms)
+        return tiles + LAUNCH_CLOCKS + max(traffic, split * PART_CLOCKS)
 
     tiles = [
         tile | dict(SPLIT_K=split)
         for tile in FAST_TILES[item]
         if tile["kernel"] == "tma"  # warp specialisation, when a GPU has shown that it pays
-        for split in (1, 2, 4, 8, 16)
+        for split in (1, 2, 4, 8, 16, 32, 64, 128)
         # Parts have four steps at least, and their float32 tiles fit into shared memory.
         if split == 1
         or (split * 4 * tile["BLOCK_K"] <= K and tile["BLOCK_M"] * tile["BLOCK_N"] <= 128 * 128)
@@ -386,7 +389,7 @@ def fast_tile(M: int, N: int, K: int, item: int, sms: int) -> dict:
     return min(tiles, key=clocks)
 
 
-REDUCE_TILE = dict(BLOCK_M=8, BLOCK_N=128, num_warps=4)  # 16 bytes of each part a thread, twice
+REDUCE_TILE = dict(BLOCK_M=4, BLOCK_N=128, num_warps=2)  # 32 bytes of each part a thread
 
 
 def _matmul_tma(operands, bias, activation, c, tile, precision):

@@ -53,7 +53,7 @@ AXES: dict[str, dict[str, tuple[int, ...]]] = {
 # What an operator's other kernels have besides, where the GPU and the operands admit them.
 FAST_AXES = dict(
     SUBTILES=(1, 2),
-    SPLIT_K=(1, 2, 4, 8, 16),
+    SPLIT_K=(1, 2, 4, 8, 16, 32, 64, 128),
     PROGRAMS_PER_SM=(0, 1, 2),
 )
 KERNELS = ("pointer", "tma", "tma_ws")
@@ -77,7 +77,7 @@ def fast_products(sizes: dict[str, int], itemsize: int) -> Iterator[dict]:
             yield dict(kernel="tma_ws") | blocks | dict(
                 SUBTILES=1, SPLIT_K=1, PROGRAMS_PER_SM=1, num_warps=4, num_stages=stages,
             )  # fmt: skip
-        splits = [s for s in (1, 2, 4, 8, 16) if s == 1 or few * s <= 264]
+        splits = [s for s in FAST_AXES["SPLIT_K"] if s == 1 or few * s <= 264]
         splits = [s for s in splits if s == 1 or s * 4 * step <= sizes["K"] * itemsize]
         for subtiles, split in itertools.product((1, 2), splits):
             for per_sm in (0, 1, 2) if split == 1 else (1, 2):
