@@ -5,7 +5,8 @@
     tensor   FLOPs * padding / (peak * wave efficiency)
     issue    instructions of the main loop, over all warps, at one a clock on four schedulers an SM
     L2       what the programs of a product read: (BLOCK_M + BLOCK_N) * BLOCK_K elements a step
-    memory   bytes that its launches read and write, each tensor once, over the bandwidth
+    memory   bytes that its launches read and write, each tensor once, over the bandwidth; at least
+             the bytes that the mathematics asks for
 
 padding is what the tiles compute over what was asked for. wave efficiency: the GPU is done when its
 busiest SM is, and that has ceil(programs / SMs) of them: programs / (SMs * ceil(programs / SMs)).
@@ -76,7 +77,7 @@ def predict(row: dict, gpu: GPU) -> dict:
         gpu: for which.
     """
     if row.get("tile") is None:
-        memory = row["moved"] / gpu.bandwidth
+        memory = _memory(row, gpu)
         peak = gpu.peak(kind(row["dtype"], row["precision"]))
         times = {"memory": memory, "compute": row["flops"] / peak}
         return _finish(row, times, gpu)
@@ -95,7 +96,7 @@ def predict(row: dict, gpu: GPU) -> dict:
     }
     if fits.blocks == 0:
         return found
-    times = {"memory": row["moved"] / gpu.bandwidth}
+    times = {"memory": _memory(row, gpu)}
     work = row["flops"] * found["padding"]
     unit = kind(row["dtype"], row["precision"]) if row.get("tensor_core") else "fp32"
     peak = gpu.peak(unit) or gpu.peak("fp32")
@@ -111,6 +112,11 @@ def predict(row: dict, gpu: GPU) -> dict:
             instructions = row["loop_instructions"] * loop_warps(tile)
             times["issue"] = steps * instructions / (SCHEDULERS * clocks)
     return found | _finish(row, times, gpu)
+
+
+def _memory(row: dict, gpu: GPU) -> float:
+    # Tensors that are updated in place are moved twice: an optimizer's minimum knows, `moved` not.
+    return max(row["moved"], row["bytes"]) / gpu.bandwidth
 
 
 def _finish(row: dict, times: dict[str, float], gpu: GPU) -> dict:

@@ -73,6 +73,46 @@ def test_memory_bound():
     assert row["predicted_gbps"] == pytest.approx(4800, rel=0.02)
 
 
+def test_what_is_updated_in_place_is_moved_twice():
+    """`moved` counts a tensor once; an AdamW step reads p, grad, m, v and writes p, m, v."""
+    n = 2**28
+    row = dict(
+        op="adamw", mode="step", dtype="float32", precision="ieee", launches=1, shape={},
+        sizes=dict(M=n), tile=dict(BLOCK_M=1024, num_warps=4), flops=14 * n, bytes=28 * n,
+        moved=16 * n, programs=n // 1024, threads=128, registers=32, shared=0, spills=0,
+    )  # fmt: skip
+    assert predict(row, H200)["predicted_s"] == pytest.approx(28 * n / 4.8e12 + LAUNCH_S)
+
+
+FAST = dict(
+    kernel="tma", BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8, SUBTILES=1, SPLIT_K=1,
+    PROGRAMS_PER_SM=1, num_warps=8, num_stages=3,
+)  # fmt: skip
+
+
+def test_the_tiles_that_persistent_programs_go_through():
+    """512 tiles for 132 programs: the busiest has four of them, as with 512 programs of one each.
+
+    Split in two, the 1,024 parts are eight for the busiest: no more idle time, half as much work.
+    """
+    sizes = dict(M=4096, N=4096, K=4096)
+    for tile, programs in ((FAST, 132), (FAST | dict(PROGRAMS_PER_SM=0), 512)):
+        row = predict(product(tile=tile, sizes=sizes, programs=programs), H200)
+        assert row["wave_efficiency"] == 512 / (132 * 4)
+    split = predict(product(tile=FAST | dict(SPLIT_K=2), sizes=sizes, programs=132), H200)
+    assert split["wave_efficiency"] == 1024 / (132 * 8)
+
+
+def test_two_groups_of_warps_run_the_loop_of_a_warp_specialised_kernel():
+    loop = 2000  # so long that it is what the time goes by
+    tile = FAST | dict(num_warps=4)
+    plain = predict(product(tile=tile, loop_instructions=loop), H200)
+    special = predict(product(tile=tile | dict(kernel="tma_ws"), loop_instructions=loop), H200)
+    assert plain["bound"] == special["bound"] == "issue"
+    rest = LAUNCH_S * 1
+    assert special["predicted_s"] - rest == pytest.approx(2 * (plain["predicted_s"] - rest))
+
+
 def test_a_step_without_a_tile():
     row = dict(op="train_step", mode="step", dtype="bfloat16", precision="ieee", shape=dict(N=64),
                tile=None, flops=10**9, bytes=10**6, moved=10**7, launches=17)  # fmt: skip
