@@ -416,7 +416,7 @@ def _matmul_tma(operands, bias, activation, c, tile, precision):
     stride_bias = 0 if bias is None else bias.stride(0)
     ends = dict(HAS_BIAS=bias is not None, RELU=activation == "relu")
     launch(
-        matmul_tma_kernel, (programs,), a_arg, b_arg, None if split > 1 else bias, out_arg, M, N, K,
+        matmul_tma_kernel, (programs,), a_arg, b_arg, bias, out_arg, M, N, K,
         a_step, b_step, stride_bias, N, A_T=a_t, B_T=b_t,
         **({key: False for key in ends} if split > 1 else ends), PRECISION=precision,
         WARP_SPECIALIZE=specialize, **tile,
