@@ -209,8 +209,8 @@ def matmul_kernel(
 # All of them are predicted to take as long at 8192 (perf/predict.py: as long as the tensor cores
 # take), since the model knows nothing of latency, and latency is what each rung hides.
 #
-# What is missing against cuBLAS: clusters. Two SMs that share a block row could read A once, by
-# multicast, and ask a third less of the L2 cache, which at 700 TFLOP/s has to hand out some 8 TB/s.
+# What is missing against cuBLAS: clusters. Two SMs at one block column could read B once between
+# them, by multicast, and ask a third less of the L2 cache, which at 700 TFLOP/s hands out 8 TB/s.
 # Triton does not multicast: with num_ctas=2 each SM loads all that it needs (3.6.0, 3.9.0).
 
 
