@@ -1,41 +1,46 @@
-"""Cross-entropy of logits and class indices: the loss and its gradient in one pass over the logits.
+"""Cross-entropy of logits and class indices: a loss in one pass over the logits, and its gradient.
 
     p       = softmax(x) over the C classes
     q       = the target: 1 - eps at class t, and eps / C more at every class (label smoothing)
     loss    = -sum of q * log p = lse - x[t] - eps * (mean of x - x[t])     lse = log sum exp(x)
-    dx      = (p - q) * what this row's loss weighs in the result
+    dx      = (p - q) * g       g = what comes down for this row's loss
 
                   C classes
-         +---------------------+       loss
-         |                     |       +-+        one program owns BLOCK_M rows of logits: it reads
-     M   |#####################|  -->  |#|        them once and writes their losses and, if they
-         |                     |       +-+        are wanted, their gradients
-         +---------------------+
+         +---------------------+     loss  kept      forward: one program owns BLOCK_M rows of
+         |                     |      +-+  +--+      logits, reads them once, and keeps two numbers
+     M   |#####################| ->   |#|  |##|      of each: its maximum m and 1 / sum exp(x - m).
+         |          @@         |      +-+  +--+      backward: with these, p is known element by
+         +---------------------+                     element, and one program owns a tile (@).
 
-In one pass. The softmax of a row is in registers when its loss is known, and the gradient is p - q:
-so it is written there and then, and not by a backward pass that would read the row again. What only
-the backward knows, the upstream gradient, is one factor a row; scaling by it comes last. Until then
-p - q is as it is: divided by the number of rows, it would underflow in fp16, and no row has to know
-how many others are ignored.
+What to keep. The backward needs p, which is as large as the logits. To keep p costs ne to write it
+and ne to read it; to read the logits again, which are in memory anyway, costs ne. So nothing is
+kept but two float32 a row. (Of the logarithm lse alone there would be one: but p = exp(x - lse) has
+lse's rounding error as its relative error, which is 1e-4 where the logits are some 1,000.)
 
 What limits it: memory. With n = M*C elements of e bytes, counted as in softmax.py:
 
-    forward alone                          ne     torch: log_softmax 2ne (read x, write log p)
-    with the gradient                     2ne
-    backward: scale by what comes down    2ne     torch: ne to scatter -1 into zeros, 3ne for dx
+    forward                                ne     torch: log_softmax 2ne (read x, write log p)
+    backward: read x, write dx            2ne     torch: ne to scatter -1 into zeros, 3ne for dx
                                           ---
-    a training step                       4ne     torch: 6ne; so it should take two thirds
+    a training step                       3ne     torch: 6ne; so it should take half the time
 
-llm.c, whose loss is the end of the program, has nothing to scale by and moves 2ne. Autograd may
-hand down anything, and a GPU cannot tell the host that it was 1 without making it wait. (A backward
-that computes p again, from x and a saved lse, would move 3ne in all.) Rows too long for the
-registers are walked along twice, as in softmax.py: ne more, if the L2 cache does not serve it.
+llm.c, whose loss is the end of the program, has nothing to scale by: its fused_classifier writes
+the gradient in the forward pass, 2ne in all. Autograd may hand down anything, and a GPU cannot tell
+the host that it was 1 without making it wait: p - q written in the forward pass would have to be
+read and written once more to be scaled, 4ne. Rows too long for the registers are walked along once,
+online as in softmax.py, and the backward does not care how long they are.
 
 With a vocabulary of 50,257 each row begins at another alignment, and loads are 2 bytes wide; padded
-to 50,304, a multiple of 16, as llm.c has it, the same kernel loads 16 bytes at a time.
+to 50,304, a multiple of 16, as llm.c has it, the same kernel loads 16 bytes at a time. Of rows that
+lie side by side (contiguous [N, C, H, W]) one load has pixels of eight rows: so there the ignored
+ones are read, and dropped afterwards. Elsewhere they are not read at all.
+
+In 16-bit instructions are near: compiled for sm_90, the forward of rows in registers issues 100 to
+180 for each 16-byte load of a thread, and an H200 has time for 99. Reading alone is too fast for
+it; the forward of a vocabulary (70, online) and the backward (55 to 75 a load or store) are not.
 
 Read first: softmax.py. Sources: Milakov and Gimelshein, Online normalizer calculation for softmax
-(2018); the gradient written by the forward pass: llm.c's fused_classifier and Liger-Kernel.
+(2018); Liger-Kernel and llm.c, which write the gradient in the forward pass.
 """
 
 import torch
@@ -67,25 +72,29 @@ def reference(logits, target, ignore_index=-100, label_smoothing=0.0, reduction=
 def cross_entropy_kernel(
     x_ptr, t_ptr, loss_ptr, row_ptr, M, N, D1, D2, ignore_index, smoothing,
     stride_x0, stride_x1, stride_x2, stride_xn, stride_t0, stride_t1, stride_t2, stride_tn,
-    SMOOTH: tl.constexpr, NEEDS_GRAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SMOOTH: tl.constexpr, SKIP: tl.constexpr, NEEDS_GRAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program computes the losses of BLOCK_M rows in registers: N <= BLOCK_N.
 
     With NEEDS_GRAD it also keeps two numbers a row, [2, M]: m, and what exp(x - m) is scaled by.
+    With SKIP, of an ignored row no byte of the logits is read.
     """
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N).to(tl.int64)
     mask_m, mask_n = offs_m < M, offs_n < N
     t_ptrs = t_ptr + row_offsets(offs_m, D1, D2, stride_t0, stride_t1, stride_t2)
     t = tl.load(t_ptrs, mask=mask_m, other=0).to(tl.int64)  # [BLOCK_M]
-    live = mask_m & (t != ignore_index)  # of an ignored row no byte of the logits is read
+    live = mask_m & (t != ignore_index)
     valid = live & (t >= 0) & (t < N)  # a class that is none makes the row NaN
 
     rows = row_offsets(offs_m, D1, D2, stride_x0, stride_x1, stride_x2)
     x_t = tl.load(x_ptr + rows + t * stride_xn, mask=valid, other=float("nan")).to(tl.float32)
     x_ptrs = x_ptr + rows[:, None] + (offs_n * stride_xn)[None, :]
-    mask = live[:, None] & mask_n[None, :]  # [BLOCK_M, BLOCK_N]
+    mask = (live if SKIP else mask_m)[:, None] & mask_n[None, :]  # [BLOCK_M, BLOCK_N]
     x = tl.load(x_ptrs, mask=mask, other=float("-inf")).to(tl.float32)
+    if not SKIP:
+        x = tl.where(live[:, None], x, float("-inf"))
 
     m = tl.max(x, axis=1)
     x -= m[:, None]
@@ -107,8 +116,8 @@ def cross_entropy_kernel(
 def cross_entropy_online_kernel(
     x_ptr, t_ptr, loss_ptr, row_ptr, M, N, D1, D2, ignore_index, smoothing,
     stride_x0, stride_x1, stride_x2, stride_xn, stride_t0, stride_t1, stride_t2, stride_tn,
-    SMOOTH: tl.constexpr, NEEDS_GRAD: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    SMOOTH: tl.constexpr, SKIP: tl.constexpr, NEEDS_GRAD: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program computes the same for BLOCK_M rows of any length, as in softmax.py."""
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -127,9 +136,11 @@ def cross_entropy_online_kernel(
     others = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
     for n in range(0, N, BLOCK_N):
         offs = n + offs_n
-        mask = live[:, None] & (offs < N)[None, :]  # [BLOCK_M, BLOCK_N]
+        mask = (live if SKIP else mask_m)[:, None] & (offs < N)[None, :]  # [BLOCK_M, BLOCK_N]
         x_ptrs = x_rows + (offs * stride_xn)[None, :]
         x = tl.load(x_ptrs, mask=mask, other=float("-inf")).to(tl.float32)
+        if not SKIP:
+            x = tl.where(live[:, None], x, float("-inf"))
         if SMOOTH:
             others += tl.where(mask, x - x_t[:, None], 0.0)
         x = tl.reshape(x, (BLOCK_M, BLOCK_N // GROUP, GROUP))
@@ -156,7 +167,7 @@ def cross_entropy_backward_kernel(
     x_ptr, t_ptr, g_ptr, row_ptr, dx_ptr, M, N, D1, D2, ignore_index, smoothing,
     stride_x0, stride_x1, stride_x2, stride_xn, stride_t0, stride_t1, stride_t2, stride_tn,
     stride_g0, stride_g1, stride_g2, stride_gn, stride_dx0, stride_dx1, stride_dx2, stride_dxn,
-    SMOOTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SMOOTH: tl.constexpr, SKIP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program computes a tile of dx = (p - q) * g: with m and s known, no row is summed up."""
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -172,7 +183,8 @@ def cross_entropy_backward_kernel(
 
     rows = row_offsets(offs_m, D1, D2, stride_x0, stride_x1, stride_x2)
     x_ptrs = x_ptr + rows[:, None] + (offs_n * stride_xn)[None, :]
-    x = tl.load(x_ptrs, mask=live[:, None] & mask_n, other=0.0).to(tl.float32)
+    x = tl.load(x_ptrs, mask=(live if SKIP else mask_m)[:, None] & mask_n, other=0.0)
+    x = x.to(tl.float32) if SKIP else tl.where(live[:, None], x, 0.0).to(tl.float32)
     e = tl.exp2((x - m[:, None]) * LOG2_E)  # [BLOCK_M, BLOCK_N]
 
     # What is the same for a row is computed once: p * g = e * (scale * g), and which column of this
@@ -247,7 +259,8 @@ def _cross_entropy(
     launch(
         cross_entropy_online_kernel if online else cross_entropy_kernel,
         (cdiv(M, tile["BLOCK_M"]),), logits, target, losses, kept, M, N, D1, D2,
-        ignore_index, label_smoothing, *strides, SMOOTH=label_smoothing > 0, NEEDS_GRAD=needs_grad,
+        ignore_index, label_smoothing, *strides,
+        SMOOTH=label_smoothing > 0, SKIP=strides[3] == 1, NEEDS_GRAD=needs_grad,
         **(group(logits, tile, strides[3]) if online else {}), **tile,
     )  # fmt: skip
     # Sums by torch: of few numbers, in the same order each time, and nothing waits for the GPU.
@@ -283,7 +296,7 @@ def _cross_entropy_backward(
     launch(
         cross_entropy_backward_kernel, (cdiv(M, tile["BLOCK_M"]), cdiv(N, tile["BLOCK_N"])),
         logits, target, g, kept, dx, M, N, D1, D2, ignore_index, label_smoothing, *strides,
-        SMOOTH=label_smoothing > 0, **tile,
+        SMOOTH=label_smoothing > 0, SKIP=strides[3] == 1, **tile,
     )  # fmt: skip
     return dx
 

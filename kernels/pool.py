@@ -29,9 +29,8 @@ one needs would be four, and half of the instructions for nothing.
 One program owns BLOCK_M pixels of y, numbered through [N, P, Q], and BLOCK_N channels: in
 channels_last memory, runs of channels for each pixel. In the backward, BLOCK_M cells of dx.
 
-Padding needs neither masks nor -inf. At most half of a window is padding, so a tap outside of the
-image can read the nearest pixel inside instead: it belongs to the window anyway, and comes in the
-same order, so neither the maximum nor its place changes.
+Padding is -inf and is nowhere in memory: a tap outside of the image is masked, and -inf is better
+than nothing. Where all of a window is -inf, the first of its pixels has the gradient.
 
 What limits it: memory. Forward reads HWe bytes a plane, of e bytes an element, and writes
 PQ(e + 1): 2.75 bytes an input pixel for 2x2 windows in 16-bit, and 3/4 of a comparison. Where
@@ -62,18 +61,18 @@ def reference(x, kernel_size, stride=None, padding=0):
     return x.unfold(-2, R, step[0]).unfold(-2, S, step[1]).amax((-2, -1))
 
 
-# Sixteen channels a thread: of taps, which are bytes, that is one 16-byte access; of 16-bit pixels
-# two, and of float32 four. The last two tiles are for contiguous NCHW, too: there x is read a pixel
-# at a time, since windows are apart and y is channels_last.
+# Loads and stores are 16 bytes a thread for channels_last images of 16, 32, ... channels, but that
+# eight taps are eight bytes. Of contiguous NCHW x is read a pixel at a time: y is channels_last.
 TILES = [
-    dict(BLOCK_M=32, BLOCK_N=64, num_warps=4),  # the default
-    dict(BLOCK_M=64, BLOCK_N=64, num_warps=8),  # more windows share what one SM has cached
-    dict(BLOCK_M=16, BLOCK_N=64, num_warps=2),  # more programs, for small images
-    dict(BLOCK_M=8, BLOCK_N=256, num_warps=4),  # wide layers: whole cache lines of a pixel
-    dict(BLOCK_M=128, BLOCK_N=16, num_warps=4),  # few channels
-    dict(BLOCK_M=256, BLOCK_N=16, num_warps=8),  # the same by more threads
+    # the default in 16-bit: 16 channels a thread, so that its taps are 16 bytes, too
+    dict(BLOCK_M=32, BLOCK_N=64, num_warps=4),
+    dict(BLOCK_M=16, BLOCK_N=64, num_warps=4),  # and in float32: 8, since 16 would spill
+    dict(BLOCK_M=8, BLOCK_N=64, num_warps=2),  # more programs, for small images
+    dict(BLOCK_M=4, BLOCK_N=256, num_warps=4),  # wide layers: whole cache lines of a pixel
+    dict(BLOCK_M=64, BLOCK_N=16, num_warps=4),  # few channels
+    dict(BLOCK_M=128, BLOCK_N=16, num_warps=8),  # the same by more threads
 ]
-DEFAULT = {2: TILES[0], 4: TILES[0]}
+DEFAULT = {2: TILES[0], 4: TILES[1]}
 MOST_INT32 = 2**31
 
 
@@ -91,14 +90,12 @@ def max_pool2d_kernel(
     """
     offs_m = tl.program_id(0).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = (offs_n < C)[None, :]
-    mask = (offs_m < M)[:, None] & mask_n  # [BLOCK_M, BLOCK_N]
+    mask_m, mask_n = offs_m < M, (offs_n < C)[None, :]
 
-    m = tl.minimum(offs_m, M - 1)  # pixels past the end read the last one, and are never stored
-    row = m // Q
+    row = offs_m // Q
     n = row // P
     h0 = (row - n * P) * STRIDE_H - PAD_H  # the window's upper left corner
-    w0 = (m - row * Q) * STRIDE_W - PAD_W
+    w0 = (offs_m - row * Q) * STRIDE_W - PAD_W
     x_ptrs = x_ptr + (n.to(tl.int64) * stride_xn)[:, None] + (offs_n * stride_xc)[None, :]
 
     best = tl.full((BLOCK_M, BLOCK_N), float("-inf"), tl.float32)
@@ -106,17 +103,23 @@ def max_pool2d_kernel(
         first = (tl.maximum(-h0, 0) * S + tl.maximum(-w0, 0)).to(tl.int32)
         taps = tl.full((BLOCK_M, BLOCK_N), 0, tl.int32) + first[:, None]
     for r in range(R):
-        h = tl.minimum(tl.maximum(h0 + r, 0), H - 1)
+        h = h0 + r
         for s in range(S):
-            w = tl.minimum(tl.maximum(w0 + s, 0), W - 1)
+            w = w0 + s
+            inside = mask_m
+            if PAD_H > 0:
+                inside &= (h >= 0) & (h < H)
+            if PAD_W > 0:
+                inside &= (w >= 0) & (w < W)
             offs = h.to(tl.int64) * stride_xh + w.to(tl.int64) * stride_xw
-            x = tl.load(x_ptrs + offs[:, None], mask=mask_n, other=0.0).to(tl.float32)
+            mask = inside[:, None] & mask_n  # [BLOCK_M, BLOCK_N]
+            x = tl.load(x_ptrs + offs[:, None], mask=mask, other=float("-inf")).to(tl.float32)
             better = (x > best) | (x != x)
             best = tl.where(better, x, best)
             if SAVE_TAPS:
-                tap = ((h - h0) * S + (w - w0)).to(tl.int32)  # of the pixel that was read
-                taps = tl.where(better, tap[:, None], taps)
+                taps = tl.where(better, r * S + s, taps)
 
+    mask = mask_m[:, None] & mask_n
     offs = (offs_m.to(tl.int64) * C)[:, None] + offs_n[None, :]
     tl.store(y_ptr + offs, best.to(y_ptr.dtype.element_ty), mask=mask)
     if SAVE_TAPS:
@@ -139,10 +142,9 @@ def max_pool2d_backward_kernel(
     row = offs_m // B
     n = row // A
     a, b, n = row - n * A, offs_m - row * B, n.to(tl.int64)
-    dx_ptrs = dx_ptr + (n * stride_dxn)[:, None] + (offs_n * stride_dxc)[None, :]
-    n = tl.where(offs_m < M, n, 0)
     tap_ptrs = tap_ptr + (n * P * Q * C)[:, None] + offs_n[None, :]
     dy_ptrs = dy_ptr + (n * stride_dyn)[:, None] + (offs_n * stride_dyc)[None, :]
+    dx_ptrs = dx_ptr + (n * stride_dxn)[:, None] + (offs_n * stride_dxc)[None, :]
 
     for i in range(CELL_H):
         for j in range(CELL_W):
@@ -151,17 +153,13 @@ def max_pool2d_backward_kernel(
                 p = a - r // STRIDE_H
                 for s in range(j, S, STRIDE_W):
                     q = b - s // STRIDE_W
-                    # Where there is no such window, the nearest one is read, and asked for a tap
-                    # that does not exist.
-                    exists = (p >= 0) & (p < P) & (q >= 0) & (q < Q)
-                    wanted = tl.where(exists, r * S + s, -1)
-                    pp = tl.minimum(tl.maximum(p, 0), P - 1).to(tl.int64)
-                    qq = tl.minimum(tl.maximum(q, 0), Q - 1).to(tl.int64)
-                    taps = tl.load(tap_ptrs + ((pp * Q + qq) * C)[:, None], mask=mask_n, other=0)
-                    dy_offs = (pp * stride_dyp + qq * stride_dyq)[:, None]
-                    dy = tl.load(dy_ptrs + dy_offs, mask=mask_n, other=0.0).to(tl.float32)
-                    here = taps.to(tl.int32) == wanted[:, None]
-                    acc = tl.where(here, acc + dy, acc)  # one predicated addition
+                    exists = (offs_m < M) & (p >= 0) & (p < P) & (q >= 0) & (q < Q)
+                    mask = exists[:, None] & mask_n  # [BLOCK_M, BLOCK_N]
+                    offs = (p.to(tl.int64) * Q + q) * C
+                    taps = tl.load(tap_ptrs + offs[:, None], mask=mask, other=0).to(tl.int32)
+                    offs = p.to(tl.int64) * stride_dyp + q.to(tl.int64) * stride_dyq
+                    dy = tl.load(dy_ptrs + offs[:, None], mask=mask, other=0.0).to(tl.float32)
+                    acc = tl.where(taps == r * S + s, acc + dy, acc)  # one predicated addition
             h = a * STRIDE_H + (i - PAD_H)
             w = b * STRIDE_W + (j - PAD_W)
             mask = (offs_m < M) & (h >= 0) & (h < H) & (w >= 0) & (w < W)

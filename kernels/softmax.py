@@ -62,7 +62,7 @@ TILES = [
     dict(BLOCK_M=1, BLOCK_N=16384, num_warps=16),  # 32 values a thread; the backward holds 64
     dict(BLOCK_M=1, BLOCK_N=8192, num_warps=16),  # online: two loads of each thread in flight
     # along a strided dimension: it is the rows that lie side by side in memory
-    dict(BLOCK_M=64, BLOCK_N=64, num_warps=8),
+    dict(BLOCK_M=64, BLOCK_N=64, num_warps=4),
 ]
 IN_REGISTERS, ONLINE, STRIDED = TILES[:6], TILES[6], TILES[7]
 
