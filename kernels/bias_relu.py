@@ -25,6 +25,12 @@ layer anyway, so nothing more is saved. At exactly 0 the gradient is 0, as in to
 `x < 0` is false for it, so it is written so that NaN passes (`tl.maximum` would turn it into 0 on
 a GPU).
 
+Bytes are what is left once nothing else costs more. While it moves 16 bytes for each thread of a
+warp, an H200 can issue 99 instructions. Compiled for sm_90 the forward issues 42 of them, or 76 for
+contiguous NCHW, and 143 when each row was found by three divisions of 64 bits: _rows.py has what
+became of those. And between a load and its data lie some 0.8 us, so that 29 KB have to be on their
+way to an SM at a time: of the default tile 16 programs share one, with 64 KB of loads.
+
 Source: the fused bias epilogues of cuBLASLt (CUBLASLT_EPILOGUE_RELU_BIAS, and _BGRADB for the
 gradient).
 """
@@ -55,7 +61,7 @@ TILES = [
     dict(BLOCK_M=32, BLOCK_N=64, num_warps=4),
     dict(BLOCK_M=16, BLOCK_N=64, num_warps=4),
     dict(BLOCK_M=64, BLOCK_N=64, num_warps=4),  # four loads in flight
-    dict(BLOCK_M=8, BLOCK_N=256, num_warps=4),  # wide layers: whole cache lines of a row
+    dict(BLOCK_M=8, BLOCK_N=256, num_warps=4),  # wide layers, channels_last: whole cache lines
     dict(BLOCK_M=128, BLOCK_N=16, num_warps=4),  # few channels
     dict(BLOCK_M=256, BLOCK_N=16, num_warps=8),  # few channels, contiguous NCHW: runs of pixels
 ]

@@ -35,9 +35,9 @@ to 50,304, a multiple of 16, as llm.c has it, the same kernel loads 16 bytes at 
 lie side by side (contiguous [N, C, H, W]) one load has pixels of eight rows: so there the ignored
 ones are read, and dropped afterwards. Elsewhere they are not read at all.
 
-In 16-bit instructions are near: compiled for sm_90, the forward of rows in registers issues 100 to
+In 16-bit instructions are near: compiled for sm_90, the forward of rows in registers issues 92 to
 180 for each 16-byte load of a thread, and an H200 has time for 99. Reading alone is too fast for
-it; the forward of a vocabulary (70, online) and the backward (55 to 75 a load or store) are not.
+it. It is not for the forward of a vocabulary (68 in its loop) and for the backward (48 to 70).
 
 Read first: softmax.py. Sources: Milakov and Gimelshein, Online normalizer calculation for softmax
 (2018); Liger-Kernel and llm.c, which write the gradient in the forward pass.

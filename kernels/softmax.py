@@ -23,12 +23,20 @@ that was taken with a smaller maximum is put right by one factor:
         s = s * exp(m - m_new) + sum of exp(x - m_new)
         m = m_new
 
+Finding max(x) takes every thread that holds a part of the row, each block anew. So each thread has
+an m and an s of its own, of what it loads, and they are put together once, by the same rule, at the
+end of the row.
+
 What limits it: memory. n = M*N elements of e bytes cost about 5n FLOPs, and 2ne bytes (read x,
 write y) if the row stays in registers, 3ne online, one ne of them from the L2 cache if the rows
 in flight fit there. As torch calls for max, subtract, exp, sum and divide it reads 5n elements and
 writes 3n: in registers it should take a quarter of the time. Backward moves 3ne (read y and dy,
 write dx) where four calls move 9n (y * dy, sum, subtract, multiply: 6n read, 3n written); online it
 moves 5ne.
+
+In 16-bit, instructions are not far behind (bias_relu.py has the count). Compiled for sm_90 the
+forward issues 48 to 64 for each 16 bytes that a thread moves, backward 27 to 37, of 99; along a
+strided dimension 88 and 49.
 
 Read first: bias_relu.py. Sources: Milakov and Gimelshein, Online normalizer calculation for softmax
 (2018); Triton's tutorial 02 for the rows in registers.
