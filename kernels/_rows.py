@@ -4,10 +4,17 @@ Bias-ReLU, softmax and cross-entropy all work along one dimension and treat the 
 see a tensor of up to four dimensions as [D0, D1, D2, L]: L is the dimension they work along, the
 other three number the rows. Any strides will do, so nothing is copied:
 
-    x [N, C, H, W], dim=1, channels_last   ->  [N, H, W, C], strides (H*W*C, W*C, C, 1)
-    x [N, C, H, W], dim=1, contiguous      ->  [N, H, W, C], strides (C*H*W, W, 1, H*W)
-    x [M, N],       dim=0                  ->  [1, 1, N, M], strides (0, 0, 1, N)
+    x [N, C, H, W], dim=1, channels_last   ->  [N*H*W, 1, 1, C], strides (C, 0, 0, 1)
+    x [N, C, H, W], dim=1, contiguous      ->  [N, H*W, 1, C],   strides (C*H*W, 1, 0, H*W)
+    x [M, N],       dim=0                  ->  [N, 1, 1, M],     strides (1, 0, 0, N)
+
+Neighbours that lie in memory like one dimension become one, as in the first two. It is worth the
+trouble: each dimension but the last costs a row two divisions of 64 bits, and a division by 1 is
+none (Triton compiles a kernel of its own where an argument is 1). Also H*W is a multiple of 16 more
+often than W is, and only what is known to be one can be read along in 16-byte loads.
 """
+
+import itertools
 
 import torch
 import triton
@@ -15,33 +22,63 @@ import triton.language as tl
 
 from kernels._launch import cdiv, choose_tile, launch
 
-SUM_DEFAULT = {4: dict(BLOCK_N=128, num_warps=4)}  # partial results are float32 and few
+# Of partial results there are few columns and many rows where they make the gradient of a bias, and
+# the other way round where they make that of a weight.
+BIAS = dict(BLOCK_N=16, num_warps=4)
+WEIGHT = dict(BLOCK_N=128, num_warps=4)
+SUM_ELEMENTS = 4096  # at a time: eight 16-byte loads of each thread in flight
 
 
-def as_rows(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """The view [D0, D1, D2, L] of `x`, at most four-dimensional, with `dim` last."""
-    x = x.movedim(dim, -1)
-    return x[(None,) * (4 - x.dim())]
+def as_rows(dim: int, *tensors: torch.Tensor) -> tuple[int, ...]:
+    """Return (D0, D1, D2, L) and, for each tensor, its four strides in this order.
+
+    The tensors have one shape, of four dimensions at most, and their rows get the same numbers. Of
+    a tensor without `dim` give `t.unsqueeze(dim)`: its last stride means nothing.
+    """
+    shape = list(tensors[0].shape or (1,))  # a tensor without dimensions is one element
+    strides = [list(t.stride() or (1,)) for t in tensors]
+    length, along = shape.pop(dim), [s.pop(dim) for s in strides]
+    sizes: list[int] = []
+    steps: list[tuple[int, ...]] = []  # of each size, the strides of all tensors
+    for size, step in zip(shape, zip(*strides, strict=True), strict=True):
+        if size == 1:
+            continue
+        if sizes and all(a == size * b for a, b in zip(steps[-1], step, strict=True)):
+            sizes[-1] *= size
+            steps[-1] = step
+        else:
+            sizes.append(size)
+            steps.append(step)
+    missing = 3 - len(sizes)
+    steps += [(0,) * len(tensors)] * missing
+    return *sizes, *[1] * missing, length, *itertools.chain(*zip(*steps, along, strict=True))
 
 
 @triton.jit
 def row_offsets(rows, D1, D2, stride_0, stride_1, stride_2):
     """Where each of `rows` (int64) begins, in elements."""
-    i2 = rows % D2
-    i1 = (rows // D2) % D1
-    i0 = rows // (D2 * D1)
-    return i0 * stride_0 + i1 * stride_1 + i2 * stride_2
+    outer = rows // D2
+    return outer // D1 * stride_0 + outer % D1 * stride_1 + rows % D2 * stride_2
 
 
 @triton.jit
-def sum_partials_kernel(partials_ptr, out_ptr, SIZE, SPLITS, BLOCK_N: tl.constexpr):
-    """One program computes BLOCK_N elements of out, the column sums of partials [SPLITS, SIZE]."""
+def sum_partials_kernel(
+    partials_ptr, out_ptr, SIZE, SPLITS, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """One program computes BLOCK_N elements of out, the column sums of partials [SPLITS, SIZE].
+
+    It takes BLOCK_S rows at a time: one by one, each would cost it the latency of a load.
+    """
+    offs_s = tl.arange(0, BLOCK_S)
     offs = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = tl.full((BLOCK_N,), 0.0, tl.float32)
-    for _ in range(0, SPLITS):
-        acc += tl.load(partials_ptr + offs, mask=offs < SIZE, other=0.0)
-        partials_ptr += SIZE
-    tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=offs < SIZE)
+    mask = (offs < SIZE)[None, :]
+    ptrs = partials_ptr + (offs_s.to(tl.int64) * SIZE)[:, None] + offs[None, :]
+    acc = tl.full((BLOCK_S, BLOCK_N), 0.0, tl.float32)
+    for s in range(0, SPLITS, BLOCK_S):
+        acc += tl.load(ptrs, mask=(s + offs_s < SPLITS)[:, None] & mask, other=0.0)
+        ptrs += tl.cast(SIZE, tl.int64) * BLOCK_S
+    out = tl.sum(acc, axis=0)
+    tl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask=offs < SIZE)
 
 
 def sum_partials(partials: torch.Tensor, out: torch.Tensor) -> None:
@@ -51,7 +88,9 @@ def sum_partials(partials: torch.Tensor, out: torch.Tensor) -> None:
         partials: float32 [SPLITS, ...], contiguous.
         out: any floating dtype, of as many elements as one partial, dense in the same order.
     """
-    size = out.numel()
-    tile = choose_tile("sum_partials", partials.dtype, SUM_DEFAULT, N=size)
+    size, splits = out.numel(), partials.shape[0]
+    default = WEIGHT if size > 4096 else BIAS
+    tile = choose_tile("sum_partials", partials.dtype, {4: default}, N=size)
+    block_s = min(triton.next_power_of_2(splits), max(1, SUM_ELEMENTS // tile["BLOCK_N"]))
     grid = (cdiv(size, tile["BLOCK_N"]),)
-    launch(sum_partials_kernel, grid, partials, out, size, partials.shape[0], **tile)
+    launch(sum_partials_kernel, grid, partials, out, size, splits, BLOCK_S=block_s, **tile)

@@ -1,41 +1,46 @@
-"""Cross-entropy of logits and class indices: the loss and its gradient in one pass over the logits.
+"""Cross-entropy of logits and class indices: a loss in one pass over the logits, and its gradient.
 
     p       = softmax(x) over the C classes
     q       = the target: 1 - eps at class t, and eps / C more at every class (label smoothing)
     loss    = -sum of q * log p = lse - x[t] - eps * (mean of x - x[t])     lse = log sum exp(x)
-    dx      = (p - q) * what this row's loss weighs in the result
+    dx      = (p - q) * g       g = what comes down for this row's loss
 
                   C classes
-         +---------------------+       loss
-         |                     |       +-+        one program owns BLOCK_M rows of logits: it reads
-     M   |#####################|  -->  |#|        them once and writes their losses and, if they
-         |                     |       +-+        are wanted, their gradients
-         +---------------------+
+         +---------------------+     loss  kept      forward: one program owns BLOCK_M rows of
+         |                     |      +-+  +--+      logits, reads them once, and keeps two numbers
+     M   |#####################| ->   |#|  |##|      of each: its maximum m and 1 / sum exp(x - m).
+         |          @@         |      +-+  +--+      backward: with these, p is known element by
+         +---------------------+                     element, and one program owns a tile (@).
 
-In one pass. The softmax of a row is in registers when its loss is known, and the gradient is p - q:
-so it is written there and then, and not by a backward pass that would read the row again. What only
-the backward knows, the upstream gradient, is one factor a row; scaling by it comes last. Until then
-p - q is as it is: divided by the number of rows, it would underflow in fp16, and no row has to know
-how many others are ignored.
+What to keep. The backward needs p, which is as large as the logits. To keep p costs ne to write it
+and ne to read it; to read the logits again, which are in memory anyway, costs ne. So nothing is
+kept but two float32 a row. (Of the logarithm lse alone there would be one: but p = exp(x - lse) has
+lse's rounding error as its relative error, which is 1e-4 where the logits are some 1,000.)
 
 What limits it: memory. With n = M*C elements of e bytes, counted as in softmax.py:
 
-    forward alone                          ne     torch: log_softmax 2ne (read x, write log p)
-    with the gradient                     2ne
-    backward: scale by what comes down    2ne     torch: ne to scatter -1 into zeros, 3ne for dx
+    forward                                ne     torch: log_softmax 2ne (read x, write log p)
+    backward: read x, write dx            2ne     torch: ne to scatter -1 into zeros, 3ne for dx
                                           ---
-    a training step                       4ne     torch: 6ne; so it should take two thirds
+    a training step                       3ne     torch: 6ne; so it should take half the time
 
-llm.c, whose loss is the end of the program, has nothing to scale by and moves 2ne. Autograd may
-hand down anything, and a GPU cannot tell the host that it was 1 without making it wait. (A backward
-that computes p again, from x and a saved lse, would move 3ne in all.) Rows too long for the
-registers are walked along twice, as in softmax.py: ne more, if the L2 cache does not serve it.
+llm.c, whose loss is the end of the program, has nothing to scale by: its fused_classifier writes
+the gradient in the forward pass, 2ne in all. Autograd may hand down anything, and a GPU cannot tell
+the host that it was 1 without making it wait: p - q written in the forward pass would have to be
+read and written once more to be scaled, 4ne. Rows too long for the registers are walked along once,
+online as in softmax.py, and the backward does not care how long they are.
 
 With a vocabulary of 50,257 each row begins at another alignment, and loads are 2 bytes wide; padded
-to 50,304, a multiple of 16, as llm.c has it, the same kernel loads 16 bytes at a time.
+to 50,304, a multiple of 16, as llm.c has it, the same kernel loads 16 bytes at a time. Of rows that
+lie side by side (contiguous [N, C, H, W]) one load has pixels of eight rows: so there the ignored
+ones are read, and dropped afterwards. Elsewhere they are not read at all.
+
+In 16-bit instructions are near: compiled for sm_90, the forward of rows in registers issues 92 to
+180 for each 16-byte load of a thread, and an H200 has time for 99. Reading alone is too fast for
+it. It is not for the forward of a vocabulary (68 in its loop) and for the backward (48 to 70).
 
 Read first: softmax.py. Sources: Milakov and Gimelshein, Online normalizer calculation for softmax
-(2018); the gradient written by the forward pass: llm.c's fused_classifier and Liger-Kernel.
+(2018); Liger-Kernel and llm.c, which write the gradient in the forward pass.
 """
 
 import torch
@@ -44,7 +49,7 @@ import triton.language as tl
 
 from kernels._launch import cdiv, check_choice, check_device, check_tensors, launch, reduction_dtype
 from kernels._rows import as_rows, row_offsets
-from kernels.softmax import LOWEST, TILES, row_tile  # noqa: F401  the same tiles for the same rows
+from kernels.softmax import LOG2_E, LOWEST, TILES, group, row_tile  # noqa: F401  the same tiles
 
 
 def reference(logits, target, ignore_index=-100, label_smoothing=0.0, reduction="mean"):
@@ -65,58 +70,56 @@ def reference(logits, target, ignore_index=-100, label_smoothing=0.0, reduction=
 
 @triton.jit
 def cross_entropy_kernel(
-    x_ptr, t_ptr, loss_ptr, dx_ptr, M, N, D1, D2, ignore_index, smoothing,
-    stride_x0, stride_x1, stride_x2, stride_xn, stride_t0, stride_t1, stride_t2,
-    stride_dx0, stride_dx1, stride_dx2, stride_dxn,
-    SMOOTH: tl.constexpr, NEEDS_GRAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    x_ptr, t_ptr, loss_ptr, row_ptr, M, N, D1, D2, ignore_index, smoothing,
+    stride_x0, stride_x1, stride_x2, stride_xn, stride_t0, stride_t1, stride_t2, stride_tn,
+    SMOOTH: tl.constexpr, SKIP: tl.constexpr, NEEDS_GRAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program computes the losses, and p - q, of BLOCK_M rows in registers: N <= BLOCK_N."""
+    """One program computes the losses of BLOCK_M rows in registers: N <= BLOCK_N.
+
+    With NEEDS_GRAD it also keeps two numbers a row, [2, M]: m, and what exp(x - m) is scaled by.
+    With SKIP, of an ignored row no byte of the logits is read.
+    """
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N).to(tl.int64)
     mask_m, mask_n = offs_m < M, offs_n < N
     t_ptrs = t_ptr + row_offsets(offs_m, D1, D2, stride_t0, stride_t1, stride_t2)
     t = tl.load(t_ptrs, mask=mask_m, other=0).to(tl.int64)  # [BLOCK_M]
-    live = mask_m & (t != ignore_index)  # of an ignored row no byte of the logits is read
+    live = mask_m & (t != ignore_index)
     valid = live & (t >= 0) & (t < N)  # a class that is none makes the row NaN
 
     rows = row_offsets(offs_m, D1, D2, stride_x0, stride_x1, stride_x2)
     x_t = tl.load(x_ptr + rows + t * stride_xn, mask=valid, other=float("nan")).to(tl.float32)
     x_ptrs = x_ptr + rows[:, None] + (offs_n * stride_xn)[None, :]
-    mask = live[:, None] & mask_n[None, :]  # [BLOCK_M, BLOCK_N]
+    mask = (live if SKIP else mask_m)[:, None] & mask_n[None, :]  # [BLOCK_M, BLOCK_N]
     x = tl.load(x_ptrs, mask=mask, other=float("-inf")).to(tl.float32)
+    if not SKIP:
+        x = tl.where(live[:, None], x, float("-inf"))
 
     m = tl.max(x, axis=1)
     x -= m[:, None]
     x_t -= m
-    e = tl.exp(x)
-    s = tl.sum(e, axis=1)
+    s = tl.sum(tl.exp2(x * LOG2_E), axis=1)
     loss = tl.log(s) - x_t
     if SMOOTH:
         mean = tl.sum(tl.where(mask_n[None, :], x - x_t[:, None], 0.0), axis=1) / N
         loss = tl.where(loss == float("inf"), loss, loss - smoothing * mean)  # not inf - inf
     loss = tl.where(live, loss, 0.0)
     tl.store(loss_ptr + offs_m, loss.to(loss_ptr.dtype.element_ty), mask=mask_m)
-
     if NEEDS_GRAD:
-        scale = tl.where(valid, 1.0 / s, float("nan"))
-        dx = e * scale[:, None] - tl.where(offs_n[None, :] == t[:, None], 1.0 - smoothing, 0.0)
-        if SMOOTH:
-            dx -= smoothing / N
-        dx = tl.where(live[:, None], dx, 0.0)
-        rows = row_offsets(offs_m, D1, D2, stride_dx0, stride_dx1, stride_dx2)
-        dx_ptrs = dx_ptr + rows[:, None] + (offs_n * stride_dxn)[None, :]
-        mask = mask_m[:, None] & mask_n[None, :]  # of an ignored row, the zeros
-        tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        tl.store(row_ptr + offs_m, m, mask=mask_m)
+        scale = tl.where(valid, 1.0 / s, tl.where(live, float("nan"), 0.0))
+        tl.store(row_ptr + M + offs_m, scale, mask=mask_m)
 
 
 @triton.jit
 def cross_entropy_online_kernel(
-    x_ptr, t_ptr, loss_ptr, dx_ptr, M, N, D1, D2, ignore_index, smoothing,
-    stride_x0, stride_x1, stride_x2, stride_xn, stride_t0, stride_t1, stride_t2,
-    stride_dx0, stride_dx1, stride_dx2, stride_dxn,
-    SMOOTH: tl.constexpr, NEEDS_GRAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    x_ptr, t_ptr, loss_ptr, row_ptr, M, N, D1, D2, ignore_index, smoothing,
+    stride_x0, stride_x1, stride_x2, stride_xn, stride_t0, stride_t1, stride_t2, stride_tn,
+    SMOOTH: tl.constexpr, SKIP: tl.constexpr, NEEDS_GRAD: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program computes the same for rows of any length: it walks along them twice for p - q."""
+    """One program computes the same for BLOCK_M rows of any length, as in softmax.py."""
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N).to(tl.int64)
     mask_m = offs_m < M
@@ -128,67 +131,74 @@ def cross_entropy_online_kernel(
     rows = row_offsets(offs_m, D1, D2, stride_x0, stride_x1, stride_x2)
     x_t = tl.load(x_ptr + rows + t * stride_xn, mask=valid, other=float("nan")).to(tl.float32)
     x_rows = x_ptr + rows[:, None]
-    m = tl.full((BLOCK_M,), LOWEST, tl.float32)
-    s = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)  # a sum a column: added up once, at the end
+    m = tl.full((BLOCK_M, BLOCK_N // GROUP), LOWEST, tl.float32)  # a maximum and a sum a group
+    s = tl.full((BLOCK_M, BLOCK_N // GROUP), 0.0, tl.float32)
     others = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
     for n in range(0, N, BLOCK_N):
         offs = n + offs_n
-        mask = live[:, None] & (offs < N)[None, :]  # [BLOCK_M, BLOCK_N]
+        mask = (live if SKIP else mask_m)[:, None] & (offs < N)[None, :]  # [BLOCK_M, BLOCK_N]
         x_ptrs = x_rows + (offs * stride_xn)[None, :]
         x = tl.load(x_ptrs, mask=mask, other=float("-inf")).to(tl.float32)
-        m_new = tl.maximum(m, tl.max(x, axis=1))
-        s = s * tl.exp(m - m_new)[:, None] + tl.exp(x - m_new[:, None])
+        if not SKIP:
+            x = tl.where(live[:, None], x, float("-inf"))
         if SMOOTH:
             others += tl.where(mask, x - x_t[:, None], 0.0)
+        x = tl.reshape(x, (BLOCK_M, BLOCK_N // GROUP, GROUP))
+        m_new = tl.maximum(m, tl.max(x, axis=2))
+        e = tl.exp2((x - m_new[:, :, None]) * LOG2_E)
+        s = s * tl.exp2((m - m_new) * LOG2_E) + tl.sum(e, axis=2)
         m = m_new
-    total = tl.sum(s, axis=1)  # [BLOCK_M]
-    loss = tl.log(total) - (x_t - m)
+    top = tl.max(m, axis=1)  # [BLOCK_M]
+    total = tl.sum(s * tl.exp2((m - top[:, None]) * LOG2_E), axis=1)
+    loss = tl.log(total) - (x_t - top)
     if SMOOTH:
         mean = tl.sum(others, axis=1) / N
         loss = tl.where(loss == float("inf"), loss, loss - smoothing * mean)
     loss = tl.where(live, loss, 0.0)
     tl.store(loss_ptr + offs_m, loss.to(loss_ptr.dtype.element_ty), mask=mask_m)
-
     if NEEDS_GRAD:
-        scale = tl.where(valid, 1.0 / total, float("nan"))[:, None]
-        rows = row_offsets(offs_m, D1, D2, stride_dx0, stride_dx1, stride_dx2)
-        dx_rows = dx_ptr + rows[:, None]
-        last = (N - 1) // BLOCK_N * BLOCK_N
-        for n in range(0, N, BLOCK_N):  # backwards, as in softmax.py
-            offs = last - n + offs_n
-            mask_n = (offs < N)[None, :]
-            x_ptrs = x_rows + (offs * stride_xn)[None, :]
-            x = tl.load(x_ptrs, mask=live[:, None] & mask_n, other=float("-inf")).to(tl.float32)
-            dx = tl.exp(x - m[:, None]) * scale
-            dx -= tl.where(offs[None, :] == t[:, None], 1.0 - smoothing, 0.0)
-            if SMOOTH:
-                dx -= smoothing / N
-            dx = tl.where(live[:, None], dx, 0.0)
-            dx_ptrs = dx_rows + (offs * stride_dxn)[None, :]
-            tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n)
+        tl.store(row_ptr + offs_m, top, mask=mask_m)
+        scale = tl.where(valid, 1.0 / total, tl.where(live, float("nan"), 0.0))
+        tl.store(row_ptr + M + offs_m, scale, mask=mask_m)
 
 
 @triton.jit
 def cross_entropy_backward_kernel(
-    d_ptr, g_ptr, dx_ptr, M, N, D1, D2,
-    stride_d0, stride_d1, stride_d2, stride_dn, stride_g0, stride_g1, stride_g2,
-    stride_dx0, stride_dx1, stride_dx2, stride_dxn, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    x_ptr, t_ptr, g_ptr, row_ptr, dx_ptr, M, N, D1, D2, ignore_index, smoothing,
+    stride_x0, stride_x1, stride_x2, stride_xn, stride_t0, stride_t1, stride_t2, stride_tn,
+    stride_g0, stride_g1, stride_g2, stride_gn, stride_dx0, stride_dx1, stride_dx2, stride_dxn,
+    SMOOTH: tl.constexpr, SKIP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program scales a tile of d = p - q by its rows' upstream gradients g."""
+    """One program computes a tile of dx = (p - q) * g: with m and s known, no row is summed up."""
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]  # [BLOCK_M, BLOCK_N]
+    mask_m, mask_n = offs_m < M, (offs_n < N)[None, :]
+    t_ptrs = t_ptr + row_offsets(offs_m, D1, D2, stride_t0, stride_t1, stride_t2)
+    t = tl.load(t_ptrs, mask=mask_m, other=0).to(tl.int64)  # [BLOCK_M]
+    live = mask_m & (t != ignore_index)
     g_ptrs = g_ptr + row_offsets(offs_m, D1, D2, stride_g0, stride_g1, stride_g2)
-    g = tl.load(g_ptrs, mask=offs_m < M, other=0.0)  # float32
+    g = tl.load(g_ptrs, mask=live, other=0.0)  # float32
+    m = tl.load(row_ptr + offs_m, mask=live, other=0.0)
+    scale = tl.load(row_ptr + M + offs_m, mask=live, other=0.0)
 
-    rows = row_offsets(offs_m, D1, D2, stride_d0, stride_d1, stride_d2)
-    d_ptrs = d_ptr + rows[:, None] + (offs_n * stride_dn)[None, :]
-    d = tl.load(d_ptrs, mask=mask, other=0.0).to(tl.float32)
-    # 0 stays 0: an ignored row has no gradient, even where g is 1 / 0 because all are ignored.
-    dx = tl.where(d == 0.0, 0.0, d * g[:, None])
+    rows = row_offsets(offs_m, D1, D2, stride_x0, stride_x1, stride_x2)
+    x_ptrs = x_ptr + rows[:, None] + (offs_n * stride_xn)[None, :]
+    x = tl.load(x_ptrs, mask=(live if SKIP else mask_m)[:, None] & mask_n, other=0.0)
+    x = x.to(tl.float32) if SKIP else tl.where(live[:, None], x, 0.0).to(tl.float32)
+    e = tl.exp2((x - m[:, None]) * LOG2_E)  # [BLOCK_M, BLOCK_N]
+
+    # What is the same for a row is computed once: p * g = e * (scale * g), and which column of this
+    # tile is its class, -1 for none. Of an ignored row all is 0, even where g is 1 / 0 since there
+    # are no others.
+    t -= tl.program_id(1).to(tl.int64) * BLOCK_N
+    column = tl.where(live & (t >= 0) & (t < BLOCK_N), t, -1).to(tl.int32)
+    here = tl.arange(0, BLOCK_N)[None, :] == column[:, None]
+    rest = g * (smoothing / N) if SMOOTH else tl.full((BLOCK_M,), 0.0, tl.float32)
+    q = tl.where(here, (rest + g * (1.0 - smoothing))[:, None], rest[:, None])
+    dx = e * (scale * g)[:, None] - q
     rows = row_offsets(offs_m, D1, D2, stride_dx0, stride_dx1, stride_dx2)
     dx_ptrs = dx_ptr + rows[:, None] + (offs_n * stride_dxn)[None, :]
-    tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n)
 
 
 def _class_dim(logits: torch.Tensor) -> int:
@@ -235,71 +245,78 @@ def _cross_entropy(
     dtype: torch.dtype,
     needs_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the loss, p - q (empty unless it is needed) and what each row weighs in the loss."""
-    _check_classes(target, logits.shape[_class_dim(logits)], ignore_index)
+    """Return the loss, two numbers a row for the backward (none unless needed), a row's weight."""
+    dim = _class_dim(logits)
+    _check_classes(target, logits.shape[dim], ignore_index)
     losses = torch.empty(
         target.shape, dtype=dtype if reduction == "none" else torch.float32, device=logits.device
     )
-    d = torch.empty_like(logits) if needs_grad else logits.new_empty(0)
-    xr, dr = (as_rows(x, _class_dim(x)) for x in (logits, d))
-    tr = target[(None,) * (3 - target.dim())]
-    D0, D1, D2, N = xr.shape
+    D0, D1, D2, N, *strides = as_rows(dim, logits, target.unsqueeze(dim))
     M = D0 * D1 * D2
-    tile = row_tile("cross_entropy", xr)
-    kernel = cross_entropy_kernel if N <= tile["BLOCK_N"] else cross_entropy_online_kernel
+    kept = losses.new_empty((2, M) if needs_grad else 0, dtype=torch.float32)
+    tile = row_tile("cross_entropy", logits.dtype, M, N, strides[3])
+    online = N > tile["BLOCK_N"]
     launch(
-        kernel, (cdiv(M, tile["BLOCK_M"]),), logits, target, losses, d, M, N, D1, D2,
-        ignore_index, label_smoothing, *xr.stride(), *tr.stride(), *dr.stride(),
-        SMOOTH=label_smoothing > 0, NEEDS_GRAD=needs_grad, **tile,
+        cross_entropy_online_kernel if online else cross_entropy_kernel,
+        (cdiv(M, tile["BLOCK_M"]),), logits, target, losses, kept, M, N, D1, D2,
+        ignore_index, label_smoothing, *strides,
+        SMOOTH=label_smoothing > 0, SKIP=strides[3] == 1, NEEDS_GRAD=needs_grad,
+        **(group(logits, tile, strides[3]) if online else {}), **tile,
     )  # fmt: skip
     # Sums by torch: of few numbers, in the same order each time, and nothing waits for the GPU.
     weight = torch.ones((), dtype=torch.float32, device=logits.device)
     if reduction == "none":
-        return losses, d, weight
+        return losses, kept, weight
     if reduction == "mean":
         weight = weight / (target != ignore_index).sum()
-    return (losses.sum() * weight).to(dtype), d, weight
+    return (losses.sum() * weight).to(dtype), kept, weight
 
 
 @_cross_entropy.register_fake
 def _(logits, target, ignore_index, label_smoothing, reduction, dtype, needs_grad):
     loss = logits.new_empty(target.shape if reduction == "none" else (), dtype=dtype)
-    d = torch.empty_like(logits) if needs_grad else logits.new_empty(0)
-    return loss, d, logits.new_empty((), dtype=torch.float32)
+    kept = logits.new_empty((2, target.numel()) if needs_grad else 0, dtype=torch.float32)
+    return loss, kept, logits.new_empty((), dtype=torch.float32)
 
 
 @torch.library.custom_op("tilelab::cross_entropy_backward", mutates_args=())
-def _cross_entropy_backward(d: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-    """Scale d = p - q, row by row, by g (float32, of target's shape)."""
-    dx = torch.empty_like(d)
-    dr, dxr = (as_rows(x, _class_dim(x)) for x in (d, dx))
-    gr = g[(None,) * (3 - g.dim())]
-    D0, D1, D2, N = dr.shape
+def _cross_entropy_backward(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    kept: torch.Tensor,
+    g: torch.Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+) -> torch.Tensor:
+    """Return (p - q) * g, for g in float32 and of target's shape."""
+    dx, dim = torch.empty_like(logits), _class_dim(logits)
+    D0, D1, D2, N, *strides = as_rows(dim, logits, target.unsqueeze(dim), g.unsqueeze(dim), dx)
     M = D0 * D1 * D2
-    tile = row_tile("cross_entropy_backward", dr)
-    grid = (cdiv(M, tile["BLOCK_M"]), cdiv(N, tile["BLOCK_N"]))
+    tile = row_tile("cross_entropy_backward", logits.dtype, M, N, strides[3])
     launch(
-        cross_entropy_backward_kernel, grid, d, g, dx, M, N, D1, D2,
-        *dr.stride(), *gr.stride(), *dxr.stride(), **tile,
+        cross_entropy_backward_kernel, (cdiv(M, tile["BLOCK_M"]), cdiv(N, tile["BLOCK_N"])),
+        logits, target, g, kept, dx, M, N, D1, D2, ignore_index, label_smoothing, *strides,
+        SMOOTH=label_smoothing > 0, SKIP=strides[3] == 1, **tile,
     )  # fmt: skip
     return dx
 
 
 @_cross_entropy_backward.register_fake
-def _(d, g):
-    return torch.empty_like(d)
+def _(logits, target, kept, g, ignore_index, label_smoothing):
+    return torch.empty_like(logits)
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.target_shape = inputs[1].shape
-    ctx.save_for_backward(*output[1:])
-    ctx.set_materialize_grads(False)  # or zeros as large as the logits would come for d
+    logits, target, *ctx.options = inputs[:4]
+    ctx.save_for_backward(logits, target, *output[1:])
+    ctx.set_materialize_grads(False)  # or zeros would come for what is kept
 
 
-def _autograd(ctx, dloss, _d, _weight):
-    d, weight = ctx.saved_tensors
-    g = (dloss.float() * weight).expand(ctx.target_shape)  # one number for all rows has stride 0
-    return _cross_entropy_backward(d, g), None, None, None, None, None, None
+def _autograd(ctx, dloss, _kept, _weight):
+    logits, target, kept, weight = ctx.saved_tensors
+    g = (dloss.float() * weight).expand(target.shape)  # one number for all rows has stride 0
+    dx = _cross_entropy_backward(logits, target, kept, g, *ctx.options)
+    return dx, None, None, None, None, None, None
 
 
 _cross_entropy.register_autograd(_autograd, setup_context=_setup_context)

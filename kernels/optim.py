@@ -70,8 +70,8 @@ def adamw_reference(p, grad, m, v, t, lr, betas=(0.9, 0.999), eps=1e-8, weight_d
 
 TILES = [
     dict(BLOCK_M=1024, num_warps=4),  # 8 elements a thread, a 16-byte load in 16-bit: the default
-    dict(BLOCK_M=512, num_warps=4),  # small parameters: fewer lanes without work
-    dict(BLOCK_M=1024, num_warps=8),  # 4 elements a thread, a 16-byte load in float32
+    dict(BLOCK_M=512, num_warps=2),  # small parameters: fewer lanes without work
+    dict(BLOCK_M=1024, num_warps=2),  # 16 elements a thread: twice the loads in flight
     dict(BLOCK_M=2048, num_warps=4),  # the plan and the addresses are looked up half as often
     dict(BLOCK_M=2048, num_warps=8),  # the same, with as many elements a thread as the default
     dict(BLOCK_M=4096, num_warps=8),  # large parameters: least to look up

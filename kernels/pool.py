@@ -5,33 +5,39 @@
     backward    dx[n,c,h,w] = sum of dy[n,c,p,q] over the windows whose maximum is at (h, w)
 
 A window hands its whole gradient to one pixel: the first maximum in reading order, as in torch. So
-the forward keeps the place of each maximum, the number h*W + w, and the backward needs nothing
-else, neither x nor y.
+the forward keeps which tap of the window that was, r*S + s, one byte for windows of up to 256 taps,
+and the backward needs nothing else, neither x nor y.
 
-Scattering dy to those places would need atomics, since windows overlap, and the order of a float
-sum would be left to chance. Gathering turns the question round: each pixel of dx asks the few
-windows that cover it, at most ceil(R/stride_h) * ceil(S/stride_w), "did you mean me?", and adds up
-their dy in an order that never changes.
+Scattering dy to those pixels would need atomics, since windows overlap, and the order of a float
+sum would be left to chance. Gathering turns the question round: each pixel of dx asks the windows
+that cover it "was I your maximum?", and adds up their dy in an order that never changes.
 
-    3x3 windows at stride 2:      forward     y     of window k = the largest of its nine x
-                                              index of window k = where that was, h*W + w
+    3x3 windows at stride 2:      forward     y    of window k = the largest of its nine x
+                                              taps of window k = which of the nine, 0 to 8
         0 0 * 1 1
         0 0 * 1 1   windows 0-3   backward    dx of this pixel # = (2, 2), which is in all four:
-        * * # * *   * is in two                   dy of window 0, if its index is 2*W + 2
-        2 2 * 3 3   # is in four                + dy of window 1, if its index is 2*W + 2
-        2 2 * 3 3                               + ... 2 and 3
+        * * # * *   * is in two                   dy of window 0, if its tap is 8 (r = 2, s = 2)
+        2 2 * 3 3   # is in four                + dy of window 1, if its tap is 6 (r = 2, s = 0)
+        2 2 * 3 3                               + ... 2, if 2, and 3, if 0
+
+Which windows those are depends on where the pixel lies between two of them. Pixels STRIDE_H and
+STRIDE_W apart lie alike, so dx is divided into cells of STRIDE_H x STRIDE_W pixels, and one after
+the other the pixels of a cell ask only those windows that can cover them: each tap of a window is
+asked for once. Here a pixel has 9/4 questions on average. To ask as many of each pixel as the worst
+one needs would be four, and half of the instructions for nothing.
 
 One program owns BLOCK_M pixels of y, numbered through [N, P, Q], and BLOCK_N channels: in
-channels_last memory, runs of channels for each pixel. In the backward, pixels of dx in [N, H, W].
+channels_last memory, runs of channels for each pixel. In the backward, BLOCK_M cells of dx.
 
-Padding needs neither masks nor -inf. At most half of a window is padding, so a tap outside of the
-image can read the nearest pixel inside instead: it belongs to the window anyway, and comes in the
-same order, so neither the maximum nor its place changes.
+Padding is -inf and is nowhere in memory: a tap outside of the image is masked, and -inf is better
+than nothing. Where all of a window is -inf, the first of its pixels has the gradient.
 
 What limits it: memory. Forward reads HWe bytes a plane, of e bytes an element, and writes
-PQ(e + 4): 3.5 bytes an input pixel for 2x2 windows in 16-bit, and 3/4 of a comparison. Where
+PQ(e + 1): 2.75 bytes an input pixel for 2x2 windows in 16-bit, and 3/4 of a comparison. Where
 windows overlap, a pixel is read several times, all but once out of the cache. Backward reads
-PQ(e + 4) and writes HWe. Where no gradient will be asked for, the places are not written.
+PQ(e + 1) and writes HWe. Where no gradient will be asked for, the taps are not written. In 16-bit
+instructions come second by little: a tap costs a conversion, a comparison and two selections for
+each element, so of 3x3 windows they are the limit, by an estimate from the compiled code.
 
 Read first: bias_relu.py. Source: torch.nn.functional.max_pool2d, whose rules are kept: the first of
 equal maxima has the gradient; NaN is larger than everything, and the last of several has it.
@@ -55,109 +61,131 @@ def reference(x, kernel_size, stride=None, padding=0):
     return x.unfold(-2, R, step[0]).unfold(-2, S, step[1]).amax((-2, -1))
 
 
+# Loads and stores are 16 bytes a thread for channels_last images of 16, 32, ... channels, but that
+# eight taps are eight bytes. Of contiguous NCHW x is read a pixel at a time: y is channels_last.
 TILES = [
-    # the default: 8 elements a thread, one 16-byte load for each tap in 16-bit and two in float32
-    dict(BLOCK_M=16, BLOCK_N=64, num_warps=4),
-    dict(BLOCK_M=32, BLOCK_N=64, num_warps=8),  # more windows share what one SM has cached
+    # the default in 16-bit: 16 channels a thread, so that its taps are 16 bytes, too
+    dict(BLOCK_M=32, BLOCK_N=64, num_warps=4),
+    dict(BLOCK_M=16, BLOCK_N=64, num_warps=4),  # and in float32: 8, since 16 would spill
     dict(BLOCK_M=8, BLOCK_N=64, num_warps=2),  # more programs, for small images
     dict(BLOCK_M=4, BLOCK_N=256, num_warps=4),  # wide layers: whole cache lines of a pixel
     dict(BLOCK_M=64, BLOCK_N=16, num_warps=4),  # few channels
-    dict(BLOCK_M=128, BLOCK_N=16, num_warps=8),  # few channels, contiguous NCHW: runs of pixels
+    dict(BLOCK_M=128, BLOCK_N=16, num_warps=8),  # the same by more threads
 ]
-DEFAULT = {2: TILES[0], 4: TILES[0]}
+DEFAULT = {2: TILES[0], 4: TILES[1]}
+MOST_INT32 = 2**31
 
 
 @triton.jit
 def max_pool2d_kernel(
-    x_ptr, y_ptr, index_ptr, M, C, H, W, P, Q, stride_xn, stride_xc, stride_xh, stride_xw,
+    x_ptr, y_ptr, tap_ptr, M, C, H, W, P, Q, stride_xn, stride_xc, stride_xh, stride_xw,
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr, PAD_W: tl.constexpr, SAVE_INDEX: tl.constexpr,
+    PAD_H: tl.constexpr, PAD_W: tl.constexpr, INDEX: tl.constexpr, SAVE_TAPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program computes BLOCK_M pixels x BLOCK_N channels of y, and the places of the maxima.
+    """One program computes BLOCK_M pixels x BLOCK_N channels of y, and the taps of the maxima.
 
-    M = N*P*Q. y and index are channels_last. The window is constexpr: the compiler unrolls short
+    M = N*P*Q. y and taps are channels_last. The window is constexpr: the compiler unrolls short
     loops, wholly or in part, and has several loads in flight.
     """
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_m = tl.program_id(0).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = (offs_m < M)[:, None] & (offs_n < C)[None, :]  # [BLOCK_M, BLOCK_N]
+    mask_m, mask_n = offs_m < M, (offs_n < C)[None, :]
 
-    # Pixels and channels past the end read something valid that is never stored.
-    m = tl.minimum(offs_m, M - 1)
-    n = m // Q // P
-    h0 = m // Q % P * STRIDE_H - PAD_H  # the window's upper left corner
-    w0 = m % Q * STRIDE_W - PAD_W
-    x_ptrs = x_ptr + (n * stride_xn)[:, None] + (offs_n % C * stride_xc)[None, :]
+    row = offs_m // Q
+    n = row // P
+    h0 = (row - n * P) * STRIDE_H - PAD_H  # the window's upper left corner
+    w0 = (offs_m - row * Q) * STRIDE_W - PAD_W
+    x_ptrs = x_ptr + (n.to(tl.int64) * stride_xn)[:, None] + (offs_n * stride_xc)[None, :]
 
     best = tl.full((BLOCK_M, BLOCK_N), float("-inf"), tl.float32)
-    if SAVE_INDEX:  # where all is -inf, the first pixel
-        first = (tl.maximum(h0, 0) * W + tl.maximum(w0, 0)).to(tl.int32)
-        index = tl.full((BLOCK_M, BLOCK_N), 0, tl.int32) + first[:, None]
+    if SAVE_TAPS:  # where all is -inf, that of the first pixel
+        first = (tl.maximum(-h0, 0) * S + tl.maximum(-w0, 0)).to(tl.int32)
+        taps = tl.full((BLOCK_M, BLOCK_N), 0, tl.int32) + first[:, None]
     for r in range(R):
-        h = tl.minimum(tl.maximum(h0 + r, 0), H - 1)
+        h = h0 + r
         for s in range(S):
-            w = tl.minimum(tl.maximum(w0 + s, 0), W - 1)
-            x = tl.load(x_ptrs + (h * stride_xh + w * stride_xw)[:, None]).to(tl.float32)
+            w = w0 + s
+            inside = mask_m
+            if PAD_H > 0:
+                inside &= (h >= 0) & (h < H)
+            if PAD_W > 0:
+                inside &= (w >= 0) & (w < W)
+            offs = h.to(tl.int64) * stride_xh + w.to(tl.int64) * stride_xw
+            mask = inside[:, None] & mask_n  # [BLOCK_M, BLOCK_N]
+            x = tl.load(x_ptrs + offs[:, None], mask=mask, other=float("-inf")).to(tl.float32)
             better = (x > best) | (x != x)
             best = tl.where(better, x, best)
-            if SAVE_INDEX:
-                index = tl.where(better, (h * W + w).to(tl.int32)[:, None], index)
+            if SAVE_TAPS:
+                taps = tl.where(better, r * S + s, taps)
 
-    offs = (offs_m * C)[:, None] + offs_n[None, :]
+    mask = mask_m[:, None] & mask_n
+    offs = (offs_m.to(tl.int64) * C)[:, None] + offs_n[None, :]
     tl.store(y_ptr + offs, best.to(y_ptr.dtype.element_ty), mask=mask)
-    if SAVE_INDEX:
-        tl.store(index_ptr + offs, index, mask=mask)
+    if SAVE_TAPS:
+        tl.store(tap_ptr + offs, taps.to(tap_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def max_pool2d_backward_kernel(
-    dy_ptr, index_ptr, dx_ptr, M, C, H, W, P, Q, stride_dyn, stride_dyc, stride_dyp, stride_dyq,
-    stride_dxn, stride_dxc, stride_dxh, stride_dxw,
+    dy_ptr, tap_ptr, dx_ptr, M, A, B, C, H, W, P, Q,
+    stride_dyn, stride_dyc, stride_dyp, stride_dyq, stride_dxn, stride_dxc, stride_dxh, stride_dxw,
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr, PAD_W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PAD_H: tl.constexpr, PAD_W: tl.constexpr, INDEX: tl.constexpr,
+    CELL_H: tl.constexpr, CELL_W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program computes BLOCK_M pixels x BLOCK_N channels of dx. M = N*H*W."""
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    """One program computes BLOCK_M cells x BLOCK_N channels of dx. M = N*A*B."""
+    offs_m = tl.program_id(0).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = (offs_m < M)[:, None] & (offs_n < C)[None, :]  # [BLOCK_M, BLOCK_N]
+    mask_n = (offs_n < C)[None, :]
 
-    m = tl.minimum(offs_m, M - 1)
-    n, h, w = m // W // H, m // W % H, m % W
-    here = (h * W + w).to(tl.int32)
-    index_ptrs = index_ptr + (n * P * Q * C)[:, None] + (offs_n % C)[None, :]
-    dy_ptrs = dy_ptr + (n * stride_dyn)[:, None] + (offs_n % C * stride_dyc)[None, :]
+    row = offs_m // B
+    n = row // A
+    a, b, n = row - n * A, offs_m - row * B, n.to(tl.int64)
+    tap_ptrs = tap_ptr + (n * P * Q * C)[:, None] + offs_n[None, :]
+    dy_ptrs = dy_ptr + (n * stride_dyn)[:, None] + (offs_n * stride_dyc)[None, :]
+    dx_ptrs = dx_ptr + (n * stride_dxn)[:, None] + (offs_n * stride_dxc)[None, :]
 
-    acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
-    for i in range((R + STRIDE_H - 1) // STRIDE_H):
-        p = (h + PAD_H) // STRIDE_H - i  # from the last window that reaches this pixel upwards
-        for j in range((S + STRIDE_W - 1) // STRIDE_W):
-            q = (w + PAD_W) // STRIDE_W - j
-            # Where there is no such window, the nearest one is read, and asked for a place that
-            # does not exist. A window that ends before this pixel never names it.
-            exists = (p >= 0) & (p < P) & (q >= 0) & (q < Q)
-            wanted = tl.where(exists, here, -1)
-            pp = tl.minimum(tl.maximum(p, 0), P - 1)
-            qq = tl.minimum(tl.maximum(q, 0), Q - 1)
-            index = tl.load(index_ptrs + ((pp * Q + qq) * C)[:, None])
-            dy = tl.load(dy_ptrs + (pp * stride_dyp + qq * stride_dyq)[:, None])
-            acc += tl.where(index == wanted[:, None], dy.to(tl.float32), 0.0)
+    for i in range(CELL_H):
+        for j in range(CELL_W):
+            acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
+            for r in range(i, R, STRIDE_H):
+                p = a - r // STRIDE_H
+                for s in range(j, S, STRIDE_W):
+                    q = b - s // STRIDE_W
+                    exists = (offs_m < M) & (p >= 0) & (p < P) & (q >= 0) & (q < Q)
+                    mask = exists[:, None] & mask_n  # [BLOCK_M, BLOCK_N]
+                    offs = (p.to(tl.int64) * Q + q) * C
+                    taps = tl.load(tap_ptrs + offs[:, None], mask=mask, other=0).to(tl.int32)
+                    offs = p.to(tl.int64) * stride_dyp + q.to(tl.int64) * stride_dyq
+                    dy = tl.load(dy_ptrs + offs[:, None], mask=mask, other=0.0).to(tl.float32)
+                    acc = tl.where(taps == r * S + s, acc + dy, acc)  # one predicated addition
+            h = a * STRIDE_H + (i - PAD_H)
+            w = b * STRIDE_W + (j - PAD_W)
+            mask = (offs_m < M) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+            offs = h.to(tl.int64) * stride_dxh + w.to(tl.int64) * stride_dxw
+            dx = acc.to(dx_ptr.dtype.element_ty)
+            tl.store(dx_ptrs + offs[:, None], dx, mask=mask[:, None] & mask_n)
 
-    rows = n * stride_dxn + h * stride_dxh + w * stride_dxw
-    dx_ptrs = dx_ptr + rows[:, None] + (offs_n * stride_dxc)[None, :]
-    tl.store(dx_ptrs, acc.to(dx_ptr.dtype.element_ty), mask=mask)
 
+def _constants(window, stride, padding, M, tile) -> dict:
+    """What is known when the kernels are compiled.
 
-def _constants(window: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> dict:
+    INDEX numbers the pixels, with 32 bits if they are enough: to divide 64 costs several times as
+    much, and a program divides before it can load.
+    """
     names = ("R", "S", "STRIDE_H", "STRIDE_W", "PAD_H", "PAD_W")
-    return dict(zip(names, (*window, *stride, *padding), strict=True))
+    index = tl.int32 if M + tile["BLOCK_M"] <= MOST_INT32 else tl.int64
+    return dict(zip(names, (*window, *stride, *padding), strict=True)) | dict(INDEX=index)
 
 
-def _empty_outputs(x, window, stride, padding, save_index):
-    """Return y and the places of the maxima, both channels_last."""
+def _empty_outputs(x, window, stride, padding, save_taps):
+    """Return y and the taps of the maxima, both channels_last."""
     size = (*x.shape[:2], *output_size(x.shape[2:], window, stride, padding))
-    index_size = size if save_index else (0, 0, 0, 0)
-    return empty_channels_last(size, x), empty_channels_last(index_size, x, torch.int32)
+    tap_size = size if save_taps else (0, 0, 0, 0)
+    taps = window[0] * window[1]
+    dtype = torch.uint8 if taps <= 256 else torch.int16 if taps <= 2**15 else torch.int32
+    return empty_channels_last(size, x), empty_channels_last(tap_size, x, dtype)
 
 
 @torch.library.custom_op("tilelab::max_pool2d", mutates_args=())
@@ -166,29 +194,29 @@ def _max_pool2d(
     window: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
-    save_index: bool,
+    save_taps: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    y, index = _empty_outputs(x, window, stride, padding, save_index)
+    y, taps = _empty_outputs(x, window, stride, padding, save_taps)
     (N, C, H, W), (P, Q) = x.shape, y.shape[2:]
     M = N * P * Q
     tile = choose_tile("max_pool2d", x.dtype, DEFAULT, M=M, N=C)
     grid = (cdiv(M, tile["BLOCK_M"]), cdiv(C, tile["BLOCK_N"]))
     launch(
-        max_pool2d_kernel, grid, x, y, index, M, C, H, W, P, Q, *x.stride(),
-        **_constants(window, stride, padding), SAVE_INDEX=save_index, **tile,
+        max_pool2d_kernel, grid, x, y, taps, M, C, H, W, P, Q, *x.stride(),
+        **_constants(window, stride, padding, M, tile), SAVE_TAPS=save_taps, **tile,
     )  # fmt: skip
-    return y, index
+    return y, taps
 
 
 @_max_pool2d.register_fake
-def _(x, window, stride, padding, save_index):
-    return _empty_outputs(x, window, stride, padding, save_index)
+def _(x, window, stride, padding, save_taps):
+    return _empty_outputs(x, window, stride, padding, save_taps)
 
 
 @torch.library.custom_op("tilelab::max_pool2d_backward", mutates_args=())
 def _max_pool2d_backward(
     dy: torch.Tensor,
-    index: torch.Tensor,
+    taps: torch.Tensor,
     H: int,
     W: int,
     window: Sequence[int],
@@ -199,18 +227,21 @@ def _max_pool2d_backward(
     N, C, P, Q = dy.shape
     memory = torch.channels_last if channels_last else torch.contiguous_format
     dx = torch.empty(N, C, H, W, dtype=dy.dtype, device=dy.device, memory_format=memory)
-    M = N * H * W
+    (step_h, step_w), (pad_h, pad_w) = stride, padding
+    A, B = cdiv(H + pad_h, step_h), cdiv(W + pad_w, step_w)
+    M = N * A * B
     tile = choose_tile("max_pool2d_backward", dy.dtype, DEFAULT, M=M, N=C)
     grid = (cdiv(M, tile["BLOCK_M"]), cdiv(C, tile["BLOCK_N"]))
     launch(
-        max_pool2d_backward_kernel, grid, dy, index, dx, M, C, H, W, P, Q, *dy.stride(),
-        *dx.stride(), **_constants(window, stride, padding), **tile,
+        max_pool2d_backward_kernel, grid, dy, taps, dx, M, A, B, C, H, W, P, Q, *dy.stride(),
+        *dx.stride(), **_constants(window, stride, padding, M, tile),
+        CELL_H=min(step_h, H + pad_h), CELL_W=min(step_w, W + pad_w), **tile,
     )  # fmt: skip
     return dx
 
 
 @_max_pool2d_backward.register_fake
-def _(dy, index, H, W, window, stride, padding, channels_last):
+def _(dy, taps, H, W, window, stride, padding, channels_last):
     memory = torch.channels_last if channels_last else torch.contiguous_format
     size = (*dy.shape[:2], H, W)
     return torch.empty(size, dtype=dy.dtype, device=dy.device, memory_format=memory)
@@ -276,5 +307,5 @@ def max_pool2d(
             )
     if x.shape[2] * x.shape[3] >= 2**31:
         raise ValueError(f"x must have fewer than 2^31 pixels a plane, got {list(x.shape)}")
-    save_index = torch.is_grad_enabled() and x.requires_grad
-    return _max_pool2d(x, window, step, pad, save_index)[0]
+    save_taps = torch.is_grad_enabled() and x.requires_grad
+    return _max_pool2d(x, window, step, pad, save_taps)[0]

@@ -23,6 +23,10 @@ that was taken with a smaller maximum is put right by one factor:
         s = s * exp(m - m_new) + sum of exp(x - m_new)
         m = m_new
 
+Finding max(x) takes every thread that holds a part of the row, each block anew. So each thread has
+an m and an s of its own, of what it loads, and they are put together once, by the same rule, at the
+end of the row.
+
 What limits it: memory. n = M*N elements of e bytes cost about 5n FLOPs, and 2ne bytes (read x,
 write y) if the row stays in registers, 3ne online, one ne of them from the L2 cache if the rows
 in flight fit there. As torch calls for max, subtract, exp, sum and divide it reads 5n elements and
@@ -30,9 +34,15 @@ writes 3n: in registers it should take a quarter of the time. Backward moves 3ne
 write dx) where four calls move 9n (y * dy, sum, subtract, multiply: 6n read, 3n written); online it
 moves 5ne.
 
+In 16-bit, instructions are not far behind (bias_relu.py has the count). Compiled for sm_90 the
+forward issues 48 to 64 for each 16 bytes that a thread moves, backward 27 to 37, of 99; along a
+strided dimension 88 and 49.
+
 Read first: bias_relu.py. Sources: Milakov and Gimelshein, Online normalizer calculation for softmax
 (2018); Triton's tutorial 02 for the rows in registers.
 """
+
+import math
 
 import torch
 import triton
@@ -50,33 +60,39 @@ def reference(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
 
 # A tile whose BLOCK_N covers the row keeps the row in registers; with any other, it goes online.
 # Compiled for sm_80, sm_90, sm_100 and gfx942, none spills, and contiguous rows whose length and
-# stride are multiples of 16 load 16 bytes at a time.
+# stride are multiples of 16 load and store 16 bytes at a time.
 TILES = [
     dict(BLOCK_M=64, BLOCK_N=32, num_warps=4),  # a handful of classes
     dict(BLOCK_M=16, BLOCK_N=128, num_warps=4),  # a row fits a warp, and no reduction leaves it
-    dict(BLOCK_M=4, BLOCK_N=1024, num_warps=4),
-    dict(BLOCK_M=1, BLOCK_N=4096, num_warps=8),
+    dict(BLOCK_M=8, BLOCK_N=256, num_warps=4),  # the longest of which that is true in 16-bit
+    dict(BLOCK_M=4, BLOCK_N=1024, num_warps=2),  # 64 values a thread, of four rows
+    dict(BLOCK_M=1, BLOCK_N=4096, num_warps=4),
     dict(BLOCK_M=1, BLOCK_N=16384, num_warps=16),  # 32 values a thread; the backward holds 64
-    # online: 40 registers, so three rows an SM (compiled for sm_90). 396 rows of 50,257 in bf16 are
-    # 40 MB, which an L2 cache of 50 MB should still hold when they are read again
-    dict(BLOCK_M=1, BLOCK_N=4096, num_warps=16),
+    dict(BLOCK_M=1, BLOCK_N=8192, num_warps=16),  # online: two loads of each thread in flight
     # along a strided dimension: it is the rows that lie side by side in memory
-    dict(BLOCK_M=64, BLOCK_N=64, num_warps=8),
+    dict(BLOCK_M=64, BLOCK_N=64, num_warps=4),
 ]
-IN_REGISTERS, ONLINE, STRIDED = TILES[:5], TILES[5], TILES[6]
+IN_REGISTERS, ONLINE, STRIDED = TILES[:6], TILES[6], TILES[7]
 
+# A GPU has an instruction for 2^x. exp(x) is 2^(x log2 e), and written like that it saves the three
+# instructions around it that keep results below 2^-126 (here they become 0).
+LOG2_E = tl.constexpr(math.log2(math.e))
 # Where an online maximum begins. Not at -inf: while a row has been nothing else, -inf - (-inf)
 # would be NaN, and stay so.
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
-def row_tile(op: str, rows: torch.Tensor) -> dict:
-    """The tile for one call that works along the rows [D0, D1, D2, N] of a tensor."""
-    D0, D1, D2, N = rows.shape
+def row_tile(op: str, dtype: torch.dtype, M: int, N: int, stride_n: int) -> dict:
+    """The tile for one call that works along M rows of N elements, `stride_n` apart."""
     default = STRIDED
-    if rows.stride(-1) == 1:  # the shortest that holds a row
+    if stride_n == 1:  # the shortest that holds a row
         default = next((tile for tile in IN_REGISTERS if N <= tile["BLOCK_N"]), ONLINE)
-    return choose_tile(op, rows.dtype, {rows.dtype.itemsize: default}, M=D0 * D1 * D2, N=N)
+    return choose_tile(op, dtype, {dtype.itemsize: default}, M=M, N=N)
+
+
+def group(x: torch.Tensor, tile: dict, stride_n: int) -> dict:
+    """GROUP of the online kernels: the elements of a 16-byte load, if they are neighbours."""
+    return dict(GROUP=min(16 // x.element_size(), tile["BLOCK_N"]) if stride_n == 1 else 1)
 
 
 @triton.jit
@@ -94,7 +110,7 @@ def softmax_kernel(
     x_ptrs = x_ptr + rows[:, None] + (offs_n * stride_xn)[None, :]
     x = tl.load(x_ptrs, mask=mask, other=float("-inf")).to(tl.float32)  # exp(-inf) adds nothing
     # tl.max passes over NaN, but the NaN is in the sum. A row of only -inf is NaN by -inf + inf.
-    e = tl.exp(x - tl.max(x, axis=1)[:, None])
+    e = tl.exp2((x - tl.max(x, axis=1)[:, None]) * LOG2_E)
     y = e * (1.0 / tl.sum(e, axis=1))[:, None]  # one division a row
 
     rows = row_offsets(offs_m, D1, D2, stride_y0, stride_y1, stride_y2)
@@ -106,7 +122,7 @@ def softmax_kernel(
 def softmax_online_kernel(
     x_ptr, y_ptr, M, N, D1, D2,
     stride_x0, stride_x1, stride_x2, stride_xn, stride_y0, stride_y1, stride_y2, stride_yn,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program computes BLOCK_M rows of y of any length: it walks along them twice."""
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -117,17 +133,23 @@ def softmax_online_kernel(
     rows = row_offsets(offs_m, D1, D2, stride_y0, stride_y1, stride_y2)
     y_rows = y_ptr + rows[:, None]
 
-    m = tl.full((BLOCK_M,), LOWEST, tl.float32)
-    s = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)  # a sum a column: added up once, at the end
+    # Each GROUP of columns has a maximum and a sum of its own. A group is what one thread loads at
+    # once, so that nothing in the loop waits for another thread.
+    m = tl.full((BLOCK_M, BLOCK_N // GROUP), LOWEST, tl.float32)
+    s = tl.full((BLOCK_M, BLOCK_N // GROUP), 0.0, tl.float32)
     for n in range(0, N, BLOCK_N):
         offs = n + offs_n
         mask = mask_m & (offs < N)[None, :]  # [BLOCK_M, BLOCK_N]
         x_ptrs = x_rows + (offs * stride_xn)[None, :]
         x = tl.load(x_ptrs, mask=mask, other=float("-inf")).to(tl.float32)
-        m_new = tl.maximum(m, tl.max(x, axis=1))
-        s = s * tl.exp(m - m_new)[:, None] + tl.exp(x - m_new[:, None])
+        x = tl.reshape(x, (BLOCK_M, BLOCK_N // GROUP, GROUP))
+        m_new = tl.maximum(m, tl.max(x, axis=2))
+        e = tl.exp2((x - m_new[:, :, None]) * LOG2_E)
+        s = s * tl.exp2((m - m_new) * LOG2_E) + tl.sum(e, axis=2)
         m = m_new
-    scale = (1.0 / tl.sum(s, axis=1))[:, None]  # only -inf: 1 / 0, and 0 * inf is NaN
+    top = tl.max(m, axis=1)[:, None]  # [BLOCK_M, 1]
+    s = tl.sum(s * tl.exp2((m - top) * LOG2_E), axis=1)
+    scale = (1.0 / s)[:, None]  # only -inf: 1 / 0, and 0 * inf is NaN
 
     last = (N - 1) // BLOCK_N * BLOCK_N
     for n in range(0, N, BLOCK_N):  # backwards: the end of the row is what the cache still holds
@@ -135,7 +157,7 @@ def softmax_online_kernel(
         mask = mask_m & (offs < N)[None, :]  # [BLOCK_M, BLOCK_N]
         x_ptrs = x_rows + (offs * stride_xn)[None, :]
         x = tl.load(x_ptrs, mask=mask, other=float("-inf")).to(tl.float32)
-        y = tl.exp(x - m[:, None]) * scale
+        y = tl.exp2((x - top) * LOG2_E) * scale
         y_ptrs = y_rows + (offs * stride_yn)[None, :]
         tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -204,14 +226,13 @@ def softmax_backward_online_kernel(
 @torch.library.custom_op("tilelab::softmax", mutates_args=())
 def _softmax(x: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
     y = torch.empty_like(x, dtype=dtype)
-    xr, yr = as_rows(x, dim), as_rows(y, dim)
-    D0, D1, D2, N = xr.shape
+    D0, D1, D2, N, *strides = as_rows(dim, x, y)
     M = D0 * D1 * D2
-    tile = row_tile("softmax", xr)
-    kernel = softmax_kernel if N <= tile["BLOCK_N"] else softmax_online_kernel
+    tile = row_tile("softmax", x.dtype, M, N, strides[3])
+    online = N > tile["BLOCK_N"]
     launch(
-        kernel, (cdiv(M, tile["BLOCK_M"]),), x, y, M, N, D1, D2,
-        *xr.stride(), *yr.stride(), **tile,
+        softmax_online_kernel if online else softmax_kernel, (cdiv(M, tile["BLOCK_M"]),),
+        x, y, M, N, D1, D2, *strides, **(group(x, tile, strides[3]) if online else {}), **tile,
     )  # fmt: skip
     return y
 
@@ -226,16 +247,12 @@ def _softmax_backward(
     dy: torch.Tensor, y: torch.Tensor, dim: int, dtype: torch.dtype
 ) -> torch.Tensor:
     dx = torch.empty_like(y, dtype=dtype)
-    dyr, yr, dxr = as_rows(dy, dim), as_rows(y, dim), as_rows(dx, dim)
-    D0, D1, D2, N = yr.shape
+    D0, D1, D2, N, *strides = as_rows(dim, dy, y, dx)
     M = D0 * D1 * D2
-    tile = row_tile("softmax_backward", yr)
+    tile = row_tile("softmax_backward", y.dtype, M, N, strides[7])
     online = N > tile["BLOCK_N"]
     kernel = softmax_backward_online_kernel if online else softmax_backward_kernel
-    launch(
-        kernel, (cdiv(M, tile["BLOCK_M"]),), dy, y, dx, M, N, D1, D2,
-        *dyr.stride(), *yr.stride(), *dxr.stride(), **tile,
-    )  # fmt: skip
+    launch(kernel, (cdiv(M, tile["BLOCK_M"]),), dy, y, dx, M, N, D1, D2, *strides, **tile)
     return dx
 
 

@@ -39,8 +39,11 @@ What is left out is small beside the rest: the classes and losses of a cross-ent
 row), the bias and its gradient in bias_relu.
 
 Where a maximum was is one byte an output, in conv2d_relu_pool and max_pool2d: enough for windows of
-up to 16 x 16. conv2d_relu_pool keeps exactly that. max_pool2d keeps four bytes and PyTorch eight,
-so neither reaches this minimum. Forward, nothing is kept: that is what inference needs.
+up to 16 x 16. Both keep exactly that; PyTorch keeps eight. Forward, nothing is kept: that is what
+inference needs.
+
+A cross-entropy that knew what comes down before its loss is known could write the gradient while it
+has the row: 2 n e. Our backward reads the logits again, 3 n e in all, and so does torch.compile.
 
 conv2d_relu_pool counts the outputs that are pooled: of an odd P or Q the last is not, so P and Q
 are rounded down to even. Its gradients count as those of a dense convolution, though three of four

@@ -132,7 +132,10 @@ def tiles(described: dict, axes: list[str]) -> list[dict | None]:
         described["tile_op"], described["sizes"], given, narrowed, kernels, described["itemsize"]
     )
     if not chosen:
-        raise PerfError(f"no tile of {described['tile_op']} has {' and '.join(axes)}")
+        sizes = " ".join(f"{k}={v}" for k, v in described["sizes"].items())
+        raise PerfError(
+            f"no tile of {described['tile_op']} has {' and '.join(axes)}, of those for {sizes}"
+        )
     return chosen
 
 

@@ -207,11 +207,11 @@ def test_bias_backward(layout, dtype):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("CHUNKS", [1, 2, 3, 5, 7, 512])
+@pytest.mark.parametrize("PROGRAMS", [1, 2, 3, 5, 7, 1024])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_chunks_of_rows(dtype, CHUNKS, monkeypatch):
+def test_chunks_of_rows(dtype, PROGRAMS, monkeypatch):
     """Seven tiles of rows, the last with one row, in chunks of 7, 4, 3, 2 and 1 tiles."""
-    monkeypatch.setattr(module, "CHUNKS", CHUNKS)
+    monkeypatch.setattr(module, "PROGRAMS", PROGRAMS)
     dy, y = randn(97, 20, dtype=dtype), torch.relu(randn(97, 20, dtype=dtype, seed=1))
     tile = dict(BLOCK_M=16, BLOCK_N=16, num_warps=4)
     with use_tile("bias_relu_backward", tile), poison() as p:

@@ -569,14 +569,30 @@ def test_views_of_one_buffer_are_views_of_one_twin():
 # --- _rows --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(6,), (5, 6), (4, 5, 6), (3, 4, 5, 6)], ids=str)
-def test_as_rows_is_a_view(shape):
-    x = torch.arange(float(torch.Size(shape).numel())).view(shape)
+@pytest.mark.parametrize("shape", [(6,), (5, 6), (4, 5, 6), (3, 4, 5, 6), (3, 1, 5, 1)], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "channels_last", "sliced"])
+def test_as_rows_is_a_view(shape, layout):
+    if layout == "channels_last" and len(shape) < 3:
+        layout = "contiguous"
+    x = randn(*shape, layout=layout)
     for dim in range(-len(shape), len(shape)):
-        rows = as_rows(x, dim)
-        assert rows.dim() == 4 and rows.shape[-1] == shape[dim]
-        assert rows.data_ptr() == x.data_ptr()
-        assert torch.equal(rows.reshape(-1, shape[dim]), x.movedim(dim, -1).reshape(-1, shape[dim]))
+        *sizes, stride_0, stride_1, stride_2, stride_l = as_rows(dim, x)
+        rows = x.as_strided(sizes, (stride_0, stride_1, stride_2, stride_l), x.storage_offset())
+        want = x.movedim(dim, -1).reshape(-1, shape[dim])
+        assert torch.equal(rows.reshape(-1, shape[dim]), want)
+
+
+def test_as_rows_joins_what_lies_together_in_all_tensors():
+    nchw = torch.empty(2, 3, 4, 5)
+    nhwc = nchw.to(memory_format=torch.channels_last)
+    assert as_rows(1, nhwc) == (40, 1, 1, 3, 3, 0, 0, 1)
+    assert as_rows(1, nchw) == (2, 20, 1, 3, 60, 1, 0, 20)
+    assert as_rows(1, nhwc, nchw) == (2, 20, 1, 3, 60, 3, 0, 1, 60, 1, 0, 20)
+    assert as_rows(3, nchw) == (24, 1, 1, 5, 5, 0, 0, 1)
+    assert as_rows(1, nchw[..., ::2]) == (2, 4, 3, 3, 60, 5, 2, 20)[:4] + (60, 5, 2, 20)
+    one = torch.empty(()).expand(2, 3, 4, 5)  # stride 0 goes with stride 0
+    assert as_rows(1, one) == (24 // 3 * 5, 1, 1, 3, 0, 0, 0, 0)
+    assert as_rows(0, torch.empty(0, 3)) == (3, 1, 1, 0, 1, 0, 0, 3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -143,14 +143,23 @@ def test_empty(shape):
 # --- values -------------------------------------------------------------------------------------
 
 
-def places_agree(x, kernel_size, stride, padding):
+def pixels(taps, W, window, stride, padding):
+    """Of taps, the places h*W + w in the image, as torch has them."""
+    P, Q = taps.shape[2:]
+    taps = taps.long()
+    h = torch.arange(P, device=DEVICE)[:, None] * stride[0] - padding[0] + taps // window[1]
+    w = torch.arange(Q, device=DEVICE) * stride[1] - padding[1] + taps % window[1]
+    return h * W + w
+
+
+def places_agree(x, kernel_size, stride, padding, dtype=torch.uint8):
     """Values and places as torch's, bit by bit."""
     pairs = [(v, v) if isinstance(v, int) else v for v in (kernel_size, stride, padding)]
     with poison(nan_results=True) as p:
-        y, index = _max_pool2d(p(x), *pairs, True)
+        y, taps = _max_pool2d(p(x), *pairs, True)
     want, places = F.max_pool2d(x, kernel_size, stride, padding, return_indices=True)
-    assert index.dtype == torch.int32
-    assert torch.equal(index.long(), places)
+    assert taps.dtype == dtype
+    assert torch.equal(pixels(taps, x.shape[3], *pairs), places)
     assert torch.equal(y.isnan(), want.isnan())
     assert torch.equal(y.nan_to_num(7.0), want.nan_to_num(7.0))
 
@@ -190,6 +199,41 @@ def test_nan_and_infinity(window, dtype):
     places_agree(values[pick].to(DEVICE, dtype), *window)
     for value in (-torch.inf, torch.inf, torch.nan):
         places_agree(torch.full((2, 3, 9, 11), value, dtype=dtype, device=DEVICE), *window)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    "window, dtype",
+    [((16, 16), torch.uint8), ((1, 257), torch.int16), ((257, 1), torch.int16)],
+    ids=["the most that a byte can number", "one more", "one more row"],
+)
+def test_large_windows_keep_their_taps_in_more_bytes(window, dtype):
+    """The last tap of each window is its maximum, and has the largest number."""
+    H, W = window[0] + 1, window[1] + 1
+    x = torch.arange(float(H * W), device=DEVICE).view(1, 1, H, W)
+    places_agree(x, window, 1, 0, dtype)
+    dy = randn(1, 1, 2, 2)
+    got = gradients(lambda t: max_pool2d(t, window, 1), [x], dy)[1][0]
+    assert torch.equal(got, gradients(lambda t: F.max_pool2d(t, window, 1), [x], dy)[1][0])
+
+
+def test_the_largest_windows_keep_their_taps_in_four_bytes():
+    for window, dtype in [((128, 256), torch.int16), ((128, 257), torch.int32)]:
+        x = torch.empty(1, 1, 300, 300, device="meta")
+        assert module._empty_outputs(x, window, (1, 1), (0, 0), True)[1].dtype == dtype
+
+
+@pytest.mark.core
+def test_pixels_that_32_bits_cannot_number(monkeypatch):
+    """They are numbered in 64: the limit is lowered for the test."""
+    indices, launch = [], module.launch
+    spy = lambda *args, **meta: indices.append(meta["INDEX"]) or launch(*args, **meta)  # noqa: E731
+    monkeypatch.setattr(module, "launch", spy)
+    check((2, 5, 9, 11), torch.float32, 3, 2, 1)
+    monkeypatch.setattr(module, "MOST_INT32", 0)
+    check((2, 5, 9, 11), torch.float32, 3, 2, 1)
+    names = [str(index) for index in indices]
+    assert names == ["int32"] * (len(names) // 2) + ["int64"] * (len(names) // 2)
 
 
 def test_padding_never_wins():
@@ -242,13 +286,13 @@ def test_only_the_places_are_kept_for_the_backward():
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         max_pool2d(randn(2, 3, 8, 8).requires_grad_(), 2)
-    assert [(t.dtype, list(t.shape)) for t in kept] == [(torch.int32, [2, 3, 4, 4])]
+    assert [(t.dtype, list(t.shape)) for t in kept] == [(torch.uint8, [2, 3, 4, 4])]
 
 
 @pytest.mark.core
 def test_without_a_gradient_no_places_are_written(monkeypatch):
     saved, launch = [], module.launch
-    spy = lambda *args, **meta: saved.append(meta["SAVE_INDEX"]) or launch(*args, **meta)  # noqa: E731
+    spy = lambda *args, **meta: saved.append(meta["SAVE_TAPS"]) or launch(*args, **meta)  # noqa: E731
     monkeypatch.setattr(module, "launch", spy)
     x = randn(2, 3, 8, 8)
     want = F.max_pool2d(x, 3, 2, 1)
@@ -347,8 +391,8 @@ def test_nothing_is_read_or_written_out_of_bounds(window, layout, dtype):
 def pools(draw):
     size = [draw(st.integers(1, 12)) for _ in range(2)]
     padding = [draw(st.integers(0, 3)) for _ in range(2)]
-    kernel = [
-        draw(st.integers(max(1, 2 * p), max(1, 2 * p, n + 2 * p)))
+    kernel = [  # up to 12 x 12: tap 165, in a byte, looks like poison
+        draw(st.integers(max(1, 2 * p), max(1, 2 * p, min(n + 2 * p, 12))))
         for n, p in zip(size, padding, strict=True)
     ]
     hypothesis.assume(all(n + 2 * p >= k for n, p, k in zip(size, padding, kernel, strict=True)))
