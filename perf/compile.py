@@ -84,11 +84,13 @@ def compile_all(
     args: argparse.Namespace,
 ) -> list[dict]:
     """Compile every tile of all work for one GPU into a results file; print what came of it."""
+    if args.tiles == "default":
+        raise PerfError("--tiles default needs the GPU whose tuned table it is about")
     fields = {"gpu": f"{label(gpu)} (compiled)", "target": gpu.target}
     print(f"{gpu.target}: compiled, not run; times are predictions for the {gpu.title}")
     rows = []
     with results.Writer(path, plan.header(fields, False, args)) as writer:
-        todo = Todo(work, args.axis, compilers, writer, gpu.target)
+        todo = Todo(work, args.axis, compilers, writer, gpu.target, which=args.tiles)
         rows += todo.done
         with tqdm(total=len(todo), unit="tile", desc=gpu.target, disable=None) as bar:
             for row in compile_rows(todo.jobs, gpu.target, gpu, compilers):
@@ -113,7 +115,7 @@ class Todo:
         writer: of the file that may have some already.
         target: what they are compiled for; "" where they are interpreted.
         attempts: the stage, or stage and cache, of a row that makes a tile done.
-        only_default: try the tile that a call takes here, and no other.
+        which: as `--tiles` says.
 
     Attributes:
         jobs: so ordered that a sweep which is cut short has tried as many tiles of each workload.
@@ -128,7 +130,7 @@ class Todo:
         writer: results.Writer,
         target: str,
         attempts: Sequence[dict] = ({"stage": "compile"},),
-        only_default: bool = False,
+        which: str = "all",
     ) -> None:
         asked = [compilers.submit("describe", w, None, target) for w in work]
         lists, self.done = [], []
@@ -138,8 +140,11 @@ class Todo:
                 raise PerfError(f"{w.op} {w.mode} {w.name}: {described['failed']}")
             base = plan.identity(w, offline.source_hash(w))
             jobs = []
-            tiles = plan.default_tile(described, w) if only_default else None
-            for tile in tiles or plan.tiles(described, axes):
+            if which == "default":
+                tiles = plan.default_tile(described, w)
+            else:
+                tiles = plan.tiles(described, axes, which == "lesson")
+            for tile in tiles:
                 default = tile == described.get("tile")
                 fields = base | {"impl": "tilelab", "tile": tile, "default": default}
                 known = [writer.find(fields | attempt, base["source"]) for attempt in attempts]

@@ -66,6 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the only values to try for an axis of the tiles; again for another axis",
     )
     parser.add_argument(
+        "--tiles",
+        choices=("all", "lesson", "default"),
+        default="all",
+        help="lesson: only those that the kernel's file lists; "
+        "default: only the one that a call takes here, tuned or not (default: all)",
+    )
+    parser.add_argument(
         "--workers", type=positive, help="processes that compile (default: one for each core)"
     )
     parser.add_argument("--note", default="", help="kept in the results file")
@@ -119,18 +126,20 @@ def identity(w: Workload, source: str) -> dict[str, Any]:
     }
 
 
-def tiles(described: dict, axes: list[str]) -> list[dict | None]:
+def tiles(described: dict, axes: list[str], lesson: bool = False) -> list[dict | None]:
     """The tiles to try for what `offline.describe` has described: the default first.
 
-    [None] where the work has no tile of its own, as a whole training step.
+    With `lesson`, only those that the kernel's file lists. [None] where the work has no tile of its
+    own, as a whole training step.
     """
     if described["tile_op"] is None:
         return [None]
     given = [described["tile"], *described["lesson"]]
     narrowed, kernels = space.parse_axes(axes), described["kernels"]
     chosen = space.tiles(
-        described["tile_op"], described["sizes"], given, narrowed, kernels, described["itemsize"]
-    )
+        described["tile_op"], described["sizes"], given, narrowed,
+        () if lesson else kernels, described["itemsize"],
+    )  # fmt: skip
     if not chosen:
         sizes = " ".join(f"{k}={v}" for k, v in described["sizes"].items())
         raise PerfError(

@@ -140,7 +140,7 @@ def tiles(
             covers its dimension (as in `choose_tile`): what differs only beyond that is one tile.
         given: tiles to start with.
         narrowed: the values that `-a` leaves to an axis. Given tiles that have others are dropped.
-        kernels: of the operator, those that can do it.
+        kernels: of the operator, those that can do it: with none, only `given` is tried.
         itemsize: bytes of an operand's element.
     """
     axes = AXES[tile_op]
@@ -148,6 +148,8 @@ def tiles(
         axes = axes | dict(BLOCK_M=(*axes["BLOCK_M"], 128, 256))
     axes = axes | {name: values for name, values in narrowed.items() if name in axes}
     product = (dict(zip(axes, v, strict=True)) for v in itertools.product(*axes.values()))
+    if not kernels:
+        product = ()
     if "tma" in kernels:
         fast = (t for t in fast_products(sizes, itemsize) if t["kernel"] in kernels)
         product = itertools.chain(fast, product)

@@ -41,12 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `perf sweep`."""
     plan.add_arguments(parser)
     parser.add_argument(
-        "--tiles",
-        choices=("all", "default"),
-        default="all",
-        help="default: only the tile that a call takes here, tuned or not (default: all)",
-    )
-    parser.add_argument(
         "--peers", default="torch", help=f"all, none, or of {', '.join(PEERS)} (default: torch)"
     )
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="for everything together")
@@ -87,8 +81,6 @@ def run(args: argparse.Namespace) -> int:
         raise PerfError("--dry-run where there is a GPU needs TRITON_INTERPRET=1 before `python`")
     if device.target is None and args.save_tuned:
         raise PerfError("--save-tuned saves what a GPU has measured: there is none here")
-    if device.target is None and not args.dry_run and args.tiles == "default":
-        raise PerfError("--tiles default needs the GPU whose tuned table it is about")
     if device.target is None and not args.dry_run:
         print("No GPU here: tiles are compiled and predicted, not timed (perf compile).")
         args.explain = False
@@ -185,9 +177,9 @@ class Sweep:
         caches = ("hot",) if self.args.hot else ("cold", "hot")
         attempts = [{"stage": "screen", "cache": cache} for cache in caches]
         attempts.append({"stage": "compile"})
-        only, target = self.args.tiles == "default", self.device.target
+        args, target = self.args, self.device.target
         todo = Todo(
-            self.work, self.args.axis, self.compilers, self.writer, target or "", attempts, only
+            self.work, args.axis, self.compilers, self.writer, target or "", attempts, args.tiles
         )
         rows = list(todo.done)
         if target is None:  # the interpreter: nothing to compile for

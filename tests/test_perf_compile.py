@@ -1,6 +1,7 @@
 """`python -m perf compile`, from the command line to the file: tables, resuming, words."""
 
 import argparse
+import importlib
 import os
 import pathlib
 import subprocess
@@ -157,3 +158,14 @@ def test_a_step_has_no_tile_to_explain():
     work = [Workload("train_step", "step", "float32", "ieee", {"N": 8}, "")]
     with pytest.raises(PerfError, match="train_step has no tile"):
         compiling._explain(work, argparse.Namespace(axis=[], workers=1), [H200])
+
+
+def test_the_lessons_tiles_alone(tmp_path):
+    done = perf("compile", "sgd", "--shapes", "tiny", "--tiles", "lesson", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = results.read(tmp_path / "runs" / "compile" / "sm_90.jsonl").rows
+    lesson = importlib.import_module("kernels.optim").TILES
+    assert {row["tile"]["BLOCK_M"] for row in rows} <= {16} | {t["BLOCK_M"] for t in lesson}
+    assert 1 < len(rows) <= 1 + len(lesson)
+    refused = perf("compile", "sgd", "--tiles", "default", cwd=tmp_path)
+    assert refused.returncode == 2 and "needs the GPU whose tuned table" in refused.stderr
