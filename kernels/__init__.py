@@ -9,6 +9,7 @@ from kernels.im2col import col2im, conv2d_im2col, im2col
 from kernels.matmul import matmul
 from kernels.optim import SGD, AdamW
 from kernels.pool import max_pool2d
+from kernels.scaled_matmul import scaled_matmul
 from kernels.softmax import softmax
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "im2col",
     "matmul",
     "max_pool2d",
+    "scaled_matmul",
     "softmax",
 ]

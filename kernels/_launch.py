@@ -35,6 +35,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 INTERPRET: bool = triton.knobs.runtime.interpret
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+TUNED_DTYPES = (*DTYPES, torch.float8_e4m3fn, torch.int8)
 
 
 def _version(text: str) -> tuple[int, ...]:
@@ -73,8 +74,12 @@ if INTERPRET and isinstance(tl.cdiv, triton.JITFunction):
 # -------------------------------------------------------------------------------------------------
 
 
-def check_tensors(optional: tuple[str, ...] = (), **tensors: torch.Tensor | None) -> None:
-    """All are tensors of one supported dtype, on one device that the kernels can run on.
+def check_tensors(
+    optional: tuple[str, ...] = (),
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+    **tensors: torch.Tensor | None,
+) -> None:
+    """All are tensors of one dtype of `dtypes`, on one device that the kernels can run on.
 
     Those named in `optional` may be None.
     """
@@ -87,8 +92,8 @@ def check_tensors(optional: tuple[str, ...] = (), **tensors: torch.Tensor | None
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if x.dtype is dtype and x.device == device and x.layout is torch.strided:
             continue  # as the first
-        if x.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float32, float16 or bfloat16, got {_short(x.dtype)}")
+        if x.dtype not in dtypes:
+            raise TypeError(f"{name} must be {_either(dtypes)}, got {_short(x.dtype)}")
         if x.layout != torch.strided:
             raise TypeError(f"{name} must be a dense (strided) tensor, got {x.layout}")
         if x.dtype != first.dtype:
@@ -153,6 +158,12 @@ def _is_int(value: Any) -> bool:
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _either(dtypes: Sequence[torch.dtype]) -> str:
+    """'float32, float16 or bfloat16'."""
+    *names, last = map(_short, dtypes)
+    return f"{', '.join(names)} or {last}" if names else last
 
 
 def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -387,8 +398,8 @@ def _entry_problem(entry: Any) -> str | None:
     """What is wrong with an entry of a tuned table, if anything is."""
     if not isinstance(entry, dict) or not isinstance(entry.get("op"), str):
         return "must have an op"
-    if entry.get("dtype") not in [_short(dtype) for dtype in DTYPES]:
-        return f"must have dtype float32, float16 or bfloat16, got {entry.get('dtype')!r}"
+    if entry.get("dtype") not in [_short(dtype) for dtype in TUNED_DTYPES]:
+        return f"must have dtype {_either(TUNED_DTYPES)}, got {entry.get('dtype')!r}"
     sizes, tile = entry.get("sizes"), entry.get("tile")
     if not isinstance(sizes, dict) or not all(_is_int(size) for size in sizes.values()):
         return f"must have sizes, each an int, got {sizes!r}"
@@ -406,7 +417,7 @@ def _entry_problem(entry: Any) -> str | None:
 
 
 class Device(NamedTuple):
-    """What a choice of kernel depends on: the kinds that it can run, and how many SMs it has.
+    """What a choice of kernel depends on: the kinds that it can run, how many SMs, and which ones.
 
     Every device runs "pointer" kernels. "tma" ones load and store through the tensor memory
     accelerator, which NVIDIA's GPUs have since Hopper; "tma_ws" ones are warp-specialised, which
@@ -415,6 +426,7 @@ class Device(NamedTuple):
 
     kernels: tuple[str, ...]
     sms: int
+    capability: int = 90  # of sm_90; 0 of AMD's
 
 
 def kinds(capability: int) -> tuple[str, ...]:
@@ -439,7 +451,7 @@ def device_of(x: torch.Tensor) -> Device:
 def _properties(index: int) -> Device:
     gpu = torch.cuda.get_device_properties(index)
     capability = 0 if torch.version.hip else 10 * gpu.major + gpu.minor
-    return Device(kinds(capability), sms=gpu.multi_processor_count)
+    return Device(kinds(capability), sms=gpu.multi_processor_count, capability=capability)
 
 
 def descriptor(
@@ -558,26 +570,31 @@ def stream_of(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
+WITHOUT_NUMPY = (torch.bfloat16, torch.float8_e4m3fn)  # dtypes that the interpreter gets wrong
+
+
 @contextlib.contextmanager
 def _float32_twins(tensors: list[torch.Tensor]) -> Iterator[Any]:
-    """Lend the interpreter float32 twins of bfloat16 tensors, and round its results back.
+    """Lend the interpreter float32 twins of bfloat16 and float8 tensors, and round results back.
 
     NumPy has no bfloat16: the interpreter computes with the raw 16-bit integers and its stores
-    truncate. A twin mirrors the whole storage, so views, strides and whatever lies around them
-    are as they were, and what the kernel did not write comes back bit for bit.
+    truncate. Of float8_e4m3fn it takes NaN for 480, and is slow. A twin mirrors the whole storage,
+    so views, strides and whatever lies around them are as they were, and what the kernel did not
+    write comes back bit for bit.
     """
     storages = {}
     for t in tensors:
-        if t.dtype == torch.bfloat16:
+        key = t.untyped_storage().data_ptr(), t.dtype
+        if t.dtype in WITHOUT_NUMPY and key not in storages:
             flat = torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage())
-            storages.setdefault(t.untyped_storage().data_ptr(), (flat, flat.float()))
+            storages[key] = flat, flat.float()
 
     def twin(t: Any) -> Any:
         if isinstance(t, TensorDescriptor):
             return descriptor(twin(t.base), t.shape, t.strides[0], t.block_shape)
-        if not isinstance(t, torch.Tensor) or t.dtype != torch.bfloat16:
+        if not isinstance(t, torch.Tensor) or t.dtype not in WITHOUT_NUMPY:
             return t
-        storage = storages[t.untyped_storage().data_ptr()][1]
+        storage = storages[t.untyped_storage().data_ptr(), t.dtype][1]
         return storage.as_strided(t.shape, t.stride(), t.storage_offset())
 
     yield twin

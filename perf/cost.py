@@ -15,6 +15,7 @@ bytes, so that TFLOP/s and GB/s compare as times do, and the share of a GPU's pe
     matmul             fwd             2 M N K           e (M K + K N + M N), read A B, write C
                        dgrad, wgrad    2 M N K           the same: each of A, B, C in another role
     matmul_bias_relu   fwd             2 M N K           the same, and e N for the bias
+    scaled_matmul      fwd             2 M N K           e (M K + K N) + 2 M N, e of A and B
     conv2d,            fwd             2 MACs            e (x + w + y)
     conv2d_im2col      dgrad           2 MACs            e (dy + w + dx)
                        wgrad           2 MACs            e (x + dy + dw)
@@ -36,7 +37,8 @@ bytes, so that TFLOP/s and GB/s compare as times do, and the share of a GPU's pe
     train_step         step            see `train_step_flops`
 
 What is left out is small beside the rest: the classes and losses of a cross-entropy (a few bytes a
-row), the bias and its gradient in bias_relu.
+row), the bias and its gradient in bias_relu, the scales of scaled_matmul, whose results are
+bfloat16 whatever its operands.
 
 Where a maximum was is one byte an output, in conv2d_relu_pool and max_pool2d: enough for windows of
 up to 16 x 16. Both keep exactly that; PyTorch keeps eight. Forward, nothing is kept: that is what
@@ -63,6 +65,7 @@ MODES = {
     **dict.fromkeys(("bias_relu", "softmax", "max_pool2d"), ("fwd", "bwd")),
     "cross_entropy": ("fwd", "fwdbwd"),
     "matmul_bias_relu": ("fwd",),
+    "scaled_matmul": ("fwd",),
     "im2col": ("fwd",),
     "col2im": ("fwd",),
     **dict.fromkeys(("sgd", "adamw", "train_step"), ("step",)),
@@ -97,7 +100,7 @@ def flops(op: str, mode: str, shape: dict[str, int]) -> int:
     _check(op, mode)
     if (op, mode) in _PER_ELEMENT:
         return _PER_ELEMENT[op, mode][0] * _elements(shape)
-    if op in ("matmul", "matmul_bias_relu"):
+    if op in ("matmul", "matmul_bias_relu", "scaled_matmul"):
         return 2 * shape["M"] * shape["N"] * shape["K"]
     if op == "train_step":
         return train_step_flops(shape["N"])
@@ -121,7 +124,7 @@ def minimum_bytes(op: str, mode: str, shape: dict[str, int], itemsize: int) -> i
         op: the operator, a key of MODES.
         mode: one of MODES[op].
         shape: sizes with the keys of perf/shapes.py.
-        itemsize: bytes of an element, of all tensors alike.
+        itemsize: bytes of an element: of all tensors alike, but of scaled_matmul's operands only.
 
     Raises:
         PerfError: for an operator or mode that does not exist.
@@ -133,6 +136,8 @@ def minimum_bytes(op: str, mode: str, shape: dict[str, int], itemsize: int) -> i
         M, N, K = shape["M"], shape["N"], shape["K"]
         bias = N if op == "matmul_bias_relu" else 0
         return itemsize * (M * K + K * N + bias + M * N)
+    if op == "scaled_matmul":
+        return itemsize * (shape["M"] + shape["N"]) * shape["K"] + 2 * shape["M"] * shape["N"]
     if op == "train_step":
         return train_step_bytes(shape["N"], itemsize)
     return _window_bytes(op, mode, shape, itemsize)

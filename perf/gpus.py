@@ -217,7 +217,7 @@ def kind(dtype: str, precision: str = "ieee") -> str:
     """The kind of arithmetic, one of KINDS, that a dtype is multiplied in.
 
     Args:
-        dtype: "float32", "float16" or "bfloat16".
+        dtype: "float32", "float16", "bfloat16", "float8_e4m3fn" or "int8".
         precision: of float32 products, "ieee" or "tf32"; the others have but one.
 
     Raises:
@@ -230,11 +230,13 @@ def kind(dtype: str, precision: str = "ieee") -> str:
         ("float16", "tf32"): "fp16",
         ("bfloat16", "ieee"): "bf16",
         ("bfloat16", "tf32"): "bf16",
+        ("float8_e4m3fn", "ieee"): "fp8",
+        ("int8", "ieee"): "int8",
     }
     if (dtype, precision) not in kinds:
         raise PerfError(
             f"no such arithmetic: dtype {dtype!r} with precision {precision!r}; "
-            f"dtypes: float32, float16, bfloat16; precisions: ieee, tf32"
+            f"dtypes: float32, float16, bfloat16, float8_e4m3fn, int8; precisions: ieee, tf32"
         )
     return kinds[dtype, precision]
 

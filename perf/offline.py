@@ -68,7 +68,8 @@ def device(target: str) -> _launch.Device:
     if target not in gpus.TARGETS:
         return _launch.ANY_GPU
     capability = int(target.removeprefix("sm_")) if target.startswith("sm_") else 0
-    return _launch.Device(_launch.kinds(capability), gpus.GPUS[gpus.TARGETS[target]].sms)
+    sms = gpus.GPUS[gpus.TARGETS[target]].sms
+    return _launch.Device(_launch.kinds(capability), sms, capability)
 
 
 class Trace(NamedTuple):

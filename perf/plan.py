@@ -26,6 +26,7 @@ SOURCES = ("--", ":/", ":(top,exclude)perf/results")  # as git names them: all b
 DEFAULT_SHAPES = {
     "matmul": "m=4096",
     "matmul_bias_relu": "m=4096",
+    "scaled_matmul": "m=4096",
     "conv2d": _LAYER,
     "conv2d_im2col": _LAYER,
     "conv2d_relu_pool": _LAYER,
@@ -104,10 +105,13 @@ def workloads(args: argparse.Namespace) -> list[Workload]:
     for op in ops:
         for mode in modes(op, args.mode):
             for shape in shapes.shapes(op, DEFAULT_SHAPES[op] if default else args.shapes):
-                for dtype in dtypes:
+                for dtype in (d for d in dtypes if d in OPS[op].dtypes):
                     chosen.append(Workload(op, mode, *DTYPES[dtype], shape.sizes, shape.name))
     if not chosen:
-        raise PerfError(f"{', '.join(ops)} has no mode {args.mode}: nothing to do")
+        have = ", ".join(sorted({d for op in ops for d in OPS[op].dtypes}))
+        raise PerfError(
+            f"{', '.join(ops)} has no mode {args.mode} in {args.dtype} ({have}): nothing to do"
+        )
     return chosen
 
 

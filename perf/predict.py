@@ -50,7 +50,7 @@ def units(row: dict) -> int:
     if not tile.get("PROGRAMS_PER_SM"):
         return row["programs"]
     blocks = [math.ceil(row["sizes"][k] / tile[f"BLOCK_{k}"]) for k in ("M", "N")]
-    return math.prod(blocks) * tile["SPLIT_K"]
+    return math.prod(blocks) * tile.get("SPLIT_K", 1)
 
 
 def extra_work(op: str, shape: dict[str, int]) -> float:
@@ -105,7 +105,7 @@ def predict(row: dict, gpu: GPU) -> dict:
     if "BLOCK_K" in tile:
         steps = work / step_flops(row["op"], tile) / found["wave_efficiency"]
         clocks = gpu.sms * gpu.clock_mhz * 1e6
-        itemsize = 4 if row["dtype"] == "float32" else 2
+        itemsize = {"float32": 4, "float8_e4m3fn": 1, "int8": 1}.get(row["dtype"], 2)
         loaded = (tile["BLOCK_M"] + tile["BLOCK_N"]) * tile["BLOCK_K"] * itemsize
         times["l2"] = steps * loaded / (L2_BYTES_PER_CLOCK * clocks)
         if row.get("loop_instructions"):

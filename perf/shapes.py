@@ -37,11 +37,12 @@ class Shape(NamedTuple):
     count: int = 1
 
 
-MATMULS = ("matmul", "matmul_bias_relu")
+MATMULS = ("matmul", "matmul_bias_relu", "scaled_matmul")
 _CONV = ("N", "C", "H", "W", "K", "R", "S", "stride", "padding", "dilation", "groups")
 KEYS = {
     "matmul": ("M", "N", "K"),
     "matmul_bias_relu": ("M", "N", "K"),
+    "scaled_matmul": ("M", "N", "K"),
     "conv2d": _CONV,
     "conv2d_im2col": _CONV,
     "conv2d_relu_pool": _CONV,

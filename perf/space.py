@@ -31,6 +31,7 @@ _SOFTMAX = dict(
 )
 AXES: dict[str, dict[str, tuple[int, ...]]] = {
     "matmul": {**_PRODUCT, "GROUP_M": (8,)},
+    "scaled_matmul": {**_PRODUCT, "BLOCK_K": (64, 128, 256), "GROUP_M": (8,)},
     "conv2d": _PRODUCT,
     "conv2d_flat": _FLAT,
     "conv2d_input_grad": _PRODUCT,
@@ -63,11 +64,12 @@ MOST_OF_A_PRODUCT, MOST_OF_ROWS = 2**16, 2**14
 
 
 def fast_products(sizes: dict[str, int], itemsize: int) -> Iterator[dict]:
-    """Tiles of the kernel of matmul that loads by TMA: those combinations that can make sense.
+    """Tiles of the kernels of products that load by TMA: those combinations that can make sense.
 
     Args:
         sizes: M, N and K.
-        itemsize: bytes of an operand's element; a step is 128 or 256 bytes of a row.
+        itemsize: bytes of an operand's element; a step is 128 or 256 bytes of a row. The kernel
+            for one byte does not split K.
     """
     shapes = ((128, 256), (256, 128), (128, 128), (64, 256), (64, 128))
     for (m, n), step, stages in itertools.product(shapes, (128, 256), (3, 4)):
@@ -77,15 +79,16 @@ def fast_products(sizes: dict[str, int], itemsize: int) -> Iterator[dict]:
             yield dict(kernel="tma_ws") | blocks | dict(
                 SUBTILES=1, SPLIT_K=1, PROGRAMS_PER_SM=1, num_warps=4, num_stages=stages,
             )  # fmt: skip
-        splits = [s for s in FAST_AXES["SPLIT_K"] if s == 1 or few * s <= 264]
+        splits = [s for s in FAST_AXES["SPLIT_K"] if s == 1 or (few * s <= 264 and itemsize > 1)]
         splits = [s for s in splits if s == 1 or s * 4 * step <= sizes["K"] * itemsize]
         for subtiles, split in itertools.product((1, 2), splits):
+            parts = dict(SPLIT_K=split) if itemsize > 1 else {}
             for per_sm in (0, 1, 2) if split == 1 else (1, 2):
                 large, plain = m * n > 128 * 128, per_sm == 0 and (subtiles, stages) != (1, 3)
                 if plain or (per_sm == 2 and large):
                     continue
                 yield dict(kernel="tma") | blocks | dict(
-                    SUBTILES=subtiles, SPLIT_K=split, PROGRAMS_PER_SM=per_sm,
+                    SUBTILES=subtiles, **parts, PROGRAMS_PER_SM=per_sm,
                     num_warps=8 if m > 64 else 4, num_stages=stages,
                 )  # fmt: skip
 

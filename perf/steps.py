@@ -69,6 +69,8 @@ SWEEPS = (
     Entry("conv2d-fp16", 30, "conv2d", "resnet50@32", "fwd", "fp16"),
     Entry("matmul-tf32", 20, "matmul", "square", "fwd", "tf32"),
     Entry("conv2d-tf32", 20, "conv2d", "resnet50@32", "fwd", "tf32"),
+    Entry("scaled-matmul-fp8", 20, "scaled_matmul", "square,transformer", "fwd", "fp8"),
+    Entry("scaled-matmul-int8", 15, "scaled_matmul", "square,transformer", "fwd", "int8"),
     Entry("matmul-gradients", 20, "matmul", "transformer", "dgrad,wgrad"),
     Entry("conv2d-im2col", 15, "conv2d_im2col im2col col2im", "resnet50@32", "fwd"),
 )

@@ -32,6 +32,8 @@ DTYPES = {  # as users type them: dtype and how float32 products are rounded
     "fp16": ("float16", "ieee"),
     "fp32": ("float32", "ieee"),
     "tf32": ("float32", "tf32"),
+    "fp8": ("float8_e4m3fn", "ieee"),
+    "int8": ("int8", "ieee"),
 }
 PEERS = {
     "torch": "PyTorch: cuBLAS, cuDNN in channels_last with benchmark=True",
@@ -71,7 +73,7 @@ class Op(NamedTuple):
 
     `modes` gives, for each mode, the names by which `choose_tile` knows the kernel that is swept
     (whichever is asked for first); `inputs` makes the tensors by name; `wrt` are those that a mode
-    differentiates; `ours` and `theirs` compute the result from the tensors.
+    differentiates; `ours` and `theirs` compute the result from the tensors; `dtypes` it has.
     """
 
     modes: dict[str, tuple[str, ...]]
@@ -79,6 +81,7 @@ class Op(NamedTuple):
     wrt: dict[str, tuple[str, ...]]
     ours: Callable[..., Any]
     theirs: Callable[..., Any]
+    dtypes: tuple[str, ...] = ("bf16", "fp16", "fp32", "tf32")
 
 
 class Maker:
@@ -93,6 +96,19 @@ class Maker:
         memory = torch.channels_last if len(shape) == 4 else torch.contiguous_format
         x = torch.empty(shape, dtype=self.dtype, device=self.device, memory_format=memory)
         return x if self.generator is None else x.uniform_(-1, 1, generator=self.generator)
+
+    def eight_bit(self, *shape: int) -> torch.Tensor:
+        """Values over the whole range of an 8-bit dtype, as scales make operands have."""
+        if self.generator is None:
+            return torch.empty(shape, dtype=self.dtype, device=self.device)
+        top = 127 if self.dtype == torch.int8 else 448
+        x = torch.empty(shape, device=self.device).uniform_(-top, top, generator=self.generator)
+        return x.to(self.dtype)
+
+    def scale(self) -> torch.Tensor:
+        """A scale in [0.001, 0.002], float32 []."""
+        x = torch.empty((), device=self.device)
+        return x if self.generator is None else x.uniform_(0.001, 0.002, generator=self.generator)
 
     def classes(self, rows: int, classes: int) -> torch.Tensor:
         """Class indices, int64 [rows]."""
@@ -136,6 +152,22 @@ def _fold(columns, s):
 def _col2im_inputs(s, make):
     P, Q = cost.output_size(s)
     return dict(columns=make(s["N"] * P * Q, s["C"] * s["R"] * s["S"]))
+
+
+def _scaled_inputs(s, make):
+    """B is the transpose of a row-major [N, K], as weights are; one scale a tensor."""
+    a, b = make.eight_bit(s["M"], s["K"]), make.eight_bit(s["N"], s["K"]).t()
+    return dict(a=a, b=b, scale_a=make.scale(), scale_b=make.scale())
+
+
+def _scaled_mm(s, a, b, scale_a, scale_b):
+    """With scales of whole tensors, cuBLASLt's fastest; of int8 it has none, and nor has torch."""
+    if scale_a.dtype == torch.float64:  # the reference
+        return (a.double() @ b.double()) * scale_a * scale_b
+    if a.dtype == torch.int8:
+        return (torch._int_mm(a, b) * (scale_a * scale_b)).bfloat16()
+    fast = a.is_cuda  # sums as our kernel has them
+    return torch._scaled_mm(a, b, scale_a, scale_b, out_dtype=torch.bfloat16, use_fast_accum=fast)
 
 
 CONV_WRT = {"dgrad": ("x",), "wgrad": ("weight",)}
@@ -229,6 +261,14 @@ OPS: dict[str, Op] = {
         lambda s, x: kernels.max_pool2d(x, s["R"], s["stride"], s["padding"]),
         lambda s, x: F.max_pool2d(x, s["R"], s["stride"], s["padding"]),
     ),
+    "scaled_matmul": Op(
+        {"fwd": ("scaled_matmul",)},
+        _scaled_inputs,
+        {},
+        lambda s, *tensors: kernels.scaled_matmul(*tensors),
+        _scaled_mm,
+        ("fp8", "int8"),
+    ),
     # Not functions: `prepare` knows these three.
     "sgd": Op({"step": ("sgd",)}, None, {}, None, None),
     "adamw": Op({"step": ("adamw",)}, None, {}, None, None),
@@ -262,6 +302,10 @@ def modes(op: str, text: str) -> list[str]:
 
 def offers(peer: str, w: Workload) -> bool:
     """Whether a peer has something of its own for this work: Inductor's templates are products."""
+    if w.op == "scaled_matmul":  # what torch._scaled_mm and torch._int_mm take
+        M, N, K = (w.shape[k] for k in "MNK")
+        unit, least = (8, 17) if w.dtype == "int8" else (16, 1)
+        return peer == "torch" and not (N % unit or K % unit) and M >= least
     if peer != "inductor":
         return True
     return w.op in ("matmul", "matmul_bias_relu") or (
@@ -474,19 +518,20 @@ def set_precision(precision: str) -> None:
 def tolerance(w: Workload, results: int, impl: str = "tilelab") -> float:
     """The largest acceptable relative error in the 2-norm, ||got - reference|| / ||reference||.
 
-    A rounding to the dtype, the sum of `terms` products in float32, and TF32 where it is on, as
-    tests/tolerance.py derives them; twice that, since gradients round twice. Peers have four times
-    as much: cuBLAS may add partial sums in 16 bits, and cuDNN transform (Winograd). Where a maximum
-    decides which way a gradient goes, float32 decides differently from float64 in about one window
-    of a million; one way in a million is 1e-3 of the norm. Of TF32 products it is one window in a
-    thousand, and one in a hundred of 16-bit activations, as in a training step and in peers, which
-    round a convolution's result before they pool it: there the gate only keeps out what is plainly
-    wrong.
+    A rounding to the dtype, the sum of `terms` products in float32 (of float8: in 14 bits, as on
+    Hopper), and TF32 where it is on, as tests/tolerance.py derives them; twice that, since
+    gradients round twice. Peers have four times as much: cuBLAS may add partial sums in 16 bits,
+    and cuDNN transform (Winograd). Where a maximum decides which way a gradient goes, float32
+    decides differently from float64 in about one window of a million; one way in a million is 1e-3
+    of the norm. Of TF32 products it is one window in a thousand, and one in a hundred of 16-bit
+    activations, as in a training step and in peers, which round a convolution's result before they
+    pool it: there the gate only keeps out what is plainly wrong.
     """
     terms = max(1, w.flops // (2 * max(results, 1)))
-    bound = torch.finfo(w.torch_dtype).eps / 2 + 2 * torch.finfo(torch.float32).eps * math.sqrt(
-        terms
-    )
+    dtype = torch.bfloat16 if w.op == "scaled_matmul" else w.torch_dtype  # of the results
+    bound = torch.finfo(dtype).eps / 2 + 2 * torch.finfo(torch.float32).eps * math.sqrt(terms)
+    if w.dtype == "float8_e4m3fn":
+        bound += 2 * 2.0**-13 * math.sqrt(terms)
     if w.precision == "tf32":
         bound += 2 * 2.0**-10
     routed = (w.op == "conv2d_relu_pool" and w.mode != "fwd") or w.op == "train_step"

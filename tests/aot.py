@@ -45,6 +45,16 @@ def images(*shape, dtype):
     return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
 
 
+def scaled(operands, dtype, layout):
+    """With scales for each row and column, where the target has such operands."""
+    if operands == torch.float8_e4m3fn and DEVICE.capability < 89:
+        return
+    a, b = (torch.empty(4096, 4096, dtype=operands) for _ in range(2))
+    scales, bias = torch.empty(4096), torch.empty(4096, dtype=dtype)
+    b = b.t() if layout == "NT" else b
+    kernels.scaled_matmul(a, b, scales, scales, bias, "relu", dtype)
+
+
 def step(optimizer, dtype, **options):
     p = torch.nn.Parameter(torch.empty(1000, dtype=dtype))
     p.grad = torch.empty_like(p)
@@ -61,6 +71,10 @@ CASES = {
     "matmul, few tiles": lambda dtype: train(  # where TMA is: K is split
         kernels.matmul, *(torch.empty(s, dtype=dtype) for s in [(128, 8192), (8192, 128), 128])
     ),
+    # `dtype` is the results'. The last one's operands are not what TMA takes.
+    "scaled_matmul, float8": lambda dtype: scaled(torch.float8_e4m3fn, dtype, "NT"),
+    "scaled_matmul, int8": lambda dtype: scaled(torch.int8, dtype, "NT"),
+    "scaled_matmul, row-major": lambda dtype: scaled(torch.int8, dtype, "NN"),
     "bias_relu": lambda dtype: train(
         kernels.bias_relu, images(64, 64, 28, 28, dtype=dtype), torch.empty(64, dtype=dtype)
     ),
@@ -237,7 +251,8 @@ def missing(rows):
         if isinstance(x, triton.JITFunction) and name.endswith("_kernel")
     }
     # Of what this target has.
-    lacking = set() if "tma" in DEVICE.kernels else {"matmul_tma_kernel", "matmul_reduce_kernel"}
+    fast = {"matmul_tma_kernel", "matmul_reduce_kernel", "scaled_matmul_tma_kernel"}
+    lacking = set() if "tma" in DEVICE.kernels else fast
     return sorted(defined - lacking - {row["kernel"] for row in rows})
 
 

@@ -51,13 +51,14 @@ def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
         return x.permute(dims).contiguous().permute(dims)
     if layout == "channels_last":
         return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    between = torch.nan if x.is_floating_point() else 93
     if layout == "sliced":
-        buffer = x.new_full([2 * size for size in x.shape], torch.nan)
+        buffer = x.new_full([2 * size for size in x.shape], between)
         view = buffer[tuple(slice(1, None, 2) for _ in x.shape)]
         view.copy_(x)
         return view
     if layout == "offset":
-        buffer = x.new_full([x.numel() + 1], torch.nan)
+        buffer = x.new_full([x.numel() + 1], between)
         view = buffer[1:].view(x.shape)
         view.copy_(x)
         return view

@@ -65,6 +65,7 @@ OTHERS = [  # op, mode, sizes, FLOPs, bytes of 2-byte elements
     ("matmul", "dgrad", (3, 5, 7), 210, 142),
     ("matmul_bias_relu", "fwd", (3, 5, 7), 210, 152),  # and 5 elements of bias
     ("matmul", "wgrad", (3, 5, 7), 210, 142),
+    ("scaled_matmul", "fwd", (3, 5, 7), 210, 142),  # 56 elements of operands, 15 results of 2 bytes
     ("bias_relu", "fwd", (2, 3, 5, 7), 420, 840),
     ("bias_relu", "bwd", (2, 3, 5, 7), 420, 1260),
     ("softmax", "fwd", (3, 5), 75, 60),
@@ -87,7 +88,9 @@ def test_the_others_by_hand(op, mode, sizes, flops, bytes_):
     shape = dict(zip(KEYS[op], sizes, strict=True))
     assert cost.flops(op, mode, shape) == flops
     assert cost.minimum_bytes(op, mode, shape, 2) == bytes_
-    if "max_pool2d" not in op:
+    if op == "scaled_matmul":
+        assert cost.minimum_bytes(op, mode, shape, 1) == 56 + 30
+    elif "max_pool2d" not in op:
         assert cost.minimum_bytes(op, mode, shape, 4) == 2 * bytes_
 
 

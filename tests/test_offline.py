@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kernels import _launch
-from perf import offline, shapes
+from perf import offline, shapes, workloads
 from perf.gpus import TARGETS
 from perf.workloads import OPS, Workload
 
@@ -60,7 +60,8 @@ def test_every_operator_has_a_main_kernel_or_is_a_whole_step():
     for op, o in OPS.items():
         shape = shapes.shapes(op, "tiny")[0]
         for mode, names in o.modes.items():
-            trace = offline.trace(Workload(op, mode, "float16", "ieee", shape.sizes, ""), None)
+            dtype = "float16" if "fp16" in o.dtypes else workloads.DTYPES[o.dtypes[0]][0]
+            trace = offline.trace(Workload(op, mode, dtype, "ieee", shape.sizes, ""), None)
             assert trace.tile_op in (names or (None,)), (op, mode)
 
 

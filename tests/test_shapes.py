@@ -172,7 +172,7 @@ def test_a_shape_of_two_sets_comes_once():
         (
             "matmull",
             "square",
-            "unknown operator 'matmull': there are matmul, matmul_bias_relu, conv2d",
+            "unknown operator 'matmull': there are matmul, matmul_bias_relu, scaled_matmul",
         ),
         ("matmul", "squares", "unknown set of shapes 'squares': there are square, skinny"),
         ("matmul", "", "unknown set of shapes ''"),

@@ -31,6 +31,13 @@ def test_narrowed_axes():
     assert space.tiles("sgd", dict(M=100), [], axes)  # an axis that an operator lacks is no matter
 
 
+def test_eight_bit_tiles_do_not_split_k():
+    tiles = space.tiles("scaled_matmul", dict(M=64, N=64, K=65536), [], {}, ("pointer", "tma"), 1)
+    fast = [t for t in tiles if t.get("kernel") == "tma"]
+    assert {t["BLOCK_K"] for t in fast} == {128, 256} and 20 < len(fast) < len(tiles)
+    assert not any("SPLIT_K" in t for t in tiles)
+
+
 @pytest.mark.parametrize(
     "text, message",
     [

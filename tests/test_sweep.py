@@ -450,6 +450,7 @@ def test_killed_in_the_middle_a_sweep_loses_at_most_one_row(tmp_path):
         (["sweep", "matmul", "--peers", "cudnn", "--dry-run"], "unknown peer 'cudnn'"),
         (["sweep", "matmul", "--budget", "-3"], "--budget must be positive"),
         (["sweep", "softmax", "--mode", "dgrad"], "softmax has no mode dgrad"),
+        (["sweep", "scaled_matmul"], "scaled_matmul has no mode fwd in bf16 (fp8, int8)"),
         (["sweep", "matmul", "--resume", "--out", "nowhere"], "nothing to resume"),
         (["sweep", "matmul", "--tiles", "default", "-a", "BLOCK_M=64"], "is one tile"),
         (["sweep", "matmul", "--tiles", "default"], "needs the GPU whose tuned table"),

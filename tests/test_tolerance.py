@@ -280,3 +280,20 @@ def test_compare_says_where():
     wrong = ref.clone()
     wrong[7, 9] += 100
     assert "at 1 of 576 elements, the first at [7, 9]: got" in compare(wrong, ref, 1e-3)
+
+
+def test_sums_of_float8_as_hopper_has_them():
+    """32 products and the sum so far, aligned to the largest and cut to 14 bits, at a time."""
+    K = 4096
+    a, b = (randn(n, K, seed=n, device="cpu").double() for n in (40, 48))
+    total = torch.zeros(40, 48, dtype=torch.float64)
+    for k in range(0, K, 32):
+        terms = torch.cat([total[..., None], a[:, None, k : k + 32] * b[None, :, k : k + 32]], -1)
+        unit = 2.0 ** (terms.abs().amax(-1, keepdim=True).log2().floor() - 13)
+        total = ((terms / unit).trunc() * unit).sum(-1)
+    close = dict(dtype=torch.float32, terms=K)
+    assert_close(total.float(), a @ b.T, **close, fp8=True)
+    with pytest.raises(AssertionError, match="error"):
+        assert_close(total.float(), a @ b.T, **close)
+    error = (total - a @ b.T).abs().max() / (a @ b.T).abs().max()
+    assert bound(**close, fp8=True) / 10 < error  # the bound is no wider than it has to be

@@ -20,6 +20,8 @@ EVERY = [(op, mode) for op, o in OPS.items() for mode in o.modes]
 
 def tiny(op, mode, dtype="float32", which=0):
     shape = shapes.shapes(op, "tiny")[which]
+    if op == "scaled_matmul":  # of sizes that torch takes, too
+        shape, dtype = shape._replace(sizes=dict(M=33, N=48, K=80)), "float8_e4m3fn"
     return Workload(op, mode, dtype, "ieee", shape.sizes, shape.name)
 
 
@@ -31,6 +33,20 @@ def test_ours_and_torch_agree_with_the_reference(op, mode, impl):
     verdict = gate.check(prepare(w, impl, DEVICE, 3))
     assert verdict.problem is None
     assert 0 <= verdict.error <= verdict.tolerance
+
+
+@pytest.mark.parametrize("dtype", OPS["scaled_matmul"].dtypes)
+@pytest.mark.parametrize("impl", ["tilelab", "torch"])
+def test_eight_bits(impl, dtype):
+    """Both dtypes, where torch has it and at sizes where a GPU's has not."""
+    for shape, offered in ((dict(M=33, N=48, K=80), True), (dict(M=3, N=29, K=53), False)):
+        w = Workload("scaled_matmul", "fwd", *workloads.DTYPES[dtype], shape, "")
+        assert w.bytes == 80 * (33 + 48) + 2 * 33 * 48 or not offered
+        assert workloads.offers("torch", w) == offered and not workloads.offers("compile", w)
+        if offered or impl == "tilelab":
+            assert Gate(w, DEVICE, 3).check(prepare(w, impl, DEVICE, 3), impl).problem is None
+    wrong = Gate(w, DEVICE, 3).check(prepare(w, "tilelab", DEVICE, 4)).problem
+    assert "relative error" in wrong
 
 
 @pytest.mark.parametrize("op, mode", EVERY)

@@ -4,19 +4,22 @@ The reference is computed in float64 from the inputs as they are, already rounde
 the rounding of the inputs counts for nothing. The error is normalised by the largest |reference|,
 since the absolute error of a sum does not shrink where the sum happens to be small. What is left:
 
-    bound = roundings * u(dtype) + 2 * eps(float32) * sqrt(terms)     [+ 2 * eps(tf32)]
+    bound = roundings * u(dtype) + 2 * eps(sum) * sqrt(terms)     [+ 2 * eps(tf32)]
 
 - `u(dtype) = eps(dtype) / 2` is the error of rounding the result to its dtype, once. An operation
   that rounds in between as well (a chain of two kernels) says `roundings=2`.
-- A float32 sum of `terms` products: each addition rounds its partial sum, by u(float32) at most and
-  with either sign. For random signs the partial sum after k terms is ~ sqrt(k), the errors add as
-  squares to u * sqrt(1 + 2 + ... + terms) ~ 0.7 u * terms, and the largest result is a few times
-  sqrt(terms): so the normalised error is below u * sqrt(terms). For terms of one sign the partial
-  sum is ~ k and the result ~ terms: u * sqrt(terms / 3). The bound has four times u * sqrt(terms):
-  twice for the rounding of float32 products, and twice because tensor cores truncate where IEEE
-  arithmetic rounds.
+- A sum of `terms` products, in float32 but for one case: each addition rounds its partial sum, by
+  u(float32) at most and with either sign. For random signs the partial sum after k terms is
+  ~ sqrt(k), the errors add as squares to u * sqrt(1 + 2 + ... + terms) ~ 0.7 u * terms, and the
+  largest result is a few times sqrt(terms): so the normalised error is below u * sqrt(terms). For
+  terms of one sign the partial sum is ~ k and the result ~ terms: u * sqrt(terms / 3). The bound
+  has four times u * sqrt(terms): twice for the rounding of float32 products, and twice because
+  tensor cores truncate where IEEE arithmetic rounds.
 - TF32 keeps 10 bits of each operand's mantissa, and may truncate them: eps(tf32) = 2**-10 for each
   of the two operands.
+- The one case: Hopper adds up products of float8 in about 14 bits, truncating. eps(sum) = 2**-13,
+  and the same rule. It holds for random signs; terms of one sign all lose in one direction, and
+  may add up to 2**-13 * terms.
 
 A bound is worth little if wrong results pass as well. So each passing comparison then shows its
 teeth: zeros, the result shifted by one along each dimension, and its transpose must all fail.
@@ -28,12 +31,16 @@ import math
 import torch
 
 EPS_TF32 = 2.0**-10
+EPS_FP8_SUM = 2.0**-13
 
 
-def bound(dtype: torch.dtype, terms: int, roundings: int = 1, tf32: bool = False) -> float:
+def bound(
+    dtype: torch.dtype, terms: int, roundings: int = 1, tf32: bool = False, fp8: bool = False
+) -> float:
     """The largest acceptable error, relative to the largest |reference|."""
     u = torch.finfo(dtype).eps / 2
-    accumulated = 2 * torch.finfo(torch.float32).eps * math.sqrt(max(terms, 1))
+    eps = EPS_FP8_SUM if fp8 else torch.finfo(torch.float32).eps
+    accumulated = 2 * eps * math.sqrt(max(terms, 1))
     # 1.001: the reference is rounded too, and the largest element may round up
     return 1.001 * (roundings * u + accumulated + (2 * EPS_TF32 if tf32 else 0.0))
 
@@ -46,6 +53,7 @@ def assert_close(
     terms: int,
     roundings: int = 1,
     tf32: bool = False,
+    fp8: bool = False,
     smallest: float = 1e-3,
     teeth: bool = True,
     name: str = "result",
@@ -60,6 +68,7 @@ def assert_close(
         terms: how many products or values one element of the result is a sum of (K of a matmul).
         roundings: how often values are rounded to `dtype` on the way.
         tf32: whether float32 products may have been rounded to TF32.
+        fp8: whether products of float8 may have been added up as Hopper does.
         smallest: refuse a reference whose largest |element| is below this: it proves nothing. Pass
             a smaller one where it is right that the values are small.
         teeth: also prove that wrong results would fail. Pass False, with the reason, where the
@@ -83,7 +92,7 @@ def assert_close(
         least = max(smallest, torch.finfo(dtype).tiny)  # below tiny, rounding is coarser than u
         assert scale >= least, f"the reference of {name} is tiny, {scale:.2g}: it proves nothing"
 
-    limit = bound(dtype, terms, roundings, tf32)
+    limit = bound(dtype, terms, roundings, tf32, fp8)
     problem = compare(got, ref64, limit)
     assert problem is None, f"{name}: {problem}"
     if teeth:
