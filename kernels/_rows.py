@@ -24,8 +24,9 @@ from kernels._launch import cdiv, choose_tile, launch
 
 # Of partial results there are few columns and many rows where they make the gradient of a bias, and
 # the other way round where they make that of a weight.
-BIAS = dict(BLOCK_N=16, num_warps=4)
-WEIGHT = dict(BLOCK_N=128, num_warps=4)
+FEW_ROWS = dict(BLOCK_N=512, num_warps=4)
+FEW_COLUMNS = dict(BLOCK_N=16, num_warps=4)  # programs for as many SMs as there can be
+MANY_OF_BOTH = dict(BLOCK_N=128, num_warps=4)
 SUM_ELEMENTS = 4096  # at a time: eight 16-byte loads of each thread in flight
 
 
@@ -67,18 +68,24 @@ def sum_partials_kernel(
 ):
     """One program computes BLOCK_N elements of out, the column sums of partials [SPLITS, SIZE].
 
-    It takes BLOCK_S rows at a time: one by one, each would cost it the latency of a load.
+    It takes BLOCK_S rows at a time: of many, one by one, each would cost it the latency of a load.
     """
-    offs_s = tl.arange(0, BLOCK_S)
     offs = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = (offs < SIZE)[None, :]
-    ptrs = partials_ptr + (offs_s.to(tl.int64) * SIZE)[:, None] + offs[None, :]
-    acc = tl.full((BLOCK_S, BLOCK_N), 0.0, tl.float32)
-    for s in range(0, SPLITS, BLOCK_S):
-        acc += tl.load(ptrs, mask=(s + offs_s < SPLITS)[:, None] & mask, other=0.0)
-        ptrs += tl.cast(SIZE, tl.int64) * BLOCK_S
-    out = tl.sum(acc, axis=0)
-    tl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask=offs < SIZE)
+    mask = offs < SIZE
+    if BLOCK_S == 1:
+        out = tl.full((BLOCK_N,), 0.0, tl.float32)
+        for _ in range(0, SPLITS):
+            out += tl.load(partials_ptr + offs, mask=mask, other=0.0)
+            partials_ptr += SIZE
+    else:
+        rows = tl.arange(0, BLOCK_S).to(tl.int64)
+        acc = tl.full((BLOCK_S, BLOCK_N), 0.0, tl.float32)
+        for s in range(0, SPLITS, BLOCK_S):
+            ptrs = partials_ptr + ((s + rows) * SIZE)[:, None] + offs[None, :]
+            both = (s + rows < SPLITS)[:, None] & mask[None, :]
+            acc += tl.load(ptrs, mask=both, other=0.0)
+        out = tl.sum(acc, axis=0)
+    tl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def sum_partials(partials: torch.Tensor, out: torch.Tensor) -> None:
@@ -89,8 +96,10 @@ def sum_partials(partials: torch.Tensor, out: torch.Tensor) -> None:
         out: any floating dtype, of as many elements as one partial, dense in the same order.
     """
     size, splits = out.numel(), partials.shape[0]
-    default = WEIGHT if size > 4096 else BIAS
+    few = splits <= 8  # the compiler has several of them in flight at a time
+    default = FEW_ROWS if few else FEW_COLUMNS if size <= 4096 else MANY_OF_BOTH
     tile = choose_tile("sum_partials", partials.dtype, {4: default}, N=size)
-    block_s = min(triton.next_power_of_2(splits), max(1, SUM_ELEMENTS // tile["BLOCK_N"]))
+    block_s = 1 if few else max(1, SUM_ELEMENTS // tile["BLOCK_N"])
+    block_s = min(block_s, triton.next_power_of_2(splits))
     grid = (cdiv(size, tile["BLOCK_N"]),)
     launch(sum_partials_kernel, grid, partials, out, size, splits, BLOCK_S=block_s, **tile)
