@@ -20,6 +20,7 @@ import math
 import os
 import pathlib
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -541,9 +542,26 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     first = first[0] if isinstance(first, list) else getattr(first, "base", first)
     args = [_addresses(arg) if isinstance(arg, list) else arg for arg in args]
     with torch.cuda.device(first.device):
+        if any(isinstance(arg, TensorDescriptor) for arg in args):
+            _enter_context(first.device)
         if meta.get("WARP_SPECIALIZE"):
             triton.set_allocator(_scratch)  # of this thread: autograd's has none otherwise
         kernel[grid](*args, **meta)
+
+
+_entered = threading.local()
+
+
+def _enter_context(device: torch.device) -> None:
+    """See to it that the driver has a context in this thread: a descriptor is encoded in it.
+
+    A kernel's launch sees to it itself, but its descriptors come before, and a thread of autograd
+    may have done nothing else yet.
+    """
+    devices = _entered.__dict__.setdefault("devices", set())
+    if device not in devices:
+        torch.cuda.mem_get_info(device)  # a call of the runtime, which enters its context
+        devices.add(device)
 
 
 def tensors_of(args: Sequence[Any]) -> list[torch.Tensor]:

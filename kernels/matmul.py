@@ -347,6 +347,8 @@ def _operands(a, b, precision):
     item, (M, K), N = a.element_size(), a.shape, b.shape[1]
     if not (M and N and K) or N * item % 16:  # C has rows, too
         return None
+    if max(M, N, K) > 2**30:  # the unit's coordinates are of 32 bits
+        return None
     rows_a, rows_b = _as_rows(a, item), _as_rows(b, item)
     if rows_a is None or rows_b is None:
         return None
@@ -370,8 +372,10 @@ def fast_tile(M: int, N: int, K: int, item: int, sms: int) -> dict:
     def clocks(tile: dict) -> float:
         m, n, k, split = (tile[x] for x in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT_K"))
         turns = cdiv(cdiv(M, m) * cdiv(N, n) * split, sms)
+        # Two 128x128 tiles of float32 partial sums do not fit into an SM.
+        per_sm = 1 if split > 1 and m > 64 else tile["PROGRAMS_PER_SM"]
         step = max(m * n * k * item / FLOPS_16, (m + n) * k * item / L2_BYTES)
-        tiles = turns * (cdiv(cdiv(K, k), split) * step + TILE_CLOCKS / tile["PROGRAMS_PER_SM"])
+        tiles = turns * (cdiv(cdiv(K, k), split) * step + TILE_CLOCKS / per_sm)
         if split == 1:
             return tiles
         traffic = M * N * (8 * split + item) / (MEMORY_BYTES * sms)
@@ -439,7 +443,8 @@ def _matmul(
     device, default, kernels = device_of(a), DEFAULT, ("pointer",)
     operands = _operands(a, b, precision) if len(device.kernels) > 1 else None
     if operands is not None:
-        kernels = device.kernels
+        # Without a loop along K there is nothing to specialise, and the compiler fails.
+        kernels = device.kernels if K > 1 else device.kernels[:2]
         if device is not INTERPRETER:
             default = {a.itemsize: fast_tile(M, N, K, a.itemsize, device.sms)}
     tile = choose_tile("matmul", a.dtype, default, kernels, M=M, N=N, K=K)

@@ -147,6 +147,7 @@ class Todo:
             for tile in tiles:
                 default = tile == described.get("tile")
                 fields = base | {"impl": "tilelab", "tile": tile, "default": default}
+                fields["lesson"] = tile in described.get("lesson", ())  # to sort by; not stored
                 known = [writer.find(fields | attempt, base["source"]) for attempt in attempts]
                 known = [row for row in known if row and row["status"] != "skipped"]
                 if known:

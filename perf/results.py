@@ -85,7 +85,11 @@ ROW = {
     "shape": Field("{str: int}", "sizes, with the keys of perf/shapes.py", True),
     "shape_name": Field("str", "for people: `resnet50.layer2.0.conv2 n32`"),
     "impl": Field(IMPLEMENTATIONS, "ours, or one of the peers", True),
-    "tile": Field("{str: any}", "block sizes, `num_warps`, `num_stages`; null for peers"),
+    "tile": Field(
+        "{str: any}",
+        "block sizes, `num_warps`, `num_stages`; `kernel`, where it is not for the one through "
+        "pointers; null for peers",
+    ),
     "default": Field("bool", "the tile that `choose_tile` would take here with no tuned table"),
     "tile_op": Field("str", "under which name `choose_tile` looks the tile up"),
     "sizes": Field("{str: int}", "M, N, K that the tile divides"),

@@ -85,7 +85,9 @@ def fast_products(sizes: dict[str, int], itemsize: int) -> Iterator[dict]:
             parts = dict(SPLIT_K=split) if itemsize > 1 else {}
             for per_sm in (0, 1, 2) if split == 1 else (1, 2):
                 large, plain = m * n > 128 * 128, per_sm == 0 and (subtiles, stages) != (1, 3)
-                if plain or (per_sm == 2 and large):
+                stored = m * n // subtiles * (4 if split > 1 else itemsize)
+                no_room = (m + n) * step * stages + stored > 227 * 1024
+                if plain or (per_sm == 2 and large) or no_room:
                     continue
                 yield dict(kernel="tma") | blocks | dict(
                     SUBTILES=subtiles, **parts, PROGRAMS_PER_SM=per_sm,

@@ -44,26 +44,26 @@ class Entry(NamedTuple):
     shapes: str
     mode: str = "all"
     dtype: str = "bf16"
-    peers: str = "all"
+    peers: str = "torch"
     more: tuple[str, ...] = ()
 
 
-TRAIN_STEP = Entry("train-step", 15, "train_step", "demo")
+TRAIN_STEP = Entry("train-step", 15, "train_step", "demo", peers="torch,compile")
 SWEEPS = (
     Entry("matmul-square", 90, "matmul", "square", "fwd"),
     Entry("matmul-transformer", 90, "matmul", "transformer", "fwd"),
     Entry("matmul-skinny", 50, "matmul", "skinny", "fwd"),
-    Entry("matmul-bias-relu", 60, "matmul_bias_relu", "square,transformer"),
-    Entry("bias-relu", 25, "bias_relu", "resnet50@32"),
-    Entry("softmax", 35, "softmax", "classes,transformer"),
-    Entry("cross-entropy", 35, "cross_entropy", "classes,transformer"),
-    Entry("max-pool2d", 20, "max_pool2d", "resnet50@32,vgg16@32"),
-    Entry("optimizers", 25, "sgd adamw", "resnet50,vgg16"),
+    Entry("matmul-bias-relu", 60, "matmul_bias_relu", "square,transformer", peers="torch,compile"),
+    Entry("bias-relu", 25, "bias_relu", "resnet50@32", peers="torch,compile"),
+    Entry("softmax", 35, "softmax", "classes,transformer", peers="torch,compile"),
+    Entry("cross-entropy", 35, "cross_entropy", "classes,transformer", peers="torch,compile"),
+    Entry("max-pool2d", 20, "max_pool2d", "resnet50@32,vgg16@32", peers="torch,compile"),
+    Entry("optimizers", 25, "sgd adamw", "resnet50,vgg16", peers="torch,compile"),
     Entry("conv2d-resnet50", 80, "conv2d", "resnet50@32", "fwd"),
     Entry("conv2d-vgg16", 50, "conv2d", "vgg16@32", "fwd"),
     Entry("conv2d-dgrad", 70, "conv2d", "resnet50@32,vgg16@32", "dgrad"),
     Entry("conv2d-wgrad", 70, "conv2d", "resnet50@32,vgg16@32", "wgrad"),
-    Entry("conv2d-relu-pool", 35, "conv2d_relu_pool", "vgg16@32"),
+    Entry("conv2d-relu-pool", 35, "conv2d_relu_pool", "vgg16@32", peers="torch,compile"),
     TRAIN_STEP,
     Entry("matmul-fp16", 30, "matmul", "square,transformer", "fwd", "fp16"),
     Entry("conv2d-fp16", 30, "conv2d", "resnet50@32", "fwd", "fp16"),
@@ -73,6 +73,9 @@ SWEEPS = (
     Entry("scaled-matmul-int8", 15, "scaled_matmul", "square,transformer", "fwd", "int8"),
     Entry("matmul-gradients", 20, "matmul", "transformer", "dgrad,wgrad"),
     Entry("conv2d-im2col", 15, "conv2d_im2col im2col col2im", "resnet50@32", "fwd"),
+    # What torch.compile makes of products: its tuning takes long, and cannot be cut off.
+    Entry("matmul-peers", 60, "matmul", "square,transformer", "fwd", peers="compile,inductor"),
+    Entry("conv2d-peers", 60, "conv2d", "resnet50@32", "fwd", peers="compile,inductor"),
 )
 _FEW = ("-a", "BLOCK_M=16,32", "-a", "num_warps=4", "-a", "num_stages=2")
 DRY_SWEEPS = (Entry("matmul-square", 90, "matmul", "tiny", "fwd", "fp32", "torch", _FEW),)

@@ -257,8 +257,10 @@ class Sweep:
         name = f"{w.op} {w.mode} {w.name}"
         rows = [row for row in compiled if row.get("stage") == "screen" and row["status"] == "ok"]
         todo = [row for row in compiled if row.get("stage") == "compile" and row["status"] == "ok"]
-        # What looks best comes first, in case the time is not enough; the default before all.
-        todo.sort(key=lambda row: (not row["default"], row.get("predicted_s") or 0.0))
+        # In case the time is not enough: the default first, the lesson's tiles, what looks best.
+        todo.sort(
+            key=lambda r: (not r["default"], not r.get("lesson"), r.get("predicted_s") or 0.0)
+        )
         checked, warm = None, False
         for i, row in enumerate(tqdm(todo, unit="tile", desc=name, disable=None, leave=False)):
             if until is not None and self.device.now() > until:

@@ -118,8 +118,8 @@ def test_every_program_does_its_share(blocks, per_sm, GROUP_M):
 @pytest.mark.parametrize("split", [1, 3])
 @pytest.mark.parametrize("tile", FAST_TILES[2], ids=name)
 def test_nothing_is_read_or_written_out_of_bounds(tile, split):
-    if tile["kernel"] == "tma_ws" and split > 1:
-        pytest.skip("a warp-specialised tile does not split K")
+    if split > 1 and (tile["kernel"] == "tma_ws" or tile["BLOCK_M"] * tile["BLOCK_N"] > 128 * 128):
+        pytest.skip("warp-specialised tiles do not split K; others' float32 tiles would not fit")
     for layout in ("contiguous", "transposed"):
         inputs = problem(tile, torch.bfloat16, layout, layout)
         with use_tile("matmul", tile | dict(SPLIT_K=split)), poison() as p:
