@@ -389,7 +389,10 @@ def _launch_cost(launch: Callable, launched: tuple, repeats: int) -> list[float]
 
     _, grid, args, meta = launched
     kernel, nothing = _NoKernel(), contextlib.nullcontext()
-    with mock.patch.object(torch.cuda, "device", lambda device: nothing):
+    with (
+        mock.patch.object(torch.cuda, "device", lambda device: nothing),
+        mock.patch.object(torch.cuda, "mem_get_info", lambda device: None),  # once in a thread
+    ):
         return _microseconds(lambda: launch(kernel, grid, *args, **meta), repeats)
 
 

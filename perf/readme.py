@@ -12,21 +12,25 @@ from perf import log, tried
 
 PREDICTED = Path(__file__).parent / "results" / "predicted" / "sm_90.jsonl.gz"
 OPS = (
-    "matmul", "matmul_bias_relu", "bias_relu", "softmax", "cross_entropy", "max_pool2d", "sgd",
-    "adamw",
-)  # fmt: skip
+    *("matmul", "matmul_bias_relu", "scaled_matmul", "bias_relu", "softmax", "cross_entropy"),
+    *("max_pool2d", "sgd", "adamw"),
+)
 
 
 def speeds(path: Path = PREDICTED) -> str:
     """What each operator's best tile is predicted to reach, and did, for each set of shapes."""
     lines = [
-        "| operator, bfloat16 | shapes | predicted | measured | against the best peer | worst |",
-        "|---|---|---|---|---|---|",
+        "| operator | dtype | shapes | predicted | measured | against the best peer | worst |",
+        "|---|---|---|---|---|---|---|",
     ]
     entries = [e for e in log.entries(path) if e["op"] in OPS]
-    for e in sorted(entries, key=lambda e: OPS.index(e["op"])):
+
+    def place(e: dict) -> tuple:
+        return OPS.index(e["op"]), e["mode"] != "fwd", e["dtype"], e["shapes"]
+
+    for e in sorted(entries, key=place):
         cells = [f"`{e['op']}` {e['mode']}"]
-        names = ("shapes", "predicted", "measured", "against the best peer", "worst")
+        names = ("dtype", "shapes", "predicted", "measured", "against the best peer", "worst")
         cells += [log.COLUMNS[name](e) for name in names]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -18,6 +18,7 @@ Row = dict[str, Any]
 PRODUCTS = {
     "matmul",
     "matmul_bias_relu",
+    "scaled_matmul",
     "conv2d",
     "conv2d_im2col",
     "conv2d_relu_pool",
