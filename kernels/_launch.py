@@ -418,27 +418,31 @@ def _entry_problem(entry: Any) -> str | None:
 
 
 class Device(NamedTuple):
-    """What a choice of kernel depends on: the kinds that it can run, how many SMs, and which ones.
+    """What a choice of kernel depends on.
 
-    Every device runs "pointer" kernels. "tma" ones load and store through the tensor memory
-    accelerator, which NVIDIA's GPUs have since Hopper; "tma_ws" ones are warp-specialised, which
-    Triton does well on Hopper alone: for sm_100 the same tiles spill.
+    Attributes:
+        capability: which GPU it is: 90 for sm_90, 0 for AMD's.
+        sms: how many SMs it has.
     """
 
-    kernels: tuple[str, ...]
+    capability: int
     sms: int
-    capability: int = 90  # of sm_90; 0 of AMD's
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """The kinds that it can run.
+
+        Every device runs "pointer" kernels. "tma" ones load and store through the tensor memory
+        accelerator, which NVIDIA's GPUs have since Hopper; "tma_ws" ones are warp-specialised,
+        which Triton does well on Hopper alone: for sm_100 the same tiles spill.
+        """
+        if self.capability < 90:
+            return ("pointer",)
+        return ("pointer", "tma", "tma_ws") if self.capability == 90 else ("pointer", "tma")
 
 
-def kinds(capability: int) -> tuple[str, ...]:
-    """Of kernels that an NVIDIA GPU of this compute capability (90 for sm_90) can run."""
-    if capability < 90:
-        return ("pointer",)
-    return ("pointer", "tma", "tma_ws") if capability == 90 else ("pointer", "tma")
-
-
-INTERPRETER = Device(kinds(90), sms=2)  # so that a persistent kernel has programs and turns
-ANY_GPU = Device(("pointer",), sms=132)  # what is recorded for none in particular
+INTERPRETER = Device(90, sms=2)  # so that a persistent kernel has programs and turns
+ANY_GPU = Device(89, sms=132)  # recorded for none in particular: every dtype, and no TMA
 
 
 def device_of(x: torch.Tensor) -> Device:
@@ -452,7 +456,21 @@ def device_of(x: torch.Tensor) -> Device:
 def _properties(index: int) -> Device:
     gpu = torch.cuda.get_device_properties(index)
     capability = 0 if torch.version.hip else 10 * gpu.major + gpu.minor
-    return Device(kinds(capability), sms=gpu.multi_processor_count, capability=capability)
+    return Device(capability, sms=gpu.multi_processor_count)
+
+
+def tma_rows(x: torch.Tensor, item: int) -> tuple[torch.Tensor, bool, tuple, int] | None:
+    """`x` as rows that TMA can read: is it x^T that has them, its shape, and from row to row.
+
+    Rows are contiguous, begin at multiples of 16 bytes, and do not overlap. None if x has none.
+    """
+    step, inner = x.stride()
+    shape, transposed = x.shape, inner != 1
+    if transposed:
+        step, inner, shape = inner, step, shape[::-1]
+    if inner != 1 or step < shape[1] or step * item % 16 or x.data_ptr() % 16:
+        return None
+    return x, transposed, shape, step
 
 
 def descriptor(

@@ -62,6 +62,7 @@ from kernels._launch import (
     device_of,
     dot_precision,
     launch,
+    tma_rows,
 )
 from kernels.bias_relu import bias_backward, bias_relu_backward
 
@@ -90,11 +91,11 @@ TILES = [
 DEFAULT = {2: TILES[0], 4: TILES[1]}
 
 
-def _fast(m, n, k, warps, stages, subtiles=1, per_sm=1, split_k=1, specialize=False):
+def _fast(m, n, k, warps, stages, subtiles=1, per_sm=1, specialize=False):
     """A tile of the second kernel. `per_sm`: persistent programs an SM; 0 is one for each tile."""
     return dict(
         kernel="tma_ws" if specialize else "tma", BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, GROUP_M=8,
-        SUBTILES=subtiles, SPLIT_K=split_k, PROGRAMS_PER_SM=per_sm, num_warps=warps,
+        SUBTILES=subtiles, SPLIT_K=1, PROGRAMS_PER_SM=per_sm, num_warps=warps,
         num_stages=stages,
     )  # fmt: skip
 
@@ -107,7 +108,7 @@ FAST_TILES = {
         # leaves room for a fourth stage
         _fast(128, 256, 64, 8, 4, subtiles=2),
         _fast(128, 256, 64, 8, 3),  # the same with the whole tile at once
-        _fast(128, 256, 64, 4, 3, specialize=True),  # one warp loads, two warpgroups multiply
+        _fast(128, 256, 64, 4, 3, specialize=True),  # four warps load, two groups of four multiply
         # two programs an SM: one multiplies while the other stores
         _fast(128, 128, 64, 8, 3, subtiles=2, per_sm=2),
         _fast(128, 128, 128, 4, 3, specialize=True),  # fewer, longer steps
@@ -328,28 +329,14 @@ def matmul_reduce_kernel(
 # --- Which kernel, which tile ---------------------------------------------------------------------
 
 
-def _as_rows(x: torch.Tensor, item: int) -> tuple[torch.Tensor, bool, tuple, int] | None:
-    """`x` as rows that TMA can read: is it x^T that has them, its shape, and from row to row.
-
-    Rows are contiguous, begin at multiples of 16 bytes, and do not overlap. None if x has none.
-    """
-    step, inner = x.stride()
-    shape, transposed = x.shape, inner != 1
-    if transposed:
-        step, inner, shape = inner, step, shape[::-1]
-    if inner != 1 or step < shape[1] or step * item % 16 or x.data_ptr() % 16:
-        return None
-    return x, transposed, shape, step
-
-
 def _operands(a, b, precision):
-    """The rows of A and of B, as `_as_rows` has them, where the fast kernel can take both."""
+    """The rows of A and of B, as `tma_rows` has them, where the fast kernel can take both."""
     item, (M, K), N = a.element_size(), a.shape, b.shape[1]
     if not (M and N and K) or N * item % 16:  # C has rows, too
         return None
     if max(M, N, K) > 2**30:  # the unit's coordinates are of 32 bits
         return None
-    rows_a, rows_b = _as_rows(a, item), _as_rows(b, item)
+    rows_a, rows_b = tma_rows(a, item), tma_rows(b, item)
     if rows_a is None or rows_b is None:
         return None
     if item == 4 and (precision != "tf32" or rows_a[1] or not rows_b[1]):

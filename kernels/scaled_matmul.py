@@ -56,8 +56,9 @@ from kernels._launch import (
     descriptor,
     device_of,
     launch,
+    tma_rows,
 )
-from kernels.matmul import FLOPS_16, L2_BYTES, TILE_CLOCKS, _as_rows
+from kernels.matmul import FLOPS_16, L2_BYTES, TILE_CLOCKS
 
 EIGHT_BIT = (torch.float8_e4m3fn, torch.int8)
 
@@ -251,10 +252,10 @@ def scaled_matmul_tma_kernel(
 
 
 def _operands(a, b, dtype):
-    """The rows of A and of B^T, as matmul's `_as_rows` has them, where TMA can read both."""
+    """The rows of A and of B^T, as `tma_rows` has them, where TMA can read both."""
     if not (a.numel() and b.numel()) or b.shape[1] * dtype.itemsize % 16:  # C has rows, too
         return None
-    rows_a, rows_b = _as_rows(a, 1), _as_rows(b, 1)
+    rows_a, rows_b = tma_rows(a, 1), tma_rows(b, 1)
     if rows_a is None or rows_b is None or rows_a[1] or not rows_b[1]:
         return None
     return rows_a, rows_b
@@ -280,7 +281,8 @@ def _scaled_matmul_tma(operands, scales, strides, bias, c, ends, tile):
     """Launch the fast kernel."""
     (a, _, a_shape, a_step), (b, _, b_shape, b_step) = operands
     (M, N), K = c.shape, a_shape[1]
-    tile = {name: value for name, value in tile.items() if name != "kernel"}
+    tile = tile.copy()
+    del tile["kernel"]
     if c.dtype == torch.float32:  # twice the shared memory for the result: a stage makes room
         tile |= dict(SUBTILES=2, num_stages=min(tile["num_stages"], 3))
     m, n, k = (tile[x] for x in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))

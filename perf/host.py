@@ -172,7 +172,7 @@ def without_gpu(table: dict[tuple[str, str], list[dict]]) -> Iterator[list[tuple
     from kernels import _launch
 
     latest: list[tuple] = []
-    hopper = _launch.Device(_launch.kinds(90), sms=132)
+    hopper = _launch.Device(90, sms=132)
 
     def launch(kernel: Any, grid: tuple, *args: Any, **meta: Any) -> None:
         latest[:] = [(kernel, grid, args, meta)]

@@ -68,8 +68,7 @@ def device(target: str) -> _launch.Device:
     if target not in gpus.TARGETS:
         return _launch.ANY_GPU
     capability = int(target.removeprefix("sm_")) if target.startswith("sm_") else 0
-    sms = gpus.GPUS[gpus.TARGETS[target]].sms
-    return _launch.Device(_launch.kinds(capability), sms, capability)
+    return _launch.Device(capability, gpus.GPUS[gpus.TARGETS[target]].sms)
 
 
 class Trace(NamedTuple):
@@ -133,8 +132,6 @@ def describe(w: Workload, target: str = "") -> dict:
     fast = getattr(lesson, "FAST_TILES", {}).get(w.torch_dtype.itemsize, [])
     default, kinds = t.choice.tile, t.choice.kernels
     alike = getattr(lesson, "TILES", [])
-    if len(kinds) == 1:
-        alike = getattr(lesson, "TILES", [])
     if len(kinds) == 1:
         alike = [tile for tile in alike if tile.keys() == default.keys()]
     return {

@@ -12,10 +12,10 @@ KIB = 1024
 SHARED = {"sm_80": 163 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB, "gfx942": 64 * KIB}
 
 
-def compiled(*args):
-    """The report of tests/aot.py, run where triton is the compiler and not the interpreter."""
+def compiled(*args, module="aot"):
+    """The report of tests/aot.py (or another), run where triton compiles and does not interpret."""
     result = subprocess.run(
-        [sys.executable, "-m", "tests.aot", *args],
+        [sys.executable, "-m", f"tests.{module}", *args],
         env=os.environ | {"TRITON_INTERPRET": "0"},
         cwd=pathlib.Path(__file__).parents[1],
         capture_output=True,

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from tests import test_compile
 from tests.memory_bound import CASES
 
 # What an H200 can issue while it moves 16 bytes for each thread of a warp: 4 instructions a clock
@@ -23,17 +24,9 @@ FEW = {  # what may be narrower than 16 bytes, and why
 SIXTEEN_CHANNELS = dict(BLOCK_M=32, BLOCK_N=64, num_warps=4)  # of pool.py: not for float32
 
 
-def compiled(target, dtype, *names):
-    """The report of tests/memory_bound.py, run where triton is the compiler."""
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.memory_bound", target, dtype, *names],
-        env=os.environ | {"TRITON_INTERPRET": "0"},
-        cwd=pathlib.Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    return json.loads(result.stdout)
+def compiled(*args):
+    """The report of tests/memory_bound.py: of a target, a dtype, and names or all."""
+    return test_compile.compiled(*args, module="memory_bound")
 
 
 def problems(row, dtype):

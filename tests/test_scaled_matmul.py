@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from kernels import _launch, scaled_matmul
-from kernels._launch import Device, kinds, use_tile
+from kernels._launch import Device, use_tile
 from kernels.scaled_matmul import FAST_TILES, TILES, fast_tile, reference
 from tests.inputs import DEVICE, DTYPES, laid_out, randn
 from tests.poison import poison
@@ -23,8 +23,8 @@ FP8, INT8 = torch.float8_e4m3fn, torch.int8
 EIGHT_BIT = [FP8, INT8]
 LARGEST = {FP8: 448, INT8: 127}
 ON_GPU = DEVICE == "cuda"
-SM80, SM90, SM100 = (Device(kinds(c), 132, c) for c in (80, 90, 100))
-AMD = Device(("pointer",), 304, 0)
+SM80, SM90, SM100 = (Device(c, 132) for c in (80, 90, 100))
+AMD = Device(0, 304)
 tile_names = dict(ids=lambda t: "x".join(str(t[k]) for k in ("BLOCK_M", "BLOCK_N", "BLOCK_K")))
 
 
@@ -293,7 +293,7 @@ def test_float8_is_refused_where_the_gpu_lacks_it(device):
         with pytest.raises(TypeError, match="a must be int8 on this GPU: float8_e4m3fn is what"):
             scaled_matmul(a, b, torch.ones(()), torch.ones(()))
         assert not events  # nor was anything launched
-    with _launch.record(Device(kinds(89), 128, 89)) as events:
+    with _launch.record(Device(89, 128)) as events:
         scaled_matmul(a, b, torch.ones(()), torch.ones(()))
     assert events
 
