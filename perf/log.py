@@ -58,8 +58,8 @@ def entries(path: str | Path) -> list[Entry]:
     for w in chosen(rows):
         about = w.gpu, w.op, w.mode, tried.dtype_text(w.dtype, w.precision), w.family or "sizes"
         sets.setdefault(about, []).append(w)
-    common = {"commit": rows[0]["commit"] or None, "note": newest.get("note") or None}
-    return [_entry(about, common | {"versions": versions}, of) for about, of in sets.items()]
+    common = {"note": newest.get("note") or None, "versions": versions}
+    return [_entry(about, common, of) for about, of in sets.items()]
 
 
 def chosen(rows: Iterable[tried.Row]) -> list[Workload]:
@@ -90,7 +90,9 @@ def _entry(about: tuple, common: Entry, work: Sequence[Workload]) -> Entry:
     both = [row for row in best if row.get("predicted_s") and _median(row)]
     compared = ratios(work)
     worst, whose = min(compared, key=lambda pair: pair[0], default=(None, None))
-    times = [row["time"] for w in work for row in (*w.tiles, *w.peers) if row.get("time")]
+    newest = max(
+        (row for w in work for row in (*w.tiles, *w.peers)), key=lambda r: r.get("time") or ""
+    )
     found = {
         "gpu": gpu,
         "op": op,
@@ -107,7 +109,8 @@ def _entry(about: tuple, common: Entry, work: Sequence[Workload]) -> Entry:
         "worst_shape": whose and whose.name,
         "compared": len(compared),
         "failed": sum(w.best is None for w in work),
-        "time": max(times, default=None),
+        "time": newest.get("time"),
+        "commit": newest["commit"] or None,
         **common,
     }
     return {name: found[name] for name in FIELDS}

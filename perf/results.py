@@ -160,12 +160,13 @@ ROW = {
     "tolerance": Field("float", "the largest error that is right"),
 }
 
+ATTACHED = ("gpu", "measured", "commit")  # what readers give a row of its header
 MUST_AGREE = ("gpu", "measured", "driver", "versions.torch", "versions.triton")
 _HEADER_START = b'{"kind": "header"'
 
 
 class Results(NamedTuple):
-    """What files hold: their headers, and their rows, each with its header's "gpu", "measured"."""
+    """What files hold: their headers, and their rows, each with ATTACHED of its own header."""
 
     headers: list[dict]
     rows: list[dict]
@@ -248,8 +249,12 @@ def read_all(
 
 
 def _attached(row: dict, header: dict) -> dict:
-    """Return the row with what readers want to know of its header."""
-    return {**row, "gpu": header["gpu"], "measured": header["measured"]}
+    """Return the row with what readers want to know of its header.
+
+    Its "commit" has seven digits, and a "+" where the working tree differed from it.
+    """
+    commit = (header.get("commit") or "")[:7] + ("+" if header.get("dirty") else "")
+    return {**row, "gpu": header["gpu"], "measured": header["measured"], "commit": commit}
 
 
 def _newest(rows: list[dict], note: Callable[[str], Any]) -> list[dict]:
@@ -379,7 +384,7 @@ class Writer:
         note: called with a line of text if something was cut off.
 
     Attributes:
-        rows: those that the file had, of every source, each with "gpu" and "measured".
+        rows: those that the file had, of every source, each with ATTACHED.
 
     Raises:
         PerfError: if the file is not a results file or is damaged before its end; if it is of
@@ -474,7 +479,7 @@ class Writer:
 
     def _append(self, line: dict, fields: dict[str, Field]) -> None:
         line = {"kind": line["kind"], **line}
-        unknown = sorted(line.keys() - fields.keys() - {"gpu", "measured"})
+        unknown = sorted(line.keys() - fields.keys() - set(ATTACHED))
         if unknown:
             raise PerfError(f"no such field in the schema of results: {', '.join(unknown)}")
         text = json.dumps({name: line[name] for name in fields if name in line}, default=_plain)

@@ -35,9 +35,6 @@ def read(
 ) -> tuple[list[dict[str, Any]], list[Row]]:
     """Read results files: their headers, and their rows, each with the commit it was made with.
 
-    A row's "commit" has seven digits, and a "+" where the working tree differed from it. It is that
-    of the newest header of the row's GPU.
-
     Raises:
         PerfError: as `perf.results.read` does, and if there is no row at all.
     """
@@ -45,11 +42,7 @@ def read(
     headers, rows = map(_printable, results.read_all(paths, note))
     if not rows:
         raise PerfError(f"no results in {', '.join(map(str, paths))}: not one row")
-    commits = {}
-    for header in sorted(headers, key=lambda header: header["created"]):
-        commit = (header.get("commit") or "")[:7] + ("+" if header.get("dirty") else "")
-        commits[header["gpu"], header["measured"]] = commit
-    return headers, [row | {"commit": commits[row["gpu"], row["measured"]]} for row in rows]
+    return headers, rows
 
 
 def _printable(value: Any) -> Any:

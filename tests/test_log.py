@@ -174,7 +174,7 @@ def test_the_command(tmp_path, capsys):
 
 
 def test_each_file_has_its_own_commit(tmp_path):
-    """Read together, rows would get the newest header's."""
+    """Read one by one or together, an entry has the commit of its newest row."""
     names = {}
     for commit in "ab":
         path = file(tmp_path, squares((512,)), f"{commit}.jsonl", commit=commit * 40, dirty=False)

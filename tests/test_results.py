@@ -70,7 +70,7 @@ def test_rows_come_back_with_what_their_header_says(path):
     found, notes = read(path)
     assert not notes and len(found.headers) == 1 and found.headers[0]["schema"] == 1
     first, second = found.rows
-    assert first == row(kind="row", gpu="NVIDIA H200", measured=True)
+    assert first == row(kind="row", gpu="NVIDIA H200", measured=True, commit="")
     assert second["samples_s"] == [1.0, 2] and second["noisy"] is False
     lines = path.read_text().splitlines()
     assert len(lines) == 3 and all(line.startswith('{"kind": "') for line in lines)
@@ -81,6 +81,7 @@ def test_every_start_writes_a_header_and_keeps_the_rows(path):
     written(path, row(mode="dgrad"), commit="later")
     found, _ = read(path)
     assert [header.get("commit") for header in found.headers] == [None, "later"]
+    assert [r["commit"] for r in found.rows] == ["", "later"]  # each of its own header
     assert [each["mode"] for each in found.rows] == ["fwd", "dgrad"]
 
 
