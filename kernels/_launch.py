@@ -228,6 +228,11 @@ def use_tile(op: str, tile: dict) -> Iterator[None]:
             _forced[op] = before
 
 
+def forced(op: str) -> bool:
+    """Whether `op` runs with a tile of `use_tile`."""
+    return op in _forced
+
+
 def choose_tile(
     op: str,
     dtype: torch.dtype,
@@ -474,16 +479,17 @@ def tma_rows(x: torch.Tensor, item: int) -> tuple[torch.Tensor, bool, tuple, int
 
 
 def descriptor(
-    x: torch.Tensor, shape: Sequence[int], step: int, block: list[int]
+    x: torch.Tensor, shape: Sequence[int], strides: Sequence[int], block: list[int]
 ) -> TensorDescriptor:
-    """What a kernel needs to load or store blocks of a matrix by TMA.
+    """What a kernel needs to load or store blocks of a tensor by TMA.
 
-    `shape` is the matrix's, `x` has its first element, and its rows lie `step` elements apart. The
-    caller has seen to it that the unit can read it: contiguous rows that begin at multiples of 16
-    bytes. TensorDescriptor's constructor would look again, for a microsecond each time.
+    `shape` and `strides` are the tensor's, of up to five dimensions, and `x` has its first element.
+    The caller has seen to it that the unit can read it: the last stride is 1, and the others and
+    the first element's address are multiples of 16 bytes. TensorDescriptor's constructor would look
+    again, for a microsecond each time.
     """
     d = object.__new__(TensorDescriptor)
-    d.base, d.shape, d.strides, d.block_shape, d.padding = x, shape, (step, 1), block, "zero"
+    d.base, d.shape, d.strides, d.block_shape, d.padding = x, shape, strides, block, "zero"
     return d
 
 
@@ -627,7 +633,7 @@ def _float32_twins(tensors: list[torch.Tensor]) -> Iterator[Any]:
 
     def twin(t: Any) -> Any:
         if isinstance(t, TensorDescriptor):
-            return descriptor(twin(t.base), t.shape, t.strides[0], t.block_shape)
+            return descriptor(twin(t.base), t.shape, t.strides, t.block_shape)
         if not isinstance(t, torch.Tensor) or t.dtype not in WITHOUT_NUMPY:
             return t
         storage = storages[t.untyped_storage().data_ptr(), t.dtype][1]

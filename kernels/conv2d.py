@@ -36,20 +36,27 @@ contiguous load, and a tap is one number added to all addresses. Any other strid
 Read first: matmul.py. Source: Chetlur et al., cuDNN: Efficient Primitives for Deep Learning (2014).
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from kernels._geometry import check_conv2d, empty_channels_last, output_size
 from kernels._launch import (
+    INTERPRETER,
     autocast,
     cdiv,
     choose_tile,
+    device_of,
     dot_precision,
+    forced,
     launch,
 )
 from kernels.bias_relu import bias_backward, bias_relu_backward
 from kernels.conv2d_grad import conv2d_input_grad, conv2d_weight_grad
+from kernels.conv2d_tma import conv2d_tma, fast_tile, plan_for
+from kernels.matmul import matmul_into
 
 
 def reference(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, activation=None):
@@ -76,7 +83,59 @@ TILES = [
 ]
 DEFAULT = {2: TILES[0], 4: TILES[1]}
 FLAT_DEFAULT = {2: TILES[6], 4: TILES[6]}
+RUNGS = ("pointer", "direct", "flat")  # which a tile may name as its kernel
 FEW_CHANNELS = 16  # below this a block of one tap's channels would be mostly padding
+
+
+@triton.jit
+def conv2d_direct_kernel(
+    x_ptr, w_ptr, bias_ptr, y_ptr, N, C, H, W, K, P, Q,
+    stride_xn, stride_xc, stride_xh, stride_xw, stride_wk, stride_wc, stride_wr, stride_ws,
+    stride_bias, stride_yn, stride_yk, stride_yp, stride_yq,
+    R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
+    HAS_BIAS: tl.constexpr, RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program computes a tile of y: BLOCK_M pixels x BLOCK_N channels of one group.
+
+    Naive: the seven loops as they are written on paper, four of them side by side in the tile and
+    the other three one after the other. Each step is BLOCK_M + BLOCK_N numbers and their products,
+    and no tensor core multiplies single numbers.
+    """
+    blocks_n = tl.cdiv(K, BLOCK_N)
+    pid_m = tl.program_id(0) // blocks_n  # programs that share their pixels run side by side
+    pid_n = tl.program_id(0) % blocks_n
+    group = tl.program_id(1).to(tl.int64)
+    M = tl.cast(N, tl.int64) * P * Q
+    offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_m, mask_n = offs_m < M, offs_n < K
+    n, p, q = offs_m // Q // P, offs_m // Q % P, offs_m % Q
+    offs_k = group * K + offs_n
+
+    acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
+    for r in range(R):
+        for s in range(S):
+            h = p * STRIDE_H - PAD_H + r * DIL_H
+            w = q * STRIDE_W - PAD_W + s * DIL_W
+            inside = mask_m & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+            x_ptrs = x_ptr + n * stride_xn + h * stride_xh + w * stride_xw
+            w_ptrs = w_ptr + offs_k * stride_wk + r * stride_wr + s * stride_ws
+            for c in range(C):
+                x_c = (group * C + c) * stride_xc
+                x = tl.load(x_ptrs + x_c, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_M]
+                w_c = tl.cast(c, tl.int64) * stride_wc
+                wt = tl.load(w_ptrs + w_c, mask=mask_n, other=0.0).to(tl.float32)  # [BLOCK_N]
+                acc += x[:, None] * wt[None, :]
+
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + offs_k * stride_bias, mask=mask_n, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    if RELU:
+        acc = tl.where(acc < 0, 0.0, acc)
+    y_rows = n * stride_yn + p * stride_yp + q * stride_yq
+    y_ptrs = y_ptr + y_rows[:, None] + (offs_k * stride_yk)[None, :]
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
 
 @triton.jit
@@ -91,8 +150,9 @@ def conv2d_flat_kernel(
 ):  # fmt: skip
     """One program computes a tile of y: BLOCK_M pixels x BLOCK_N channels of one group.
 
-    The plain form, and the one for few channels: taps and channels are one long sum over j in
-    [0, R*S*C), and every step finds out which (r, s, c) its columns are. C and K are per group.
+    Implicit GEMM, and the one for few channels: taps and channels are one long sum over j in
+    [0, R*S*C), a step of it is a product for the tensor cores, and every step finds out which
+    (r, s, c) its columns are. C and K are per group.
     """
     blocks_n = tl.cdiv(K, BLOCK_N)
     pid_m = tl.program_id(0) // blocks_n  # programs that share their pixels run side by side
@@ -148,6 +208,7 @@ def conv2d_kernel(
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
     HAS_BIAS: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr, EVEN_C: tl.constexpr,
+    NEAR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program computes a tile of y: BLOCK_M pixels x BLOCK_N channels of one group.
@@ -159,57 +220,69 @@ def conv2d_kernel(
     pid_m = tl.program_id(0) // blocks_n
     pid_n = tl.program_id(0) % blocks_n
     group = tl.program_id(1).to(tl.int64)
+    INDEX: tl.constexpr = tl.int32 if NEAR else tl.int64  # half the registers, half the additions
     x_ptr += group * C * stride_xc
     w_ptr += group * K * stride_wk
 
-    M = tl.cast(N, tl.int64) * P * Q
-    offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_c = tl.arange(0, BLOCK_K).to(tl.int64)
+    M = tl.cast(N, INDEX) * P * Q
+    offs_m = pid_m.to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n.to(INDEX) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_c = tl.arange(0, BLOCK_K).to(INDEX)
     pixel = offs_m % M
     n, p, q = pixel // Q // P, pixel // Q % P, pixel % Q
     h, w = p * STRIDE_H - PAD_H, q * STRIDE_W - PAD_W
     x_rows = n * stride_xn + h * stride_xh + w * stride_xw
-    x_ptrs = x_ptr + x_rows[:, None] + (offs_c * stride_xc)[None, :]  # [BLOCK_M, BLOCK_K]
-    w_ptrs = w_ptr + (offs_c * stride_wc)[:, None] + (offs_n % K * stride_wk)[None, :]
+    x_offs = x_rows[:, None] + (offs_c * stride_xc)[None, :]  # [BLOCK_M, BLOCK_K]
+    w_offs = (offs_c * stride_wc)[:, None] + (offs_n % K * stride_wk)[None, :]
     step_h = tl.cast(stride_xh, tl.int64) * DIL_H  # from one tap to the next
     step_w = tl.cast(stride_xw, tl.int64) * DIL_W
     step_c = tl.cast(stride_xc, tl.int64)
     step_wr, step_ws = tl.cast(stride_wr, tl.int64), tl.cast(stride_ws, tl.int64)
     step_wc = tl.cast(stride_wc, tl.int64)
 
+    # Which taps fall into the padding, a bit each, where a word has as many.
+    BITS: tl.constexpr = R * S <= 32 and PAD_H + PAD_W > 0
+    bits = tl.full((BLOCK_M,), 0, tl.int32)
+    if BITS:
+        for bit in tl.static_range(R * S):
+            row, col = h + bit // S * DIL_H, w + bit % S * DIL_W
+            valid = (row >= 0) & (row < H) & (col >= 0) & (col < W)
+            bits |= valid.to(tl.int32) << bit
+
     acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
     blocks_c = tl.cdiv(C, BLOCK_K)
     for i in range(0, R * S * blocks_c):
-        r = i // blocks_c // S
-        s = i // blocks_c % S
+        tap = i // blocks_c
+        r, s = tap // S, tap % S
         c = i % blocks_c * BLOCK_K
-        x_tap = x_ptrs + (r * step_h + s * step_w + c * step_c)
-        w_tap = w_ptrs + (r * step_wr + s * step_ws + c * step_wc)
-        # Which pixels fall into the padding is cheaper to compute again than to keep.
-        inside = (h + r * DIL_H >= 0) & (h + r * DIL_H < H)
-        inside &= (w + s * DIL_W >= 0) & (w + s * DIL_W < W)
+        x_ptrs = x_ptr + (r * step_h + s * step_w + c * step_c) + x_offs
+        w_ptrs = w_ptr + (r * step_wr + s * step_ws + c * step_wc) + w_offs
+        if BITS:
+            inside = ((bits >> tap) & 1) != 0
+        else:
+            inside = (h + r * DIL_H >= 0) & (h + r * DIL_H < H)
+            inside &= (w + s * DIL_W >= 0) & (w + s * DIL_W < W)
         if EVEN_C:
             if PAD_H + PAD_W > 0:
-                x = tl.load(x_tap, mask=inside[:, None], other=0.0)
+                x = tl.load(x_ptrs, mask=inside[:, None], other=0.0)
             else:
-                x = tl.load(x_tap)
-            wt = tl.load(w_tap)
+                x = tl.load(x_ptrs)
+            wt = tl.load(w_ptrs)
         else:
             mask_c = offs_c < C - c
-            x = tl.load(x_tap, mask=inside[:, None] & mask_c[None, :], other=0.0)
-            wt = tl.load(w_tap, mask=mask_c[:, None], other=0.0)
+            x = tl.load(x_ptrs, mask=inside[:, None] & mask_c[None, :], other=0.0)
+            wt = tl.load(w_ptrs, mask=mask_c[:, None], other=0.0)
         acc = tl.dot(x, wt, acc, input_precision=PRECISION)
 
     mask_n = offs_n < K
-    offs_k = group * K + offs_n
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + offs_k * stride_bias, mask=mask_n, other=0.0)
+        bias_ptr += group * K * stride_bias
+        bias = tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0)
         acc += bias.to(tl.float32)[None, :]
     if RELU:
         acc = tl.where(acc < 0, 0.0, acc)
     y_rows = n * stride_yn + p * stride_yp + q * stride_yq
-    y_ptrs = y_ptr + y_rows[:, None] + (offs_k * stride_yk)[None, :]
+    y_ptrs = y_ptr + group * K * stride_yk + (y_rows[:, None] + (offs_n * stride_yk)[None, :])
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & mask_n[None, :])
 
 
@@ -231,24 +304,65 @@ def _conv2d(
     activation: str | None,
 ) -> torch.Tensor:
     y = _empty_output(x, weight, stride, padding, dilation)
+    precision = dot_precision(x.dtype, torch.backends.cudnn.conv)
     (N, _, H, W), (_, C, R, S), (_, K, P, Q) = x.shape, weight.shape, y.shape
     K //= groups
     M = N * P * Q
     flat = C < FEW_CHANNELS
-    if flat:
-        tile = choose_tile("conv2d_flat", x.dtype, FLAT_DEFAULT, M=M, N=K, K=R * S * C)
-    else:
-        tile = choose_tile("conv2d", x.dtype, DEFAULT, M=M, N=K, K=C)
-    options = {} if flat else dict(EVEN_C=C % tile["BLOCK_K"] == 0)
+    op = "conv2d_grouped" if groups > 1 else "conv2d_flat" if flat else "conv2d"
+    pixels = None
+    if R * S == 1 and not forced(op):
+        pixels = _as_pixels(x, stride, padding, groups)
+    if pixels is not None:  # a filter of one pixel: a matmul
+        rows = y.permute(0, 2, 3, 1).view(M, K)
+        matmul_into(rows, pixels, weight.view(K, C).t(), bias, activation, precision)
+        return y
+
+    default, can = FLAT_DEFAULT if flat else DEFAULT, RUNGS if op == "conv2d" else ("pointer",)
+    plan = plan_for(x, weight, stride, padding, dilation, groups, precision)
+    if plan is not None:
+        can = (*can, "tma")
+        if device_of(x) is not INTERPRETER:
+            default = {x.itemsize: fast_tile(plan, x.itemsize, device_of(x).sms)}
+    tile = choose_tile(op, x.dtype, default, can, M=M, N=K, K=R * S * C if flat else C)
+    rung = tile.get("kernel", "flat" if flat else "pointer")
+    if rung == "tma":
+        conv2d_tma(plan, x, weight, bias, activation, y, tile, precision, padding)
+        return y
+    options = {k: v for k, v in tile.items() if k != "kernel"}
+    if rung != "direct":
+        options["PRECISION"] = precision
+    if rung == "pointer":
+        options["EVEN_C"] = C % tile["BLOCK_K"] == 0
+        options["NEAR"] = _are_near(*((t.shape, t.stride()) for t in (x, weight, y)))
     launch(
-        conv2d_flat_kernel if flat else conv2d_kernel,
+        {"direct": conv2d_direct_kernel, "flat": conv2d_flat_kernel}.get(rung, conv2d_kernel),
         (cdiv(M, tile["BLOCK_M"]) * cdiv(K, tile["BLOCK_N"]), groups),
         x, weight, bias, y, N, C, H, W, K, P, Q, *x.stride(), *weight.stride(),
         0 if bias is None else bias.stride(0), *y.stride(), R, S, *stride, *padding, *dilation,
-        HAS_BIAS=bias is not None, RELU=activation == "relu",
-        PRECISION=dot_precision(x.dtype, torch.backends.cudnn.conv), **options, **tile,
+        HAS_BIAS=bias is not None, RELU=activation == "relu", **options,
     )  # fmt: skip
     return y
+
+
+def _as_pixels(x, stride, padding, groups):
+    """x [N, C, H, W] as [N*H*W, C], a view, where a filter of one pixel is no more than a matmul."""
+    N, C, H, W = x.shape
+    sn, sc, sh, sw = x.stride()
+    if groups > 1 or any(s != 1 for s in stride) or any(padding) or not x.numel():
+        return None
+    if (H > 1 and W > 1 and sh != W * sw) or (N > 1 and H * W > 1 and sn != H * W * (sw if W > 1 else sh)):
+        return None
+    step = sw if W > 1 else sh if H > 1 else sn
+    return x.as_strided((N * H * W, C), (step, sc))
+
+
+@functools.lru_cache(maxsize=4096)
+def _are_near(*tensors):
+    """Whether 32 bits hold every offset in these tensors, each given by its sizes and strides."""
+    far = [sum((n - 1) * s for n, s in zip(*t, strict=True)) for t in tensors]
+    # A tile may begin in the padding, and end beyond the last pixel.
+    return max(far) < 2**30
 
 
 @_conv2d.register_fake

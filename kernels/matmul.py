@@ -352,21 +352,36 @@ FLOPS_16, L2_BYTES, MEMORY_BYTES = 4096, 48, 20
 TILE_CLOCKS, LAUNCH_CLOCKS, PART_CLOCKS = 2000, 4000, 125
 
 
+def busiest_sm(tile: dict, tiles: int, steps: int, results: int, item: int, sms: int) -> float:
+    """Clocks after which the SM with the most work is done.
+
+    Args:
+        tile: of a kernel that loads by TMA.
+        tiles: of the result.
+        steps: of BLOCK_K along the whole sum.
+        results: elements of the result.
+        item: bytes of an element.
+        sms: how many SMs there are.
+    """
+    m, n, k, split = (tile[x] for x in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT_K"))
+    turns = cdiv(tiles * split, sms)
+    # Two 128x128 tiles of float32 partial sums do not fit into an SM.
+    per_sm = 1 if split > 1 and m > 64 else tile["PROGRAMS_PER_SM"]
+    step = max(m * n * k * item / FLOPS_16, (m + n) * k * item / L2_BYTES)
+    clocks = turns * (cdiv(steps, split) * step + TILE_CLOCKS / per_sm)
+    if split == 1:
+        return clocks
+    traffic = results * (8 * split + item) / (MEMORY_BYTES * sms)
+    return clocks + LAUNCH_CLOCKS + max(traffic, split * PART_CLOCKS)
+
+
 @functools.lru_cache(maxsize=4096)
 def fast_tile(M: int, N: int, K: int, item: int, sms: int) -> dict:
     """Of FAST_TILES the one, and the split of K, with which the busiest SM should be done first."""
 
     def clocks(tile: dict) -> float:
-        m, n, k, split = (tile[x] for x in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT_K"))
-        turns = cdiv(cdiv(M, m) * cdiv(N, n) * split, sms)
-        # Two 128x128 tiles of float32 partial sums do not fit into an SM.
-        per_sm = 1 if split > 1 and m > 64 else tile["PROGRAMS_PER_SM"]
-        step = max(m * n * k * item / FLOPS_16, (m + n) * k * item / L2_BYTES)
-        tiles = turns * (cdiv(cdiv(K, k), split) * step + TILE_CLOCKS / per_sm)
-        if split == 1:
-            return tiles
-        traffic = M * N * (8 * split + item) / (MEMORY_BYTES * sms)
-        return tiles + LAUNCH_CLOCKS + max(traffic, split * PART_CLOCKS)
+        tiles = cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"])
+        return busiest_sm(tile, tiles, cdiv(K, tile["BLOCK_K"]), M * N, item, sms)
 
     tiles = [
         tile | dict(SPLIT_K=split)
@@ -399,9 +414,9 @@ def _matmul_tma(operands, bias, activation, c, tile, precision):
     matrices = a, b, out
     if not specialize:
         matrices = (
-            descriptor(a, a_shape, a_step, [k, m] if a_t else [m, k]),
-            descriptor(b, b_shape, b_step, [n, k] if b_t else [k, n]),
-            descriptor(out, out.shape, N, [m, n // tile["SUBTILES"]]),
+            descriptor(a, a_shape, (a_step, 1), [k, m] if a_t else [m, k]),
+            descriptor(b, b_shape, (b_step, 1), [n, k] if b_t else [k, n]),
+            descriptor(out, out.shape, (N, 1), [m, n // tile["SUBTILES"]]),
         )
     a_arg, b_arg, out_arg = matrices
     stride_bias = 0 if bias is None else bias.stride(0)
@@ -413,20 +428,25 @@ def _matmul_tma(operands, bias, activation, c, tile, precision):
         WARP_SPECIALIZE=specialize, **tile,
     )  # fmt: skip
     if split > 1:
-        reduce = choose_tile("matmul_reduce", c.dtype, {c.itemsize: REDUCE_TILE}, M=M, N=N)
-        launch(
-            matmul_reduce_kernel, (cdiv(M, reduce["BLOCK_M"]), cdiv(N, reduce["BLOCK_N"])),
-            out, bias, c, M, N, rows, stride_bias, SPLIT_K=split, **ends, **reduce,
-        )  # fmt: skip
+        reduce_parts(out, bias, activation, c, M, N, rows, split)
 
 
-@torch.library.custom_op("tilelab::matmul", mutates_args=())
-def _matmul(
-    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, activation: str | None
-) -> torch.Tensor:
+def reduce_parts(partials, bias, activation, c, M, N, rows, parts):
+    """Launch c = act(sum of partials + bias): partials [parts, rows, N], c [M, N] in its memory."""
+    tile = choose_tile("matmul_reduce", c.dtype, {c.itemsize: REDUCE_TILE}, M=M, N=N)
+    launch(
+        matmul_reduce_kernel, (cdiv(M, tile["BLOCK_M"]), cdiv(N, tile["BLOCK_N"])),
+        partials, bias, c, M, N, rows, 0 if bias is None else bias.stride(0),
+        SPLIT_K=parts, HAS_BIAS=bias is not None, RELU=activation == "relu", **tile,
+    )  # fmt: skip
+
+
+def matmul_into(c, a, b, bias, activation, precision):
+    """Launch c = act(a @ b + bias) for a row-major c [M, N], by the kernel that suits the operands.
+
+    A convolution with a filter of one pixel is this too, and has a precision of its own.
+    """
     (M, K), N = a.shape, b.shape[1]
-    c = torch.empty(M, N, dtype=a.dtype, device=a.device)
-    precision = dot_precision(a.dtype, torch.backends.cuda.matmul)
     device, default, kernels = device_of(a), DEFAULT, ("pointer",)
     operands = _operands(a, b, precision) if len(device.kernels) > 1 else None
     if operands is not None:
@@ -437,7 +457,7 @@ def _matmul(
     tile = choose_tile("matmul", a.dtype, default, kernels, M=M, N=N, K=K)
     if "kernel" in tile:
         _matmul_tma(operands, bias, activation, c, tile, precision)
-        return c
+        return
     launch(
         matmul_kernel, (cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"]),),
         a, b, bias, c, M, N, K,
@@ -445,6 +465,14 @@ def _matmul(
         HAS_BIAS=bias is not None, RELU=activation == "relu", EVEN_K=K % tile["BLOCK_K"] == 0,
         PRECISION=precision, **tile,
     )  # fmt: skip
+
+
+@torch.library.custom_op("tilelab::matmul", mutates_args=())
+def _matmul(
+    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, activation: str | None
+) -> torch.Tensor:
+    c = torch.empty(a.shape[0], b.shape[1], dtype=a.dtype, device=a.device)
+    matmul_into(c, a, b, bias, activation, dot_precision(a.dtype, torch.backends.cuda.matmul))
     return c
 
 

@@ -289,8 +289,9 @@ def _scaled_matmul_tma(operands, scales, strides, bias, c, ends, tile):
     work, per_sm = cdiv(M, m) * cdiv(N, n), tile.pop("PROGRAMS_PER_SM")
     launch(
         scaled_matmul_tma_kernel, (min(work, per_sm * device_of(c).sms) if per_sm else work,),
-        descriptor(a, a_shape, a_step, [m, k]), descriptor(b, b_shape, b_step, [n, k]),
-        *scales, bias, descriptor(c, c.shape, N, [m, n // tile["SUBTILES"]]), M, N, K,
+        descriptor(a, a_shape, (a_step, 1), [m, k]),
+        descriptor(b, b_shape, (b_step, 1), [n, k]),
+        *scales, bias, descriptor(c, c.shape, (N, 1), [m, n // tile["SUBTILES"]]), M, N, K,
         *strides, **ends, **tile,
     )  # fmt: skip
 
