@@ -41,8 +41,19 @@ import triton
 import triton.language as tl
 
 from kernels._geometry import check_conv2d, empty_channels_last, output_size
-from kernels._launch import autocast, cdiv, choose_tile, dot_precision, into_chunks, launch, splits
+from kernels._launch import (
+    INTERPRETER,
+    autocast,
+    cdiv,
+    choose_tile,
+    device_of,
+    dot_precision,
+    into_chunks,
+    launch,
+    splits,
+)
 from kernels._rows import sum_partials
+from kernels.conv2d_tma import conv2d_tma, fast_tile, plan_for
 
 
 def reference(x, weight, bias=None, padding=0):
@@ -320,14 +331,23 @@ def _conv2d_relu_pool(
     (N, C, H, W), (_, _, R, S), (_, K, P, Q) = x.shape, weight.shape, y.shape
     M = N * P * Q
     patch = (R + 1) * (S + 1) * C
-    tile = choose_tile("conv2d_relu_pool", x.dtype, DEFAULT, M=M, N=K, K=patch)
+    precision = dot_precision(x.dtype, torch.backends.cudnn.conv)
+    default, can = DEFAULT, ("pointer",)
+    plan = plan_for(x, weight, (1, 1), padding, (1, 1), 1, precision, pool=True)
+    if plan is not None:
+        can = ("pointer", "tma")
+        if device_of(x) is not INTERPRETER:
+            default = {x.itemsize: fast_tile(plan, x.itemsize, device_of(x).sms, pool=True)}
+    tile = choose_tile("conv2d_relu_pool", x.dtype, default, can, M=M, N=K, K=patch)
+    if "kernel" in tile:  # the convolution's kernel, with this epilogue
+        conv2d_tma(plan, x, weight, bias, "relu", y, tile, precision, padding, place)
+        return y, place
     launch(
         conv2d_relu_pool_kernel,
         (cdiv(M, tile["BLOCK_M"]) * cdiv(K, tile["BLOCK_N"]),),
         x, weight, bias, y, place, N, C, H, W, K, P, Q, *x.stride(), *weight.stride(),
         0 if bias is None else bias.stride(0), *y.stride(), R, S, *padding,
-        HAS_BIAS=bias is not None,
-        PRECISION=dot_precision(x.dtype, torch.backends.cudnn.conv), **tile,
+        HAS_BIAS=bias is not None, PRECISION=precision, **tile,
     )  # fmt: skip
     return y, place
 

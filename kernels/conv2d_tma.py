@@ -166,28 +166,28 @@ def conv2d_tma_kernel(
                     v = FIRST_W
                     h += DIL_H
 
+        if POOL:
+            acc, which = _largest_of_four(acc, TILE_N * TILE_P, TILE_Q)  # [BLOCK_N, BLOCK_M / 4]
         if HAS_BIAS:
             offs_k = k.to(tl.int64) + tl.arange(0, BLOCK_N)
             bias = tl.load(bias_ptr + offs_k * stride_bias, mask=offs_k < K, other=0.0)
             acc += bias.to(tl.float32)[:, None]
         if POOL:
-            best, which = _largest_of_four(acc, TILE_N * TILE_P, TILE_Q)
-            shape: tl.constexpr = (TILE_N, TILE_P // 2, TILE_Q // 2, BLOCK_N)
-            y.store([n, p // 2, q // 2, k], tl.reshape(best.to(y.dtype).T, shape))
-            place.store([n, p // 2, q // 2, k], tl.reshape(which.to(tl.uint8).T, shape))
+            which = tl.where(acc <= 0, 4, which)  # the ReLU lets none through
+            SHAPE: tl.constexpr = (TILE_N, TILE_P // 2, TILE_Q // 2, BLOCK_N)
+            place.store([n, p // 2, q // 2, k], tl.reshape(which.to(tl.uint8).T, SHAPE))
+        if RELU:
+            acc = tl.where(acc < 0, 0.0, acc)
+        if POOL:
+            y.store([n, p // 2, q // 2, k], tl.reshape(acc.to(y.dtype).T, SHAPE))
         else:
-            if RELU:
-                acc = tl.where(acc < 0, 0.0, acc)
             n += part * (tl.cdiv(N, TILE_N) * TILE_N)
             y.store([n, p, q, k], tl.reshape(acc.to(y.dtype).T, (TILE_N, TILE_P, TILE_Q, BLOCK_N)))
 
 
 @triton.jit
 def _largest_of_four(acc, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Of each 2x2 pixels of acc [channels, ROWS * COLUMNS] the largest, through a ReLU.
-
-    And which it was: 0..3, or 4 where the ReLU let none through. As conv2d_relu_pool.py has them.
-    """
+    """Of each 2x2 pixels of acc [channels, ROWS * COLUMNS] the largest, and which it was: 0..3."""
     BLOCK_N: tl.constexpr = acc.shape[0]
     pairs = tl.reshape(acc, (BLOCK_N, ROWS // 2, 2, COLUMNS // 2, 2))
     left, right = tl.split(pairs)  # [BLOCK_N, ROWS / 2, 2, COLUMNS / 2]
@@ -202,8 +202,6 @@ def _largest_of_four(acc, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     best = tl.where(which == 2, acc2, best)
     which = tl.where((acc3 > best) | (acc3 != acc3), 3, which)
     best = tl.where(which == 3, acc3, best)
-    which = tl.where(best <= 0, 4, which)
-    best = tl.where(best < 0, 0.0, best)
     pixels: tl.constexpr = ROWS * COLUMNS // 4
     return tl.reshape(best, (BLOCK_N, pixels)), tl.reshape(which, (BLOCK_N, pixels))
 
@@ -386,7 +384,9 @@ def _folded_plan(x_size, w_size, fold, P, Q, unit):
     return Plan((N, P, Q, K), x, fold, w, True, (R, S), (1, 1, 0, 0, 1, 1), None)
 
 
-def plan_for(x, weight, stride, padding, dilation, groups, precision) -> Plan | None:
+def plan_for(
+    x, weight, stride, padding, dilation, groups, precision, pool=False
+) -> Plan | None:
     """The plan for this call, if the device and the tensors have one."""
     if len(device_of(x).kernels) == 1 or (x.dtype == torch.float32 and precision != "tf32"):
         return None
@@ -394,9 +394,10 @@ def plan_for(x, weight, stride, padding, dilation, groups, precision) -> Plan | 
         x.shape, x.stride(), weight.shape, weight.stride(),
         tuple(stride), tuple(padding), tuple(dilation), groups, x.element_size(),
     )  # fmt: skip
-    if plan is not None and plan.fold is None and x.data_ptr() % 16:
+    if plan is None or (plan.fold is None and x.data_ptr() % 16):
         return None
-    return plan
+    # With a pool: places are bytes; and few channels are better off with the portable kernel.
+    return None if pool and (plan.fold or plan.size[3] % 16) else plan
 
 
 @functools.lru_cache(maxsize=4096)
