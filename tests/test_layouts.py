@@ -107,6 +107,18 @@ def test_images_of_the_data_sets_are_channels_last():
     assert conversions(build("cnn", (1, 14, 19), 7).to(DEVICE), x) == []
 
 
+@pytest.mark.parametrize("name", OURS)
+def test_gradients_lie_as_their_parameters_do_without_a_copy(name):
+    model, x = build(name, IMAGE, 7).to(DEVICE), image(4, *IMAGE)
+    y = model(x)
+    with Conversions() as watch:
+        y.backward(randn(4, 7, seed=1))
+    assert not [call for call in watch.seen if "copy" in call or "clone" in call], watch.seen
+    assert any("weight_grad" in call or "matmul" in call for call in watch.seen)
+    for p in model.parameters():
+        assert p.grad.stride() == p.stride()
+
+
 # --- teeth ----------------------------------------------------------------------------------------
 
 
