@@ -486,6 +486,13 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(a, b, output if activation == "relu" else None)
 
 
+def _product_like(x, a, b):
+    """Return a @ b, in columns if x is: else autograd would copy the gradient of such a weight."""
+    if x.stride(0) == 1 != x.stride(1):
+        return _matmul(b.t(), a.t(), None, None).t()
+    return _matmul(a, b, None, None)
+
+
 def _backward(ctx, dc):
     a, b, c = ctx.saved_tensors
     da = db = dbias = None
@@ -494,9 +501,9 @@ def _backward(ctx, dc):
     elif ctx.needs_input_grad[2]:
         dbias = bias_backward(dc)
     if ctx.needs_input_grad[0]:
-        da = _matmul(dc, b.t(), None, None)
+        da = _product_like(a, dc, b.t())
     if ctx.needs_input_grad[1]:
-        db = _matmul(a.t(), dc, None, None)
+        db = _product_like(b, a.t(), dc)
     return da, db, dbias if ctx.needs_input_grad[2] else None, None
 
 

@@ -171,7 +171,8 @@ def parser() -> argparse.ArgumentParser:
         "--model",
         choices=MODELS,
         help="cnn: fused kernels; cnn-unfused, cnn-im2col: the same network of separate kernels; "
-        f"cnn-torch: of PyTorch's own, to compare; mlp: two matmuls (default: {default['model']})",
+        "cnn-torch: of PyTorch's own, to compare; mlp: two matmuls; vgg16: for a GPU, and images "
+        f"of at least 32 x 32, which MNIST's are not (default: {default['model']})",
     )
     train.add_argument(
         "--epochs",

@@ -12,10 +12,14 @@ What is added is fusion, since on a GPU a ReLU of its own costs a trip through m
 arithmetic does not need: `activation="relu"` where torch.nn would use a second layer, and
 `Conv2dReluPool`, which writes only the pooled quarter of what the convolution computes.
 
-Images are [N, C, H, W] as everywhere in PyTorch. In memory the kernels prefer channels_last
-(`x.to(memory_format=torch.channels_last)`); contiguous input works too.
+Images are [N, C, H, W] as everywhere in PyTorch, and channels_last in memory: what these layers
+return always, and what they should be given (`x.to(memory_format=torch.channels_last)`; contiguous
+input works too). Filters lie likewise, as K rows of R*S*C, from when a layer is made: what a kernel
+reads is there as it needs it, and nothing is packed or transposed from call to call. Loading a
+state_dict copies into that memory, and so its values may lie in any order.
 """
 
+import torch
 from torch import Tensor, nn
 
 from kernels import (
@@ -59,6 +63,63 @@ class Linear(nn.Linear):
         return y.reshape(*x.shape[:-1], self.out_features)
 
 
+class FlattenLinear(Linear):
+    """`torch.nn.Flatten` and `torch.nn.Linear`, of an image in channels_last, which is not copied.
+
+    Flatten numbers the pixels of an image in the order (c, h, w). In channels_last they lie in the
+    order (h, w, c), and so it copies every image at every step. A sum does not care in which order
+    its terms are, as long as both factors have the same: so here the weights lie as the images do,
+    and both are views, [N, H*W*C] and [out_features, H*W*C], whose rows TMA can read.
+
+    Strides cannot say so of an [out_features, C*H*W]. The parameter is therefore what it is in
+    truth, [out_features, C, H, W] like the filters of a convolution, in channels_last. A state_dict
+    has it as torch.nn.Linear does, [out_features, C*H*W] in the order (c, h, w): there it is a copy
+    (of one channel, a view), and the only one. What goes parameter by parameter, as the state of an
+    optimizer, has four dimensions.
+
+    It could be computed as the convolution that it is, with one output pixel. But each of the H*W
+    taps would be a step of its own, of C terms; and the gradient of x would try every tap on every
+    pixel, of which one fits.
+
+    Args:
+        in_shape: one image's (C, H, W).
+        out_features, bias, device, dtype, activation: as in Linear.
+
+    Shapes: x [N, C, H, W] to y [N, out_features]; weight [out_features, C, H, W].
+    """
+
+    def __init__(
+        self, in_shape, out_features, bias=True, device=None, dtype=None, *, activation=None
+    ):
+        channels, height, width = self.in_shape = tuple(in_shape)
+        in_features = channels * height * width
+        super().__init__(in_features, out_features, bias, device, dtype, activation=activation)
+        self.weight = nn.Parameter(self._as_images(self.weight.detach()))
+
+    def _as_images(self, weight: Tensor) -> Tensor:
+        weight = weight.unflatten(1, self.in_shape)
+        return weight.contiguous(memory_format=torch.channels_last)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = destination[prefix + "weight"].flatten(1)
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        name = prefix + "weight"
+        weight = state_dict.get(name)
+        if weight is not None and weight.dim() == 2 and weight.shape[1] == self.in_features:
+            state_dict = {**state_dict, name: self._as_images(weight)}
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return activation(x W^T + b), x flattened."""
+        if x.dim() != 4 or x.shape[1:] != self.in_shape:  # others of as many pixels would pass
+            raise ValueError(f"x must be [N, *{list(self.in_shape)}], got {list(x.shape)}")
+        rows = x.permute(0, 2, 3, 1).flatten(1)  # a view, of channels_last images
+        weight = self.weight.permute(0, 2, 3, 1).flatten(1)
+        return matmul(rows, weight.t(), self.bias, self.activation)
+
+
 class Conv2d(nn.Conv2d):
     """`torch.nn.Conv2d` with zero padding, and an activation.
 
@@ -99,6 +160,7 @@ class Conv2d(nn.Conv2d):
             device=device,
             dtype=dtype,
         )
+        self.to(memory_format=torch.channels_last)
         self.activation = _check_activation(activation)
         self.conv = conv2d_im2col if im2col else conv2d
 
@@ -141,6 +203,7 @@ class Conv2dReluPool(nn.Conv2d):
         super().__init__(
             in_channels, out_channels, kernel_size, padding=padding, device=device, dtype=dtype
         )
+        self.to(memory_format=torch.channels_last)
         if how not in ("fused", "separate", "im2col"):
             raise ValueError(f'how must be "fused", "separate" or "im2col", got {how!r}')
         self.how = how

@@ -1,4 +1,4 @@
-"""Models: the demo's convolutional network in four forms that share one state_dict, and an MLP.
+"""Models: the demo's convolutional network in four forms that share a state_dict, MLP and VGG16.
 
     image [N, C, H, W]                                        28 x 28 digits:   1 x 28 x 28
       conv 3x3, 16 filters, + bias + ReLU + 2x2 max-pool                       16 x 13 x 13
@@ -12,17 +12,22 @@
     cnn-im2col    the same, the convolution through an explicit im2col matrix
     cnn-torch     the same network of torch.nn: the twin to test against and to compare with
     mlp           two linear layers, 128 hidden units
+    vgg16         of imagenet.py, for images of at least 32 x 32: 134 million parameters, for a GPU
 
 The same seed gives all four forms the same initial weights, and a state_dict of one loads into any
 other, so a network trained here can be used where only PyTorch is installed.
+
+Images are channels_last from the input to the last convolution's output, and the linear layer reads
+them so: no layer converts what another has written. tests/test_layouts.py counts.
 """
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layers import Conv2dReluPool, Linear
+from .imagenet import VGG16
+from .layers import Conv2dReluPool, FlattenLinear, Linear
 
-MODELS = ("cnn", "cnn-unfused", "cnn-im2col", "cnn-torch", "mlp")
+MODELS = ("cnn", "cnn-unfused", "cnn-im2col", "cnn-torch", "mlp", "vgg16")
 
 
 def build(name: str, shape: tuple[int, int, int], classes: int) -> nn.Module:
@@ -40,6 +45,8 @@ def build(name: str, shape: tuple[int, int, int], classes: int) -> nn.Module:
         raise ValueError(f"model must be one of {', '.join(MODELS)}; got {name!r}")
     if name == "mlp":
         return MLP(shape, classes)
+    if name == "vgg16":
+        return VGG16(shape, classes)
     if name == "cnn-torch":
         return TorchCNN(shape, classes)
     how = {"cnn": "fused", "cnn-unfused": "separate", "cnn-im2col": "im2col"}[name]
@@ -74,14 +81,11 @@ class CNN(nn.Module):
         height, width = _pooled_size(shape)
         self.conv1 = Conv2dReluPool(shape[0], 16, 3, how=how)
         self.conv2 = Conv2dReluPool(16, 32, 3, how=how)
-        self.fc = Linear(32 * height * width, classes)
+        self.fc = FlattenLinear((32, height, width), classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits."""
-        x = self.conv2(self.conv1(x))
-        # flatten follows the logical (C, H, W) order, whatever the memory format: fc's columns
-        # mean the same as in torch.nn, at the price of copying this small tensor.
-        return self.fc(x.flatten(1))
+        return self.fc(self.conv2(self.conv1(x)))
 
 
 class TorchCNN(nn.Module):
@@ -106,10 +110,9 @@ class MLP(nn.Module):
 
     def __init__(self, shape, classes, hidden=128):
         super().__init__()
-        channels, height, width = shape
-        self.fc1 = Linear(channels * height * width, hidden, activation="relu")
+        self.fc1 = FlattenLinear(shape, hidden, activation="relu")
         self.fc2 = Linear(hidden, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits."""
-        return self.fc2(self.fc1(x.flatten(1)))
+        return self.fc2(self.fc1(x))

@@ -212,6 +212,11 @@ class _Run:
             raise ckpt.CheckpointError(
                 f"checkpoint {state['path']} does not fit: {reason}"
             ) from error
+        # Moments of a FlattenLinear's weights, had they been saved as torch.nn.Linear's are.
+        for p, moments in self.optimizer.state.items():
+            for name, x in moments.items():
+                if p.dim() == 4 and x.dim() == 2:
+                    moments[name] = x.reshape(p.shape)
         self.epoch, self.history = state["epoch"], list(state["history"])
         self.losses = state["losses"]
 

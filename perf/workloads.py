@@ -467,6 +467,8 @@ def _training(w, impl, device, make):
     )
     labels = make.classes(w.shape["N"], 10)
     with torch.random.fork_rng(devices=[]):
+        # Ours has [classes, C, H, W] where torch.nn has [classes, C*H*W], of which that is a view.
+        shapes = [p.shape for p in models.build("cnn", (1, 28, 28), 10).parameters()]
         torch.manual_seed(0)
         model = models.build("cnn" if impl == "tilelab" else "cnn-torch", (1, 28, 28), 10)
     model = model.to(device=device, memory_format=torch.channels_last)
@@ -494,7 +496,9 @@ def _training(w, impl, device, make):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return loss.detach(), *(p.grad for p in model.parameters())
+        return loss.detach(), *(
+            p.grad.view(s) for p, s in zip(model.parameters(), shapes, strict=True)
+        )
 
     return call, [images, labels]
 

@@ -29,6 +29,11 @@ class PoolAfter(ReluAfter):
         return F.max_pool2d(super().forward(x), 2)
 
 
+class Flattened(ReluAfter):
+    def forward(self, x):
+        return super().forward(x.flatten(1))
+
+
 # name: (our layer, torch.nn's with the same parameters, what wraps it, an input's shape, terms)
 LAYERS = {
     "linear": (lambda: layers.Linear(7, 5), lambda: nn.Linear(7, 5), None, (4, 7), 7),
@@ -45,6 +50,14 @@ LAYERS = {
         ReluAfter,
         (2, 3, 7),
         7,
+    ),
+    # Three sizes that differ: were the memory's order flattened, the results would, too.
+    "linear of an image": (
+        lambda: layers.FlattenLinear((3, 2, 5), 7, activation="relu"),
+        lambda: nn.Linear(30, 7),
+        Flattened,
+        (4, 3, 2, 5),
+        30,
     ),
     "conv": (
         lambda: layers.Conv2d(3, 5, (3, 2), stride=2, padding=1),
@@ -129,6 +142,24 @@ def test_state_dict_goes_both_ways(pair):
         assert torch.equal(value, values[name]), name
 
 
+def test_filters_are_channels_last_and_stay_so(pair):
+    ours, theirs, *_ = pair
+    assert all(p.is_contiguous() for p in theirs.parameters())
+    for assign in (False, True):
+        if assign and not isinstance(ours, layers.FlattenLinear):
+            continue  # the caller's tensors become the parameters, and lie as they lie
+        ours.load_state_dict(theirs.state_dict(), assign=assign)
+        for p in (*ours.parameters(), *copy.deepcopy(ours).half().parameters()):
+            memory = torch.channels_last if p.dim() == 4 else torch.contiguous_format
+            assert p.is_contiguous(memory_format=memory)
+
+
+def test_a_linear_of_images_names_what_does_not_fit():
+    layer, wrong = layers.FlattenLinear((3, 2, 4), 5), nn.Linear(25, 5).state_dict()
+    with pytest.raises(RuntimeError, match=r"size mismatch for weight: .*\[5, 25\]"):
+        layer.load_state_dict(wrong)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_results_and_gradients_are_those_of_torch(pair, layout):
     ours, theirs, wrap, shape, terms = pair
@@ -148,7 +179,12 @@ def with_gradients(module, x, dy):
     y, (dx,) = gradients(module, [x], dy)
     loss = module(x)
     names, parameters = zip(*module.named_parameters(), strict=True)
-    return y, dx, dict(zip(names, torch.autograd.grad(loss, parameters, dy), strict=True))
+    grads = dict(zip(names, torch.autograd.grad(loss, parameters, dy), strict=True))
+    for name, owner in module.named_modules():  # as a state_dict would have them
+        if isinstance(owner, layers.FlattenLinear):
+            key = f"{name}.weight".removeprefix(".")
+            grads[key] = grads[key].flatten(1)
+    return y, dx, grads
 
 
 def test_softmax_is_that_of_torch():
@@ -203,8 +239,17 @@ def test_wrong_arguments_are_refused_when_the_layer_is_made(make, message):
         (layers.Conv2d(3, 4, 3), (2, 5, 9, 9)),
         (layers.Conv2dReluPool(3, 4, 3), (2, 5, 9, 9)),
         (layers.Conv2dReluPool(3, 4, 3), (3, 9, 9)),
+        (layers.FlattenLinear((3, 2, 4), 5), (2, 3, 4, 2)),
+        (layers.FlattenLinear((3, 2, 4), 5), (2, 24)),
     ],
-    ids=["linear, width", "conv, channels", "block, channels", "block, no batch"],
+    ids=[
+        "linear, width",
+        "conv, channels",
+        "block, channels",
+        "block, no batch",
+        "image, turned",
+        "image, flat",
+    ],
 )
 def test_wrong_shapes_are_refused(layer, shape):
     with pytest.raises(ValueError):
@@ -223,9 +268,10 @@ def test_the_demo_network_has_12810_parameters():
         "conv1.bias": (16,),
         "conv2.weight": (32, 16, 3, 3),
         "conv2.bias": (32,),
-        "fc.weight": (10, 800),
+        "fc.weight": (10, 32, 5, 5),
         "fc.bias": (10,),
     }
+    assert model.state_dict()["fc.weight"].shape == (10, 800)
     assert sum(value.numel() for value in model.parameters()) == 12_810
 
 

@@ -1,6 +1,7 @@
 """Training: the twin's losses, exact resumption after any kind of stop, and every user's error."""
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -17,9 +18,10 @@ import torch
 from torch.nn import functional as F
 
 from kernels import SGD, AdamW, cross_entropy
-from nets import checkpoint, data, train
+from nets import checkpoint, data, models, train
 from nets.config import Config, ConfigError
 from nets.data import DataError
+from nets.imagenet import VGG16
 from nets.models import TorchCNN, build
 from nets.train import Images, evaluate, fit, learning_rate, main, scores
 from tests.inputs import DEVICE, double
@@ -279,7 +281,7 @@ def test_a_folder_of_colourless_images_of_any_size_can_be_trained_on(tmp_path):
             tmp_path / "set" / f"{part}-labels-idx1-ubyte", np.arange(20, dtype=np.uint8) % 4
         )
     result = tiny(tmp_path / "run", dataset=str(tmp_path / "set"), model="cnn", epochs=1)
-    assert result.model.fc.weight.shape == (4, 32 * 1 * 2)
+    assert result.model.state_dict()["fc.weight"].shape == (4, 32 * 1 * 2)
 
 
 @pytest.mark.gpu
@@ -317,6 +319,38 @@ def test_resuming_takes_the_optimizer_and_the_scaler_along(tmp_path, options):
     with contextlib.suppress(Exception):  # refusing such a checkpoint would be right as well
         result = fit(forgetful, resume=state, progress=False)
         assert not torch.equal(result.losses, want.losses)
+
+
+def test_moments_as_torch_has_them_are_taken_over_too(tmp_path):
+    """Of the weights that read an image: [out, C*H*W], as before FlattenLinear."""
+    options = {"model": "cnn", "limit": 32, "epochs": 2}
+    want = tiny(tmp_path / "run", **options)
+    state = checkpoint.load(tmp_path / "run" / "checkpoint-001.pt")
+    moments = state["optimizer"]["state"][4]  # conv1's two, conv2's two, fc.weight
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert moments[name].shape == (10, 32, 5, 5)
+        moments[name] = moments[name].flatten(1)
+    config = Config(**{**TINY, **options, "out": str(tmp_path / "resumed")})
+    assert same_run(fit(config, resume=state, progress=False), want)
+
+
+def test_vgg16_trains_on_images_of_32_pixels_and_says_that_28_are_too_small(
+    tmp_path, monkeypatch, capsys
+):
+    code, _, err = cli(["--model", "vgg16", "--out", tmp_path / "small"], capsys)
+    assert code == 2 and err.count("\n") == 1
+    assert "--model vgg16: images must be at least 32 x 32" in err and "28 x 28" in err
+
+    monkeypatch.setattr(models, "VGG16", functools.partial(VGG16, width=4))  # else 134 million
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for part in ("train", "t10k"):
+        images = np.random.default_rng(0).integers(0, 256, (12, 32, 33), dtype=np.uint8)
+        data.write_idx(folder / f"{part}-images-idx3-ubyte", images)
+        data.write_idx(folder / f"{part}-labels-idx1-ubyte", np.arange(12, dtype=np.uint8) % 3)
+    result = tiny(tmp_path / "run", dataset=str(folder), model="vgg16", epochs=2, lr=0.001)
+    assert result.model.state_dict()["classifier.0.weight"].shape == (256, 32)
+    assert result.history[-1]["train_loss"] < result.history[0]["train_loss"]
 
 
 def started(out, *more):
