@@ -29,14 +29,13 @@ Four kernels compute it, each to be read after the one before, and each a rung o
 rung costs is counted in instructions: an SM issues four a clock, in which its tensor cores do 4,096
 FLOPs in 16-bit. So a kernel with more than one instruction for 1,024 FLOPs cannot keep them busy.
 
-    rung      kernel                  what changes                   instructions for 1,024 FLOPs
-    direct    conv2d_direct_kernel    the seven loops as on paper
-    flat      conv2d_flat_kernel      a matmul: tensor cores         1.5
+    rung      kernel                  what changes                        instructions
+    direct    conv2d_direct_kernel    the seven loops as on paper         124
+    flat      conv2d_flat_kernel      a matmul: tensor cores              1.5
     pointer   conv2d_kernel           a step is one tap: no divisions     0.31
-    tma       conv2d_tma.py           a unit fetches boxes of pixels 0.19
+    tma       conv2d_tma.py           a unit fetches boxes of pixels      0.19
 
-(Compiled for sm_90 by triton 3.9.0, each with the default of its list for a wide layer; not run.
-The direct kernel has no tensor cores at all, and 63 times as many FLOPs to issue.)
+(Compiled for sm_90 by triton 3.9.0, each with the largest tile of its list; not run.)
 
 Which one a call takes: TMA where GPU and tensors have it, else the pointers of conv2d_kernel, for
 few channels those of conv2d_flat_kernel. A filter of one pixel is a matmul, a filter for each
