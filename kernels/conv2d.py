@@ -49,6 +49,7 @@ from kernels._launch import (
     launch,
 )
 from kernels.bias_relu import bias_backward, bias_relu_backward
+from kernels.conv2d_depthwise import conv2d_depthwise, is_depthwise
 from kernels.conv2d_grad import conv2d_input_grad, conv2d_weight_grad
 
 
@@ -231,6 +232,9 @@ def _conv2d(
     activation: str | None,
 ) -> torch.Tensor:
     y = _empty_output(x, weight, stride, padding, dilation)
+    if is_depthwise(weight, groups):
+        conv2d_depthwise(x, weight, bias, y, stride, padding, dilation, activation)
+        return y
     (N, _, H, W), (_, C, R, S), (_, K, P, Q) = x.shape, weight.shape, y.shape
     K //= groups
     M = N * P * Q
