@@ -8,13 +8,13 @@ It is `conv2d` with groups = C = K, and conv2d.py calls this file for it. No sum
 so there is no matrix to multiply by: a GEMM would have one column a group, and a tensor core
 sixteen at least. What is left is pool.py's loop over windows, with a multiply-add for the maximum.
 
-    3x3 at stride 1, a patch of 2 x 2 outputs        a program goes down its strips, a patch a step
+    3x3 at stride 1, a patch of 1 x 4 outputs #      a program goes down its strips, a patch a step
 
-       . . . .     each of the 16 inputs is               q ->
-       . # # .     loaded and converted once,           p  A A  B B  C C  D D   step 0, of 4 strips:
-       . # # .     and multiplied by up to four         |  A A  B B  C C  D D   BLOCK_M = 16 pixels,
-       . . . .     taps: 36 multiply-adds for           v  a a  b b  c c  d d   x BLOCK_N channels
-                   16 loads, and not for 36                a a  b b  c c  d d   step 1
+       . . . . . .     its 18 inputs are loaded            q ->
+       . # # # # .     and converted once, and             A A A A  B B B B  C C C C   step 0
+       . . . . . .     multiplied by up to three           a a a a  b b b b  c c c c   step 1
+                       taps each: 36 multiply-adds         A A A A  B B B B  C C C C   step 2
+                       for 18 loads, and not for 36        ...
 
     for each strip and block of channels, in parallel:
         taps = weight[c, all r and s]                   in registers, for all of the steps
@@ -26,16 +26,17 @@ sixteen at least. What is left is pool.py's loop over windows, with a multiply-a
             y[c, patch] = act(acc + bias[c])
 
 A thread has the same few channels of a whole patch, so what outputs share is shared in registers,
-where an instruction is saved and not only a byte. Two rows of a step are those of the step before,
-and come out of L1.
+where it saves an instruction and not only a byte. A program has BLOCK_M pixels x BLOCK_N channels a
+step. Two of three rows that a step reads are those of the step before, and come out of L1.
 
 What limits it: memory, e(|x| + |weight| + |y|) bytes for 2*R*S FLOPs an output. At stride 1 in
 16-bit a 3x3 layer does 4.5 FLOPs a byte (no tensor core is to be had; without, an H200 does 14).
 But an output is instructions: 9 multiply-adds, and its part of loads, conversions, masks. Of 256
 outputs, which are 8 for each thread of a warp and 1,024 bytes, an H200 has time for 198 of a warp's
-instructions, 72 of which are multiply-adds. One output at a time would need about 350 by that
-count, and without a loop another 80 or 150 to fetch the taps, which lie R*S apart in memory. Of a
-5x5 filter the multiply-adds alone are 200: from there on instructions are the limit.
+instructions, 72 of which are multiply-adds. Compiled for sm_90, a step takes 164 to 167, and what
+comes before the loop (taps, which lie R*S apart in memory, are fetched 2 bytes at a time) 142 more:
+hence a loop, whose 16 steps have 9 each of that. At stride 2 there is time for 495, and a step
+takes 204 to 210. Of a 5x5 filter the multiply-adds alone are 200: instructions are the limit.
 
 Read first: pool.py, conv2d.py. Source: Howard et al., MobileNets (2017).
 """
@@ -56,24 +57,24 @@ def reference(x, weight, bias=None, stride=1, padding=0, dilation=1, activation=
 # A thread loads and stores 16 bytes a pixel. BLOCK_M counts the pixels of a step, so a program has
 # BLOCK_M / (PATCH_P * PATCH_Q) strips. ROWS: how far down it goes at most.
 TILES = [
-    # the default in 16-bit: 8 channels a thread; taps, sums and 16 loads under way in registers
-    dict(BLOCK_M=64, BLOCK_N=64, PATCH_P=2, PATCH_Q=2, ROWS=16, num_warps=4),
-    # and in float32: 4 channels, which are 16 bytes there, and half of the registers
-    dict(BLOCK_M=32, BLOCK_N=64, PATCH_P=2, PATCH_Q=2, ROWS=16, num_warps=4),
-    # up to 32 channels, as after the first layer of a MobileNet: nothing of the tile is padding
-    dict(BLOCK_M=128, BLOCK_N=32, PATCH_P=2, PATCH_Q=2, ROWS=16, num_warps=4),
-    # four outputs side by side: as much is shared, and one row is loaded at a time
+    # the default in 16-bit: 8 channels a thread; taps, sums and 18 loads under way in registers
     dict(BLOCK_M=64, BLOCK_N=64, PATCH_P=1, PATCH_Q=4, ROWS=16, num_warps=4),
+    # and in float32: 4 channels, which are 16 bytes there, and half of the registers
+    dict(BLOCK_M=32, BLOCK_N=64, PATCH_P=1, PATCH_Q=4, ROWS=16, num_warps=4),
+    # up to 32 channels, as after the first layer of a MobileNet: nothing of the tile is padding
+    dict(BLOCK_M=64, BLOCK_N=32, PATCH_P=1, PATCH_Q=4, ROWS=16, num_warps=2),
+    # two rows at once share more of x, but half as many steps share the taps
+    dict(BLOCK_M=64, BLOCK_N=64, PATCH_P=2, PATCH_Q=2, ROWS=16, num_warps=4),
     # wide layers: 512 bytes of a pixel
     dict(BLOCK_M=16, BLOCK_N=256, PATCH_P=2, PATCH_Q=2, ROWS=16, num_warps=4),
     # half as large programs, for small images and batches
-    dict(BLOCK_M=32, BLOCK_N=64, PATCH_P=2, PATCH_Q=2, ROWS=8, num_warps=2),
+    dict(BLOCK_M=32, BLOCK_N=64, PATCH_P=1, PATCH_Q=4, ROWS=8, num_warps=2),
 ]
 DEFAULT = {2: TILES[0], 4: TILES[1]}
-FEW_CHANNELS = {2: TILES[2], 4: TILES[1]}
+FEW_CHANNELS = {2: TILES[2], 4: TILES[3]}
 # More taps leave registers for fewer channels: 4 of up to 25 taps, 2 of up to 49.
 MORE_TAPS = {
-    25: dict(BLOCK_M=32, BLOCK_N=64, PATCH_P=2, PATCH_Q=2, ROWS=16, num_warps=4),
+    25: dict(BLOCK_M=32, BLOCK_N=64, PATCH_P=1, PATCH_Q=4, ROWS=16, num_warps=4),
     49: dict(BLOCK_M=16, BLOCK_N=64, PATCH_P=1, PATCH_Q=4, ROWS=16, num_warps=4),
 }
 MOST_TAPS = max(MORE_TAPS)
@@ -100,7 +101,7 @@ def conv2d_depthwise_kernel(
     pid_n = tl.program_id(0) % blocks_n
     offs_m = pid_m.to(INDEX) * STRIPS + tl.arange(0, STRIPS)
     offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_m, mask_c = offs_m < M, offs_n < C
+    mask_c = offs_n < C
     mask_n = mask_c[None, :]
 
     taps = ()  # each [1, BLOCK_N]
@@ -108,9 +109,10 @@ def conv2d_depthwise_kernel(
     for t in tl.static_range(R * S):
         tap = tl.load(w_ptrs + (t // S * stride_wr + t % S * stride_ws), mask=mask_c, other=0.0)
         taps = taps + (tap.to(tl.float32)[None, :],)
+    start = tl.full((STRIPS, BLOCK_N), 0.0, tl.float32)  # of each sum
     if HAS_BIAS:
         bias = tl.load(bias_ptr + offs_n * stride_bias, mask=mask_c, other=0.0)
-        bias = bias.to(tl.float32)[None, :]
+        start += bias.to(tl.float32)[None, :]
 
     chunk = offs_m // strips
     n = chunk // chunks
@@ -125,34 +127,32 @@ def conv2d_depthwise_kernel(
     step_h = tl.cast(stride_xh, tl.int64) * DIL_H
     step_w = tl.cast(stride_xw, tl.int64) * DIL_W
     step_p = tl.cast(Q, tl.int64) * C
+    p = tl.where(offs_m < M, p, P)  # strips that do not exist are below the image
+    h = tl.where(offs_m < M, h, H)
 
     for _ in range(steps):
-        acc = ()  # of output (p, q) at p * PATCH_Q + q, each [STRIPS, BLOCK_N]
+        acc = ()  # of the patch's outputs row by row, each [STRIPS, BLOCK_N]
         for _a in tl.static_range(PATCH_P * PATCH_Q):
-            acc = acc + (tl.full((STRIPS, BLOCK_N), 0.0, tl.float32),)
+            acc = acc + (start,)
         for i in tl.static_range((PATCH_P - 1) * STRIDE_H + R):
-            h_i = h + i * DIL_H
-            row = mask_m & (h_i >= 0) & (h_i < H)
+            row = (h + i * DIL_H).to(tl.uint32) < H  # as an unsigned number -1 is very large
             for j in tl.static_range((PATCH_Q - 1) * STRIDE_W + S):
-                w_j = w + j * DIL_W
-                mask = (row & (w_j >= 0) & (w_j < W))[:, None] & mask_n
+                mask = (row & ((w + j * DIL_W).to(tl.uint32) < W))[:, None] & mask_n
                 x = tl.load(x_ptrs + (i * step_h + j * step_w), mask=mask, other=0.0)
                 x = x.to(tl.float32)
-                # The outputs a // R and b // S that meet x, with their taps a % R and b % S.
-                for a in tl.static_range(PATCH_P * R):
-                    if a // R * STRIDE_H + a % R == i:
-                        for b in tl.static_range(PATCH_Q * S):
-                            if b // S * STRIDE_W + b % S == j:
-                                at = a // R * PATCH_Q + b // S
-                                more = tl.fma(x, taps[a % R * S + b % S], acc[at])
-                                acc = acc[:at] + (more,) + acc[at + 1 :]
+                # Output k (row k // PATCH_Q) has tap (r, s) on x where both lines below say so.
+                for k in tl.static_range(PATCH_P * PATCH_Q):
+                    for r in tl.static_range(R):
+                        if k // PATCH_Q * STRIDE_H + r == i:
+                            for s in tl.static_range(S):
+                                if k % PATCH_Q * STRIDE_W + s == j:
+                                    more = tl.fma(x, taps[r * S + s], acc[k])
+                                    acc = acc[:k] + (more,) + acc[k + 1 :]
         for a in tl.static_range(PATCH_P * PATCH_Q):
             y = acc[a]
-            if HAS_BIAS:
-                y += bias
             if RELU:
-                y = tl.where(y < 0, 0.0, y)
-            mask = (mask_m & (p + a // PATCH_Q < P) & (q + a % PATCH_Q < Q))[:, None] & mask_n
+                y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            mask = ((p + a // PATCH_Q < P) & (q + a % PATCH_Q < Q))[:, None] & mask_n
             offs = a // PATCH_Q * step_p + a % PATCH_Q * C
             tl.store(y_ptrs + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
         p += PATCH_P
@@ -180,9 +180,8 @@ def _default(C, taps) -> dict[int, dict]:
 def conv2d_depthwise(x, weight, bias, y, stride, padding, dilation, activation) -> None:
     """Write the convolution to y, [N, C, P, Q] in channels_last memory; conv2d.py has checked."""
     (N, C, H, W), (_, _, R, S), (_, _, P, Q) = x.shape, weight.shape, y.shape
-    tile = choose_tile(
-        "conv2d_depthwise", x.dtype, _default(C, R * S), M=N * P * Q, N=C
-    ).copy()  # fmt: skip
+    default = _default(C, R * S)
+    tile = choose_tile("conv2d_depthwise", x.dtype, default, M=N * P * Q, N=C).copy()
     patch_p, patch_q, rows = (tile.pop(key) for key in ("PATCH_P", "PATCH_Q", "ROWS"))
     block = max(1, tile.pop("BLOCK_M") // (patch_p * patch_q))
     # Outputs share inputs if the filter is dense and windows overlap.
