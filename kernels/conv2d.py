@@ -71,6 +71,7 @@ from kernels._launch import (
     launch,
 )
 from kernels.bias_relu import bias_backward, bias_relu_backward
+from kernels.conv2d_depthwise import conv2d_depthwise, is_depthwise
 from kernels.conv2d_grad import conv2d_input_grad, conv2d_weight_grad
 from kernels.conv2d_tma import conv2d_tma, fast_tile, plan_for
 from kernels.matmul import matmul_into
@@ -328,6 +329,9 @@ def _conv2d(
     activation: str | None,
 ) -> torch.Tensor:
     y = _empty_output(x, weight, stride, padding, dilation)
+    if is_depthwise(weight, groups):
+        conv2d_depthwise(x, weight, bias, y, stride, padding, dilation, activation)
+        return y
     precision = dot_precision(x.dtype, torch.backends.cudnn.conv)
     (N, _, H, W), (_, C, R, S), (_, K, P, Q) = x.shape, weight.shape, y.shape
     K //= groups
