@@ -25,6 +25,23 @@ The matrix [N*P*Q, R*S*C] holds every input pixel up to R*S times. im2col.py wri
 for that in bandwidth; here a program computes the addresses instead, and the copies come out of
 the cache.
 
+Four kernels compute it, each to be read after the one before, and each a rung of a ladder. What a
+rung costs is counted in instructions: an SM issues four a clock, in which its tensor cores do 4,096
+FLOPs in 16-bit. So a kernel with more than one instruction for 1,024 FLOPs cannot keep them busy.
+
+    rung      kernel                  what changes                        instructions
+    direct    conv2d_direct_kernel    the seven loops as on paper         124
+    flat      conv2d_flat_kernel      a matmul: tensor cores              1.5
+    pointer   conv2d_kernel           a step is one tap: no divisions     0.31
+    tma       conv2d_tma.py           a unit fetches boxes of pixels      0.19
+
+(Compiled for sm_90 by triton 3.9.0, each with the largest tile of its list; not run.)
+
+Which one a call takes: TMA where GPU and tensors have it, else the pointers of conv2d_kernel, for
+few channels those of conv2d_flat_kernel. A filter of one pixel is a matmul, a filter for each
+channel a kernel of its own (conv2d_depthwise.py). `use_tile("conv2d", tile)` forces any rung, since
+a tile says which kernel it is for.
+
 What limits it: 2*N*P*Q*K*C*R*S FLOPs over e(|x| + |weight| + |y|) bytes. For large images and 128
 channels in and out, in 16-bit, a 3x3 layer does 576 FLOPs a byte: tensor cores (an H200 does 206 in
 the time of one byte). A 1x1 layer does 64, the first layer of a ResNet (7x7, 3 channels to 64) 124:
@@ -54,6 +71,7 @@ from kernels._launch import (
     launch,
 )
 from kernels.bias_relu import bias_backward, bias_relu_backward
+from kernels.conv2d_depthwise import conv2d_depthwise, is_depthwise
 from kernels.conv2d_grad import conv2d_input_grad, conv2d_weight_grad
 from kernels.conv2d_tma import conv2d_tma, fast_tile, plan_for
 from kernels.matmul import matmul_into
@@ -72,7 +90,8 @@ TILES = [
     dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=8, num_stages=3),
     # 64 channels deep: half as many taps to look up
     dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
-    # wide layers on Hopper: the most reuse that fits the registers
+    # wide layers: the most reuse that fits the registers. Of Hopper's, conv2d_tma.py has a better
+    # one; in this kernel triton 3.6.0 makes each wgmma of it wait for the last
     dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=8, num_stages=3),
     # 64 output channels (the first stage of a ResNet): nothing of the tile is padding
     dict(BLOCK_M=256, BLOCK_N=64, BLOCK_K=32, num_warps=8, num_stages=3),
@@ -83,7 +102,13 @@ TILES = [
 ]
 DEFAULT = {2: TILES[0], 4: TILES[1]}
 FLAT_DEFAULT = {2: TILES[6], 4: TILES[6]}
-RUNGS = ("pointer", "direct", "flat")  # which a tile may name as its kernel
+# The rungs that no call takes of itself, if it has more than a few channels.
+LADDER = [
+    # eight products a thread and step: more of them, and their addresses spill
+    dict(kernel="direct", BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=2),
+    dict(kernel="flat", BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=3),
+]
+RUNGS = ("pointer", *(tile["kernel"] for tile in LADDER))
 FEW_CHANNELS = 16  # below this a block of one tap's channels would be mostly padding
 
 
@@ -304,6 +329,9 @@ def _conv2d(
     activation: str | None,
 ) -> torch.Tensor:
     y = _empty_output(x, weight, stride, padding, dilation)
+    if is_depthwise(weight, groups):
+        conv2d_depthwise(x, weight, bias, y, stride, padding, dilation, activation)
+        return y
     precision = dot_precision(x.dtype, torch.backends.cudnn.conv)
     (N, _, H, W), (_, C, R, S), (_, K, P, Q) = x.shape, weight.shape, y.shape
     K //= groups
@@ -346,12 +374,14 @@ def _conv2d(
 
 
 def _as_pixels(x, stride, padding, groups):
-    """x [N, C, H, W] as [N*H*W, C], a view, where a filter of one pixel is no more than a matmul."""
+    """Return x as [N*H*W, C], a view, where a filter of one pixel is no more than a matmul."""
     N, C, H, W = x.shape
     sn, sc, sh, sw = x.stride()
     if groups > 1 or any(s != 1 for s in stride) or any(padding) or not x.numel():
         return None
-    if (H > 1 and W > 1 and sh != W * sw) or (N > 1 and H * W > 1 and sn != H * W * (sw if W > 1 else sh)):
+    if (H > 1 and W > 1 and sh != W * sw) or (
+        N > 1 and H * W > 1 and sn != H * W * (sw if W > 1 else sh)
+    ):
         return None
     step = sw if W > 1 else sh if H > 1 else sn
     return x.as_strided((N * H * W, C), (step, sc))

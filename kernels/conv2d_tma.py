@@ -312,11 +312,8 @@ def make_plan(
 ) -> Plan | None:  # fmt: skip
     """The plan for tensors of these sizes and strides; None if the kernel cannot do them.
 
-    Args:
-        x_size, x_steps: of x [N, C, H, W], in elements.
-        w_size, w_steps: of weight [K, C / groups, R, S].
-        stride, padding, dilation, groups: of the convolution.
-        item: bytes of an element.
+    They are those of x [N, C, H, W] and of weight [K, C / groups, R, S], steps in elements; `item`
+    is the bytes of one.
     """
     (N, C, H, W), (K, channels, R, S) = x_size, w_size
     P, Q = output_size((H, W), (R, S), stride, padding, dilation)
@@ -384,9 +381,7 @@ def _folded_plan(x_size, w_size, fold, P, Q, unit):
     return Plan((N, P, Q, K), x, fold, w, True, (R, S), (1, 1, 0, 0, 1, 1), None)
 
 
-def plan_for(
-    x, weight, stride, padding, dilation, groups, precision, pool=False
-) -> Plan | None:
+def plan_for(x, weight, stride, padding, dilation, groups, precision, pool=False) -> Plan | None:
     """The plan for this call, if the device and the tensors have one."""
     if len(device_of(x).kernels) == 1 or (x.dtype == torch.float32 and precision != "tf32"):
         return None
@@ -453,7 +448,7 @@ PACK_FILTER_TILE = dict(BLOCK_M=16, BLOCK_N=64, num_warps=4)
 
 
 def _packed_image(plan, x, padding):
-    """x [N, C, H, W] as the plan has it: folded, padded, channels last."""
+    """Return x [N, C, H, W] as the plan has it: folded, padded, channels last."""
     size, _ = plan.x
     out = torch.empty(size, dtype=x.dtype, device=x.device)
     _, rows, columns, depth = size
@@ -469,7 +464,7 @@ def _packed_image(plan, x, padding):
 
 
 def _packed_filter(plan, weight):
-    """Weight [K, C, R, S] as the plan has it."""
+    """Return weight [K, C, R, S] as the plan has it."""
     (taps, _, depth), _ = plan.w
     (K, C, R, S), (_, taps_w) = weight.shape, plan.taps
     out = torch.empty(K, taps, depth, dtype=weight.dtype, device=weight.device)
@@ -494,13 +489,8 @@ def _by_item(tile):
 def conv2d_tma(plan, x, weight, bias, activation, y, tile, precision, padding, place=None):
     """Launch the fast kernel, with what has to be packed before and added up after it.
 
-    Args:
-        plan: of `plan_for`.
-        x, weight, bias, activation, padding: of the convolution.
-        y: [N, K, P, Q], channels_last; with `place` [N, K, P / 2, Q / 2], and so is that, uint8.
-        tile: one for the kernel, of FAST_TILES or with other sizes.
-        precision: of `dot_precision`.
-        place: where a fused 2x2 max-pool stores which was the largest; None if there is none.
+    y [N, K, P, Q] is channels_last. With `place`, where a fused 2x2 max-pool stores which was the
+    largest, both are [N, K, P / 2, Q / 2], and place uint8.
 
     Raises:
         ValueError: a tile whose filters are not whole blocks of groups.
@@ -522,7 +512,7 @@ def conv2d_tma(plan, x, weight, bias, activation, y, tile, precision, padding, p
         weight = _packed_filter(plan, weight)
     else:
         w_size, w_steps = plan.w
-    tn, tp, tq = box = pixel_box(N, P, Q, m, pool)
+    tn, tp, tq = pixel_box(N, P, Q, m, pool)
     boxes_n = cdiv(N, tn)
     work = boxes_n * cdiv(P, tp) * cdiv(Q, tq) * cdiv(K, n) * split
     programs = min(work, per_sm * device_of(x).sms) if per_sm else work
@@ -531,7 +521,6 @@ def conv2d_tma(plan, x, weight, bias, activation, y, tile, precision, padding, p
         images = split * boxes_n * tn
         out = torch.empty(images, P, Q, K, dtype=torch.float32, device=x.device)
     x_size, x_steps = plan.x
-    taps, span = w_size[0], w_size[2]
     fetched = [tn, tp, tq, k] if len(x_size) == 4 else [tn, tp, 1, tq, k]
     scale = 2 if pool else 1
     P_out, Q_out = P // scale, Q // scale
@@ -543,7 +532,7 @@ def conv2d_tma(plan, x, weight, bias, activation, y, tile, precision, padding, p
         descriptor(x, x_size, x_steps, fetched), descriptor(weight, w_size, w_steps, [1, n, k]),
         bias, descriptor(out, *stored, stored_box),
         descriptor(place, *stored, stored_box) if pool else None,
-        N, P, Q, K, x_size[-1] // plan.geometry[1], span, block, channels,
+        N, P, Q, K, x_size[-1] // plan.geometry[1], w_size[2], block, channels,
         0 if bias is None else bias.stride(0), *plan.taps, *plan.geometry,
         HAS_BIAS=bias is not None and split == 1, RELU=activation == "relu" and split == 1,
         POOL=pool, GROUPED=plan.grouped is not None, PRECISION=precision,

@@ -3,7 +3,8 @@
     time = max(tensor, issue, L2, memory) + launches * 2.5 us
 
     tensor   FLOPs * padding / (peak * wave efficiency)
-    issue    instructions of the main loop, over all warps, at one a clock on four schedulers an SM
+    issue    instructions of the main loop, over all warps, at one a clock on four schedulers an SM;
+             of a depthwise convolution also those before it, which are as many as some steps of it
     L2       what the programs of a product read: (BLOCK_M + BLOCK_N) * BLOCK_K elements a step
     memory   bytes that its launches read and write, each tensor once, over the bandwidth; at least
              the bytes that the mathematics asks for
@@ -111,6 +112,13 @@ def predict(row: dict, gpu: GPU) -> dict:
         if row.get("loop_instructions"):
             instructions = row["loop_instructions"] * loop_warps(tile)
             times["issue"] = steps * instructions / (SCHEDULERS * clocks)
+    elif "PATCH_P" in tile:
+        loop, clocks = row.get("loop_instructions") or 0, gpu.sms * gpu.clock_mhz * 1e6
+        steps = padding(row["sizes"], tile) * math.prod(row["sizes"].values())
+        steps /= tile["BLOCK_M"] * tile["BLOCK_N"]
+        issued = (row["instructions"] - loop) * row["programs"] + loop * steps
+        issued *= tile["num_warps"] / found["wave_efficiency"]
+        times["issue"] = issued / (SCHEDULERS * clocks)
     return found | _finish(row, times, gpu)
 
 

@@ -346,6 +346,41 @@ def _classes(op: str, batch: int | None) -> list[Shape]:
     return [Shape(f"classes {N} m{rows}", {"M": rows, "N": N}) for N in many]
 
 
+# Name, channels, height, stride and count of the 3x3 depthwise layers. Version 1: Howard et al.,
+# MobileNets, 2017, table 1 (whose last layer has stride 1, or 7 x 7 pixels would not stay as many).
+# Version 2: Sandler et al., MobileNetV2, 2018, named by torchvision's blocks.
+_MOBILENETS = (
+    ("v1.dw1", 32, 112, 1, 1),
+    ("v1.dw2", 64, 112, 2, 1),
+    ("v1.dw3", 128, 56, 1, 1),
+    ("v1.dw4", 128, 56, 2, 1),
+    ("v1.dw5", 256, 28, 1, 1),
+    ("v1.dw6", 256, 28, 2, 1),
+    ("v1.dw7", 512, 14, 1, 5),
+    ("v1.dw12", 512, 14, 2, 1),
+    ("v1.dw13", 1024, 7, 1, 1),
+    ("v2.features.2", 96, 112, 2, 1),  # the first is version 1's first
+    ("v2.features.3", 144, 56, 1, 1),
+    ("v2.features.4", 144, 56, 2, 1),
+    ("v2.features.5", 192, 28, 1, 2),
+    ("v2.features.7", 192, 28, 2, 1),
+    ("v2.features.8", 384, 14, 1, 4),
+    ("v2.features.12", 576, 14, 1, 2),
+    ("v2.features.14", 576, 14, 2, 1),
+    ("v2.features.15", 960, 7, 1, 3),
+)
+
+
+def _mobilenet(op: str, batch: int | None) -> list[Shape]:
+    if op != "conv2d":
+        return []
+    N, found = batch or 32, []
+    for name, C, H, stride, count in _MOBILENETS:
+        sizes = dict(zip(_CONV, (N, C, H, H, C, 3, 3, stride, 1, 1, C), strict=True))
+        found.append(Shape(f"mobilenet.{name} n{N}", sizes, count))
+    return found
+
+
 _TINY = {  # sizes that divide nothing, and no two of them alike
     **dict.fromkeys(MATMULS, [(37, 29, 53)]),
     "bias_relu": [(2, 7, 5, 3)],
@@ -380,12 +415,13 @@ SETS: dict[str, tuple[str, Callable[[str, int | None], list[Shape]] | Callable[[
     "resnet50": ("ResNet-50 for 224 x 224 images, as torchvision has it", resnet50),
     "vgg16": ("VGG-16 for 224 x 224 images; conv2d_relu_pool where a pool follows", vgg16),
     "alexnet": ("AlexNet of one tower for 224 x 224 images, as torchvision has it", alexnet),
+    "mobilenet": ("depthwise layers of MobileNet v1 and v2, 224 x 224, batch 32", _mobilenet),
     "demo": ("the CNN that nets/train.py trains, batch 64", demo),
     "classes": ("4096 rows of 10, 100, 1000, 4096, 16384 and 50257 classes", _classes),
     "tiny": ("sizes that divide nothing; seconds in the interpreter", _tiny),
 }
 NETWORKS = ("resnet50", "vgg16", "alexnet", "demo")
-WITH_BATCH = (*NETWORKS, "transformer", "classes")
+WITH_BATCH = (*NETWORKS, "mobilenet", "transformer", "classes")
 
 
 def _sets(op: str, text: str, batches: Sequence[int]) -> Iterator[Shape]:

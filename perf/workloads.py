@@ -188,7 +188,7 @@ OPS: dict[str, Op] = {
     ),
     "conv2d": Op(
         {
-            "fwd": ("conv2d", "conv2d_flat"),
+            "fwd": ("conv2d", "conv2d_flat", "conv2d_depthwise"),
             "dgrad": ("conv2d_input_grad",),
             "wgrad": ("conv2d_weight_grad",),
         },

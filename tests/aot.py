@@ -92,6 +92,33 @@ CASES = {
         stride=2,
         padding=3,
     ),
+    "conv2d, depthwise": lambda dtype: train(
+        kernels.conv2d,
+        images(32, 128, 56, 56, dtype=dtype),
+        torch.empty(128, 1, 3, 3, dtype=dtype),
+        torch.empty(128, dtype=dtype),
+        padding=1,
+        groups=128,
+        activation="relu",
+    ),
+    "conv2d, depthwise at stride 2": lambda dtype: train(
+        kernels.conv2d,
+        images(32, 32, 112, 112, dtype=dtype),
+        torch.empty(32, 1, 3, 3, dtype=dtype),
+        stride=2,
+        padding=1,
+        groups=32,
+    ),
+    **{
+        f"conv2d, depthwise {R}x{R}": lambda dtype, R=R: train(
+            kernels.conv2d,
+            images(32, 128, 28, 28, dtype=dtype),
+            torch.empty(128, 1, R, R, dtype=dtype),
+            padding=R // 2,
+            groups=128,
+        )
+        for R in (5, 7)
+    },
     "conv2d_relu_pool": lambda dtype: train(
         kernels.conv2d_relu_pool,
         images(64, 128, 28, 28, dtype=dtype),

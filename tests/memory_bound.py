@@ -82,6 +82,13 @@ def im2col(tile, dtype):
     train(kernels.im2col, x, kernel_size=3, padding=1)
 
 
+def depthwise(tile, dtype, stride=1):
+    """Without a gradient: that of a depthwise convolution is not bound by memory yet."""
+    C = max(64, tile["BLOCK_N"]) if tile["BLOCK_N"] > 32 else 32
+    x, weight = images(256, C, 112, 112, dtype=dtype), torch.empty(C, 1, 3, 3, dtype=dtype)
+    kernels.conv2d(x, weight, torch.empty(C, dtype=dtype), stride, 1, 1, C, "relu")
+
+
 # By name: the file whose tiles are tried, whose they are, and a call that launches its kernels.
 CASES = {
     "bias_relu": ("bias_relu", ("bias_relu", "bias_relu_backward"), bias_relu),
@@ -100,6 +107,12 @@ CASES = {
     "SGD": ("optim", ("sgd",), lambda tile, dtype: step(kernels.SGD, dtype, momentum=0.9)),
     "AdamW": ("optim", ("adamw",), lambda tile, dtype: step(kernels.AdamW, dtype)),
     "im2col": ("im2col", ("im2col", "col2im"), im2col),
+    "conv2d, depthwise": ("conv2d_depthwise", ("conv2d_depthwise",), depthwise),
+    "conv2d, depthwise at stride 2": (
+        "conv2d_depthwise",
+        ("conv2d_depthwise",),
+        lambda tile, dtype: depthwise(tile, dtype, stride=2),
+    ),
 }
 
 
@@ -155,7 +168,8 @@ def widths(ptx):
 def describe(launch):
     compiled = offline.compile_launch(launch)
     analysis = offline.analyse(compiled)
-    row = {key: analysis[key] for key in ("registers", "spills", "instructions")}
+    counts = ("registers", "spills", "instructions", "loop_instructions")
+    row = {key: analysis[key] for key in counts}
     row["loop"] = analysis["loop_instructions"] is not None
     if "ptx" not in compiled.asm:
         return row

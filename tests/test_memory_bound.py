@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from kernels.conv2d_depthwise import DEFAULT
 from tests import test_compile
 from tests.memory_bound import CASES
 
@@ -20,6 +21,8 @@ FEW = {  # what may be narrower than 16 bytes, and why
     # Of a maximum's place there is one byte for each pixel of y, which is two or four.
     "max_pool2d_kernel": "store of 8 x 1 bytes",
     "max_pool2d_backward_kernel": "load of 8 x 1 bytes",
+    # float32's tile has four channels a thread, which are 8 bytes in 16-bit.
+    "conv2d_depthwise_kernel": ("load of 4 x 2 bytes", "store of 4 x 2 bytes"),
 }
 SIXTEEN_CHANNELS = dict(BLOCK_M=32, BLOCK_N=64, num_warps=4)  # of pool.py: not for float32
 
@@ -33,6 +36,8 @@ def problems(row, dtype):
     """What is wrong with a kernel of the report, in words."""
     what = f"{row['kernel']} ({row['case']}) with {row['tile']}"
     other = row["tile"] == SIXTEEN_CHANNELS and "pool" in row["kernel"] and dtype == "float32"
+    if "depthwise" in row["kernel"] and dtype == "float32":  # eight channels a thread are too many
+        other = row["tile"] != DEFAULT[4]
     if row["spills"] and not other:
         yield f"{what} spills {row['spills']} bytes"
     for access, widths in row["accesses"].items():
@@ -64,6 +69,24 @@ def test_instructions_leave_time_for_the_memory():
         if not row["loop"] and row["moved"] >= 64 and slots > SLOTS:
             found.append(f"{row['kernel']} with {row['tile']}: {slots:.0f} of {SLOTS:.0f} slots")
     assert not found, "\n".join(found)
+
+
+@pytest.mark.slow
+@pytest.mark.core
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_depthwise_convolution_leaves_time_for_the_memory(stride):
+    """A step of the loop and its share of what comes before, at the default of 16-bit.
+
+    Of each 256 outputs, 8 a thread of a warp. They are 512 bytes, and stride^2 as many are read.
+    """
+    name = "conv2d, depthwise" + (" at stride 2" if stride == 2 else "")
+    tile = DEFAULT[2]
+    (row,) = (r for r in compiled("sm_90", "bfloat16", name) if r["tile"] == tile)
+    steps = tile["ROWS"] // tile["PATCH_P"]
+    before = row["instructions"] - row["loop_instructions"]
+    outputs = tile["BLOCK_M"] * tile["BLOCK_N"] / tile["num_warps"] / 256
+    slots = (row["loop_instructions"] + before / steps) / outputs
+    assert slots < SLOTS * (1 + stride**2)
 
 
 NARROW = """

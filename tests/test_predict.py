@@ -73,6 +73,22 @@ def test_memory_bound():
     assert row["predicted_gbps"] == pytest.approx(4800, rel=0.02)
 
 
+def test_a_depthwise_convolution_may_wait_for_its_instructions():
+    """A step of a program is 64 pixels x 64 channels; what comes before the steps counts, too."""
+    n = 4096 * 64 * 64
+    row = dict(
+        op="conv2d", mode="fwd", dtype="bfloat16", precision="ieee", shape={}, launches=1,
+        sizes=dict(M=n // 64, N=64), flops=18 * n, bytes=4 * n, moved=4 * n, programs=528,
+        tile=dict(BLOCK_M=64, BLOCK_N=64, PATCH_P=1, PATCH_Q=4, ROWS=16, num_warps=4),
+        threads=128, registers=180, shared=0, spills=0, instructions=1200, loop_instructions=700,
+    )  # fmt: skip
+    assert predict(row, H200)["bound"] == "memory"
+    many = predict(row | dict(instructions=4500, loop_instructions=4000), H200)
+    assert many["bound"] == "issue"
+    issued = 4 * (4096 * 4000 + 528 * 500)
+    assert many["predicted_s"] == pytest.approx(issued / (4 * 132 * 1.83e9) + LAUNCH_S, rel=1e-3)
+
+
 def test_what_is_updated_in_place_is_moved_twice():
     """`moved` counts a tensor once; an AdamW step reads p, grad, m, v and writes p, m, v."""
     n = 2**28

@@ -69,6 +69,22 @@ def test_layers_that_are_known_by_heart():
     assert layer("alexnet.features.3") == ((32, 64, 27, 27, 192, 5, 5, 1, 2, 1, 1), 1)
 
 
+def test_mobilenets_have_their_depthwise_layers():
+    """13 of version 1 and 17 of version 2, the first of which is the other's; groups = C = K."""
+    found = shapes("conv2d", "mobilenet")
+    for version, layers in [("v1", 13), ("v2", 16)]:
+        assert sum(s.count for s in found if f".{version}." in s.name) == layers
+    assert len({tuple(s.sizes.values()) for s in found}) == len(found) == 18
+    for s in found:
+        assert s.sizes["C"] == s.sizes["K"] == s.sizes["groups"] and s.sizes["N"] == 32
+        assert (s.sizes["R"], s.sizes["S"], s.sizes["padding"], s.sizes["dilation"]) == (3, 3, 1, 1)
+    by_name = {s.name: s for s in shapes("conv2d", "mobilenet@256")}
+    s = by_name["mobilenet.v2.features.4 n256"].sizes
+    assert [s[key] for key in ("N", "C", "H", "W", "stride")] == [256, 144, 56, 56, 2]
+    with pytest.raises(PerfError, match="mobilenet has no shapes for max_pool2d"):
+        shapes("max_pool2d", "mobilenet")
+
+
 def test_what_networks_mean_for_other_operators():
     assert sizes("max_pool2d", "resnet50@8") == [
         {"N": 8, "C": 64, "H": 112, "W": 112, "R": 3, "stride": 2, "padding": 1}
