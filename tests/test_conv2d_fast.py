@@ -332,7 +332,7 @@ POOLED = {  # x, filters, taps, padding
     "whole windows": ((2, 24, 8, 10), 48, (3, 3), 1),
     "an odd row and column are dropped": ((2, 24, 9, 7), 48, (3, 3), 1),
     "an odd column, no padding": ((3, 40, 8, 9), 80, (3, 3), 0),
-    "14x14": ((2, 72, 14, 14), 144, (3, 3), 1),
+    "14x14": ((1, 72, 14, 14), 80, (3, 3), 1),
     "one window": ((19, 16, 2, 2), 16, (3, 3), 1),
     "2x5, padding (0, 2)": ((2, 16, 7, 20), 32, (2, 5), (0, 2)),
     "1x1": ((2, 24, 6, 8), 32, (1, 1), 0),
@@ -467,7 +467,7 @@ BORDERS = {  # operands and options, and the kernels that a Hopper GPU takes for
     ),
     "3 channels, patches of 36x36": (
         lambda: (images(1, 3, 72, 72), filters(8, 3, 36, 36)), dict(stride=36),
-        "pack pack_filter tma",
+        "pack pack_filter tma matmul_reduce",
     ),
     "3 channels, patches of 37x37: more than a program packs": (
         lambda: (images(1, 3, 74, 74), filters(8, 3, 37, 37)), dict(stride=37), "flat"
