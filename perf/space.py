@@ -137,10 +137,9 @@ def fast_convolutions(
         shared = (m + n) * k * itemsize * stages + m * n * itemsize
         if 64 <= accumulator <= 128 and shared <= SHARED:
             for values in itertools.product(*more.values()):
-                yield dict(
-                    kernel="tma", BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, **dict(zip(more, values, strict=True)),
-                    num_warps=warps, num_stages=stages,
-                )  # fmt: skip
+                options = dict(zip(more, values, strict=True))
+                options |= dict(num_warps=warps, num_stages=stages)
+                yield dict(kernel="tma", BLOCK_M=m, BLOCK_N=n, BLOCK_K=k) | options
 
 
 FAST = {  # by the name that `choose_tile` is asked for; of others, the lesson's fast tiles alone
