@@ -65,19 +65,28 @@ FAST_AXES = dict(
     SPLIT_K=(1, 2, 4, 8, 16, 32, 64, 128),
     PROGRAMS_PER_SM=(0, 1, 2),
 )
-KERNELS = ("pointer", "tma", "tma_ws")
+# Rungs of a lesson's ladder below its real kernels: tried only where they are asked for by name,
+# with the tiles that the lesson lists (its RUNGS).
+LOWER_RUNGS = ("direct", "flat")
+KERNELS = (*LOWER_RUNGS, "pointer", "tma", "tma_ws")
 # Elements of a tile in registers. Of a product, 256x256: what spills there teaches something. Of
 # the others 128 a thread of four warps: beyond that they spill, after minutes of compiling.
 MOST_OF_A_PRODUCT, MOST_OF_ROWS = 2**16, 2**14
 
 
-def fast_products(sizes: dict[str, int], itemsize: int) -> Iterator[dict]:
+SHARED = 227 * 1024  # bytes that a program can have on the GPUs with TMA
+
+
+def fast_products(
+    sizes: dict[str, int], itemsize: int, given: Sequence[dict] = ()
+) -> Iterator[dict]:
     """Tiles of the kernels of products that load by TMA: those combinations that can make sense.
 
     Args:
         sizes: M, N and K.
         itemsize: bytes of an operand's element; a step is 128 or 256 bytes of a row. The kernel
             for one byte does not split K.
+        given: the lesson's tiles, which say nothing that is not known here.
     """
     shapes = ((128, 256), (256, 128), (128, 128), (64, 256), (64, 128))
     for (m, n), step, stages in itertools.product(shapes, (128, 256), (3, 4)):
@@ -94,13 +103,58 @@ def fast_products(sizes: dict[str, int], itemsize: int) -> Iterator[dict]:
             for per_sm in (0, 1, 2) if split == 1 else (1, 2):
                 large, plain = m * n > 128 * 128, per_sm == 0 and (subtiles, stages) != (1, 3)
                 stored = m * n // subtiles * (4 if split > 1 else itemsize)
-                no_room = (m + n) * step * stages + stored > 227 * 1024
+                no_room = (m + n) * step * stages + stored > SHARED
                 if plain or (per_sm == 2 and large) or no_room:
                     continue
                 yield dict(kernel="tma") | blocks | dict(
                     SUBTILES=subtiles, **parts, PROGRAMS_PER_SM=per_sm,
                     num_warps=8 if m > 64 else 4, num_stages=stages,
                 )  # fmt: skip
+
+
+def fast_convolutions(
+    sizes: dict[str, int], itemsize: int, given: Sequence[dict] = ()
+) -> Iterator[dict]:
+    """Tiles of a convolution that loads boxes of pixels by TMA: M pixels, N and K channels.
+
+    Args:
+        sizes: M, N and K.
+        itemsize: bytes of an element; a step is 128 bytes of a pixel, or less where that pads less.
+        given: the lesson's tiles. What theirs have besides (programs an SM, say) is tried in all
+            the values that they have.
+    """
+    plain = ("kernel", "BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
+    more: dict[str, dict] = {}  # values in their order
+    for tile in given:
+        for name, value in tile.items() if tile.get("kernel") == "tma" else ():
+            if name not in plain:
+                more.setdefault(name, {})[value] = None
+
+    def covering(size: int, step: int) -> int:
+        return -(-size // step) * step
+
+    steps, least = [], None
+    for step in (128 // itemsize, 32, 16):
+        covered = covering(sizes["K"], step)
+        if (least is None or covered < least) and step * itemsize <= 128:
+            steps, least = [*steps, step], covered
+    shapes = [(m, n) for m in (256, 128) for n in (64, 128, 256) if m * n < 256 * 256]
+    shapes = [(m, n) for m, n in shapes if n == 64 or n < 2 * sizes["N"]]
+    for (m, n), k, warps, stages in itertools.product(shapes, steps, (4, 8), range(3, 7)):
+        accumulator = m * n // (32 * warps)  # registers of a thread
+        shared = (m + n) * k * itemsize * stages + m * n * itemsize
+        if 64 <= accumulator <= 128 and shared <= SHARED:
+            for values in itertools.product(*more.values()):
+                options = dict(zip(more, values, strict=True))
+                options |= dict(num_warps=warps, num_stages=stages)
+                yield dict(kernel="tma", BLOCK_M=m, BLOCK_N=n, BLOCK_K=k) | options
+
+
+FAST = {  # by the name that `choose_tile` is asked for; of others, the lesson's fast tiles alone
+    "matmul": fast_products,
+    "scaled_matmul": fast_products,
+    "conv2d": fast_convolutions,
+}
 
 
 def parse_axes(texts: Iterable[str]) -> dict[str, tuple]:
@@ -152,7 +206,8 @@ def tiles(
         sizes: the extent of each blocked dimension. A block never exceeds the power of two that
             covers its dimension (as in `choose_tile`): what differs only beyond that is one tile.
         given: tiles to start with.
-        narrowed: the values that `-a` leaves to an axis. Given tiles that have others are dropped.
+        narrowed: the values that `-a` leaves to an axis. Given tiles that have others are dropped,
+            and those of LOWER_RUNGS unless their kernel is among them.
         kernels: of the operator, those that can do it: with none, only `given` is tried.
         itemsize: bytes of an operand's element.
     """
@@ -163,10 +218,12 @@ def tiles(
     product = (dict(zip(axes, v, strict=True)) for v in itertools.product(*axes.values()))
     if not kernels:
         product = ()
-    if "tma" in kernels:
-        fast = (t for t in fast_products(sizes, itemsize) if t["kernel"] in kernels)
+    if "tma" in kernels and tile_op in FAST:
+        fast = FAST[tile_op](sizes, itemsize, given)
+        fast = (t for t in fast if t["kernel"] in kernels)
         product = itertools.chain(fast, product)
     most = MOST_OF_A_PRODUCT if "BLOCK_K" in axes else MOST_OF_ROWS
+    narrowed = {"kernel": [k for k in KERNELS if k not in LOWER_RUNGS]} | narrowed
     chosen: dict[tuple, dict] = {}
     for tile in itertools.chain(given, product):
         full = {"kernel": "pointer"} | tile
