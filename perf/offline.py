@@ -160,11 +160,14 @@ def describe(w: Workload, target: str = "") -> dict:
 def lesson_tiles(tile_op: str, module: str, itemsize: int) -> tuple[list, list, list]:
     """FAST_TILES (of this itemsize), TILES and RUNGS of a lesson, each where it has them.
 
-    A lesson may be two files: the one named as `choose_tile` is asked, and that of the kernel.
+    A lesson may be two files: that of the kernel, and the one named as `choose_tile` is asked, up
+    to what it adds for a special case ("conv2d_grouped").
     """
     files = [importlib.import_module(module)]
-    if module != f"kernels.{tile_op}" and importlib.util.find_spec(f"kernels.{tile_op}"):
-        files.append(importlib.import_module(f"kernels.{tile_op}"))
+    names = [f"kernels.{tile_op}", f"kernels.{tile_op.rpartition('_')[0]}"]
+    first_of = next((n for n in names if n[-1] != "." and importlib.util.find_spec(n)), module)
+    if first_of != module:
+        files.append(importlib.import_module(first_of))
 
     def first(name: str, missing: Any) -> Any:
         return next((getattr(file, name) for file in files if hasattr(file, name)), missing)
