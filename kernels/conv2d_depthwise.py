@@ -58,8 +58,8 @@ def reference(x, weight, bias=None, stride=1, padding=0, dilation=1, activation=
 # A thread loads and stores 16 bytes a pixel. BLOCK_M counts the pixels of a step, so a program has
 # BLOCK_M / (PATCH_P * PATCH_Q) strips. ROWS: how far down it goes at most.
 TILES = [
-    # the default in 16-bit: 8 channels a thread; all taps, sums and inputs on their way in registers,
-    # so that an SM has room for 8 warps: in programs of two, which end more evenly than of four
+    # the default in 16-bit: 8 channels a thread. Their taps, sums and inputs fill registers, so
+    # that an SM has room for 8 warps: in programs of two, which end more evenly than of four
     dict(BLOCK_M=32, BLOCK_N=64, PATCH_P=1, PATCH_Q=4, ROWS=16, num_warps=2),
     # and in float32: 4 channels, which are 16 bytes there, and half of the registers
     dict(BLOCK_M=32, BLOCK_N=64, PATCH_P=1, PATCH_Q=4, ROWS=16, num_warps=4),
