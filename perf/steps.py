@@ -424,7 +424,7 @@ def _of_files(
 
 
 def _plots(name: str, files: list[pathlib.Path], folder: pathlib.Path, least: float) -> Step:
-    words = ("plot", "--out", folder, "--kind", "forest,curves,roofline,ladder,predicted")
+    words = ("plot", "--out", folder, "--kind", "forest,curves,roofline,predicted")
     return _of_files(name, files, least, words, lambda: f"{len(list(folder.glob('*')))} figures")
 
 

@@ -175,7 +175,7 @@ def _conv_bias_relu(s, x, weight, bias):
     """All in cuDNN's own epilogue where nobody follows: no other peer is as fast in 16 bits."""
     if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and not _traced():
         stride, padding, dilation = ((s[k], s[k]) for k in ("stride", "padding", "dilation"))
-        with contextlib.suppress(RuntimeError):  # no engine of cuDNN has this one
+        with contextlib.suppress(RuntimeError):  # if no engine of cuDNN has this one
             return torch.cudnn_convolution_relu(
                 x, weight, bias, stride, padding, dilation, s["groups"]
             )

@@ -7,8 +7,9 @@ import shutil
 import pytest
 import torch
 
+import kernels
 from kernels import _launch
-from perf import offline, shapes, workloads
+from perf import offline, plan, shapes, workloads
 from perf.gpus import TARGETS
 from perf.workloads import OPS, Workload
 
@@ -48,6 +49,77 @@ def test_a_trace_counts_intermediate_results():
 def test_a_trace_of_few_channels_finds_the_other_kernel():
     stem = CONV._replace(shape=LAYER | dict(C=3))
     assert offline.trace(stem, None).tile_op == "conv2d_flat"
+
+
+class Kernel:
+    arg_names = ("x", "N", "P", "Q", "K", "C", "BLOCK_N")
+
+
+BOX = dict(
+    TILE_N=2, TILE_P=8, TILE_Q=16, BLOCK_N=128, BLOCK_K=64, R=3, S=3, num_warps=8, num_stages=3
+)  # fmt: skip
+
+
+def launch(grid, sizes, **meta):
+    return _launch.Launch(Kernel, grid, (None, *sizes), BOX | meta)
+
+
+def test_the_work_of_boxes_is_all_that_the_launch_computes():
+    """32 images of 14 x 14: 16 x 2 x 1 boxes of 256 pixels; 200 channels are two blocks of 128."""
+    step = 2 * 256 * 128 * 64
+    one = launch((64,), (32, 14, 14, 200, 100))
+    assert offline.work_of_boxes(one) == dict(units=64, computed_flops=64 * 9 * 2 * step)
+    # Groups as an axis of programs, or within one of persistent programs.
+    grouped = launch((64, 4), (32, 14, 14, 200, 100))
+    assert offline.work_of_boxes(grouped)["units"] == 256
+    assert (
+        offline.work_of_boxes(grouped._replace(grid=(132,), meta=grouped.meta | dict(GROUPS=4)))[
+            "units"
+        ]
+        == 256
+    )
+    # A stem of 7x7 taps, packed to 7 taps of 32 channels.
+    stem = launch((64,), (32, 14, 14, 200, 32), R=7, S=1, BLOCK_K=32)
+    assert offline.work_of_boxes(stem)["computed_flops"] == 64 * 7 * step // 2
+    assert offline.work_of_boxes(one._replace(meta=dict(BLOCK_N=128, BLOCK_K=64))) == {}
+    assert offline.work_of_boxes(offline.trace(CONV, None).main) == {}
+
+
+def test_the_launch_that_has_the_tile_is_not_always_the_first():
+    tile = dict(kernel="tma", BLOCK_M=256, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
+    boxes = launch((64,), (32, 14, 14, 200, 100))  # no BLOCK_M: it has become a box
+    assert offline._has_tile(boxes, tile)
+    for packing in (dict(), dict(num_warps=4), dict(BLOCK_M=256, BLOCK_N=64)):
+        assert not offline._has_tile(boxes._replace(meta=packing), tile)
+
+
+def test_a_1x1_convolution_that_runs_as_a_matmul_is_swept_as_one(monkeypatch):
+    def conv2d(x, weight, *_):
+        return kernels.matmul(x.permute(0, 2, 3, 1).flatten(0, 2), weight.flatten(1).t())
+
+    monkeypatch.setattr(workloads.kernels, "conv2d", conv2d)
+    w = CONV._replace(shape=LAYER | dict(R=1, S=1, padding=0))
+    described = offline.describe(w, "sm_90")
+    assert described["tile_op"] == "matmul"
+    assert described["sizes"] == dict(M=32 * 28 * 28, N=256, K=128)
+    tiles = plan.tiles(described, [])
+    assert {t.get("kernel") for t in tiles} == {None, "tma", "tma_ws"}
+    trace = offline.trace(w, tiles[-1], "sm_90")
+    assert trace.choice.tile == tiles[-1] and trace.main.meta["BLOCK_M"] == tiles[-1]["BLOCK_M"]
+
+
+def test_a_lesson_may_be_two_files(monkeypatch):
+    conv = offline.importlib.import_module("kernels.conv2d")
+    fast, rung = dict(kernel="tma", BLOCK_M=256), dict(kernel="gemm", BLOCK_M=64)
+    monkeypatch.setattr(conv, "FAST_TILES", {2: [fast]}, raising=False)
+    monkeypatch.setattr(conv, "RUNGS", [rung], raising=False)
+    for module in ("kernels.conv2d", "kernels._launch"):
+        assert offline.lesson_tiles("conv2d", module, 2) == ([fast], conv.TILES, [rung])
+    assert offline.lesson_tiles("conv2d", "kernels.conv2d", 4)[0] == []
+    own = offline.lesson_tiles("conv2d_flat", "kernels.conv2d", 4)
+    assert own[1] == conv.TILES
+    described = offline.describe(CONV)  # of a call that admits neither
+    assert not any("kernel" in tile for tile in described["lesson"])
 
 
 def test_nothing_runs_while_recording():
