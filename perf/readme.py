@@ -7,7 +7,6 @@ import importlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import ModuleType
 
 from perf import log, tried
 
@@ -43,22 +42,22 @@ def fast_tiles(path: Path = PREDICTED) -> str:
     """What the tiles of matmul's kernel for Hopper compile to, and the portable one's largest."""
     lesson = importlib.import_module("kernels.matmul")
     rows = [row for row in _rows(path, "matmul") if set(row["shape"].values()) == {8192}]
-    return _tiles(rows, lesson, "A, B from", "predicted at 8192")
+    tiles = [_largest(lesson.TILES), *lesson.FAST_TILES[2]]
+    return _tiles(rows, tiles, "A, B from", "predicted at 8192")
 
 
 def conv_tiles(path: Path = PREDICTED) -> str:
-    """The same of conv2d, for one layer of ResNet-50."""
-    lesson = importlib.import_module("kernels.conv2d")
+    """The same of conv2d, for one layer of ResNet-50: every rung of its ladder."""
+    lesson, fast = (importlib.import_module(f"kernels.{m}") for m in ("conv2d", "conv2d_tma"))
     rows = [row for row in _rows(path, "conv2d") if row["shape_name"] == CONV_LAYER]
-    return _tiles(rows, lesson, "operands from", f"predicted for {CONV_LAYER.split('.', 1)[1]}")
+    tiles = [*lesson.RUNGS, _largest(lesson.TILES), *fast.FAST_TILES[2]]
+    return _tiles(rows, tiles, "operands from", f"predicted for {CONV_LAYER.split('.', 1)[1]}")
 
 
-def _tiles(rows: Iterable[tried.Row], lesson: ModuleType, operands: str, predicted: str) -> str:
-    """A table of a lesson's tiles for 16 bits: the largest through pointers, and the fast ones."""
+def _tiles(rows: Iterable[tried.Row], tiles: list[dict], operands: str, predicted: str) -> str:
+    """A table of these tiles, in their order, as far as there are rows of them."""
     found = {json.dumps(row["tile"], sort_keys=True): row for row in rows}
-    largest = max((t for t in lesson.TILES if "kernel" not in t), key=_elements_of_a_step)
-    fast = getattr(lesson, "FAST_TILES", {}).get(2, [])
-    keys = [json.dumps(tile, sort_keys=True) for tile in (largest, *fast)]
+    keys = [json.dumps(tile, sort_keys=True) for tile in tiles]
     lines = [
         f"| tile | registers | spills | shared memory | tensor cores | {operands} | loads | "
         f"instructions a step | {predicted} |",
@@ -66,13 +65,18 @@ def _tiles(rows: Iterable[tried.Row], lesson: ModuleType, operands: str, predict
     ]
     for row in (found[key] for key in keys if key in found):
         loads = "TMA" if row["tma"] else f"{row['load_bytes']} bytes"
+        product = row["tensor_core"].split(".")[1] if row["tensor_core"] else "none"
         cells = [
             f"`{tried.tile_text(row['tile'])}`", row["registers"], row["spills"],
-            f"{row['shared'] / 1024:.0f} KiB", row["tensor_core"].split(".")[1], row["operands"],
+            f"{row['shared'] / 1024:.0f} KiB", product, row["operands"] or "registers",
             loads, row["loop_instructions"], f"{row['predicted_tflops']:.0f} TFLOP/s",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
+
+
+def _largest(tiles: list[dict]) -> dict:
+    return max((t for t in tiles if "kernel" not in t), key=_elements_of_a_step)
 
 
 def _rows(path: Path, op: str) -> list[tried.Row]:

@@ -1,5 +1,6 @@
 """Compiling for GPUs that are not here: the right kernels, and workers that may die."""
 
+import importlib
 import os
 import pathlib
 import shutil
@@ -7,7 +8,6 @@ import shutil
 import pytest
 import torch
 
-import kernels
 from kernels import _launch
 from perf import offline, plan, shapes, workloads
 from perf.gpus import TARGETS
@@ -52,11 +52,12 @@ def test_a_trace_of_few_channels_finds_the_other_kernel():
 
 
 class Kernel:
-    arg_names = ("x", "N", "P", "Q", "K", "C", "BLOCK_N")
+    arg_names = ("x", "N", "P", "Q", "K", "SPAN", "BLOCK_N")
 
 
 BOX = dict(
-    TILE_N=2, TILE_P=8, TILE_Q=16, BLOCK_N=128, BLOCK_K=64, R=3, S=3, num_warps=8, num_stages=3
+    TILE_N=2, TILE_P=8, TILE_Q=16, BLOCK_N=128, BLOCK_K=64, R=3, S=3, SPLIT_K=1, num_warps=8,
+    num_stages=3,
 )  # fmt: skip
 
 
@@ -69,15 +70,9 @@ def test_the_work_of_boxes_is_all_that_the_launch_computes():
     step = 2 * 256 * 128 * 64
     one = launch((64,), (32, 14, 14, 200, 100))
     assert offline.work_of_boxes(one) == dict(units=64, computed_flops=64 * 9 * 2 * step)
-    # Groups as an axis of programs, or within one of persistent programs.
-    grouped = launch((64, 4), (32, 14, 14, 200, 100))
-    assert offline.work_of_boxes(grouped)["units"] == 256
-    assert (
-        offline.work_of_boxes(grouped._replace(grid=(132,), meta=grouped.meta | dict(GROUPS=4)))[
-            "units"
-        ]
-        == 256
-    )
+    # Parts of a sum are pieces of work, but no more of it.
+    parts = launch((132,), (32, 14, 14, 200, 100), SPLIT_K=4)
+    assert offline.work_of_boxes(parts) == dict(units=256, computed_flops=64 * 9 * 2 * step)
     # A stem of 7x7 taps, packed to 7 taps of 32 channels.
     stem = launch((64,), (32, 14, 14, 200, 32), R=7, S=1, BLOCK_K=32)
     assert offline.work_of_boxes(stem)["computed_flops"] == 64 * 7 * step // 2
@@ -86,18 +81,18 @@ def test_the_work_of_boxes_is_all_that_the_launch_computes():
 
 
 def test_the_launch_that_has_the_tile_is_not_always_the_first():
-    tile = dict(kernel="tma", BLOCK_M=256, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
-    boxes = launch((64,), (32, 14, 14, 200, 100))  # no BLOCK_M: it has become a box
-    assert offline._has_tile(boxes, tile)
-    for packing in (dict(), dict(num_warps=4), dict(BLOCK_M=256, BLOCK_N=64)):
-        assert not offline._has_tile(boxes._replace(meta=packing), tile)
+    """A stem is packed before: each choice is followed by its launch, also within another's."""
+    stem = CONV._replace(shape=LAYER | dict(C=3))
+    trace = offline.trace(stem, None, "sm_90")
+    names = [launch.kernel.__name__ for launch in trace.launches]
+    assert names == ["conv2d_pack_kernel", "conv2d_pack_filter_kernel", "conv2d_tma_kernel"]
+    assert trace.main is trace.launches[2] and trace.tile_op == "conv2d_flat"
+    choice = trace.choice
+    assert offline._launch_of([choice]) is None
+    assert offline._launch_of([choice, *trace.launches]) is trace.launches[0]
 
 
-def test_a_1x1_convolution_that_runs_as_a_matmul_is_swept_as_one(monkeypatch):
-    def conv2d(x, weight, *_):
-        return kernels.matmul(x.permute(0, 2, 3, 1).flatten(0, 2), weight.flatten(1).t())
-
-    monkeypatch.setattr(workloads.kernels, "conv2d", conv2d)
+def test_a_1x1_convolution_is_swept_as_the_matmul_that_it_is():
     w = CONV._replace(shape=LAYER | dict(R=1, S=1, padding=0))
     described = offline.describe(w, "sm_90")
     assert described["tile_op"] == "matmul"
@@ -108,18 +103,17 @@ def test_a_1x1_convolution_that_runs_as_a_matmul_is_swept_as_one(monkeypatch):
     assert trace.choice.tile == tiles[-1] and trace.main.meta["BLOCK_M"] == tiles[-1]["BLOCK_M"]
 
 
-def test_a_lesson_may_be_two_files(monkeypatch):
-    conv = offline.importlib.import_module("kernels.conv2d")
-    fast, rung = dict(kernel="tma", BLOCK_M=256), dict(kernel="gemm", BLOCK_M=64)
-    monkeypatch.setattr(conv, "FAST_TILES", {2: [fast]}, raising=False)
-    monkeypatch.setattr(conv, "RUNGS", [rung], raising=False)
-    for module in ("kernels.conv2d", "kernels._launch"):
-        assert offline.lesson_tiles("conv2d", module, 2) == ([fast], conv.TILES, [rung])
-    assert offline.lesson_tiles("conv2d", "kernels.conv2d", 4)[0] == []
-    own = offline.lesson_tiles("conv2d_flat", "kernels.conv2d", 4)
-    assert own[1] == conv.TILES
-    described = offline.describe(CONV)  # of a call that admits neither
-    assert not any("kernel" in tile for tile in described["lesson"])
+def test_a_lesson_may_be_two_files():
+    conv, fast = (importlib.import_module(f"kernels.{m}") for m in ("conv2d", "conv2d_tma"))
+    for op in ("conv2d", "conv2d_flat", "conv2d_grouped"):
+        found = offline.lesson_tiles(op, "kernels.conv2d_tma", 2)
+        assert found == (fast.FAST_TILES[2], conv.TILES, conv.RUNGS)
+    assert offline.lesson_tiles("conv2d", "kernels.conv2d", 4) == ([], conv.TILES, conv.RUNGS)
+    assert offline.lesson_tiles("conv2d", "kernels.conv2d_tma", 1)[0] == []
+    rungs = {tile.get("kernel") for tile in offline.describe(CONV)["lesson"]}
+    assert rungs == {None, "direct", "flat"}  # where there is no TMA
+    rungs = {tile.get("kernel") for tile in offline.describe(CONV, "sm_90")["lesson"]}
+    assert rungs == {None, "direct", "flat", "tma"}
 
 
 def test_nothing_runs_while_recording():

@@ -27,10 +27,7 @@ def test_so_are_the_tables_of_convolutions(make):
     assert make() in README
 
 
-FAST = [
-    dict(kernel="tma", BLOCK_M=256, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=n)
-    for n in (4, 3)
-]
+FAST = importlib.import_module("kernels.conv2d_tma").FAST_TILES[2]
 
 
 def row(problem, tile, **more):
@@ -44,28 +41,29 @@ def row(problem, tile, **more):
 
 
 @pytest.fixture
-def results(tmp_path, monkeypatch):
-    """A file: two tiles of the layer of the table, one of another; and the lesson's fast tiles."""
+def results(tmp_path):
+    """A file: three tiles of the layer of the table, and one of another."""
     lesson = importlib.import_module("kernels.conv2d")
-    monkeypatch.setattr(lesson, "FAST_TILES", {2: FAST}, raising=False)
     layer = perf_rows.conv("resnet50.layer3.1.conv2", 256, 256, 14, 256, 3)
     other = perf_rows.conv("resnet50.layer2.1.conv2", 256, 128, 28, 128, 3)
     rows = [
-        row(layer, FAST[1]),
+        row(layer, FAST[0]),
+        row(layer, lesson.RUNGS[0], tma=False, tensor_core=None, operands=None, load_bytes=2),
         row(layer, lesson.TILES[3], tma=False, registers=222),
         row(layer, lesson.TILES[0], tma=False),  # not the largest
-        row(other, FAST[0]),
+        row(other, FAST[1]),
     ]
     return perf_rows.write(tmp_path / "r.jsonl", perf_rows.header(False), *rows)
 
 
 def test_the_table_of_tiles_of_convolutions(results):
-    """The largest through pointers and the fast ones; what was not compiled is left out."""
+    """A line for each rung of the ladder; what was not compiled is left out."""
     lines = readme.conv_tiles(results).splitlines()
-    assert "predicted for layer3.1.conv2 n256" in lines[0] and len(lines) == 4
-    assert lines[2].startswith("| `128x256x64 w8 s3` | 222 | 0 | 210 KiB | 64x256x16 | shared |")
-    assert lines[3].startswith("| `tma 256x128x64 w8 s3` | 168 | 0 | 210 KiB | 64x256x16 | shared")
-    assert lines[3].endswith("| TMA | 77 | 702 TFLOP/s |")
+    assert "predicted for layer3.1.conv2 n256" in lines[0] and len(lines) == 5
+    assert lines[2].startswith("| `direct 32x32 w4 s2` | 168 | 0 | 210 KiB | none | registers | 2")
+    assert lines[3].startswith("| `128x256x64 w8 s3` | 222 | 0 | 210 KiB | 64x256x16 | shared |")
+    assert lines[4].startswith("| `tma 256x128x64 w8 s3` | 168 | 0 | 210 KiB | 64x256x16 | shared")
+    assert lines[4].endswith("| TMA | 77 | 702 TFLOP/s |")
     assert lines[2].count("|") == lines[0].count("|") == lines[1].count("|")
 
 

@@ -85,11 +85,11 @@ def test_only_the_lessons_tiles_of_fast_kernels_that_nobody_has_a_space_for():
 
 def test_lower_rungs_are_tried_where_they_are_asked_for():
     """With the tiles that the lesson lists; the others are narrowed as ever."""
-    rungs = [dict(kernel="direct", BLOCK_M=64, num_warps=4), FAST | dict(kernel="gemm")]
-    every = ("direct", "gemm", "pointer", "tma")
+    rungs = [dict(kernel="direct", BLOCK_M=64, num_warps=4), FAST | dict(kernel="flat")]
+    every = ("direct", "flat", "pointer", "tma")
     plain = space.tiles("conv2d", LAYER, [FAST, *rungs], {}, every)
     assert {t.get("kernel") for t in plain} == {None, "tma"}
-    axes = space.parse_axes(["kernel=direct,gemm,tma"])
+    axes = space.parse_axes(["kernel=direct,flat,tma"])
     tiles = space.tiles("conv2d", LAYER, [FAST, *rungs], axes, every)
     assert tiles[:3] == [FAST, *rungs]
     assert {t["kernel"] for t in tiles[3:]} == {"tma"}
