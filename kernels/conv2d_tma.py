@@ -340,7 +340,7 @@ def make_plan(
         last_w = (Q - 1) * b - padding[1] + (S - 1) * dilation[1]
         # A row that is part of no group of rows would be read as zeros, or from beyond the border.
         odd = (H % a and last_h >= rows * a) or (W % b and last_w >= columns * b)
-        if odd or (b > 1 and sw != C):
+        if odd or 0 in (rows, columns) or (b > 1 and sw != C):
             return None
         x = (N, rows, a, columns, b * C), (sn, a * sh, sh, b * sw, 1)
 
@@ -352,6 +352,8 @@ def make_plan(
             return None
         if diagonal:
             span = GROUP_BLOCK // filters * channels
+        if span % unit:  # the second block's channels would begin between two of TMA's steps
+            return None
         grouped = (GROUP_BLOCK if diagonal else filters), span
     tap = w_steps[2] if S == 1 else w_steps[3]
     in_rows = channels == 1 or w_steps[1] == 1

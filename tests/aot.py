@@ -3,6 +3,7 @@
     TRITON_INTERPRET=0 python -m tests.aot sm_90            each kernel at its default tiles
     TRITON_INTERPRET=0 python -m tests.aot sm_90 --tiles    every tile of every TILES list
     TRITON_INTERPRET=0 python -m tests.aot sm_90 --matmul   matmul's tiles, in every layout
+    TRITON_INTERPRET=0 python -m tests.aot sm_90 --conv2d   conv2d's tiles, in every kind of layer
 
 test_compile.py runs this in processes of its own, because a process has to choose between compiler
 and interpreter before it imports triton. How a call becomes something to compile, and what is read
@@ -55,6 +56,13 @@ def scaled(operands, dtype, layout):
     kernels.scaled_matmul(a, b, scales, scales, bias, "relu", dtype)
 
 
+def rung(tile, dtype):
+    """A convolution by a kernel that no call takes of itself."""
+    x, weight = images(32, 128, 28, 28, dtype=dtype), images(256, 128, 3, 3, dtype=dtype)
+    with _launch.use_tile("conv2d", tile):
+        kernels.conv2d(x, weight, torch.empty(256, dtype=dtype), padding=1, activation="relu")
+
+
 def step(optimizer, dtype, **options):
     p = torch.nn.Parameter(torch.empty(1000, dtype=dtype))
     p.grad = torch.empty_like(p)
@@ -92,6 +100,31 @@ CASES = {
         stride=2,
         padding=3,
     ),
+    "conv2d, groups": lambda dtype: train(
+        kernels.conv2d,
+        images(32, 128, 28, 28, dtype=dtype),
+        images(128, 4, 3, 3, dtype=dtype),
+        padding=1,
+        groups=32,
+    ),
+    # What TMA cannot read or write: 124 filters; and few channels with gaps between the taps.
+    "conv2d, by pointers": lambda dtype: train(
+        kernels.conv2d,
+        images(32, 128, 28, 28, dtype=dtype),
+        images(124, 128, 3, 3, dtype=dtype),
+        torch.empty(124, dtype=dtype),
+        padding=1,
+    ),
+    "conv2d, few channels, by pointers": lambda dtype: train(
+        kernels.conv2d,
+        images(32, 3, 112, 112, dtype=dtype),
+        images(128, 3, 7, 7, dtype=dtype),
+        dilation=2,
+    ),
+    **{
+        f"conv2d, {tile['kernel']}": lambda dtype, tile=tile: rung(tile, dtype)
+        for tile in importlib.import_module("kernels.conv2d").LADDER
+    },
     "conv2d, depthwise": lambda dtype: train(
         kernels.conv2d,
         images(32, 128, 56, 56, dtype=dtype),
@@ -124,6 +157,13 @@ CASES = {
         images(64, 128, 28, 28, dtype=dtype),
         images(128, 128, 3, 3, dtype=dtype),
         torch.empty(128, dtype=dtype),
+        padding=1,
+    ),
+    "conv2d_relu_pool, by pointers": lambda dtype: train(
+        kernels.conv2d_relu_pool,
+        images(64, 128, 28, 28, dtype=dtype),
+        images(124, 128, 3, 3, dtype=dtype),
+        torch.empty(124, dtype=dtype),
         padding=1,
     ),
     "conv2d_relu_pool, first layer": lambda dtype: train(
@@ -263,6 +303,57 @@ def report_matmul():
     return rows
 
 
+LAYERS = {  # x, weight, stride, padding and groups; None for a max-pool in place of them
+    "3x3": ((64, 128, 28, 28), (256, 128, 3, 3), 1, 1, 1),
+    "3x3 at stride 2": ((64, 128, 28, 28), (256, 128, 3, 3), 2, 1, 1),
+    "4 groups": ((64, 256, 28, 28), (256, 64, 3, 3), 1, 1, 4),
+    "32 groups of 4, stride 2": ((64, 128, 28, 28), (128, 4, 3, 3), 2, 1, 32),
+    "stem": ((64, 3, 112, 112), (128, 3, 7, 7), 2, 3, 1),
+    "pool of 28x28": ((64, 128, 28, 28), (256, 128, 3, 3), None, 1, 1),
+    "pool of 14x14": ((64, 128, 14, 14), (256, 128, 3, 3), None, 1, 1),
+}
+
+
+def report_conv2d():
+    """conv2d's tiles in the layers that each can take, with bias and ReLU.
+
+    Those of FAST_TILES that are small enough for it with the sum split, too; and in fp16, which has
+    the same instructions, in the plain layer. The portable kernel's in that one alone.
+    """
+    portable = importlib.import_module("kernels.conv2d")
+    fast = importlib.import_module("kernels.conv2d_tma").FAST_TILES
+    set_precision("tf32")
+    jobs = [(torch.bfloat16, "3x3", tile) for tile in portable.TILES + portable.LADDER]
+    for item, layers in {2: list(LAYERS), 4: ["3x3", "3x3 at stride 2", "pool of 28x28"]}.items():
+        dtype = torch.bfloat16 if item == 2 else torch.float32
+        for tile in fast[item] if "tma" in DEVICE.kernels else []:
+            jobs += [
+                (dtype, layer, tile)
+                for layer in layers
+                if tile["BLOCK_N"] == 64 or "groups" not in layer
+            ]
+            if item == 2 and tile["BLOCK_M"] * tile["BLOCK_N"] <= 128 * 128:
+                jobs.append((dtype, "3x3 at stride 2", tile | dict(SPLIT_K=4)))
+            jobs += [(torch.float16, "3x3", tile)] if item == 2 else []
+    rows = []
+    for dtype, layer, tile in jobs:
+        x, weight, stride, padding, groups = LAYERS[layer]
+        inputs = images(*x, dtype=dtype), images(*weight, dtype=dtype)
+        inputs += (torch.empty(weight[0], dtype=dtype),)
+        with contextlib.ExitStack() as stack:
+            for name in ("conv2d", "conv2d_flat", "conv2d_grouped", "conv2d_relu_pool"):
+                stack.enter_context(_launch.use_tile(name, tile))
+            events = stack.enter_context(_launch.record(DEVICE))
+            if stride is None:
+                kernels.conv2d_relu_pool(*inputs, padding)
+            else:
+                kernels.conv2d(*inputs, stride, padding, 1, groups, "relu")
+        about = {"case": layer, "dtype": str(dtype)[6:], "tile": tile}
+        launches = [event for event in events if isinstance(event, _launch.Launch)]
+        rows += [about | compile_launch(launch) for launch in launches]
+    return rows
+
+
 def modules():
     """Every module of kernels/ (the functions hide some: `kernels.matmul` is one)."""
     names = [m.name for m in pkgutil.iter_modules(kernels.__path__)]
@@ -279,6 +370,7 @@ def missing(rows):
     }
     # Of what this target has.
     fast = {"matmul_tma_kernel", "matmul_reduce_kernel", "scaled_matmul_tma_kernel"}
+    fast |= {"conv2d_tma_kernel", "conv2d_pack_kernel", "conv2d_pack_filter_kernel"}
     lacking = set() if "tma" in DEVICE.kernels else fast
     return sorted(defined - lacking - {row["kernel"] for row in rows})
 
@@ -288,6 +380,8 @@ if __name__ == "__main__":
     DEVICE = offline.device(sys.argv[1])
     if "--matmul" in sys.argv:
         print(json.dumps({"launches": report_matmul()}, default=str))
+    elif "--conv2d" in sys.argv:
+        print(json.dumps({"launches": report_conv2d()}, default=str))
     elif "--tiles" in sys.argv:
         print(json.dumps({"launches": report_tiles()}, default=str))
     else:

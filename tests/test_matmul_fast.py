@@ -290,7 +290,7 @@ def test_descriptors_say_what_tritons_own_constructor_says():
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     x = half(64, 96)
-    mine = _launch.descriptor(x, x.shape, 96, [16, 32])
+    mine = _launch.descriptor(x, x.shape, (96, 1), [16, 32])
     theirs = TensorDescriptor.from_tensor(x, [16, 32])
     for field in TensorDescriptor.__dataclass_fields__:
         got, want = getattr(mine, field), getattr(theirs, field)
