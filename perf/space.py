@@ -1,5 +1,6 @@
 """Which tiles a sweep tries: a few values on each axis, and all their combinations."""
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -34,6 +35,7 @@ AXES: dict[str, dict[str, tuple[int, ...]]] = {
     "scaled_matmul": {**_PRODUCT, "BLOCK_K": (64, 128, 256), "GROUP_M": (8,)},
     "conv2d": _PRODUCT,
     "conv2d_flat": _FLAT,
+    "conv2d_grouped": _PRODUCT,
     "conv2d_depthwise": dict(
         BLOCK_M=(16, 32, 64, 128),
         BLOCK_N=(32, 64, 128),
@@ -77,16 +79,13 @@ MOST_OF_A_PRODUCT, MOST_OF_ROWS = 2**16, 2**14
 SHARED = 227 * 1024  # bytes that a program can have on the GPUs with TMA
 
 
-def fast_products(
-    sizes: dict[str, int], itemsize: int, given: Sequence[dict] = ()
-) -> Iterator[dict]:
+def fast_products(sizes: dict[str, int], itemsize: int) -> Iterator[dict]:
     """Tiles of the kernels of products that load by TMA: those combinations that can make sense.
 
     Args:
         sizes: M, N and K.
         itemsize: bytes of an operand's element; a step is 128 or 256 bytes of a row. The kernel
             for one byte does not split K.
-        given: the lesson's tiles, which say nothing that is not known here.
     """
     shapes = ((128, 256), (256, 128), (128, 128), (64, 256), (64, 128))
     for (m, n), step, stages in itertools.product(shapes, (128, 256), (3, 4)):
@@ -113,47 +112,47 @@ def fast_products(
 
 
 def fast_convolutions(
-    sizes: dict[str, int], itemsize: int, given: Sequence[dict] = ()
+    sizes: dict[str, int],
+    itemsize: int,
+    filters: Sequence[int] = (64, 128, 256),
+    split: bool = True,
 ) -> Iterator[dict]:
     """Tiles of a convolution that loads boxes of pixels by TMA: M pixels, N and K channels.
 
     Args:
         sizes: M, N and K.
         itemsize: bytes of an element; a step is 128 bytes of a pixel, or less where that pads less.
-        given: the lesson's tiles. What theirs have besides (programs an SM, say) is tried in all
-            the values that they have.
+        filters: of a tile.
+        split: whether its sum may be in parts.
     """
-    plain = ("kernel", "BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
-    more: dict[str, dict] = {}  # values in their order
-    for tile in given:
-        for name, value in tile.items() if tile.get("kernel") == "tma" else ():
-            if name not in plain:
-                more.setdefault(name, {})[value] = None
-
-    def covering(size: int, step: int) -> int:
-        return -(-size // step) * step
-
     steps, least = [], None
     for step in (128 // itemsize, 32, 16):
-        covered = covering(sizes["K"], step)
+        covered = -(-sizes["K"] // step) * step
         if (least is None or covered < least) and step * itemsize <= 128:
             steps, least = [*steps, step], covered
-    shapes = [(m, n) for m in (256, 128) for n in (64, 128, 256) if m * n < 256 * 256]
-    shapes = [(m, n) for m, n in shapes if n == 64 or n < 2 * sizes["N"]]
-    for (m, n), k, warps, stages in itertools.product(shapes, steps, (4, 8), range(3, 7)):
-        accumulator = m * n // (32 * warps)  # registers of a thread
-        shared = (m + n) * k * itemsize * stages + m * n * itemsize
-        if 64 <= accumulator <= 128 and shared <= SHARED:
-            for values in itertools.product(*more.values()):
-                options = dict(zip(more, values, strict=True))
-                options |= dict(num_warps=warps, num_stages=stages)
-                yield dict(kernel="tma", BLOCK_M=m, BLOCK_N=n, BLOCK_K=k) | options
+    shapes = [(m, n) for m in (256, 128) for n in filters if n == 64 or n < 2 * sizes["N"]]
+    for (m, n), k, warps, stages in itertools.product(shapes, steps, (4, 8), range(2, 7)):
+        if not 64 <= m * n // (32 * warps) <= 128:  # registers of a thread for the accumulator
+            continue
+        few = -(-sizes["M"] // m) * -(-sizes["N"] // n)
+        for parts in FAST_AXES["SPLIT_K"] if split and m * n <= 128 * 128 else (1,):
+            stored = m * n * (4 if parts > 1 else itemsize)
+            shared = (m + n) * k * itemsize * stages + stored
+            if shared > SHARED or (parts > 1 and few * parts > 264):
+                continue
+            for per_sm in (1, 2) if 2 * shared <= SHARED else (1,):
+                yield dict(
+                    kernel="tma", BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, SPLIT_K=parts,
+                    PROGRAMS_PER_SM=per_sm, num_warps=warps, num_stages=stages,
+                )  # fmt: skip
 
 
 FAST = {  # by the name that `choose_tile` is asked for; of others, the lesson's fast tiles alone
     "matmul": fast_products,
     "scaled_matmul": fast_products,
     "conv2d": fast_convolutions,
+    "conv2d_flat": functools.partial(fast_convolutions, split=False),
+    "conv2d_grouped": functools.partial(fast_convolutions, filters=(64,), split=False),
 }
 
 
@@ -219,7 +218,7 @@ def tiles(
     if not kernels:
         product = ()
     if "tma" in kernels and tile_op in FAST:
-        fast = FAST[tile_op](sizes, itemsize, given)
+        fast = FAST[tile_op](sizes, itemsize)
         fast = (t for t in fast if t["kernel"] in kernels)
         product = itertools.chain(fast, product)
     most = MOST_OF_A_PRODUCT if "BLOCK_K" in axes else MOST_OF_ROWS

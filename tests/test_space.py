@@ -42,13 +42,13 @@ FAST = dict(kernel="tma", BLOCK_M=256, BLOCK_N=128, BLOCK_K=64, num_warps=8, num
 LAYER = dict(M=50176, N=256, K=256)  # pixels, channels out, channels in
 
 
-def convolutions(sizes=LAYER, itemsize=2, given=()):
-    return list(space.fast_convolutions(sizes, itemsize, given))
+def convolutions(sizes=LAYER, itemsize=2, **options):
+    return list(space.fast_convolutions(sizes, itemsize, **options))
 
 
 def test_tiles_of_convolutions_fit_registers_and_shared_memory():
     tiles = convolutions()
-    assert FAST in tiles and 10 < len(tiles) < 40
+    assert FAST in tiles and 10 < len(tiles) < 60
     assert {t["BLOCK_M"] for t in tiles} == {128, 256}
     assert {t["BLOCK_N"] for t in tiles} == {64, 128, 256} and {t["BLOCK_K"] for t in tiles} == {64}
     for t in tiles:
@@ -69,13 +69,18 @@ def test_a_shorter_step_is_tried_where_it_pads_less(channels, itemsize, steps):
     assert {t["BLOCK_K"] for t in tiles} == steps
 
 
-def test_what_a_lessons_fast_tiles_have_besides_is_tried_in_their_values():
-    given = [FAST | dict(PROGRAMS_PER_SM=n) for n in (1, 0)] + [GIVEN[0] | dict(ODD=1)]
-    tiles = convolutions(given=given)
-    assert given[0] in tiles and given[1] in tiles and len(tiles) == 2 * len(convolutions())
-    chosen = space.tiles("conv2d", LAYER, given[:2], {}, ("pointer", "tma"))
-    assert len(chosen) == len({tuple(sorted(t.items())) for t in chosen})
-    assert sum(t.get("kernel") == "tma" for t in chosen) == len(tiles)
+def test_a_sum_is_in_parts_where_there_are_few_tiles():
+    """And a second program an SM where both have room."""
+    few = LAYER | dict(M=32 * 7 * 7)
+    assert {t["SPLIT_K"] for t in convolutions(few)} >= {1, 2, 4}
+    assert {t["SPLIT_K"] for t in convolutions(LAYER | dict(M=2**20))} == {1}
+    assert {t["SPLIT_K"] for t in convolutions(few, split=False)} == {1}
+    assert {t["PROGRAMS_PER_SM"] for t in convolutions()} == {1, 2}
+    for op in ("conv2d", "conv2d_flat", "conv2d_grouped"):
+        tiles = space.tiles(op, few, [FAST], {}, ("pointer", "tma"))
+        assert len(tiles) == len({tuple(sorted(t.items())) for t in tiles})
+        fast = [t for t in tiles if "kernel" in t][1:]
+        assert ({t["BLOCK_N"] for t in fast} == {64}) == (op == "conv2d_grouped")
 
 
 def test_only_the_lessons_tiles_of_fast_kernels_that_nobody_has_a_space_for():
