@@ -303,6 +303,7 @@ class Plan(NamedTuple):
 
 GROUP_BLOCK = 64  # filters in a block of groups: the narrowest tile's
 LARGEST = 2**30  # of a size: the unit's coordinates are of 32 bits
+MOST_FOLDED = 4096  # channels of a folded pixel, which one program packs
 
 
 @functools.lru_cache(maxsize=4096)
@@ -377,6 +378,8 @@ def _folded_plan(x_size, w_size, fold, P, Q, unit):
     (N, C, _, _), (K, _, R, S) = x_size, w_size
     R, S = cdiv(R, fold[0]), cdiv(S, fold[1])
     depth = cdiv(fold[0] * fold[1] * C, unit) * unit
+    if depth > MOST_FOLDED:
+        return None
     rows, columns = P + R - 1, Q + S - 1
     x = (N, rows, columns, depth), (rows * columns * depth, columns * depth, depth, 1)
     w = _packed_filters(K, R * S, depth, unit)
@@ -456,8 +459,10 @@ def _packed_image(plan, x, padding):
     _, rows, columns, depth = size
     pixels = size[0] * rows * columns
     tile = choose_tile("conv2d_pack", x.dtype, _by_item(PACK_TILE), M=pixels, N=depth)
-    # All channels of a pixel are one program's, whatever the tile says.
+    # All channels of a pixel are one program's, whatever the tile says; many are of fewer pixels.
+    elements = 4 * tile["BLOCK_M"] * tile["BLOCK_N"]
     tile["BLOCK_N"] = max(16, triton.next_power_of_2(depth))
+    tile["BLOCK_M"] = max(1, min(tile["BLOCK_M"], elements // tile["BLOCK_N"]))
     launch(
         conv2d_pack_kernel, (cdiv(pixels, tile["BLOCK_M"]),),
         x, out, *x.shape, rows, columns, depth, *x.stride(), *plan.fold, *padding, **tile,

@@ -57,7 +57,9 @@ def scaled(operands, dtype, layout):
 
 
 def rung(tile, dtype):
-    """A convolution by a kernel that no call takes of itself."""
+    """A convolution by a kernel that no call takes of itself, whose tile is for 16 bits."""
+    if dtype.itemsize != 2:
+        return
     x, weight = images(32, 128, 28, 28, dtype=dtype), images(256, 128, 3, 3, dtype=dtype)
     with _launch.use_tile("conv2d", tile):
         kernels.conv2d(x, weight, torch.empty(256, dtype=dtype), padding=1, activation="relu")
@@ -108,15 +110,13 @@ CASES = {
         groups=32,
     ),
     # What TMA cannot read or write: 124 filters; and few channels with gaps between the taps.
-    "conv2d, by pointers": lambda dtype: train(
-        kernels.conv2d,
+    "conv2d, by pointers": lambda dtype: kernels.conv2d(
         images(32, 128, 28, 28, dtype=dtype),
         images(124, 128, 3, 3, dtype=dtype),
         torch.empty(124, dtype=dtype),
         padding=1,
     ),
-    "conv2d, few channels, by pointers": lambda dtype: train(
-        kernels.conv2d,
+    "conv2d, few channels, by pointers": lambda dtype: kernels.conv2d(
         images(32, 3, 112, 112, dtype=dtype),
         images(128, 3, 7, 7, dtype=dtype),
         dilation=2,
@@ -159,8 +159,7 @@ CASES = {
         torch.empty(128, dtype=dtype),
         padding=1,
     ),
-    "conv2d_relu_pool, by pointers": lambda dtype: train(
-        kernels.conv2d_relu_pool,
+    "conv2d_relu_pool, by pointers": lambda dtype: kernels.conv2d_relu_pool(
         images(64, 128, 28, 28, dtype=dtype),
         images(124, 128, 3, 3, dtype=dtype),
         torch.empty(124, dtype=dtype),
@@ -309,6 +308,7 @@ LAYERS = {  # x, weight, stride, padding and groups; None for a max-pool in plac
     "4 groups": ((64, 256, 28, 28), (256, 64, 3, 3), 1, 1, 4),
     "32 groups of 4, stride 2": ((64, 128, 28, 28), (128, 4, 3, 3), 2, 1, 32),
     "stem": ((64, 3, 112, 112), (128, 3, 7, 7), 2, 3, 1),
+    "stem of patches": ((64, 3, 224, 224), (128, 3, 16, 16), 16, 0, 1),
     "pool of 28x28": ((64, 128, 28, 28), (256, 128, 3, 3), None, 1, 1),
     "pool of 14x14": ((64, 128, 14, 14), (256, 128, 3, 3), None, 1, 1),
 }
@@ -324,6 +324,8 @@ def report_conv2d():
     fast = importlib.import_module("kernels.conv2d_tma").FAST_TILES
     set_precision("tf32")
     jobs = [(torch.bfloat16, "3x3", tile) for tile in portable.TILES + portable.RUNGS]
+    shallow = [tile for tile in portable.TILES if tile["BLOCK_K"] == 16]  # of 4 elements a thread
+    jobs += [(torch.float32, "3x3", tile) for tile in shallow]
     for item, layers in {2: list(LAYERS), 4: ["3x3", "3x3 at stride 2", "pool of 28x28"]}.items():
         dtype = torch.bfloat16 if item == 2 else torch.float32
         for tile in fast[item] if "tma" in DEVICE.kernels else []:

@@ -123,7 +123,7 @@ LAYERS = {
     "3x3 of 3 channels": Conv((2, 3, 8, 9), 24, (3, 3), padding=1),
     "3x3 of 3 channels, stride 2": Conv((2, 3, 9, 9), 24, (3, 3), 2, 1),
     "4x4, stride 4: patches": Conv((2, 3, 12, 17), 24, (4, 4), 4),
-    "14x14, stride 14: larger patches": Conv((1, 3, 28, 28), 24, (14, 14), 14),
+    "16x16, stride 16: a transformer's": Conv((1, 3, 32, 48), 24, (16, 16), 16),
     "2x2, stride 3: of every fold a part": Conv((2, 3, 9, 10), 24, (2, 2), 3),
     "3x2 of 5 channels, stride (1, 3)": Conv((2, 5, 9, 11), 24, (3, 2), (1, 3), (0, 1)),
     "5x5 of one channel": Conv((3, 1, 9, 8), 24, (5, 5)),
@@ -464,6 +464,13 @@ BORDERS = {  # operands and options, and the kernels that a Hopper GPU takes for
     ),
     "3 channels, off by one element": (
         lambda: (unaligned(images(2, 3, 8, 8)), filters(32, 3, 3, 3)), {}, "pack pack_filter tma"
+    ),
+    "3 channels, patches of 36x36": (
+        lambda: (images(1, 3, 72, 72), filters(8, 3, 36, 36)), dict(stride=36),
+        "pack pack_filter tma",
+    ),
+    "3 channels, patches of 37x37: more than a program packs": (
+        lambda: (images(1, 3, 74, 74), filters(8, 3, 37, 37)), dict(stride=37), "flat"
     ),
     "3 channels, dilation": (
         lambda: (images(2, 3, 8, 8), filters(32, 3, 3, 3)), dict(dilation=2), "flat"
@@ -864,29 +871,37 @@ def test_rungs_are_of_many_channels_and_one_group(tile):
 
 def wrong(row, target):
     """What of a launch's code misses its bar, by name."""
+    if "error" in row:
+        return ["compilation"]
     kernel, constants = row["kernel"], row["constants"]
-    found = dict(spills=row["spills"], shared=row["shared"] > SHARED[target])
+    hopper, amd = target == "sm_90", target == "gfx942"
+    # The naive rung keeps two of its addresses on the stack with triton 3.6.0.
+    spills = row["spills"] > (8 if kernel == "conv2d_direct_kernel" else 0)
+    found = dict(spills=spills, shared=row["shared"] > SHARED[target])
+    if row["dots"]:
+        found["tensor cores"] = not row["tensor_cores"]
     if kernel == "conv2d_tma_kernel":
         m = constants["TILE_N"] * constants["TILE_P"] * constants["TILE_Q"]
+        found["TMA"] = not row["tma"] or row["load_bytes"] != 16 or row["store_bytes"] != 16
+        found["N"] = m < 128
+    if kernel == "conv2d_tma_kernel" and hopper:
         found |= {
             "wgmma": row["tensor_core"] is None or f"HGMMA.64x{m}x" not in row["tensor_core"],
-            "N": m < 128,
             "operands": row["operands"] != "shared",
             "serialised": row["serialised"],
-            "TMA": not row["tma"] or row["load_bytes"] != 16 or row["store_bytes"] != 16,
             "loop": row["loop_instructions"] > 105,
         }
-    elif kernel == "conv2d_kernel":
-        largest = [constants[f"BLOCK_{d}"] for d in "MNK"] == [128, 256, 64]
-        found |= {
-            "loads": row["load_bytes"] != 16,
-            "tensor cores": not row["tensor_cores"],
-            "loop": largest and row["loop_instructions"] > 160,
-        }
-    elif kernel == "conv2d_flat_kernel":
-        found["tensor cores"] = not row["tensor_cores"]
-    elif kernel in ("conv2d_pack_kernel", "conv2d_pack_filter_kernel"):
-        found["stores"] = row["store_bytes"] != 16
+    if kernel == "conv2d_kernel":
+        m, n, k = (constants[f"BLOCK_{d}"] for d in "MNK")
+        threads = row["options"]["num_warps"] * (64 if amd else 32)
+        item = 4 if row["dtype"] == "float32" else 2
+        found["loads"] = row["load_bytes"] < min(16, min(m, n) * k * item // threads)
+        found["loop"] = hopper and (m, n, k) == (128, 256, 64) and row["loop_instructions"] > 160
+    elif kernel == "conv2d_pack_kernel":
+        found["stores"] = row["store_bytes"] != 16  # the loads are of a pixel's 3 channels, each
+    elif kernel == "conv2d_pack_filter_kernel":
+        # Of a first layer 16 channels: two a thread, and 32 KiB in all.
+        found["stores"] = row["store_bytes"] < (4 if constants["BLOCK_N"] == 16 else 16)
     return [what for what, bad in found.items() if bad]
 
 
@@ -895,15 +910,29 @@ def wrong(row, target):
 def test_every_tile_compiles_to_the_bars_on_hopper():
     """In every kind of layer, with the triton that is installed."""
     rows = compiled("sm_90", "--conv2d")["launches"]
-    assert not [row for row in rows if "error" in row]
     fast = [row for row in rows if row["kernel"] == "conv2d_tma_kernel"]
     narrow = sum(tile["BLOCK_N"] == GROUP_BLOCK for tile in FAST_TILES[2])
     split = sum(tile["BLOCK_M"] * tile["BLOCK_N"] <= 128 * 128 for tile in FAST_TILES[2])
-    assert len(fast) == 6 * len(FAST_TILES[2]) + 2 * narrow + split + 3 * len(FAST_TILES[4])
+    assert len(fast) == 7 * len(FAST_TILES[2]) + 2 * narrow + split + 3 * len(FAST_TILES[4])
     kernels = {row["kernel"] for row in rows}
     assert {"conv2d_kernel", "conv2d_direct_kernel", "conv2d_flat_kernel"} < kernels
     assert {"conv2d_pack_kernel", "conv2d_pack_filter_kernel"} < kernels
     problems = [f"{what} of {describe(row)}: {row}" for row in rows for what in wrong(row, "sm_90")]
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
+def test_every_tile_of_all_kernels_compiles_elsewhere(target):
+    rows = compiled(target, "--conv2d")["launches"]
+    fast = [row for row in rows if row["kernel"] == "conv2d_tma_kernel"]
+    assert len(fast) > 40 if target == "sm_100" else not fast
+    assert len(rows) - len(fast) >= len(TILES) + len(RUNGS)
+    problems = [f"{what} of {describe(row)}: {row}" for row in rows for what in wrong(row, target)]
+    if target == "gfx942":  # whose 64 KiB are too few for the largest tile: a sweep prunes it
+        too_large = [p for p in problems if p.startswith("shared") and "'BLOCK_N': 256" in p]
+        assert len(too_large) == 1
+        problems = [p for p in problems if p not in too_large]
     assert not problems, "\n".join(problems)
 
 
@@ -914,7 +943,7 @@ REAL = {
     "3x3, stride 2": Conv((64, 136, 56, 56), 256, (3, 3), 2, 1),
     "1x1, stride 2": Conv((64, 256, 56, 56), 512, (1, 1), 2),
     "7x7, stride 2": Conv((64, 3, 224, 224), 64, (7, 7), 2, 3),
-    "14x14 patches": Conv((64, 3, 224, 224), 192, (14, 14), 14),
+    "16x16 patches": Conv((64, 3, 224, 224), 192, (16, 16), 16),
     "14x14 pixels": Conv((65, 256, 14, 14), 264, (3, 3), 1, 1),
     "dilation 2": Conv((16, 128, 56, 56), 128, (3, 3), 1, 2, 2),
     "32 groups of 4": Conv((64, 128, 56, 56), 128, (3, 3), 1, 1, 1, 32),

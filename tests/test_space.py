@@ -38,7 +38,10 @@ def test_eight_bit_tiles_do_not_split_k():
     assert not any("SPLIT_K" in t for t in tiles)
 
 
-FAST = dict(kernel="tma", BLOCK_M=256, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
+FAST = dict(
+    kernel="tma", BLOCK_M=256, BLOCK_N=128, BLOCK_K=64, SPLIT_K=1, PROGRAMS_PER_SM=1, num_warps=8,
+    num_stages=3,
+)  # fmt: skip
 LAYER = dict(M=50176, N=256, K=256)  # pixels, channels out, channels in
 
 
