@@ -44,14 +44,15 @@ def check_geometry(
     """
     stride, padding = pair("stride", stride, 1), pair("padding", padding, 0)
     dilation = pair("dilation", dilation, 1)
-    for side, n, extent, pad, dil in zip(
-        ("height", "width"), taps, size, padding, dilation, strict=True
-    ):
-        if n < 1 or extent + 2 * pad < dil * (n - 1) + 1:
-            raise ValueError(
-                f"{name} must have at least one tap and fit into the padded image: its {side} is "
-                f"{n} taps with dilation {dil}, the image's {extent} pixels with padding {pad}"
-            )
+    (R, S), (H, W), (pad_h, pad_w), (dil_h, dil_w) = taps, size, padding, dilation
+    too_high = R < 1 or H + 2 * pad_h <= dil_h * (R - 1)
+    if too_high or S < 1 or W + 2 * pad_w <= dil_w * (S - 1):
+        i = 0 if too_high else 1
+        raise ValueError(
+            f"{name} must have at least one tap and fit into the padded image: its "
+            f"{('height', 'width')[i]} is {taps[i]} taps with dilation {dilation[i]}, the image's "
+            f"{size[i]} pixels with padding {padding[i]}"
+        )
     return stride, padding, dilation
 
 

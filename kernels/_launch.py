@@ -228,11 +228,6 @@ def use_tile(op: str, tile: dict) -> Iterator[None]:
             _forced[op] = before
 
 
-def forced(op: str) -> bool:
-    """Whether `op` runs with a tile of `use_tile`."""
-    return op in _forced
-
-
 def choose_tile(
     op: str,
     dtype: torch.dtype,

@@ -67,7 +67,6 @@ from kernels._launch import (
     choose_tile,
     device_of,
     dot_precision,
-    forced,
     launch,
 )
 from kernels.bias_relu import bias_backward, bias_relu_backward
@@ -102,13 +101,12 @@ TILES = [
 ]
 DEFAULT = {2: TILES[0], 4: TILES[1]}
 FLAT_DEFAULT = {2: TILES[6], 4: TILES[6]}
-# The rungs that no call takes of itself, if it has more than a few channels.
-LADDER = [
+# The rungs that a call takes only if it is forced to: `use_tile("conv2d", tile)`, or a sweep.
+RUNGS = [
     # eight products a thread and step: more of them, and their addresses spill
     dict(kernel="direct", BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=2),
     dict(kernel="flat", BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=3),
 ]
-RUNGS = ("pointer", *(tile["kernel"] for tile in LADDER))
 FEW_CHANNELS = 16  # below this a block of one tap's channels would be mostly padding
 
 
@@ -339,14 +337,16 @@ def _conv2d(
     flat = C < FEW_CHANNELS
     op = "conv2d_grouped" if groups > 1 else "conv2d_flat" if flat else "conv2d"
     pixels = None
-    if R * S == 1 and not forced(op):
+    if R * S == 1:
         pixels = _as_pixels(x, stride, padding, groups)
     if pixels is not None:  # a filter of one pixel: a matmul
         rows = y.permute(0, 2, 3, 1).view(M, K)
         matmul_into(rows, pixels, weight.view(K, C).t(), bias, activation, precision)
         return y
 
-    default, can = FLAT_DEFAULT if flat else DEFAULT, RUNGS if op == "conv2d" else ("pointer",)
+    default, can = FLAT_DEFAULT if flat else DEFAULT, ("pointer",)
+    if op == "conv2d":
+        can += tuple(tile["kernel"] for tile in RUNGS)
     plan = plan_for(x, weight, stride, padding, dilation, groups, precision)
     if plan is not None:
         can = (*can, "tma")

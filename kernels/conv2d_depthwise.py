@@ -27,16 +27,17 @@ sixteen at least. What is left is pool.py's loop over windows, with a multiply-a
 
 A thread has the same few channels of a whole patch, so what outputs share is shared in registers,
 where it saves an instruction and not only a byte. A program has BLOCK_M pixels x BLOCK_N channels a
-step. Two of three rows that a step reads are those of the step before, and come out of L1.
+step. Two of three rows that a step reads were those of the step before, and may still be in L1.
 
 What limits it: memory, e(|x| + |weight| + |y|) bytes for 2*R*S FLOPs an output. At stride 1 in
 16-bit a 3x3 layer does 4.5 FLOPs a byte (no tensor core is to be had; without, an H200 does 14).
 But an output is instructions: 9 multiply-adds, and its part of loads, conversions, masks. Of 256
 outputs, which are 8 for each thread of a warp and 1,024 bytes, an H200 has time for 198 of a warp's
-instructions, 72 of which are multiply-adds. Compiled for sm_90, a step takes 164 to 167, and what
-comes before the loop (taps, which lie R*S apart in memory, are fetched 2 bytes at a time) 142 more:
-hence a loop, whose 16 steps have 9 each of that. At stride 2 there is time for 495, and a step
-takes 204 to 210. Of a 5x5 filter the multiply-adds alone are 200: instructions are the limit.
+instructions, 72 of which are multiply-adds. Compiled for sm_90, a step takes 163 to 168, and what
+comes before the loop (taps, which lie R*S apart in memory, are fetched 2 bytes at a time) 91 to 124
+more. Hence a loop: 16 steps have at most 8 each of that, 4 of a small layer at most 31, which is
+where the time is up. At stride 2 there is time for 495, and a step takes 204 to 210. Of a 5x5
+filter the multiply-adds alone are 200: from there on instructions are the limit.
 
 Read first: pool.py, conv2d.py. Source: Howard et al., MobileNets (2017).
 """
@@ -57,21 +58,22 @@ def reference(x, weight, bias=None, stride=1, padding=0, dilation=1, activation=
 # A thread loads and stores 16 bytes a pixel. BLOCK_M counts the pixels of a step, so a program has
 # BLOCK_M / (PATCH_P * PATCH_Q) strips. ROWS: how far down it goes at most.
 TILES = [
-    # the default in 16-bit: 8 channels a thread; taps, sums and 18 loads under way in registers
-    dict(BLOCK_M=64, BLOCK_N=64, PATCH_P=1, PATCH_Q=4, ROWS=16, num_warps=4),
+    # the default in 16-bit: 8 channels a thread. Their taps, sums and inputs fill registers, so
+    # that an SM has room for 8 warps: in programs of two, which end more evenly than of four
+    dict(BLOCK_M=32, BLOCK_N=64, PATCH_P=1, PATCH_Q=4, ROWS=16, num_warps=2),
     # and in float32: 4 channels, which are 16 bytes there, and half of the registers
     dict(BLOCK_M=32, BLOCK_N=64, PATCH_P=1, PATCH_Q=4, ROWS=16, num_warps=4),
-    # up to 32 channels, as after the first layer of a MobileNet: nothing of the tile is padding
+    # 32, 96, 144 channels, as a MobileNet has: of 64 at a time more would be padding
     dict(BLOCK_M=64, BLOCK_N=32, PATCH_P=1, PATCH_Q=4, ROWS=16, num_warps=2),
     # two rows at once share more of x, but half as many steps share the taps
     dict(BLOCK_M=64, BLOCK_N=64, PATCH_P=2, PATCH_Q=2, ROWS=16, num_warps=4),
     # wide layers: 512 bytes of a pixel
     dict(BLOCK_M=16, BLOCK_N=256, PATCH_P=2, PATCH_Q=2, ROWS=16, num_warps=4),
-    # half as large programs, for small images and batches
-    dict(BLOCK_M=32, BLOCK_N=64, PATCH_P=1, PATCH_Q=4, ROWS=8, num_warps=2),
+    # twice as large programs, whose neighbouring strips share more in L1
+    dict(BLOCK_M=64, BLOCK_N=64, PATCH_P=1, PATCH_Q=4, ROWS=16, num_warps=4),
 ]
 DEFAULT = {2: TILES[0], 4: TILES[1]}
-FEW_CHANNELS = {2: TILES[2], 4: TILES[3]}
+NARROW = {2: TILES[2], 4: TILES[1]}
 # More taps leave registers for fewer channels: 4 of up to 25 taps, 2 of up to 49.
 MORE_TAPS = {
     25: dict(BLOCK_M=32, BLOCK_N=64, PATCH_P=1, PATCH_Q=4, ROWS=16, num_warps=4),
@@ -174,7 +176,7 @@ def _default(C, taps) -> dict[int, dict]:
     for most, tile in MORE_TAPS.items():
         if 9 < taps <= most:
             return {2: tile, 4: tile}
-    return FEW_CHANNELS if C <= 32 else DEFAULT
+    return NARROW if 0 < C % 64 <= 32 else DEFAULT
 
 
 def conv2d_depthwise(x, weight, bias, y, stride, padding, dilation, activation) -> None:

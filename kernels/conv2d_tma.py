@@ -470,9 +470,9 @@ def _packed_image(plan, x, padding):
     return out
 
 
-def _packed_filter(plan, weight):
-    """Return weight [K, C, R, S] as the plan has it."""
-    (taps, _, depth), _ = plan.w
+def _packed_filter(plan, size, weight):
+    """Return weight [K, C, R, S] as the plan has it, of `size` [taps, K, channels]."""
+    taps, _, depth = size
     (K, C, R, S), (_, taps_w) = weight.shape, plan.taps
     out = torch.empty(K, taps, depth, dtype=weight.dtype, device=weight.device)
     rows = K * taps
@@ -500,50 +500,75 @@ def conv2d_tma(plan, x, weight, bias, activation, y, tile, precision, padding, p
     largest, both are [N, K, P / 2, Q / 2], and place uint8.
 
     Raises:
-        ValueError: a tile whose filters are not whole blocks of groups.
+        ValueError: a tile that the plan cannot have: its filters are not whole blocks of groups.
     """
-    tile = tile.copy()
-    tile.pop("kernel")
-    per_sm = tile.pop("PROGRAMS_PER_SM")
-    m, n, k, split = tile.pop("BLOCK_M"), tile["BLOCK_N"], tile["BLOCK_K"], tile["SPLIT_K"]
-    N, P, Q, K = plan.size
     pool = place is not None
-    if pool:
-        P, Q = P // 2 * 2, Q // 2 * 2  # the last row or column may have no partner
-    if plan.grouped and (plan.grouped[0] % n or split > 1):
-        raise ValueError(f"groups want tiles of BLOCK_N={GROUP_BLOCK} and SPLIT_K=1, got {tile}")
+    packed_w = plan.packed_w or weight.data_ptr() % 16 != 0
+    sms, split = device_of(x).sms, tile["SPLIT_K"]
+    how = _layout(plan, tuple(tile.items()), sms, x.element_size(), pool, packed_w)
     if plan.fold is not None:
         x = _packed_image(plan, x, padding)
-    if plan.packed_w or weight.data_ptr() % 16:
-        w_size, w_steps = _packed_filters(K, plan.w[0][0], plan.w[0][2], 16 // x.element_size())
-        weight = _packed_filter(plan, weight)
-    else:
-        w_size, w_steps = plan.w
+    if packed_w:
+        weight = _packed_filter(plan, how.w[0], weight)
+    out = y
+    if split > 1:
+        out = torch.empty(how.out[0], dtype=torch.float32, device=x.device)
+    ends = dict(HAS_BIAS=bias is not None, RELU=activation == "relu")
+    launch(
+        conv2d_tma_kernel, (how.programs,),
+        descriptor(x, *plan.x, how.box), descriptor(weight, *how.w, how.w_box), bias,
+        descriptor(out, *how.out, how.out_box),
+        descriptor(place, *how.out, how.out_box) if pool else None,
+        *how.sizes, 0 if bias is None else bias.stride(0), *plan.taps, *plan.geometry,
+        **(dict.fromkeys(ends, False) if split > 1 else ends), PRECISION=precision, **how.meta,
+    )  # fmt: skip
+    if split > 1:
+        N, P, Q, K = plan.size
+        reduce_parts(out, bias, activation, y, N * P * Q, K, how.out[0][0] // split * P * Q, split)
+
+
+class _Layout(NamedTuple):
+    """What of a launch follows from its plan and tile: as the launch has it."""
+
+    programs: int
+    sizes: tuple[int, ...]
+    box: list[int]
+    w: tuple[tuple, tuple]
+    w_box: list[int]
+    out: tuple[tuple, tuple]
+    out_box: list[int]
+    meta: dict
+
+
+@functools.lru_cache(maxsize=4096)
+def _layout(plan: Plan, items: tuple, sms: int, item: int, pool: bool, packed_w: bool) -> _Layout:
+    tile = dict(items)
+    N, P, Q, K = plan.size
+    m, n, k, split = (tile[x] for x in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT_K"))
+    if plan.grouped and (plan.grouped[0] % n or split > 1):
+        raise ValueError(f"groups want tiles of BLOCK_N={GROUP_BLOCK} and SPLIT_K=1, got {tile}")
+    w, scale = plan.w, 1
+    if packed_w:
+        w = _packed_filters(K, w[0][0], w[0][2], 16 // item)
+    if pool:
+        scale, P, Q = 2, P // 2 * 2, Q // 2 * 2  # the last row or column may have no partner
     tn, tp, tq = pixel_box(N, P, Q, m, pool)
     boxes_n = cdiv(N, tn)
     work = boxes_n * cdiv(P, tp) * cdiv(Q, tq) * cdiv(K, n) * split
-    programs = min(work, per_sm * device_of(x).sms) if per_sm else work
-    out, images = y, N
-    if split > 1:
-        images = split * boxes_n * tn
-        out = torch.empty(images, P, Q, K, dtype=torch.float32, device=x.device)
-    x_size, x_steps = plan.x
-    fetched = [tn, tp, tq, k] if len(x_size) == 4 else [tn, tp, 1, tq, k]
-    scale = 2 if pool else 1
-    P_out, Q_out = P // scale, Q // scale
-    stored = (images, P_out, Q_out, K), (P_out * Q_out * K, Q_out * K, K, 1)
-    stored_box = [tn, tp // scale, tq // scale, n]
-    block, channels = plan.grouped or (1, 0)
-    launch(
-        conv2d_tma_kernel, (programs,),
-        descriptor(x, x_size, x_steps, fetched), descriptor(weight, w_size, w_steps, [1, n, k]),
-        bias, descriptor(out, *stored, stored_box),
-        descriptor(place, *stored, stored_box) if pool else None,
-        N, P, Q, K, x_size[-1] // plan.geometry[1], w_size[2], block, channels,
-        0 if bias is None else bias.stride(0), *plan.taps, *plan.geometry,
-        HAS_BIAS=bias is not None and split == 1, RELU=activation == "relu" and split == 1,
-        POOL=pool, GROUPED=plan.grouped is not None, PRECISION=precision,
-        TILE_N=tn, TILE_P=tp, TILE_Q=tq, **tile,
+    programs = min(work, tile["PROGRAMS_PER_SM"] * sms) if tile["PROGRAMS_PER_SM"] else work
+    x_size = plan.x[0]
+    rows, columns = P // scale, Q // scale
+    images = N if split == 1 else split * boxes_n * tn
+    return _Layout(
+        programs,
+        (N, P, Q, K, x_size[-1] // plan.geometry[1], w[0][2], *(plan.grouped or (1, 0))),
+        [tn, tp, tq, k] if len(x_size) == 4 else [tn, tp, 1, tq, k],
+        w, [1, n, k],
+        ((images, rows, columns, K), (rows * columns * K, columns * K, K, 1)),
+        [tn, tp // scale, tq // scale, n],
+        dict(
+            POOL=pool, GROUPED=plan.grouped is not None, TILE_N=tn, TILE_P=tp, TILE_Q=tq,
+            BLOCK_N=n, BLOCK_K=k, SPLIT_K=split,
+            num_warps=tile["num_warps"], num_stages=tile["num_stages"],
+        ),
     )  # fmt: skip
-    if split > 1:
-        reduce_parts(out, bias, activation, y, N * P * Q, K, boxes_n * tn * P * Q, split)

@@ -19,6 +19,7 @@ bytes, so that TFLOP/s and GB/s compare as times do, and the share of a GPU's pe
     conv2d,            fwd             2 MACs            e (x + w + y)
     conv2d_im2col      dgrad           2 MACs            e (dy + w + dx)
                        wgrad           2 MACs            e (x + dy + dw)
+    conv2d_bias_relu   fwd             2 MACs            the same, and e K for the bias
     conv2d_relu_pool   fwd             2 MACs            e (x + w + bias + y)
                        dgrad           2 MACs            e (dy + w + dx) + y places
                        wgrad           2 MACs            e (x + dy + dw + dbias) + y places
@@ -65,6 +66,7 @@ MODES = {
     **dict.fromkeys(("bias_relu", "softmax", "max_pool2d"), ("fwd", "bwd")),
     "cross_entropy": ("fwd", "fwdbwd"),
     "matmul_bias_relu": ("fwd",),
+    "conv2d_bias_relu": ("fwd",),
     "scaled_matmul": ("fwd",),
     "im2col": ("fwd",),
     "col2im": ("fwd",),
@@ -206,6 +208,8 @@ def _window_bytes(op, mode, shape, itemsize):
         return itemsize * (read + y) if mode == "fwd" else itemsize * (image + y) + y
     weights, bias, places = _weights(shape), 0, 0
     y = N * shape["K"] * P * Q
+    if op == "conv2d_bias_relu":
+        bias = shape["K"]
     if op == "conv2d_relu_pool":
         y, bias = N * shape["K"] * (P // 2) * (Q // 2), shape["K"]
         read = N * C * _touched(shape, P // 2 * 2, Q // 2 * 2)

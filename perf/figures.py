@@ -126,7 +126,7 @@ def _settings(theme: Theme) -> dict:
     }
 
 
-def _figure(function: Callable[[list[Workload], Theme], Figure]) -> Callable[..., Figure]:
+def of_rows(function: Callable[[list[Workload], Theme], Figure]) -> Callable[..., Figure]:
     """Make a function of workloads and a theme one of rows, drawn in that theme."""
 
     @functools.wraps(function)
@@ -137,7 +137,7 @@ def _figure(function: Callable[[list[Workload], Theme], Figure]) -> Callable[...
     return drawn
 
 
-def _frame(
+def frame(
     shown: Sequence[Workload],
     theme: Theme,
     title: str,
@@ -148,7 +148,7 @@ def _frame(
 ) -> tuple[Figure, np.ndarray]:
     """A figure with its title above and its provenance below, and its axes as a 2-d array.
 
-    There is room for a legend of one line between title and axes: see `_legend`.
+    There is room for a legend of one line between title and axes: see `legend`.
     """
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06, rect=(0, 0, 1, 1 - head / height))
@@ -164,7 +164,7 @@ def _frame(
     return figure, figure.subplots(squeeze=False, **subplots)
 
 
-def _legend(figure: Figure, keys: Sequence[Artist], ncols: int = 7) -> None:
+def legend(figure: Figure, keys: Sequence[Artist], ncols: int = 7) -> None:
     """A legend of one line below the title."""
     figure.legend(
         handles=keys, loc="upper left", ncols=ncols, borderaxespad=0, borderpad=0,
@@ -259,7 +259,7 @@ SHORT = {
 }  # fmt: skip
 
 
-@_figure
+@of_rows
 def heatmap(shown: list[Workload], theme: Theme) -> Figure:
     """Speed over the first two block sizes, best over the rest; a panel for each workload."""
     shown = [w for w in shown if any(t.get("tile") for t in w.tiles)]
@@ -268,7 +268,7 @@ def heatmap(shown: list[Workload], theme: Theme) -> Figure:
     tall = [
         max(len(rows) for rows, *_ in grids[i : i + per_row]) for i in range(0, len(grids), per_row)
     ]
-    figure, axes = _frame(
+    figure, axes = frame(
         shown, theme, f"{_about(shown)}: {unit(shown[0].op)} by tile",
         1.35 + sum(0.62 * n + 0.75 for n in tall),
         "In each cell, of its fastest tile: speed; registers and spilled bytes a thread; "
@@ -284,7 +284,7 @@ def heatmap(shown: list[Workload], theme: Theme) -> Figure:
         *(Patch(facecolor=_heat(share), label=f"{share:.0%} of it") for share in (0.75, 0.5)),
         *(_hatched(theme, kind, label=kind) for kind in (FAILED, PRUNED, UNTRIED)),
     ]
-    _legend(figure, keys)
+    legend(figure, keys)
     return figure
 
 
@@ -404,14 +404,14 @@ def _why_none(ax: Axes, x: int, y: int, tiles: list[Row], best: Row | None, them
 # -- size curves ---------------------------------------------------------------------------------
 
 
-@_figure
+@of_rows
 def curves(shown: list[Workload], theme: Theme) -> Figure:
     """Speed of tilelab's best tile and of every peer over sizes, or over layers in their order."""
     shown = [w for w in shown if w.best or w.best_peer]
     sizes = numeric_sizes(shown)
     names = labels(shown)
     long = not sizes and max(map(len, names)) > 5
-    figure, ((ax,),) = _frame(
+    figure, ((ax,),) = frame(
         shown, theme, f"{_about(shown)}: speed by {'size' if sizes else 'shape'}",
         4.7 if long else 4.2,
         "tilelab: its best tile. Bands and bars: quartiles of the rounds. Ceiling: peak or "
@@ -442,7 +442,7 @@ def curves(shown: list[Workload], theme: Theme) -> Figure:
             for text in ax.get_xticklabels():
                 text.set_rotation_mode("anchor")
         ax.set_xlim(-0.6, len(shown) - 0.4)
-    _legend(figure, ax.get_legend_handles_labels()[0][::-1])
+    legend(figure, ax.get_legend_handles_labels()[0][::-1])
     return figure
 
 
@@ -505,14 +505,14 @@ def _ceilings(ax: Axes, xs: np.ndarray, shown: list[Workload], theme: Theme, as_
 # -- roofline ------------------------------------------------------------------------------------
 
 
-@_figure
+@of_rows
 def roofline(shown: list[Workload], theme: Theme) -> Figure:
     """Speed over arithmetic intensity, under the GPU's roofs; peers hollow, joined to tilelab's."""
     shown = [w for w in shown if w.best and w.best.get("bytes") and w.best.get("flops")]
     kinds = list(dict.fromkeys((w.op, w.mode) for w in shown))
     columns = 4  # of the legend, whose words are as long as conv2d_relu_pool wgrad
     more = 0.2 * (math.ceil(len(kinds) / columns) - 1)
-    figure, ((ax,),) = _frame(
+    figure, ((ax,),) = frame(
         shown, theme, f"Roofline: {shown[0].gpu}, {dtype_text(shown[0].dtype, shown[0].precision)}",
         4.9 + more,
         "Intensity: FLOPs over the bytes that must be moved at least. Filled: tilelab's best tile. "
@@ -537,7 +537,7 @@ def roofline(shown: list[Workload], theme: Theme) -> Figure:
         _key(MARKERS[i % 12], theme.series[i % 7], f"{op} {mode}")
         for i, (op, mode) in enumerate(kinds)
     ]
-    _legend(figure, keys, columns)
+    legend(figure, keys, columns)
     return figure
 
 
@@ -579,11 +579,11 @@ def prediction_error(rows: Sequence[Row]) -> float:
     return float(np.median([abs(row["predicted_s"] / row["median_s"] - 1) for row in rows]))
 
 
-@_figure
+@of_rows
 def predicted(shown: list[Workload], theme: Theme) -> Figure:
     """Predicted time over measured time of every tile that has both."""
     rows = predicted_rows(shown)
-    figure, ((ax,),) = _frame(
+    figure, ((ax,),) = frame(
         shown, theme,
         f"Predicted against measured: median error {prediction_error(rows):.0%} of "
         f"{len(rows):,} tiles", 5.0,
@@ -626,13 +626,13 @@ def energy_rows(shown: Iterable[Workload]) -> list[Row]:
     return [r for w in shown for r in (*w.tiles, *w.peers) if ran(r) and r.get("joules")]
 
 
-@_figure
+@of_rows
 def energy(shown: list[Workload], theme: Theme) -> Figure:
     """Work per joule over speed: tiles and peers, with lines of equal power."""
     rows = energy_rows(shown)
     product = unit(rows[0]["op"]) == "TFLOP/s"
     work = "TFLOP" if product else "GB"
-    figure, ((ax,),) = _frame(
+    figure, ((ax,),) = frame(
         shown, theme, f"{_about(shown)}: energy against speed", 4.7,
         "Finalists and peers. Lines: equal power. A large symbol is tilelab's best tile of a "
         "workload.",
@@ -652,7 +652,7 @@ def energy(shown: list[Workload], theme: Theme) -> Figure:
     _power_lines(ax, theme, min(watts) / 2, max(watts) * 2)
     _log_ticks(ax)
     keys = [_key(MARKER[i], theme.impl(i), IMPL[i]) for i in impls]
-    _legend(figure, keys)
+    legend(figure, keys)
     return figure
 
 
@@ -681,11 +681,11 @@ def _power_lines(ax: Axes, theme: Theme, least: float, most: float) -> None:
 # -- distribution --------------------------------------------------------------------------------
 
 
-@_figure
+@of_rows
 def distribution(shown: list[Workload], theme: Theme) -> Figure:
     """The speed of every tile that ran, relative to the winner's; a line for each workload."""
     shown = [w for w in shown if w.best]
-    figure, ((ax,),) = _frame(
+    figure, ((ax,),) = frame(
         shown, theme, f"{_about(shown)}: every tile that ran", 1.75 + 0.42 * len(shown),
         "A dot is a tile, moved up or down to be seen. Right: the winner's speed, and how many of "
         "the tiles ran.",
@@ -734,7 +734,7 @@ def _distribution_legend(figure: Figure, shown: list[Workload], theme: Theme) ->
         keys.insert(1, _key("D", theme.series[4], "the default tile", 6))
     peers = {p["impl"] for w in shown for p in w.peers if ran(p)}
     keys += [_key("|", theme.impl(i), IMPL[i], 11, 2.6) for i in IMPL if i in peers]
-    _legend(figure, keys)
+    legend(figure, keys)
 
 
 # -- forest --------------------------------------------------------------------------------------
@@ -766,12 +766,12 @@ def speedups(shown: Iterable[Workload]) -> list[Speedup]:
     ]
 
 
-@_figure
+@of_rows
 def forest(shown: list[Workload], theme: Theme) -> Figure:
     """Speed-up over the fastest peer with its 95% interval, and the geometric mean of all."""
     found = speedups(shown)
     shown = [s.workload for s in found]
-    figure, ((ax,),) = _frame(
+    figure, ((ax,),) = frame(
         shown, theme, f"{_about(shown)}: tilelab against the fastest peer",
         1.75 + 0.27 * (len(found) + 1),
         "Right: the speed-up, its 95% bootstrap interval over paired rounds, and the fastest "
@@ -799,7 +799,7 @@ def forest(shown: list[Workload], theme: Theme) -> Figure:
     ax.grid(axis="x")
     ax.tick_params(axis="y", length=0)
     words = ((theme.good, "tilelab is faster"), (theme.bad, "slower"), (theme.grey, "a tie"))
-    _legend(figure, [_key("o", colour, label, 6) for colour, label in words])
+    legend(figure, [_key("o", colour, label, 6) for colour, label in words])
     return figure
 
 

@@ -254,11 +254,12 @@ def _calls(repeats: int, *only: str) -> dict[str, dict[str, Any]]:
                 _fill(table, _inside(step)[0])
                 samples = _microseconds(step, repeats)
                 results[f"{name}: call"] = _entry(samples, "us", "of ten parameters, to the launch")
+        for name, make in _descriptors(cases).items():
+            results[f"{name}: descriptors"] = _entry(
+                _microseconds(make, repeats), "us",
+                "of the rest, for TMA: looking at the operands' memory, and the descriptors",
+            )  # fmt: skip
         fn, inputs = cases["matmul"]
-        results["matmul: descriptors"] = _entry(
-            _descriptors(*inputs[:2], repeats), "us",
-            "of the rest, for TMA: looking at the operands' memory, and three descriptors",
-        )  # fmt: skip
         fn(*inputs)
         launched = latest[0]
     results["launch: before Triton"] = _entry(
@@ -271,20 +272,37 @@ def _calls(repeats: int, *only: str) -> dict[str, dict[str, Any]]:
     return results
 
 
-def _descriptors(a: Any, b: Any, repeats: int) -> list[float]:
-    """What a matmul through TMA does before its launch that one through pointers does not."""
+def _descriptors(cases: dict[str, tuple[Callable, tuple]]) -> dict[str, Callable]:
+    """What a call by TMA does before its launch that one through pointers does not."""
     import importlib
 
-    from kernels import _launch
+    from kernels import _launch, conv2d_tma
 
     operands = importlib.import_module("kernels.matmul")._operands
+    a, b, _ = cases["matmul"][1]
+    x, weight, _ = cases["conv2d"][1]
+    ones = [1, 1]
 
-    def make() -> list:
+    def matmul() -> list:
         rows = operands(a, b, "ieee")
-        made = [_launch.descriptor(x, shape, step, [64, 64]) for x, _, shape, step in rows]
-        return [*made, _launch.descriptor(a, a.shape, 16, [64, 64])]
+        made = [_launch.descriptor(x, shape, (step, 1), [64, 64]) for x, _, shape, step in rows]
+        return [*made, _launch.descriptor(a, a.shape, (16, 1), [64, 64])]
 
-    return _microseconds(make, repeats)
+    def convolution(pool: bool) -> list:
+        plan = conv2d_tma.plan_for(x, weight, ones, ones, ones, 1, "ieee", pool)
+        tile = conv2d_tma.fast_tile(plan, 2, 132, pool)
+        how = conv2d_tma._layout(plan, tuple(tile.items()), 132, 2, pool, False)
+        made = [
+            _launch.descriptor(x, *plan.x, how.box),
+            _launch.descriptor(weight, *how.w, how.w_box),
+        ]
+        return made + [_launch.descriptor(x, *how.out, how.out_box) for _ in range(1 + pool)]
+
+    return {
+        "matmul": matmul,
+        "conv2d": lambda: convolution(False),
+        "conv2d_relu_pool": lambda: convolution(True),
+    }
 
 
 def _call_parts(fn: Callable, inputs: tuple, table: dict, repeats: int) -> dict[str, dict]:

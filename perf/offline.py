@@ -16,6 +16,7 @@ import contextlib
 import functools
 import hashlib
 import importlib
+import importlib.util
 import json
 import math
 import os
@@ -107,9 +108,21 @@ def trace(w: Workload, tile: dict | None, target: str = "") -> Trace:
     launches = [event for event in events if isinstance(event, _launch.Launch)]
     for i, event in enumerate(events):
         if isinstance(event, _launch.Choice) and event.op in OPS[w.op].modes[w.mode]:
-            main = next(e for e in events[i:] if isinstance(e, _launch.Launch))
-            return Trace(launches, main, event)
+            return Trace(launches, _launch_of(events[i:]), event)
     return Trace(launches, None, None)
+
+
+def _launch_of(events: list) -> _launch.Launch | None:
+    """The launch that the first of the events, a choice, was made for; others may come between.
+
+    Packing, say: each choice is followed by its launch, and whatever has both between them.
+    """
+    waiting = 0
+    for event in events:
+        waiting += 1 if isinstance(event, _launch.Choice) else -1
+        if waiting == 0:
+            return event
+    return None
 
 
 def _bytes(args: tuple) -> int:
@@ -128,20 +141,38 @@ def describe(w: Workload, target: str = "") -> dict:
     t = trace(w, None, target)
     if t.main is None:
         return {"tile_op": None}
-    lesson = importlib.import_module(t.main.kernel.fn.__module__)
-    fast = getattr(lesson, "FAST_TILES", {}).get(w.torch_dtype.itemsize, [])
     default, kinds = t.choice.tile, t.choice.kernels
-    alike = getattr(lesson, "TILES", [])
+    itemsize = w.torch_dtype.itemsize
+    fast, alike, rungs = lesson_tiles(t.tile_op, t.main.kernel.fn.__module__, itemsize)
     if len(kinds) == 1:
         alike = [tile for tile in alike if tile.keys() == default.keys()]
+    lesson = [t for t in (*fast, *alike, *rungs) if t.get("kernel", "pointer") in kinds]
     return {
         "tile_op": t.tile_op,
         "sizes": t.sizes,
         "tile": default,
-        "lesson": [tile for tile in fast if tile["kernel"] in kinds] + alike,
+        "lesson": lesson,
         "kernels": kinds,
-        "itemsize": w.torch_dtype.itemsize,
+        "itemsize": itemsize,
     }
+
+
+def lesson_tiles(tile_op: str, module: str, itemsize: int) -> tuple[list, list, list]:
+    """FAST_TILES (of this itemsize), TILES and RUNGS of a lesson, each where it has them.
+
+    A lesson may be two files: that of the kernel, and the one named as `choose_tile` is asked, up
+    to what it adds for a special case ("conv2d_grouped").
+    """
+    files = [importlib.import_module(module)]
+    names = [f"kernels.{tile_op}", f"kernels.{tile_op.rpartition('_')[0]}"]
+    first_of = next((n for n in names if n[-1] != "." and importlib.util.find_spec(n)), module)
+    if first_of != module:
+        files.append(importlib.import_module(first_of))
+
+    def first(name: str, missing: Any) -> Any:
+        return next((getattr(file, name) for file in files if hasattr(file, name)), missing)
+
+    return first("FAST_TILES", {}).get(itemsize, []), first("TILES", []), first("RUNGS", [])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -242,8 +273,31 @@ def compile_job(w: Workload, tile: dict | None, target: str) -> dict:
             "kernel": t.main.kernel.__name__,
             "programs": math.prod(t.main.grid),
             "threads": compiled.metadata.num_warps * compiled.metadata.target.warp_size,
+            **work_of_boxes(t.main),
         }
     return row | {"compile_s": time.perf_counter() - started}
+
+
+def work_of_boxes(launch: _launch.Launch) -> dict[str, int]:
+    """What a convolution whose tiles are boxes of pixels computes: whole tiles, and all it adds.
+
+    Packed channels, block-diagonal groups, the border of the last boxes: all of that is in what the
+    launch is given, by these names: N, P, Q and K of the result, SPAN channels of a filter, R, S
+    taps, and TILE_N x TILE_P x TILE_Q pixels in a box.
+
+    Returns:
+        "units", how many tiles and parts of them there are, and "computed_flops"; {} if it is no
+        such launch.
+    """
+    given = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.meta
+    if not {"TILE_N", "TILE_P", "TILE_Q", "BLOCK_N", "BLOCK_K"} <= given.keys():
+        return {}
+    boxes = math.prod(_launch.cdiv(given[k], given[f"TILE_{k}"]) for k in "NPQ")
+    tiles = boxes * _launch.cdiv(given["K"], given["BLOCK_N"])
+    steps = given["R"] * given["S"] * _launch.cdiv(given["SPAN"], given["BLOCK_K"])
+    pixels = math.prod(given[f"TILE_{k}"] for k in "NPQ")
+    step = 2 * pixels * given["BLOCK_N"] * given["BLOCK_K"]
+    return {"units": tiles * given["SPLIT_K"], "computed_flops": tiles * steps * step}
 
 
 def annotated_loop(w: Workload, tile: dict | None, target: str) -> list[tuple[str, int, str]]:
@@ -343,6 +397,7 @@ def source_hash(w: Workload) -> str:
 
 FILES = {  # of operators that are not called as their lesson is
     "matmul_bias_relu": "matmul",
+    "conv2d_bias_relu": "conv2d",
     "conv2d_im2col": "im2col",
     "col2im": "im2col",
     "max_pool2d": "pool",

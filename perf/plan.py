@@ -28,6 +28,7 @@ DEFAULT_SHAPES = {
     "matmul_bias_relu": "m=4096",
     "scaled_matmul": "m=4096",
     "conv2d": _LAYER,
+    "conv2d_bias_relu": _LAYER,
     "conv2d_im2col": _LAYER,
     "conv2d_relu_pool": _LAYER,
     "im2col": _LAYER,

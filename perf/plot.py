@@ -10,6 +10,7 @@ predicted     predicted over measured time of every tile
 energy        work per joule over speed
 distribution  the speed of every tile that was tried
 forest        speed-up over the fastest peer, with its interval
+ladder        speed of each of a lesson's kernels, from naive to fast, layer by layer
 
 A README shows the one that suits the reader's page:
 
@@ -29,7 +30,7 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 from PIL import Image
 
-from perf import figures, results, tried
+from perf import figures, ladder, results, tried
 from perf.errors import PerfError
 from perf.figures import DARK, LIGHT, Theme
 from perf.tried import Row, Workload, ran, workloads
@@ -81,6 +82,11 @@ KINDS = {
     "forest": Kind(
         figures.forest, ONE_OP, lambda w: figures.speedups([w]),
         "no tile was measured beside a peer", most=36,
+    ),
+    "ladder": Kind(
+        ladder.ladder, (*ONE_OP, "family"), ladder.climbs,
+        "no workload has tiles of a kernel that a lesson begins with (-a kernel=direct,flat)",
+        most=8,
     ),
 }  # fmt: skip
 

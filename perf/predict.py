@@ -9,8 +9,11 @@
     memory   bytes that its launches read and write, each tensor once, over the bandwidth; at least
              the bytes that the mathematics asks for
 
-padding is what the tiles compute over what was asked for. wave efficiency: the GPU is done when its
-busiest SM is, and that has ceil(programs / SMs) of them: programs / (SMs * ceil(programs / SMs)).
+padding is what the tiles compute over what was asked for; of a convolution by boxes of pixels, all
+that its launch computes, packed channels and zeros between groups too. Without tensor cores the
+peak is that of FMAs, which the loop's instructions then have to feed. wave efficiency: the GPU is
+done when its busiest SM is, and that has ceil(programs / SMs) of them:
+programs / (SMs * ceil(programs / SMs)).
 Of a persistent kernel, whose programs are as many as fit, it is the tiles that they go through.
 How many an SM has at a time does not matter to its rate, only to how well loads are hidden.
 
@@ -50,6 +53,8 @@ def units(row: dict) -> int:
     tile = row["tile"]
     if not tile.get("PROGRAMS_PER_SM"):
         return row["programs"]
+    if "units" in row:
+        return row["units"]
     blocks = [math.ceil(row["sizes"][k] / tile[f"BLOCK_{k}"]) for k in ("M", "N")]
     return math.prod(blocks) * tile.get("SPLIT_K", 1)
 
@@ -62,9 +67,17 @@ def extra_work(op: str, shape: dict[str, int]) -> float:
     return 1.0
 
 
+def is_product(tile: dict) -> bool:
+    """Whether the tile is of a product, that a kernel adds up step by step."""
+    return "BLOCK_K" in tile or tile.get("kernel") == "direct"
+
+
 def step_flops(op: str, tile: dict[str, int]) -> int:
-    """FLOPs of one step of a product's main loop; the fused block has four accumulators."""
-    accumulators = 4 if op == "conv2d_relu_pool" else 1
+    """FLOPs of one step of a product's main loop.
+
+    The fused block has four accumulators, but for the kernel whose BLOCK_M counts what is pooled.
+    """
+    accumulators = 4 if op == "conv2d_relu_pool" and "kernel" not in tile else 1
     return 2 * tile["BLOCK_M"] * tile["BLOCK_N"] * tile["BLOCK_K"] * accumulators
 
 
@@ -73,8 +86,9 @@ def predict(row: dict, gpu: GPU) -> dict:
 
     Args:
         row: with op, mode, shape, dtype, precision, tile, sizes, flops, moved, launches, programs,
-            threads and what perf/sass.py reads off the machine code. For a whole training step
-            there is no tile, and only its bytes and launches count.
+            threads and what perf/sass.py reads off the machine code; with computed_flops and units
+            where the launch says them (perf/offline.py) and sizes and tile would not. For a whole
+            training step there is no tile, and only its bytes and launches count.
         gpu: for which.
     """
     if row.get("tile") is None:
@@ -93,7 +107,9 @@ def predict(row: dict, gpu: GPU) -> dict:
         "limit": fits.limit,
         "waves": waves,
         "wave_efficiency": pieces / (gpu.sms * math.ceil(pieces / gpu.sms)),
-        "padding": padding(row["sizes"], row["tile"]) * extra_work(row["op"], row["shape"]),
+        "padding": row["computed_flops"] / row["flops"]
+        if "computed_flops" in row
+        else padding(row["sizes"], row["tile"]) * extra_work(row["op"], row["shape"]),
     }
     if fits.blocks == 0:
         return found
@@ -103,15 +119,19 @@ def predict(row: dict, gpu: GPU) -> dict:
     peak = gpu.peak(unit) or gpu.peak("fp32")
     times["compute"] = work / (peak * found["wave_efficiency"])
     tile = row["tile"]
-    if "BLOCK_K" in tile:
-        steps = work / step_flops(row["op"], tile) / found["wave_efficiency"]
+    if is_product(tile):
+        tile = {"BLOCK_M": 1, "BLOCK_N": 1, "BLOCK_K": 1} | tile
+        work /= found["wave_efficiency"]
+        step = step_flops(row["op"], tile)
         clocks = gpu.sms * gpu.clock_mhz * 1e6
         itemsize = {"float32": 4, "float8_e4m3fn": 1, "int8": 1}.get(row["dtype"], 2)
         loaded = (tile["BLOCK_M"] + tile["BLOCK_N"]) * tile["BLOCK_K"] * itemsize
-        times["l2"] = steps * loaded / (L2_BYTES_PER_CLOCK * clocks)
-        if row.get("loop_instructions"):
+        times["l2"] = work / step * loaded / (L2_BYTES_PER_CLOCK * clocks)
+        if tile.get("kernel") == "direct":  # its loop may be unrolled: what an iteration multiplies
+            step = 2 * row["threads"] * (row.get("loop_mix") or {}).get("float", 0)
+        if row.get("loop_instructions") and step:
             instructions = row["loop_instructions"] * loop_warps(tile)
-            times["issue"] = steps * instructions / (SCHEDULERS * clocks)
+            times["issue"] = work / step * instructions / (SCHEDULERS * clocks)
     elif "PATCH_P" in tile:
         loop, clocks = row.get("loop_instructions") or 0, gpu.sms * gpu.clock_mhz * 1e6
         steps = padding(row["sizes"], tile) * math.prod(row["sizes"].values())
@@ -149,7 +169,7 @@ def refused(row: dict) -> str | None:
         return row["limit"]
     if row.get("spills"):
         return f"spills {row['spills']} bytes a thread"
-    product = "BLOCK_K" in row["tile"]
+    product = "BLOCK_K" in row["tile"] and row["tile"].get("kernel") != "direct"
     ieee = row["dtype"] == "float32" and row["precision"] == "ieee"
     if product and not ieee and not row.get("tensor_core"):
         return "no tensor cores"

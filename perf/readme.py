@@ -5,7 +5,7 @@
 
 import importlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from perf import log, tried
@@ -15,18 +15,20 @@ OPS = (
     *("matmul", "matmul_bias_relu", "scaled_matmul", "bias_relu", "softmax", "cross_entropy"),
     *("max_pool2d", "sgd", "adamw"),
 )
+CONVOLUTIONS = ("conv2d", "conv2d_bias_relu", "conv2d_relu_pool")
+CONV_LAYER = "resnet50.layer3.1.conv2 n256"  # 3x3, 256 channels of 14 x 14 pixels
 
 
-def speeds(path: Path = PREDICTED) -> str:
+def speeds(path: Path = PREDICTED, ops: Sequence[str] = OPS) -> str:
     """What each operator's best tile is predicted to reach, and did, for each set of shapes."""
     lines = [
         "| operator | dtype | shapes | predicted | measured | against the best peer | worst |",
         "|---|---|---|---|---|---|---|",
     ]
-    entries = [e for e in log.entries(path) if e["op"] in OPS]
+    entries = [e for e in log.entries(path) if e["op"] in ops]
 
     def place(e: dict) -> tuple:
-        return OPS.index(e["op"]), e["mode"] != "fwd", e["dtype"], e["shapes"]
+        return ops.index(e["op"]), e["mode"] != "fwd", e["dtype"], e["shapes"]
 
     for e in sorted(entries, key=place):
         cells = [f"`{e['op']}` {e['mode']}"]
@@ -39,32 +41,56 @@ def speeds(path: Path = PREDICTED) -> str:
 def fast_tiles(path: Path = PREDICTED) -> str:
     """What the tiles of matmul's kernel for Hopper compile to, and the portable one's largest."""
     lesson = importlib.import_module("kernels.matmul")
-    rows = _compiled(path, lesson.TILES[2:3] + lesson.FAST_TILES[2])
+    rows = [row for row in _rows(path, "matmul") if set(row["shape"].values()) == {8192}]
+    tiles = [_largest(lesson.TILES), *lesson.FAST_TILES[2]]
+    return _tiles(rows, tiles, "A, B from", "predicted at 8192")
+
+
+def conv_tiles(path: Path = PREDICTED) -> str:
+    """The same of conv2d, for one layer of ResNet-50: every rung of its ladder."""
+    lesson, fast = (importlib.import_module(f"kernels.{m}") for m in ("conv2d", "conv2d_tma"))
+    rows = [row for row in _rows(path, "conv2d") if row["shape_name"] == CONV_LAYER]
+    tiles = [*lesson.RUNGS, _largest(lesson.TILES), *fast.FAST_TILES[2]]
+    return _tiles(rows, tiles, "operands from", f"predicted for {CONV_LAYER.split('.', 1)[1]}")
+
+
+def _tiles(rows: Iterable[tried.Row], tiles: list[dict], operands: str, predicted: str) -> str:
+    """A table of these tiles, in their order, as far as there are rows of them."""
+    found = {json.dumps(row["tile"], sort_keys=True): row for row in rows}
+    keys = [json.dumps(tile, sort_keys=True) for tile in tiles]
     lines = [
-        "| tile | registers | spills | shared memory | tensor cores | A, B from | loads | "
-        "instructions a step | predicted at 8192 |",
+        f"| tile | registers | spills | shared memory | tensor cores | {operands} | loads | "
+        f"instructions a step | {predicted} |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
+    for row in (found[key] for key in keys if key in found):
         loads = "TMA" if row["tma"] else f"{row['load_bytes']} bytes"
+        product = row["tensor_core"].split(".")[1] if row["tensor_core"] else "none"
         cells = [
             f"`{tried.tile_text(row['tile'])}`", row["registers"], row["spills"],
-            f"{row['shared'] / 1024:.0f} KiB", row["tensor_core"].split(".")[1], row["operands"],
+            f"{row['shared'] / 1024:.0f} KiB", product, row["operands"] or "registers",
             loads, row["loop_instructions"], f"{row['predicted_tflops']:.0f} TFLOP/s",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
-def _compiled(path: Path, tiles: Iterable[dict]) -> list[tried.Row]:
-    """The rows of these tiles in the square product of 8192, in their order."""
+def _largest(tiles: list[dict]) -> dict:
+    return max((t for t in tiles if "kernel" not in t), key=_elements_of_a_step)
+
+
+def _rows(path: Path, op: str) -> list[tried.Row]:
+    """The rows of an operator forward in 16 bits that were compiled to the end."""
     _, rows = tried.read([path], note=lambda text: None)
-    found = {}
-    for row in rows:
-        if row["op"] == "matmul" and set(row["shape"].values()) == {8192}:
-            found[json.dumps(row["tile"], sort_keys=True)] = row
-    return [found[json.dumps(tile, sort_keys=True)] for tile in tiles]
+    about = op, "fwd", "bfloat16"
+    mine = [row for row in rows if (row["op"], row["mode"], row["dtype"]) == about]
+    return [row for row in mine if row.get("predicted_tflops")]
+
+
+def _elements_of_a_step(tile: dict) -> int:
+    return tile["BLOCK_M"] * tile["BLOCK_N"] * tile["BLOCK_K"]
 
 
 if __name__ == "__main__":
-    print(f"{fast_tiles()}\n\n{speeds()}")
+    for table in (fast_tiles(), speeds(), conv_tiles(), speeds(ops=CONVOLUTIONS)):
+        print(f"{table}\n")

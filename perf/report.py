@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from perf import figures, plot, results, stats, tried, why
+from perf import figures, ladder, plot, results, stats, tried, why
 from perf.figures import DARK, IMPL, LIGHT, Speedup, speedups
 from perf.tried import Row, Workload, dtype_text, number_text, ran, seconds, speed, tile_text, unit
 
 MOST_ROWS = 5000  # of the table at the end; more make a page slow
 WHOLE = ("roofline", "predicted")  # kinds of figures that are about a whole GPU
-OF_ONE = ("forest", "curves", "heatmap", "energy", "distribution")  # about one operator and mode
+# Kinds about one operator and mode.
+OF_ONE = ("forest", "curves", "ladder", "heatmap", "energy", "distribution")
 
 
 class Picture(NamedTuple):
@@ -218,6 +219,8 @@ def alt_text(page: plot.Page) -> str:
     if page.kind == "predicted":
         rows = figures.predicted_rows(shown)
         return f"{words} Median error {figures.prediction_error(rows):.0%} of {len(rows)} tiles."
+    if page.kind == "ladder":
+        return f"{words} TFLOP/s: {ladder.text(shown)}."
     if page.kind == "forest":
         found = speedups(shown)
         mean = stats.geomean([s.ratio for s in found])

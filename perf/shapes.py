@@ -3,14 +3,15 @@
     square                         products of 256 ... 16384 squared
     resnet50                       every layer of ResNet-50 that the operator has, batch 32 and 256
     resnet50@64,vgg16@64           two sets, batch 64
+    resnet50_3x3@32                some of its layers, as resnext50 and stems are of theirs
     m=1024:8192:1024               a range, ends included: n and k follow m unless they are given
     m=256*2:16384,k=64             doubling instead of adding
     n=32,c=64,h=56,k=64,r=3,padding=1
 
 The networks are torchvision's, for images of 224 x 224 (https://pytorch.org/vision), and named as
-there: ResNet-50 with the stride in the 3x3 convolution, VGG-16 without batch normalisation, and the
-AlexNet of one tower (Krizhevsky, One weird trick for parallelizing convolutional neural networks,
-2014), whose layers are narrower than those of 2012.
+there: ResNet-50 and ResNeXt-50 (32x4d: 32 groups) with the stride in the 3x3 convolution, VGG-16
+without batch normalisation, and the AlexNet of one tower (Krizhevsky, One weird trick for
+parallelizing convolutional neural networks, 2014), whose layers are narrower than those of 2012.
 """
 
 import itertools
@@ -44,6 +45,7 @@ KEYS = {
     "matmul_bias_relu": ("M", "N", "K"),
     "scaled_matmul": ("M", "N", "K"),
     "conv2d": _CONV,
+    "conv2d_bias_relu": _CONV,
     "conv2d_im2col": _CONV,
     "conv2d_relu_pool": _CONV,
     "im2col": _CONV,
@@ -59,7 +61,7 @@ KEYS = {
 # What a range expression need not give: a number, or the key whose value it takes.
 _DEFAULTS = {
     **dict.fromkeys(
-        ("conv2d", "conv2d_im2col", "conv2d_relu_pool", "im2col", "col2im"),
+        [op for op, keys in KEYS.items() if keys is _CONV],
         {"W": "H", "S": "R", "stride": 1, "padding": 0, "dilation": 1, "groups": 1},
     ),
     **dict.fromkeys(MATMULS, {"N": "M", "K": "M"}),
@@ -125,7 +127,10 @@ def describe() -> str:
 
 
 class Conv(NamedTuple):
-    """A convolution of a network, square taps; `relu`: a ReLU follows, at once or after an add."""
+    """A convolution of a network, square taps.
+
+    `relu`: a ReLU follows; `add`: but the shortcut is added first.
+    """
 
     name: str
     C: int
@@ -135,6 +140,8 @@ class Conv(NamedTuple):
     stride: int = 1
     padding: int = 0
     relu: bool = True
+    add: bool = False
+    groups: int = 1
 
 
 class Pool(NamedTuple):
@@ -157,11 +164,15 @@ class Linear(NamedTuple):
 
 
 class Network(NamedTuple):
-    """A network: its layers in order, and its trainable parameters."""
+    """A network: its layers in order, and its trainable parameters; of a part of one, no matter.
+
+    `called`: the network that the layers are of, where the set has another name.
+    """
 
     layers: list[Conv | Pool | Linear]
-    tensors: int
-    parameters: int
+    tensors: int = 0
+    parameters: int = 0
+    called: str = ""
 
 
 def _network(layers: list[Conv | Pool | Linear], normalised: bool = False) -> Network:
@@ -170,28 +181,51 @@ def _network(layers: list[Conv | Pool | Linear], normalised: bool = False) -> Ne
     for layer in layers:
         if isinstance(layer, Conv):
             tensors += 3 if normalised else 2
-            parameters += layer.K * (layer.C * layer.R**2 + (2 if normalised else 1))
+            sums = layer.C // layer.groups * layer.R**2
+            parameters += layer.K * (sums + (2 if normalised else 1))
         elif isinstance(layer, Linear):
             tensors += 2
             parameters += layer.outputs * (layer.inputs + 1)
     return Network(layers, tensors, parameters)
 
 
-def resnet50() -> Network:
-    """ResNet-50 (He et al., 2015), the stride in the 3x3 convolution of a block."""
+def resnet50(groups: int = 1, wider: int = 1) -> Network:
+    """ResNet-50 (He et al., 2015), the stride in the 3x3 convolution of a block.
+
+    ResNeXt-50 32x4d (Xie et al., 2017) is the same with 32 groups there, and twice the channels.
+    """
     layers = [Conv("conv1", 3, 224, 64, 7, 2, 3), Pool("maxpool", 64, 112, 3, 2, 1)]
     C, H = 64, 56
-    for stage, (width, blocks) in enumerate(((64, 3), (128, 4), (256, 6), (512, 3)), start=1):
+    for stage, (planes, blocks) in enumerate(((64, 3), (128, 4), (256, 6), (512, 3)), start=1):
+        outputs, width = 4 * planes, wider * planes
         for block in range(blocks):
             name, stride = f"layer{stage}.{block}", 2 if stage > 1 and block == 0 else 1
             layers.append(Conv(f"{name}.conv1", C, H, width, 1))
-            layers.append(Conv(f"{name}.conv2", width, H, width, 3, stride, 1))
-            layers.append(Conv(f"{name}.conv3", width, H // stride, 4 * width, 1))
+            layers.append(Conv(f"{name}.conv2", width, H, width, 3, stride, 1, groups=groups))
+            layers.append(Conv(f"{name}.conv3", width, H // stride, outputs, 1, add=True))
             if block == 0:
                 shortcut = f"{name}.downsample.0"
-                layers.append(Conv(shortcut, C, H, 4 * width, 1, stride, relu=False))
-            C, H = 4 * width, H // stride
+                layers.append(Conv(shortcut, C, H, outputs, 1, stride, relu=False))
+            C, H = outputs, H // stride
     return _network([*layers, Linear("fc", 2048, 1000)], normalised=True)
+
+
+def resnet50_3x3() -> Network:
+    """Of ResNet-50 the 3x3 convolutions."""
+    layers = resnet50().layers
+    return Network([x for x in layers if isinstance(x, Conv) and x.R == 3], called="resnet50")
+
+
+def resnext50() -> Network:
+    """Of ResNeXt-50 32x4d the convolutions with groups; the others are much as in ResNet-50."""
+    layers = resnet50(groups=32, wider=2).layers
+    return Network([x for x in layers if isinstance(x, Conv) and x.groups > 1])
+
+
+def stems() -> Network:
+    """The first layer of each network for colour images."""
+    return Network([make().layers[0]._replace(name=make.__name__)
+                    for make in (resnet50, alexnet, vgg16)])  # fmt: skip
 
 
 def vgg16() -> Network:
@@ -247,6 +281,8 @@ def demo() -> Network:
 def _of_network(op: str, name: str, network: Network, batch: int) -> list[Shape]:
     """Return what a network means for an operator, equal layers once and counted."""
     if op in ("sgd", "adamw"):
+        if not network.parameters:
+            return []
         elements = round(network.parameters / network.tensors)
         sizes = {"tensors": network.tensors, "elements": elements}
         return [Shape(f"{name} parameters", sizes)]
@@ -259,7 +295,8 @@ def _of_network(op: str, name: str, network: Network, batch: int) -> list[Shape]
             # How many filters there are is nothing to the columns.
             skip = "K" if op in ("im2col", "col2im") else ""
             same = tuple(size for key, size in sizes.items() if key != skip)
-            first = found.get(same, Shape(f"{name}.{layer.name} n{batch}", sizes, 0))
+            called = f"{network.called or name}.{layer.name} n{batch}"
+            first = found.get(same, Shape(called, sizes, 0))
             found[same] = first._replace(count=first.count + 1)
     return list(found.values())
 
@@ -267,15 +304,17 @@ def _of_network(op: str, name: str, network: Network, batch: int) -> list[Shape]
 def _of_layer(op, layer, following, N: int) -> dict[str, int] | None:
     """Return the sizes of one layer, if the operator is part of it."""
     if isinstance(layer, Conv):
-        _, C, H, K, R, stride, padding, relu = layer
+        _, C, H, K, R, stride, padding, relu, add, groups = layer
         P = (H + 2 * padding - R) // stride + 1
         if op == "bias_relu" and relu:
             return {"N": N, "C": K, "H": P, "W": P}
         halved = isinstance(following, Pool) and following[3:] == (2, 2, 0) and stride == 1
-        if op in ("conv2d", "conv2d_im2col", "im2col", "col2im") or (
-            op == "conv2d_relu_pool" and halved
+        if (
+            op in ("conv2d", "conv2d_im2col", "im2col", "col2im")
+            or (op == "conv2d_bias_relu" and relu and not add)
+            or (op == "conv2d_relu_pool" and halved)
         ):
-            return dict(zip(_CONV, (N, C, H, H, K, R, R, stride, padding, 1, 1), strict=True))
+            return dict(zip(_CONV, (N, C, H, H, K, R, R, stride, padding, 1, groups), strict=True))
     elif isinstance(layer, Pool) and op == "max_pool2d":
         _, C, H, R, stride, padding = layer
         return {"N": N, "C": C, "H": H, "W": H, "R": R, "stride": stride, "padding": padding}
@@ -392,7 +431,7 @@ _TINY = {  # sizes that divide nothing, and no two of them alike
     "train_step": [(3,)],
     "conv2d_relu_pool": [(2, 5, 11, 13, 7, 3, 3, 1, 1, 1, 1)],
     **dict.fromkeys(
-        ("conv2d", "conv2d_im2col", "im2col", "col2im"),
+        ("conv2d", "conv2d_bias_relu", "conv2d_im2col", "im2col", "col2im"),
         [(2, 5, 11, 13, 7, 3, 2, 1, 1, 1, 1), (2, 6, 11, 13, 9, 3, 3, 2, 1, 2, 3)],
     ),
 }
@@ -417,10 +456,13 @@ SETS: dict[str, tuple[str, Callable[[str, int | None], list[Shape]] | Callable[[
     "alexnet": ("AlexNet of one tower for 224 x 224 images, as torchvision has it", alexnet),
     "mobilenet": ("depthwise layers of MobileNet v1 and v2, 224 x 224, batch 32", _mobilenet),
     "demo": ("the CNN that nets/train.py trains, batch 64", demo),
+    "resnet50_3x3": ("the 3x3 convolutions of ResNet-50", resnet50_3x3),
+    "resnext50": ("the grouped convolutions of ResNeXt-50 32x4d: 3x3, 32 groups", resnext50),
+    "stems": ("three channels in: the first layers of ResNet-50, AlexNet and VGG-16", stems),
     "classes": ("4096 rows of 10, 100, 1000, 4096, 16384 and 50257 classes", _classes),
     "tiny": ("sizes that divide nothing; seconds in the interpreter", _tiny),
 }
-NETWORKS = ("resnet50", "vgg16", "alexnet", "demo")
+NETWORKS = ("resnet50", "vgg16", "alexnet", "demo", "resnet50_3x3", "resnext50", "stems")
 WITH_BATCH = (*NETWORKS, "mobilenet", "transformer", "classes")
 
 

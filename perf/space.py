@@ -1,5 +1,6 @@
 """Which tiles a sweep tries: a few values on each axis, and all their combinations."""
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -34,6 +35,7 @@ AXES: dict[str, dict[str, tuple[int, ...]]] = {
     "scaled_matmul": {**_PRODUCT, "BLOCK_K": (64, 128, 256), "GROUP_M": (8,)},
     "conv2d": _PRODUCT,
     "conv2d_flat": _FLAT,
+    "conv2d_grouped": _PRODUCT,
     "conv2d_depthwise": dict(
         BLOCK_M=(16, 32, 64, 128),
         BLOCK_N=(32, 64, 128),
@@ -65,10 +67,16 @@ FAST_AXES = dict(
     SPLIT_K=(1, 2, 4, 8, 16, 32, 64, 128),
     PROGRAMS_PER_SM=(0, 1, 2),
 )
-KERNELS = ("pointer", "tma", "tma_ws")
+# Rungs of a lesson's ladder below its real kernels: tried only where they are asked for by name,
+# with the tiles that the lesson lists (its RUNGS).
+LOWER_RUNGS = ("direct", "flat")
+KERNELS = (*LOWER_RUNGS, "pointer", "tma", "tma_ws")
 # Elements of a tile in registers. Of a product, 256x256: what spills there teaches something. Of
 # the others 128 a thread of four warps: beyond that they spill, after minutes of compiling.
 MOST_OF_A_PRODUCT, MOST_OF_ROWS = 2**16, 2**14
+
+
+SHARED = 227 * 1024  # bytes that a program can have on the GPUs with TMA
 
 
 def fast_products(sizes: dict[str, int], itemsize: int) -> Iterator[dict]:
@@ -94,13 +102,58 @@ def fast_products(sizes: dict[str, int], itemsize: int) -> Iterator[dict]:
             for per_sm in (0, 1, 2) if split == 1 else (1, 2):
                 large, plain = m * n > 128 * 128, per_sm == 0 and (subtiles, stages) != (1, 3)
                 stored = m * n // subtiles * (4 if split > 1 else itemsize)
-                no_room = (m + n) * step * stages + stored > 227 * 1024
+                no_room = (m + n) * step * stages + stored > SHARED
                 if plain or (per_sm == 2 and large) or no_room:
                     continue
                 yield dict(kernel="tma") | blocks | dict(
                     SUBTILES=subtiles, **parts, PROGRAMS_PER_SM=per_sm,
                     num_warps=8 if m > 64 else 4, num_stages=stages,
                 )  # fmt: skip
+
+
+def fast_convolutions(
+    sizes: dict[str, int],
+    itemsize: int,
+    filters: Sequence[int] = (64, 128, 256),
+    split: bool = True,
+) -> Iterator[dict]:
+    """Tiles of a convolution that loads boxes of pixels by TMA: M pixels, N and K channels.
+
+    Args:
+        sizes: M, N and K.
+        itemsize: bytes of an element; a step is 128 bytes of a pixel, or less where that pads less.
+        filters: of a tile.
+        split: whether its sum may be in parts.
+    """
+    steps, least = [], None
+    for step in (128 // itemsize, 32, 16):
+        covered = -(-sizes["K"] // step) * step
+        if (least is None or covered < least) and step * itemsize <= 128:
+            steps, least = [*steps, step], covered
+    shapes = [(m, n) for m in (256, 128) for n in filters if n == 64 or n < 2 * sizes["N"]]
+    for (m, n), k, warps, stages in itertools.product(shapes, steps, (4, 8), range(2, 7)):
+        if not 64 <= m * n // (32 * warps) <= 128:  # registers of a thread for the accumulator
+            continue
+        few = -(-sizes["M"] // m) * -(-sizes["N"] // n)
+        for parts in FAST_AXES["SPLIT_K"] if split and m * n <= 128 * 128 else (1,):
+            stored = m * n * (4 if parts > 1 else itemsize)
+            shared = (m + n) * k * itemsize * stages + stored
+            if shared > SHARED or (parts > 1 and few * parts > 264):
+                continue
+            for per_sm in (1, 2) if 2 * shared <= SHARED else (1,):
+                yield dict(
+                    kernel="tma", BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, SPLIT_K=parts,
+                    PROGRAMS_PER_SM=per_sm, num_warps=warps, num_stages=stages,
+                )  # fmt: skip
+
+
+FAST = {  # by the name that `choose_tile` is asked for; of others, the lesson's fast tiles alone
+    "matmul": fast_products,
+    "scaled_matmul": fast_products,
+    "conv2d": fast_convolutions,
+    "conv2d_flat": functools.partial(fast_convolutions, split=False),
+    "conv2d_grouped": functools.partial(fast_convolutions, filters=(64,), split=False),
+}
 
 
 def parse_axes(texts: Iterable[str]) -> dict[str, tuple]:
@@ -152,7 +205,8 @@ def tiles(
         sizes: the extent of each blocked dimension. A block never exceeds the power of two that
             covers its dimension (as in `choose_tile`): what differs only beyond that is one tile.
         given: tiles to start with.
-        narrowed: the values that `-a` leaves to an axis. Given tiles that have others are dropped.
+        narrowed: the values that `-a` leaves to an axis. Given tiles that have others are dropped,
+            and those of LOWER_RUNGS unless their kernel is among them.
         kernels: of the operator, those that can do it: with none, only `given` is tried.
         itemsize: bytes of an operand's element.
     """
@@ -163,10 +217,12 @@ def tiles(
     product = (dict(zip(axes, v, strict=True)) for v in itertools.product(*axes.values()))
     if not kernels:
         product = ()
-    if "tma" in kernels:
-        fast = (t for t in fast_products(sizes, itemsize) if t["kernel"] in kernels)
+    if "tma" in kernels and tile_op in FAST:
+        fast = FAST[tile_op](sizes, itemsize)
+        fast = (t for t in fast if t["kernel"] in kernels)
         product = itertools.chain(fast, product)
     most = MOST_OF_A_PRODUCT if "BLOCK_K" in axes else MOST_OF_ROWS
+    narrowed = {"kernel": [k for k in KERNELS if k not in LOWER_RUNGS]} | narrowed
     chosen: dict[tuple, dict] = {}
     for tile in itertools.chain(given, product):
         full = {"kernel": "pointer"} | tile

@@ -61,6 +61,12 @@ SWEEPS = (
     Entry("optimizers", 25, "sgd adamw", "resnet50,vgg16", peers="torch,compile"),
     Entry("conv2d-resnet50", 80, "conv2d", "resnet50@32", "fwd"),
     Entry("conv2d-vgg16", 50, "conv2d", "vgg16@32", "fwd"),
+    Entry("conv2d-bias-relu", 60, "conv2d_bias_relu", "resnet50@32,vgg16@32",
+          peers="torch,compile"),
+    Entry("conv2d-large", 80, "conv2d", "resnet50@256,vgg16@256", "fwd"),
+    Entry("conv2d-stems", 25, "conv2d", "stems", "fwd"),
+    Entry("conv2d-resnext50", 30, "conv2d", "resnext50", "fwd"),
+    Entry("conv2d-mobilenet", 40, "conv2d", "mobilenet", "fwd"),
     Entry("conv2d-dgrad", 70, "conv2d", "resnet50@32,vgg16@32", "dgrad"),
     Entry("conv2d-wgrad", 70, "conv2d", "resnet50@32,vgg16@32", "wgrad"),
     Entry("conv2d-relu-pool", 35, "conv2d_relu_pool", "vgg16@32", peers="torch,compile"),
@@ -76,7 +82,7 @@ SWEEPS = (
     # What torch.compile makes of products: its tuning takes long, and cannot be cut off.
     Entry("matmul-peers", 60, "matmul", "square,transformer", "fwd", peers="compile,inductor"),
     Entry("conv2d-peers", 60, "conv2d", "resnet50@32", "fwd", peers="compile,inductor"),
-)
+)  # fmt: skip
 _FEW = ("-a", "BLOCK_M=16,32", "-a", "num_warps=4", "-a", "num_stages=2")
 DRY_SWEEPS = (Entry("matmul-square", 90, "matmul", "tiny", "fwd", "fp32", "torch", _FEW),)
 
@@ -168,9 +174,9 @@ def steps(out: pathlib.Path, gpu: str, dry: bool, to: pathlib.Path) -> list[Step
 
 
 def known(entry: Entry) -> Entry | None:
-    """The entry as this checkout can do it: None if it has not all of the operators."""
-    ops = entry.op.split()
-    if any(op not in OPS for op in ops):
+    """The entry as this checkout can do it: None if it has not all of the operators and sets."""
+    ops, sets = entry.op.split(), entry.shapes.split(",")
+    if any(op not in OPS for op in ops) or any(s.split("@")[0] not in shapes.SETS for s in sets):
         return None
     try:
         for op in ops:

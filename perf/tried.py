@@ -20,6 +20,7 @@ PRODUCTS = {
     "matmul_bias_relu",
     "scaled_matmul",
     "conv2d",
+    "conv2d_bias_relu",
     "conv2d_im2col",
     "conv2d_relu_pool",
     "train_step",

@@ -23,6 +23,7 @@ from typing import Any
 
 from perf.errors import PerfError
 from perf.results import write_whole
+from perf.workloads import OPS
 
 NOTE = "written by perf/tuned.py from the rows of a sweep; read by kernels/_launch.py"
 
@@ -40,6 +41,10 @@ def save(
     the shorter time counts. Where several workloads look up one entry (filters of 3x3 and 1x1), it
     gets the tile of the one that takes longest; where float32 was measured with and without TF32,
     the tile without, which fits both.
+
+    An entry that an operator's own sweep has made is not replaced by a guest's: a 1x1 convolution
+    is a matmul, and looks its tile up as one, but with B transposed; conv2d_bias_relu looks up
+    conv2d's. A guest's entry says by whom it was measured ("by"), and fills what is free.
 
     Args:
         rows: as `perf.results.read` gives them, of one GPU.
@@ -126,7 +131,8 @@ def _winners(rows: list[dict]) -> list[dict]:
 
     def claim(item: tuple[tuple, dict]) -> tuple:
         workload, row = item
-        return (*rank(row)[:3], row.get("precision") == "tf32", -_seconds(row), str(workload))
+        other = row.get("precision") == "tf32"
+        return (*rank(row)[:3], _is_guest(row), other, -_seconds(row), str(workload))
 
     winners: dict[tuple, dict] = {}
     for workload, row in sorted(best.items(), key=claim):
@@ -134,8 +140,15 @@ def _winners(rows: list[dict]) -> list[dict]:
     return list(winners.values())
 
 
+def _is_guest(row: dict) -> bool:
+    """Whether it looks up the tiles of another operator, that may have been measured itself."""
+    return row["op"] != row["tile_op"] and row["tile_op"] in OPS
+
+
 def _entry(row: dict, triton: str) -> dict[str, Any]:
     entry = dict(op=row["tile_op"], dtype=row["dtype"], sizes=row["sizes"], tile=row["tile"])
+    if _is_guest(row):
+        entry["by"] = row["op"]
     if row["status"] == "predicted":
         entry["predicted"] = True
         prefix = "predicted_"
@@ -153,10 +166,15 @@ def _entry(row: dict, triton: str) -> dict[str, Any]:
 def _merged(old: list[dict], new: list[dict]) -> list[dict]:
     entries = {_identity(entry): entry for entry in old}
     for entry in new:
-        before = entries.get(_identity(entry))
-        if before is None or before.get("predicted") or not entry.get("predicted"):
+        before = entries.get(_identity(entry), {"predicted": True, "by": None})
+        # Less is worth more: measured, and by the operator itself.
+        if _worth(entry) <= _worth(before):
             entries[_identity(entry)] = entry
     return [entries[key] for key in sorted(entries)]
+
+
+def _worth(entry: dict) -> tuple[bool, bool]:
+    return bool(entry.get("predicted")), "by" in entry
 
 
 def _write(path: pathlib.Path, gpu: str, entries: list[dict]) -> None:

@@ -72,8 +72,9 @@ class Op(NamedTuple):
     """How to call an operator.
 
     `modes` gives, for each mode, the names by which `choose_tile` knows the kernel that is swept
-    (whichever is asked for first); `inputs` makes the tensors by name; `wrt` are those that a mode
-    differentiates; `ours` and `theirs` compute the result from the tensors; `dtypes` it has.
+    (whichever is asked for first: the shape decides, and the others are not asked for); `inputs`
+    makes the tensors by name; `wrt` are those that a mode differentiates; `ours` and `theirs`
+    compute the result from the tensors; `dtypes` it has.
     """
 
     modes: dict[str, tuple[str, ...]]
@@ -170,6 +171,24 @@ def _scaled_mm(s, a, b, scale_a, scale_b):
     return torch._scaled_mm(a, b, scale_a, scale_b, out_dtype=torch.bfloat16, use_fast_accum=fast)
 
 
+def _conv_bias_relu(s, x, weight, bias):
+    """All in cuDNN's own epilogue where nobody follows: no other peer is as fast in 16 bits."""
+    if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and not _traced():
+        stride, padding, dilation = ((s[k], s[k]) for k in ("stride", "padding", "dilation"))
+        with contextlib.suppress(RuntimeError):  # if no engine of cuDNN has this one
+            return torch.cudnn_convolution_relu(
+                x, weight, bias, stride, padding, dilation, s["groups"]
+            )
+    return F.relu(F.conv2d(x, weight, bias, *_geometry(s)))
+
+
+def _traced():
+    """Whether somebody follows what is computed: autograd, or torch.compile."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling()
+
+
+# A 1x1 convolution is a product of matrices, a depthwise one has a kernel of its own.
+CONV_FORWARD = ("conv2d", "conv2d_flat", "conv2d_grouped", "conv2d_depthwise", "matmul")
 CONV_WRT = {"dgrad": ("x",), "wgrad": ("weight",)}
 OPS: dict[str, Op] = {
     "matmul": Op(
@@ -188,7 +207,7 @@ OPS: dict[str, Op] = {
     ),
     "conv2d": Op(
         {
-            "fwd": ("conv2d", "conv2d_flat", "conv2d_depthwise"),
+            "fwd": CONV_FORWARD,
             "dgrad": ("conv2d_input_grad",),
             "wgrad": ("conv2d_weight_grad",),
         },
@@ -196,6 +215,13 @@ OPS: dict[str, Op] = {
         CONV_WRT,
         lambda s, x, weight: kernels.conv2d(x, weight, None, *_geometry(s)),
         lambda s, x, weight: F.conv2d(x, weight, None, *_geometry(s)),
+    ),
+    "conv2d_bias_relu": Op(  # forward alone, as matmul_bias_relu
+        {"fwd": CONV_FORWARD},
+        _fused_inputs,
+        {},
+        lambda s, x, weight, bias: kernels.conv2d(x, weight, bias, *_geometry(s), "relu"),
+        _conv_bias_relu,
     ),
     "conv2d_im2col": Op(
         dict.fromkeys(("fwd", "dgrad", "wgrad"), ("matmul",)),
@@ -213,9 +239,7 @@ OPS: dict[str, Op] = {
         _fused_inputs,
         {"dgrad": ("x",), "wgrad": ("weight", "bias")},
         lambda s, x, weight, bias: kernels.conv2d_relu_pool(x, weight, bias, s["padding"]),
-        lambda s, x, weight, bias: F.max_pool2d(
-            F.relu(F.conv2d(x, weight, bias, padding=s["padding"])), 2
-        ),
+        lambda s, *tensors: F.max_pool2d(_conv_bias_relu(s, *tensors), 2),
     ),
     "im2col": Op(
         {"fwd": ("im2col",)},
@@ -308,8 +332,9 @@ def offers(peer: str, w: Workload) -> bool:
         return peer == "torch" and not (N % unit or K % unit) and M >= least
     if peer != "inductor":
         return True
+    convolutions = ("conv2d", "conv2d_bias_relu", "conv2d_im2col")
     return w.op in ("matmul", "matmul_bias_relu") or (
-        w.op in ("conv2d", "conv2d_im2col") and w.mode == "fwd"
+        w.op in convolutions and w.mode == "fwd" and w.shape["dilation"] == 1
     )
 
 

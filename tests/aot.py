@@ -123,7 +123,7 @@ CASES = {
     ),
     **{
         f"conv2d, {tile['kernel']}": lambda dtype, tile=tile: rung(tile, dtype)
-        for tile in importlib.import_module("kernels.conv2d").LADDER
+        for tile in importlib.import_module("kernels.conv2d").RUNGS
     },
     "conv2d, depthwise": lambda dtype: train(
         kernels.conv2d,
@@ -323,7 +323,7 @@ def report_conv2d():
     portable = importlib.import_module("kernels.conv2d")
     fast = importlib.import_module("kernels.conv2d_tma").FAST_TILES
     set_precision("tf32")
-    jobs = [(torch.bfloat16, "3x3", tile) for tile in portable.TILES + portable.LADDER]
+    jobs = [(torch.bfloat16, "3x3", tile) for tile in portable.TILES + portable.RUNGS]
     shallow = [tile for tile in portable.TILES if tile["BLOCK_K"] == 16]  # of 4 elements a thread
     jobs += [(torch.float32, "3x3", tile) for tile in shallow]
     for item, layers in {2: list(LAYERS), 4: ["3x3", "3x3 at stride 2", "pool of 28x28"]}.items():

@@ -174,6 +174,36 @@ def workload(problem, seed=0, count=60, measured=True):
     return rows
 
 
+RUNGS = [
+    dict(kernel="direct", BLOCK_M=64, BLOCK_N=64, num_warps=8, num_stages=2),
+    dict(kernel="flat", BLOCK_M=64, BLOCK_N=32, BLOCK_K=32, num_warps=4, num_stages=2),
+    dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=3),
+    dict(kernel="tma", BLOCK_M=256, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
+    dict(kernel="tma", BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3),
+]
+
+
+def ladder(measured=True):
+    """A row for each kernel of conv2d, and two of the last, in each 3x3 layer."""
+    random, rows = np.random.default_rng(0), []
+    for name, c, h, k, r in (layer for layer in LAYERS if layer[4] == 3):
+        problem = conv(name, 32, c, h, k, r)
+        for tile in RUNGS:
+            gpu = GPU if measured else COMPILED
+            row = base(problem, "tilelab", tile, gpu, measured) | {"stage": "compile"}
+            row |= {"moved": row["bytes"], "default": False, "status": "predicted"}
+            row |= compiled(problem, tile, random)
+            if tile.get("kernel") == "direct":
+                row |= dict(loop_instructions=80, loop_mix={"float": 32}, tensor_core=None)
+            if tile.get("kernel") == "tma":
+                row |= dict(tma=True, loop_instructions=90)
+            row |= predict(row, gpus.GPUS["h200"])
+            if measured:
+                screen(row, "ok", gpus.GPUS["h200"], random)
+            rows.append(row)
+    return rows
+
+
 def screen(row, status, gpu, random):
     """Turn a predicted row into a screened one."""
     row |= dict(status=status, stage="screen", timer="graph", cache="cold")

@@ -18,7 +18,7 @@ import torch
 from kernels import _launch, conv2d, conv2d_relu_pool
 from kernels._geometry import output_size
 from kernels._launch import Device, use_tile
-from kernels.conv2d import LADDER, TILES, reference
+from kernels.conv2d import RUNGS, TILES, reference
 from kernels.conv2d_tma import (
     FAST_TILES,
     GROUP_BLOCK,
@@ -828,13 +828,13 @@ def test_defaults_follow_the_shape():
 
 # --- the first rungs ------------------------------------------------------------------------------
 
-RUNGS = {k: conv for k, conv in CONVS.items() if conv.groups == 1}
+UNGROUPED = {k: conv for k, conv in CONVS.items() if conv.groups == 1}
 
 
-@pytest.mark.parametrize("tile", LADDER, ids=lambda tile: tile["kernel"])
+@pytest.mark.parametrize("tile", RUNGS, ids=lambda tile: tile["kernel"])
 @pytest.mark.parametrize(
     "conv",
-    [pytest.param(c, id=k, marks=[pytest.mark.core] * (k in CORE)) for k, c in RUNGS.items()],
+    [pytest.param(c, id=k, marks=[pytest.mark.core] * (k in CORE)) for k, c in UNGROUPED.items()],
 )
 def test_rungs_agree_with_the_reference(conv, tile, monkeypatch):
     """All geometry, and few channels too, as if they were many."""
@@ -849,7 +849,7 @@ def test_rungs_agree_with_the_reference(conv, tile, monkeypatch):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("tile", LADDER, ids=lambda tile: tile["kernel"])
+@pytest.mark.parametrize("tile", RUNGS, ids=lambda tile: tile["kernel"])
 def test_rungs_larger_than_a_tile(tile):
     conv = Conv((2, 18, 7, 9), tile["BLOCK_N"] + 3, (2, 3), 1, 1)
     with use_tile("conv2d", tile):
@@ -859,7 +859,7 @@ def test_rungs_larger_than_a_tile(tile):
             assert chosen(*inputs[:2], device, padding=1) == tile["kernel"]
 
 
-@pytest.mark.parametrize("tile", LADDER, ids=lambda tile: tile["kernel"])
+@pytest.mark.parametrize("tile", RUNGS, ids=lambda tile: tile["kernel"])
 def test_rungs_are_of_many_channels_and_one_group(tile):
     for conv in (Conv((1, 3, 4, 4), 8, (3, 3)), Conv((1, 64, 4, 4), 64, (3, 3), groups=4)):
         with pytest.raises(ValueError, match="cannot take these"):
@@ -927,7 +927,7 @@ def test_every_tile_of_all_kernels_compiles_elsewhere(target):
     rows = compiled(target, "--conv2d")["launches"]
     fast = [row for row in rows if row["kernel"] == "conv2d_tma_kernel"]
     assert len(fast) > 40 if target == "sm_100" else not fast
-    assert len(rows) - len(fast) >= len(TILES) + len(LADDER)
+    assert len(rows) - len(fast) >= len(TILES) + len(RUNGS)
     problems = [f"{what} of {describe(row)}: {row}" for row in rows for what in wrong(row, target)]
     if target == "gfx942":  # whose 64 KiB are too few for the largest tile: a sweep prunes it
         too_large = [p for p in problems if p.startswith("shared") and "'BLOCK_N': 256" in p]

@@ -1,5 +1,6 @@
 """Compiling for GPUs that are not here: the right kernels, and workers that may die."""
 
+import importlib
 import os
 import pathlib
 import shutil
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from kernels import _launch
-from perf import offline, shapes, workloads
+from perf import offline, plan, shapes, workloads
 from perf.gpus import TARGETS
 from perf.workloads import OPS, Workload
 
@@ -48,6 +49,71 @@ def test_a_trace_counts_intermediate_results():
 def test_a_trace_of_few_channels_finds_the_other_kernel():
     stem = CONV._replace(shape=LAYER | dict(C=3))
     assert offline.trace(stem, None).tile_op == "conv2d_flat"
+
+
+class Kernel:
+    arg_names = ("x", "N", "P", "Q", "K", "SPAN", "BLOCK_N")
+
+
+BOX = dict(
+    TILE_N=2, TILE_P=8, TILE_Q=16, BLOCK_N=128, BLOCK_K=64, R=3, S=3, SPLIT_K=1, num_warps=8,
+    num_stages=3,
+)  # fmt: skip
+
+
+def launch(grid, sizes, **meta):
+    return _launch.Launch(Kernel, grid, (None, *sizes), BOX | meta)
+
+
+def test_the_work_of_boxes_is_all_that_the_launch_computes():
+    """32 images of 14 x 14: 16 x 2 x 1 boxes of 256 pixels; 200 channels are two blocks of 128."""
+    step = 2 * 256 * 128 * 64
+    one = launch((64,), (32, 14, 14, 200, 100))
+    assert offline.work_of_boxes(one) == dict(units=64, computed_flops=64 * 9 * 2 * step)
+    # Parts of a sum are pieces of work, but no more of it.
+    parts = launch((132,), (32, 14, 14, 200, 100), SPLIT_K=4)
+    assert offline.work_of_boxes(parts) == dict(units=256, computed_flops=64 * 9 * 2 * step)
+    # A stem of 7x7 taps, packed to 7 taps of 32 channels.
+    stem = launch((64,), (32, 14, 14, 200, 32), R=7, S=1, BLOCK_K=32)
+    assert offline.work_of_boxes(stem)["computed_flops"] == 64 * 7 * step // 2
+    assert offline.work_of_boxes(one._replace(meta=dict(BLOCK_N=128, BLOCK_K=64))) == {}
+    assert offline.work_of_boxes(offline.trace(CONV, None).main) == {}
+
+
+def test_the_launch_that_has_the_tile_is_not_always_the_first():
+    """A stem is packed before: each choice is followed by its launch, also within another's."""
+    stem = CONV._replace(shape=LAYER | dict(C=3))
+    trace = offline.trace(stem, None, "sm_90")
+    names = [launch.kernel.__name__ for launch in trace.launches]
+    assert names == ["conv2d_pack_kernel", "conv2d_pack_filter_kernel", "conv2d_tma_kernel"]
+    assert trace.main is trace.launches[2] and trace.tile_op == "conv2d_flat"
+    choice = trace.choice
+    assert offline._launch_of([choice]) is None
+    assert offline._launch_of([choice, *trace.launches]) is trace.launches[0]
+
+
+def test_a_1x1_convolution_is_swept_as_the_matmul_that_it_is():
+    w = CONV._replace(shape=LAYER | dict(R=1, S=1, padding=0))
+    described = offline.describe(w, "sm_90")
+    assert described["tile_op"] == "matmul"
+    assert described["sizes"] == dict(M=32 * 28 * 28, N=256, K=128)
+    tiles = plan.tiles(described, [])
+    assert {t.get("kernel") for t in tiles} == {None, "tma", "tma_ws"}
+    trace = offline.trace(w, tiles[-1], "sm_90")
+    assert trace.choice.tile == tiles[-1] and trace.main.meta["BLOCK_M"] == tiles[-1]["BLOCK_M"]
+
+
+def test_a_lesson_may_be_two_files():
+    conv, fast = (importlib.import_module(f"kernels.{m}") for m in ("conv2d", "conv2d_tma"))
+    for op in ("conv2d", "conv2d_flat", "conv2d_grouped"):
+        found = offline.lesson_tiles(op, "kernels.conv2d_tma", 2)
+        assert found == (fast.FAST_TILES[2], conv.TILES, conv.RUNGS)
+    assert offline.lesson_tiles("conv2d", "kernels.conv2d", 4) == ([], conv.TILES, conv.RUNGS)
+    assert offline.lesson_tiles("conv2d", "kernels.conv2d_tma", 1)[0] == []
+    rungs = {tile.get("kernel") for tile in offline.describe(CONV)["lesson"]}
+    assert rungs == {None, "direct", "flat"}  # where there is no TMA
+    rungs = {tile.get("kernel") for tile in offline.describe(CONV, "sm_90")["lesson"]}
+    assert rungs == {None, "direct", "flat", "tma"}
 
 
 def test_nothing_runs_while_recording():

@@ -20,7 +20,7 @@ from matplotlib.image import imread
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
-from perf import figures, plot, results, stats
+from perf import figures, ladder, plot, report, results, stats
 from perf.errors import PerfError
 from perf.figures import DARK, LIGHT
 from perf.tried import seconds, speed, workloads
@@ -55,6 +55,8 @@ def first_page(kind, rows):
 @pytest.mark.parametrize("theme", [LIGHT, DARK], ids=lambda theme: theme.name)
 def test_every_kind_can_be_read(kind, theme, rows):
     """Nothing is clipped or tiny, the colours are the theme's, and it says where it comes from."""
+    if kind == "ladder":
+        rows = [row | {"commit": "0123abc+"} for row in perf_rows.ladder()]
     with figures.style(theme):
         figure = plot.KINDS[kind].draw(first_page(kind, rows), theme)
         renderer = FigureCanvasAgg(figure).get_renderer()
@@ -297,6 +299,41 @@ def test_roofline(rows):
     assert {"989 TFLOP/s (bf16)", "4.8 TB/s"} <= {text.get_text() for text in ax.texts}
 
 
+@pytest.mark.parametrize("measured", [True, False])
+def test_a_ladder_has_the_fastest_tile_of_each_kernel(measured):
+    rows = perf_rows.ladder(measured)
+    other = perf_rows.workload(perf_rows.matmul(512), count=3, measured=measured)
+    (page,) = plot.pages("ladder", rows + other)
+    assert page.name == "ladder-conv2d-fwd-bfloat16-resnet50-n32" + "-predicted" * (not measured)
+    figure = ladder.ladder(page.rows)
+    (ax,) = figure.axes
+    shown = workloads(page.rows)
+    assert [t.get_text() for t in ax.get_yticklabels()] == [w.label for w in shown]
+    assert len(shown) == 4 and len(ax.patches) == 4 * 4
+    bars = sorted(ax.patches, key=lambda bar: bar.get_y())
+    for w, of in zip(shown, zip(*[iter(bars)] * 4, strict=True), strict=True):
+        for rung, bar in zip(("direct", "flat", "pointer", "tma"), of, strict=True):
+            alike = [t for t in w.tiles if t["tile"].get("kernel", "pointer") == rung]
+            assert bar.get_width() == pytest.approx(speed(min(alike, key=seconds)))
+    texts = " ".join(written(figure))
+    assert ("compiled, predicted, not measured" in texts) == (not measured)
+    assert {"direct, no tensor cores", "implicit GEMM"} <= set(written(figure))
+    (peak,) = ax.get_lines()
+    assert peak.get_xdata()[0] == pytest.approx(989.4, rel=1e-3)
+    words = report.alt_text(page)
+    assert f"layer4.1.conv2 direct {bars[-4].get_width():.3g}" in words
+    assert ("Predicted, not measured." in words) == (not measured)
+
+
+def test_two_kernels_that_are_both_in_use_are_no_ladder():
+    rows = [row for row in perf_rows.ladder() if row["tile"].get("kernel") in (None, "tma")]
+    assert plot.pages("ladder", rows) == []
+    some = [row | {"gpu": "a new GPU"} for row in perf_rows.ladder()
+            if row["tile"].get("kernel") in ("flat", "tma")]  # fmt: skip
+    (ax,) = ladder.ladder(some).axes
+    assert len(ax.patches) == 8 and not ax.get_lines()  # whose peak nobody knows
+
+
 def test_predicted_against_measured():
     one = perf_rows.workload(perf_rows.matmul(512), count=1)[:1]
     assert one[0]["status"] == "ok"
@@ -379,6 +416,7 @@ def test_a_peer_of_another_race_has_no_interval(layers):
 
 
 def test_pages_have_one_operator_and_six_panels_at_most(rows):
+    rows = rows + perf_rows.ladder()
     pages = [page for kind in plot.KINDS for page in plot.pages(kind, rows)]
     names = [page.name for page in pages]
     assert len(set(names)) == len(names)

@@ -129,6 +129,53 @@ def test_two_groups_of_warps_run_the_loop_of_a_warp_specialised_kernel():
     assert special["predicted_s"] - rest == pytest.approx(2 * (plain["predicted_s"] - rest))
 
 
+BOXES = dict(kernel="tma", BLOCK_M=256, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
+
+
+def test_what_a_launch_computes_is_its_padding():
+    """Packed stems and block-diagonal groups compute more than sizes and blocks would say."""
+    plain = product(op="conv2d", tile=BOXES, programs=16 * 32)
+    assert predict(plain, H200)["padding"] == 1
+    more = predict(plain | dict(computed_flops=3 * plain["flops"], units=512), H200)
+    assert more["padding"] == 3
+    times = [row["predicted_s"] - LAUNCH_S for row in (predict(plain, H200), more)]
+    assert times[1] == pytest.approx(3 * times[0])
+
+
+def test_persistent_boxes_are_counted_by_the_launch():
+    row = product(op="conv2d", tile=BOXES | dict(PROGRAMS_PER_SM=1), programs=132)
+    row |= dict(computed_flops=row["flops"], units=264 + 66)
+    assert predict(row, H200)["wave_efficiency"] == pytest.approx(330 / 396)
+
+
+def test_a_fused_block_through_tma_has_one_accumulator():
+    row = product(op="conv2d_relu_pool", shape=dict(R=3, S=3), tile=BOXES)
+    row |= dict(computed_flops=row["flops"], programs=512, loop_instructions=2000)
+    steps = row["flops"] / (2 * 256 * 128 * 64) / predict(row, H200)["wave_efficiency"]
+    seconds = steps * 2000 * 8 / (4 * 132 * 1.83e9) + LAUNCH_S
+    assert predict(row, H200)["predicted_s"] == pytest.approx(seconds, rel=1e-3)
+
+
+@pytest.mark.parametrize("depth", [{}, {"BLOCK_K": 16}])
+def test_a_direct_convolution_is_as_fast_as_its_fmas(depth):
+    """Issued as often as the loop says, however far it is unrolled; and it is worth running."""
+    tile = dict(kernel="direct", BLOCK_M=64, BLOCK_N=64, num_warps=8, num_stages=2) | depth
+    row = product(op="conv2d", tile=tile, tensor_core=None, programs=64 * 64, sizes=dict(M=4096))
+    found = []
+    for unrolled in (1, 4):
+        mix = dict(float=16 * unrolled, load=5 * unrolled)
+        loop = row | dict(loop_mix=mix, loop_instructions=64 * unrolled)
+        found.append(predict(loop, H200))
+        assert refused(loop | found[-1]) is None
+    assert found[0] == found[1] and found[0]["bound"] == "issue"
+    # A warp's FMA is 64 FLOPs; one in four instructions is one.
+    issued = 4 * row["flops"] / 64 / (4 * 132 * 1.83e9)
+    efficiency = 4096 / (132 * 32)
+    assert found[0]["predicted_s"] == pytest.approx(issued / efficiency + LAUNCH_S, rel=1e-3)
+    fed = predict(row | dict(loop_mix=dict(float=32), loop_instructions=32), H200)
+    assert fed["predicted_tflops"] == pytest.approx(61.8 * efficiency, rel=0.03)  # at 1.83 GHz
+
+
 def test_a_step_without_a_tile():
     row = dict(op="train_step", mode="step", dtype="bfloat16", precision="ieee", shape=dict(N=64),
                tile=None, flops=10**9, bytes=10**6, moved=10**7, launches=17)  # fmt: skip

@@ -1,10 +1,74 @@
 """The README says what the committed results say."""
 
+import importlib
+
+import perf_rows
+import pytest
+
 from perf import readme
 from perf.host import ROOT
 
+README = (ROOT / "README.md").read_text()
+
 
 def test_the_tables_are_those_of_the_committed_results():
-    text = (ROOT / "README.md").read_text()
-    assert readme.fast_tiles() in text
-    assert readme.speeds() in text
+    assert readme.fast_tiles() in README
+    assert readme.speeds() in README
+
+
+@pytest.mark.parametrize(
+    "make", [readme.conv_tiles, lambda: readme.speeds(ops=readme.CONVOLUTIONS)]
+)
+def test_so_are_the_tables_of_convolutions(make):
+    lines = make().splitlines()
+    heading, first = lines[0], lines[2:3]
+    if heading not in README or not any(line.split("|")[1] in README for line in first):
+        pytest.skip("the README has no such table yet")
+    assert make() in README
+
+
+FAST = importlib.import_module("kernels.conv2d_tma").FAST_TILES[2]
+
+
+def row(problem, tile, **more):
+    """A row of the results file, of a tile that was compiled."""
+    row = perf_rows.base(problem, "tilelab", tile, perf_rows.COMPILED, False)
+    return row | dict(
+        stage="compile", status="predicted", registers=168, spills=0, shared=215040, tma=True,
+        tensor_core="HGMMA.64x256x16.F32.BF16", operands="shared", load_bytes=16,
+        loop_instructions=77, predicted_s=1e-3, predicted_tflops=701.6,
+    ) | more  # fmt: skip
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A file: three tiles of the layer of the table, and one of another."""
+    lesson = importlib.import_module("kernels.conv2d")
+    layer = perf_rows.conv("resnet50.layer3.1.conv2", 256, 256, 14, 256, 3)
+    other = perf_rows.conv("resnet50.layer2.1.conv2", 256, 128, 28, 128, 3)
+    rows = [
+        row(layer, FAST[0]),
+        row(layer, lesson.RUNGS[0], tma=False, tensor_core=None, operands=None, load_bytes=2),
+        row(layer, lesson.TILES[3], tma=False, registers=222),
+        row(layer, lesson.TILES[0], tma=False),  # not the largest
+        row(other, FAST[1]),
+    ]
+    return perf_rows.write(tmp_path / "r.jsonl", perf_rows.header(False), *rows)
+
+
+def test_the_table_of_tiles_of_convolutions(results):
+    """A line for each rung of the ladder; what was not compiled is left out."""
+    lines = readme.conv_tiles(results).splitlines()
+    assert "predicted for layer3.1.conv2 n256" in lines[0] and len(lines) == 5
+    assert lines[2].startswith("| `direct 32x32 w4 s2` | 168 | 0 | 210 KiB | none | registers | 2")
+    assert lines[3].startswith("| `128x256x64 w8 s3` | 222 | 0 | 210 KiB | 64x256x16 | shared |")
+    assert lines[4].startswith("| `tma 256x128x64 w8 s3` | 168 | 0 | 210 KiB | 64x256x16 | shared")
+    assert lines[4].endswith("| TMA | 77 | 702 TFLOP/s |")
+    assert lines[2].count("|") == lines[0].count("|") == lines[1].count("|")
+
+
+def test_no_table_needs_rows_of_everything(results):
+    lines = readme.speeds(results, readme.CONVOLUTIONS).splitlines()
+    assert [line.split(" | ")[2] for line in lines[2:]] == ["resnet50 n256 (2)"]
+    assert len(readme.speeds(results).splitlines()) == 2
+    assert len(readme.fast_tiles(results).splitlines()) == 2

@@ -33,6 +33,11 @@ def test_networks_have_the_published_number_of_parameters(name, tensors, paramet
     assert shape.sizes["tensors"] * shape.sizes["elements"] == pytest.approx(124_439_808, rel=1e-6)
 
 
+def test_resnext_has_the_published_number_of_parameters():
+    network = module.resnet50(groups=32, wider=2)
+    assert (network.tensors, network.parameters) == (161, 25_028_904)
+
+
 @pytest.mark.parametrize(
     "name, layers, unique", [("resnet50", 53, 23), ("vgg16", 13, 9), ("alexnet", 5, 5)]
 )
@@ -83,6 +88,36 @@ def test_mobilenets_have_their_depthwise_layers():
     assert [s[key] for key in ("N", "C", "H", "W", "stride")] == [256, 144, 56, 56, 2]
     with pytest.raises(PerfError, match="mobilenet has no shapes for max_pool2d"):
         shapes("max_pool2d", "mobilenet")
+
+
+def test_parts_of_networks():
+    """They keep the counts of the network, and a part of ResNet-50 its names."""
+    whole = {shape.name: shape for shape in shapes("conv2d", "resnet50@32")}
+    part = shapes("conv2d", "resnet50_3x3@32")
+    assert all(whole[shape.name] == shape and shape.sizes["R"] == 3 for shape in part)
+    assert len(part) == 7 and sum(shape.count for shape in part) == 16
+    grouped = shapes("conv2d_bias_relu", "resnext50@8")
+    assert sum(shape.count for shape in grouped) == 16 and len(grouped) == 7
+    assert {(s.sizes["groups"], s.sizes["R"]) for s in grouped} == {(32, 3)}
+    assert grouped[-1].name == "resnext50.layer4.1.conv2 n8"
+    assert [grouped[i].sizes["C"] // 32 for i in (0, -1)] == [4, 32]
+    stems = shapes("conv2d", "stems")
+    assert [shape.name for shape in stems] == [
+        f"stems.{name} n{batch}" for batch in (32, 256) for name in ("resnet50", "alexnet", "vgg16")
+    ]
+    keys = ("C", "K", "R", "stride", "padding")
+    assert [tuple(shape.sizes[key] for key in keys) for shape in stems[:3]] == [
+        (3, 64, 7, 2, 3), (3, 64, 11, 4, 2), (3, 64, 3, 1, 1)
+    ]  # fmt: skip
+    with pytest.raises(PerfError, match="stems has no shapes for sgd"):
+        shapes("sgd", "stems")
+
+
+def test_where_a_relu_follows_at_once():
+    """Not behind the last convolution of a block of ResNet, whose shortcut is added first."""
+    found = shapes("conv2d_bias_relu", "resnet50@32")
+    assert sum(shape.count for shape in found) == 1 + 2 * 16
+    assert sizes("conv2d_bias_relu", "vgg16@32") == sizes("conv2d", "vgg16@32")
 
 
 def test_what_networks_mean_for_other_operators():

@@ -38,6 +38,71 @@ def test_eight_bit_tiles_do_not_split_k():
     assert not any("SPLIT_K" in t for t in tiles)
 
 
+FAST = dict(
+    kernel="tma", BLOCK_M=256, BLOCK_N=128, BLOCK_K=64, SPLIT_K=1, PROGRAMS_PER_SM=1, num_warps=8,
+    num_stages=3,
+)  # fmt: skip
+LAYER = dict(M=50176, N=256, K=256)  # pixels, channels out, channels in
+
+
+def convolutions(sizes=LAYER, itemsize=2, **options):
+    return list(space.fast_convolutions(sizes, itemsize, **options))
+
+
+def test_tiles_of_convolutions_fit_registers_and_shared_memory():
+    tiles = convolutions()
+    assert FAST in tiles and 10 < len(tiles) < 60
+    assert {t["BLOCK_M"] for t in tiles} == {128, 256}
+    assert {t["BLOCK_N"] for t in tiles} == {64, 128, 256} and {t["BLOCK_K"] for t in tiles} == {64}
+    for t in tiles:
+        result = t["BLOCK_M"] * t["BLOCK_N"]
+        assert result <= 128 * 32 * t["num_warps"]
+        step = (t["BLOCK_M"] + t["BLOCK_N"]) * t["BLOCK_K"]
+        assert 2 * (step * t["num_stages"] + result) <= 227 * 1024
+    assert {t["BLOCK_N"] for t in convolutions(LAYER | dict(N=64))} == {64}
+
+
+@pytest.mark.parametrize(
+    "channels, itemsize, steps",
+    [(256, 2, {64}), (96, 2, {64, 32}), (48, 2, {64, 16}), (32, 2, {64, 32}), (4, 2, {64, 32, 16}),
+     (48, 4, {32, 16}), (256, 4, {32})],
+)  # fmt: skip
+def test_a_shorter_step_is_tried_where_it_pads_less(channels, itemsize, steps):
+    tiles = convolutions(LAYER | dict(K=channels), itemsize)
+    assert {t["BLOCK_K"] for t in tiles} == steps
+
+
+def test_a_sum_is_in_parts_where_there_are_few_tiles():
+    """And a second program an SM where both have room."""
+    few = LAYER | dict(M=32 * 7 * 7)
+    assert {t["SPLIT_K"] for t in convolutions(few)} >= {1, 2, 4}
+    assert {t["SPLIT_K"] for t in convolutions(LAYER | dict(M=2**20))} == {1}
+    assert {t["SPLIT_K"] for t in convolutions(few, split=False)} == {1}
+    assert {t["PROGRAMS_PER_SM"] for t in convolutions()} == {1, 2}
+    for op in ("conv2d", "conv2d_flat", "conv2d_grouped"):
+        tiles = space.tiles(op, few, [FAST], {}, ("pointer", "tma"))
+        assert len(tiles) == len({tuple(sorted(t.items())) for t in tiles})
+        fast = [t for t in tiles if "kernel" in t][1:]
+        assert ({t["BLOCK_N"] for t in fast} == {64}) == (op == "conv2d_grouped")
+
+
+def test_only_the_lessons_tiles_of_fast_kernels_that_nobody_has_a_space_for():
+    tiles = space.tiles("conv2d_relu_pool", LAYER, [FAST], {}, ("pointer", "tma"))
+    assert [t for t in tiles if "kernel" in t] == [FAST]
+
+
+def test_lower_rungs_are_tried_where_they_are_asked_for():
+    """With the tiles that the lesson lists; the others are narrowed as ever."""
+    rungs = [dict(kernel="direct", BLOCK_M=64, num_warps=4), FAST | dict(kernel="flat")]
+    every = ("direct", "flat", "pointer", "tma")
+    plain = space.tiles("conv2d", LAYER, [FAST, *rungs], {}, every)
+    assert {t.get("kernel") for t in plain} == {None, "tma"}
+    axes = space.parse_axes(["kernel=direct,flat,tma"])
+    tiles = space.tiles("conv2d", LAYER, [FAST, *rungs], axes, every)
+    assert tiles[:3] == [FAST, *rungs]
+    assert {t["kernel"] for t in tiles[3:]} == {"tma"}
+
+
 @pytest.mark.parametrize(
     "text, message",
     [

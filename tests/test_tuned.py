@@ -53,6 +53,31 @@ def gpu(monkeypatch, tmp_path):
     _launch.forget_tuned()
 
 
+def guest(block=32, seconds=2e-3, op="conv2d", **more):
+    """A 1x1 convolution, which looks up a matmul's tile: of the sizes of `row`."""
+    return row(block, seconds=seconds, op=op, shape=dict(R=1), **more)
+
+
+def test_a_guest_does_not_replace_what_an_operators_own_sweep_has_found(tmp_path):
+    """Though it took longer, in one sweep or in the next; where nobody was, it is welcome."""
+    path = tuned.save([row(64), guest(), guest(16, M=512)], tmp_path)
+    assert blocks(path) == [16, 64]  # in the order of M
+    assert ["by" in entry for entry in entries(path)] == [True, False]
+    tuned.save([guest(128), guest(256, M=512)], tmp_path)
+    assert blocks(path) == [256, 64]  # a guest takes a guest's place
+    tuned.save([row(32, M=512, seconds=1.0)], tmp_path)
+    assert blocks(path) == [32, 64] and not any("by" in entry for entry in entries(path))
+
+
+def test_a_guest_that_was_measured_replaces_what_was_predicted(tmp_path):
+    path = tuned.save([predicted(16)], tmp_path, predicted=True, gpu=GPU)
+    tuned.save([guest(64)], tmp_path)
+    assert blocks(path) == [64] and entries(path)[0]["by"] == "conv2d"
+    # The gradients of conv2d are looked up by names that are nobody else's.
+    tuned.save([row(128, op="conv2d", tile_op="conv2d_input_grad")], tmp_path)
+    assert "by" not in entries(path)[0]
+
+
 @pytest.mark.core
 def test_the_loop_is_closed(gpu):
     """A call gets the tile that the sweep found, and after the next sweep the better one."""

@@ -110,6 +110,52 @@ def test_a_peer_that_does_not_exist(op, mode):
         prepare(tiny(op, mode), "cudnn", DEVICE, 0)
 
 
+@pytest.mark.parametrize("op", ["conv2d_bias_relu", "conv2d_relu_pool"])
+def test_cudnn_does_all_in_one_pass_where_nobody_follows(op, monkeypatch):
+    """In 16 bits on a GPU, forward; with gradients, or where it cannot, step by step."""
+    seen = []
+
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
+    def fused(x, weight, bias, stride, padding, dilation, groups):
+        seen.append((x.dtype, stride, padding, dilation, groups))
+        if len(seen) > 1:
+            raise RuntimeError("GET was unable to find an engine to execute this computation")
+        return torch.conv2d(x, weight, bias, stride, padding, dilation, groups).relu()
+
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", fused)
+    shape = shapes.shapes(op, "tiny")[0].sizes | dict(C=6, K=8, groups=2, padding=1)
+    for dtype, expected in ((torch.float32, 0), (torch.bfloat16, 1), (torch.bfloat16, 2)):
+        make = workloads.Maker(dtype, DEVICE, 0)
+        inputs = list(OPS[op].inputs(shape, make).values())
+        on_gpu = [x.as_subclass(OnGPU) for x in inputs]
+        with torch.no_grad():
+            want, got = (OPS[op].theirs(shape, *xs) for xs in (inputs, on_gpu))
+        assert len(seen) == expected and torch.equal(want, got.as_subclass(torch.Tensor))
+        OPS[op].theirs(shape, *on_gpu)  # autograd follows
+        assert len(seen) == expected
+    stride = (shape["stride"],) * 2
+    assert set(seen) == {(torch.bfloat16, stride, (1, 1), (1, 1), 2)}
+
+
+def test_inductors_template_of_convolutions():
+    w = tiny("conv2d_bias_relu", "fwd")
+    assert workloads.offers("inductor", w)
+    assert not workloads.offers("inductor", w._replace(shape=w.shape | dict(dilation=2)))
+    assert not workloads.offers("inductor", tiny("conv2d_relu_pool", "fwd"))
+
+
+def test_inductor_is_asked_for_its_own_templates(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda f, **options: asked.append(options) or f)
+    prepare(tiny("conv2d", "fwd"), "inductor", DEVICE, 0)
+    assert asked[0]["options"] == {
+        "max_autotune": True, "max_autotune_gemm_backends": "TRITON",
+        "max_autotune_conv_backends": "TRITON",
+    }  # fmt: skip
+
+
 def test_every_peer_is_documented():
     assert set(PEERS) == {"torch", "compile", "inductor"}
 
