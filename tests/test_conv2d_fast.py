@@ -828,13 +828,13 @@ def test_defaults_follow_the_shape():
 
 # --- the first rungs ------------------------------------------------------------------------------
 
-UNGROUPED = {k: conv for k, conv in CONVS.items() if conv.groups == 1}
+ONE_GROUP = {k: conv for k, conv in CONVS.items() if conv.groups == 1}
 
 
 @pytest.mark.parametrize("tile", RUNGS, ids=lambda tile: tile["kernel"])
 @pytest.mark.parametrize(
     "conv",
-    [pytest.param(c, id=k, marks=[pytest.mark.core] * (k in CORE)) for k, c in UNGROUPED.items()],
+    [pytest.param(c, id=k, marks=[pytest.mark.core] * (k in CORE)) for k, c in ONE_GROUP.items()],
 )
 def test_rungs_agree_with_the_reference(conv, tile, monkeypatch):
     """All geometry, and few channels too, as if they were many."""
