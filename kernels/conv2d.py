@@ -436,9 +436,11 @@ def conv2d(
     """Compute `act(conv2d(x, weight) + bias)`, differentiable in x, weight and bias.
 
     Args:
-        x: [N, C, H, W]; float32, float16 or bfloat16; fastest in channels_last memory, any strides
-            are accepted and none is copied.
-        weight: [K, C/groups, R, S], of x's dtype; any strides.
+        x: [N, C, H, W]; float32, float16 or bfloat16; any strides, fastest in channels_last memory.
+            On GPUs with TMA one of fewer than 8 channels (4 in float32) is packed first; no other
+            is copied.
+        weight: [K, C/groups, R, S], of x's dtype; any strides, fastest in channels_last memory: on
+            GPUs with TMA others are packed, and so are those of groups of fewer than 64 filters.
         bias: [K], of x's dtype, or None.
         stride: in pixels, an int or (height, width).
         padding: zeros on each side, an int or (height, width).
@@ -449,7 +451,8 @@ def conv2d(
     Returns:
         [N, K, P, Q] of x's dtype in channels_last memory, accumulated in float32. float32 products
         are rounded to TF32 on the GPU where `torch.backends.cudnn.allow_tf32` (or its newer
-        `conv.fp32_precision`) says so, which is torch's default.
+        `conv.fp32_precision`) says so, which is torch's default. Where x or groups are packed, what
+        is not finite in x may make NaN of a few neighbouring outputs.
 
     Raises:
         TypeError: a dtype or device that is not supported, or differs between the tensors.
