@@ -67,8 +67,9 @@ def check_groups(groups: int, channels: int) -> None:
 def check_conv2d(x, weight, bias, stride, padding, dilation, groups, activation):
     """Raise for what no convolution can be made of; return the pairs of the geometry."""
     check_tensors(x=x, weight=weight, bias=bias, optional=("bias",))
-    check_shape("x", x, "[N, C, H, W]", N=None, C=None, H=None, W=None)
-    check_shape("weight", weight, "[K, C/groups, R, S]", K=None, C=None, R=None, S=None)
+    if x.dim() != 4 or weight.dim() != 4:  # most calls are spared the search for what is wrong
+        check_shape("x", x, "[N, C, H, W]", N=None, C=None, H=None, W=None)
+        check_shape("weight", weight, "[K, C/groups, R, S]", K=None, C=None, R=None, S=None)
     (_, channels, H, W), (K, C, R, S) = x.shape, weight.shape
     check_groups(groups, channels)
     if K % groups or channels != C * groups:
@@ -76,7 +77,7 @@ def check_conv2d(x, weight, bias, stride, padding, dilation, groups, activation)
             f"weight must be [K, C/groups, R, S] for x {list(x.shape)} and groups={groups}, "
             f"got {list(weight.shape)}"
         )
-    if bias is not None:
+    if bias is not None and bias.shape != (K,):
         check_shape("bias", bias, "[K]", K=K)
     check_choice("activation", activation, (None, "relu"))
     return check_geometry("weight", (R, S), (H, W), stride, padding, dilation)

@@ -10,7 +10,7 @@ from perf.errors import PerfError
 from perf.host import _child, _imports, _run, measure
 
 LIMIT = 10.0  # us a call for checks, the tile look-up and descriptors together
-LIMITS = {"matmul": LIMIT, "conv2d": 13.0}  # whose geometry is checked and planned besides
+LIMITS = {"matmul": LIMIT, "conv2d": 11.0}  # whose geometry is checked and planned besides
 # The limit holds on a machine where plain Python takes this long for `yardstick` (us). On a slower
 # one it grows as much; on a faster one it stays.
 YARDSTICK = 2.8
