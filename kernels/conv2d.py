@@ -33,7 +33,7 @@ FLOPs in 16-bit. So a kernel with more than one instruction for 1,024 FLOPs cann
     direct    conv2d_direct_kernel    the seven loops as on paper         124
     flat      conv2d_flat_kernel      a matmul: tensor cores              1.5
     pointer   conv2d_kernel           a step is one tap: no divisions     0.31
-    tma       conv2d_tma.py           a unit fetches boxes of pixels      0.19
+    tma       conv2d_tma.py           a unit fetches boxes of pixels      0.20
 
 (Compiled for sm_90 by triton 3.9.0, each with the largest tile of its list; not run.)
 
@@ -362,7 +362,9 @@ def _conv2d(
         options["PRECISION"] = precision
     if rung == "pointer":
         options["EVEN_C"] = C % tile["BLOCK_K"] == 0
-        options["NEAR"] = _are_near(*((t.shape, t.stride()) for t in (x, weight, y)))
+        padded = (N, C, H + 2 * padding[0], W + 2 * padding[1])  # where a tile's tap (0, 0) may be
+        sizes = padded, weight.shape, y.shape
+        options["NEAR"] = _are_near(*zip(sizes, (t.stride() for t in (x, weight, y)), strict=True))
     launch(
         {"direct": conv2d_direct_kernel, "flat": conv2d_flat_kernel}.get(rung, conv2d_kernel),
         (cdiv(M, tile["BLOCK_M"]) * cdiv(K, tile["BLOCK_N"]), groups),
@@ -391,8 +393,7 @@ def _as_pixels(x, stride, padding, groups):
 def _are_near(*tensors):
     """Whether 32 bits hold every offset in these tensors, each given by its sizes and strides."""
     far = [sum((n - 1) * s for n, s in zip(*t, strict=True)) for t in tensors]
-    # A tile may begin in the padding, and end beyond the last pixel.
-    return max(far) < 2**30
+    return max(far) < 2**30  # and a tile may end beyond the last pixel
 
 
 @_conv2d.register_fake

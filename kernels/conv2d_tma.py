@@ -140,14 +140,16 @@ def conv2d_tma_kernel(
         if GROUPED:
             first_c = k // K_GROUP * C_GROUP
 
-        # The first step's tap and channels. The next ones are counted: to divide costs more.
+        # The first step's tap and channels. The next ones are counted, since to divide costs more;
+        # and without an `if`, behind which Triton would not fetch a step ahead.
         first = part * part_steps
         tap = first // blocks_c
         c = first % blocks_c * BLOCK_K
-        h = FIRST_H + tap // S * DIL_H
-        v = FIRST_W + tap % S * DIL_W
         acc = tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32)
         for _ in range(first, tl.minimum(first + part_steps, steps)):
+            r = (tap.to(tl.uint32) // S).to(tl.int32)  # unsigned: by a multiplication
+            h = FIRST_H + r * DIL_H
+            v = FIRST_W + (tap - r * S) * DIL_W
             if STRIDE_H * STRIDE_W == 1:
                 x_box = x.load([n, p + (h - UP), q + (v - LEFT), first_c + c])
             else:
@@ -158,13 +160,9 @@ def conv2d_tma_kernel(
             w_tile = tl.reshape(w.load([tap, k, c]), (BLOCK_N, BLOCK_K))
             acc = tl.dot(w_tile, x_tile.T, acc, input_precision=PRECISION)
             c += BLOCK_K
-            if c >= SPAN:
-                c = 0
-                tap += 1
-                v += DIL_W
-                if v == FIRST_W + S * DIL_W:
-                    v = FIRST_W
-                    h += DIL_H
+            done = c >= SPAN
+            c = tl.where(done, 0, c)
+            tap = tl.where(done, tap + 1, tap)
 
         if POOL:
             acc, which = _largest_of_four(acc, TILE_N * TILE_P, TILE_Q)  # [BLOCK_N, BLOCK_M / 4]
@@ -345,6 +343,8 @@ def make_plan(
             return None
         x = (N, rows, a, columns, b * C), (sn, a * sh, sh, b * sw, 1)
 
+    if max(x[1]) * item >= 2**40:  # what a descriptor's steps can be
+        return None
     grouped, span, diagonal = None, channels, False
     if groups > 1:
         filters = K // groups
@@ -358,8 +358,11 @@ def make_plan(
         grouped = (GROUP_BLOCK if diagonal else filters), span
     tap = w_steps[2] if S == 1 else w_steps[3]
     in_rows = channels == 1 or w_steps[1] == 1
-    in_rows &= R * S == 1 or not (tap % unit or (S > 1 and R > 1 and w_steps[2] != S * tap))
-    packed_w = diagonal or not in_rows or (K > 1 and w_steps[0] % unit != 0)
+    in_rows &= R * S == 1 or not (
+        tap % unit or tap < channels or (S > 1 and R > 1 and w_steps[2] != S * tap)
+    )
+    in_rows &= K == 1 or not (w_steps[0] % unit or w_steps[0] < channels)
+    packed_w = diagonal or not in_rows
     if packed_w:
         w = _packed_filters(K, R * S, span, unit)
     else:
@@ -458,7 +461,7 @@ def _packed_image(plan, x, padding):
     out = torch.empty(size, dtype=x.dtype, device=x.device)
     _, rows, columns, depth = size
     pixels = size[0] * rows * columns
-    tile = choose_tile("conv2d_pack", x.dtype, _by_item(PACK_TILE), M=pixels, N=depth)
+    tile = dict(choose_tile("conv2d_pack", x.dtype, _by_item(PACK_TILE), M=pixels, N=depth))
     # All channels of a pixel are one program's, whatever the tile says; many are of fewer pixels.
     elements = 4 * tile["BLOCK_M"] * tile["BLOCK_N"]
     tile["BLOCK_N"] = max(16, triton.next_power_of_2(depth))
@@ -500,7 +503,7 @@ def conv2d_tma(plan, x, weight, bias, activation, y, tile, precision, padding, p
     largest, both are [N, K, P / 2, Q / 2], and place uint8.
 
     Raises:
-        ValueError: a tile that the plan cannot have: its filters are not whole blocks of groups.
+        ValueError: a tile that groups or a pool cannot have.
     """
     pool = place is not None
     packed_w = plan.packed_w or weight.data_ptr() % 16 != 0
@@ -545,8 +548,10 @@ def _layout(plan: Plan, items: tuple, sms: int, item: int, pool: bool, packed_w:
     tile = dict(items)
     N, P, Q, K = plan.size
     m, n, k, split = (tile[x] for x in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT_K"))
-    if plan.grouped and (plan.grouped[0] % n or split > 1):
-        raise ValueError(f"groups want tiles of BLOCK_N={GROUP_BLOCK} and SPLIT_K=1, got {tile}")
+    if (plan.grouped and n != GROUP_BLOCK) or (split > 1 and (plan.grouped or pool)):
+        raise ValueError(
+            f"groups want tiles of BLOCK_N={GROUP_BLOCK}, groups and pools of SPLIT_K=1; got {tile}"
+        )
     w, scale = plan.w, 1
     if packed_w:
         w = _packed_filters(K, w[0][0], w[0][2], 16 // item)

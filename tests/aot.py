@@ -215,6 +215,8 @@ def compile_launch(launch):
     assembly = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
     row["tensor_cores"] = sorted(set(re.findall(TENSOR_CORES, assembly)))
     row["dots"] = compiled.asm["ttir"].count("tt.dot ")
+    before, _, _ = compiled.asm["ttgir"].rpartition("scf.for")  # the innermost, which is the last
+    row["ahead"] = "async_tma_copy_global_to_local" in before  # loads of TMA for later steps
     return row | {"hash": compiled.hash}
 
 

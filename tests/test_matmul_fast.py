@@ -317,6 +317,7 @@ def test_every_fast_tile_compiles_to_the_bars_on_hopper():
             "N": n < 128,
             "operands": row["operands"] != "shared",
             "serialised": row["serialised"],
+            "loads a step ahead": not row["ahead"],
             "TMA": not row["tma"] or row["load_bytes"] != 16 or row["store_bytes"] != 16,
             "loop": row["loop_instructions"] > 100,
         }
