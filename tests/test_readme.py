@@ -14,17 +14,8 @@ README = (ROOT / "README.md").read_text()
 def test_the_tables_are_those_of_the_committed_results():
     assert readme.fast_tiles() in README
     assert readme.speeds() in README
-
-
-@pytest.mark.parametrize(
-    "make", [readme.conv_tiles, lambda: readme.speeds(ops=readme.CONVOLUTIONS)]
-)
-def test_so_are_the_tables_of_convolutions(make):
-    lines = make().splitlines()
-    heading, first = lines[0], lines[2:3]
-    if heading not in README or not any(line.split("|")[1] in README for line in first):
-        pytest.skip("the README has no such table yet")
-    assert make() in README
+    assert readme.conv_tiles() in README
+    assert readme.speeds(ops=readme.CONVOLUTIONS) in README
 
 
 FAST = importlib.import_module("kernels.conv2d_tma").FAST_TILES[2]
