@@ -39,7 +39,7 @@ What TMA cannot read is packed first, by a small kernel:
                      the filter is packed alike, with zeros where it has no tap.
     many groups      32 groups of 4 channels would be 32 products of 4 columns. 64 filters and their
                      64 channels are one product whose other blocks of the filter are zero: 16 times
-                     the work, but a product of 4 columns alone would fill no more of an instruction.
+                     the work, but a product of 4 columns alone fills no more of an instruction.
     filters          that are not [K, R, S, C] in memory. Keep them channels_last, and none is.
 
 Non-finite numbers: a packed zero times an infinity is NaN, so an inf or a NaN in x can reach a few
