@@ -71,7 +71,7 @@ def _fast(m, n, k, warps, stages, per_sm):
 
 
 # By bytes an element. Compiled for sm_90 with triton 3.6.0 and 3.9.0: no spills, wgmma from shared
-# memory, 128 or 256 pixels wide, loads begun a step ahead or more, at most 112 instructions a step.
+# memory, 128 or 256 pixels wide, loads begun a step ahead or more, at most 115 instructions a step.
 FAST_TILES = {
     2: [
         # the most reuse that the registers hold
