@@ -61,18 +61,16 @@ import triton.language as tl
 
 from kernels._geometry import check_conv2d, empty_channels_last, output_size
 from kernels._launch import (
-    INTERPRETER,
     autocast,
     cdiv,
     choose_tile,
-    device_of,
     dot_precision,
     launch,
 )
 from kernels.bias_relu import bias_backward, bias_relu_backward
 from kernels.conv2d_depthwise import conv2d_depthwise, is_depthwise
 from kernels.conv2d_grad import conv2d_input_grad, conv2d_weight_grad
-from kernels.conv2d_tma import conv2d_tma, fast_tile, plan_for
+from kernels.conv2d_tma import choices, conv2d_tma, plan_for
 from kernels.matmul import matmul_into
 
 
@@ -344,14 +342,9 @@ def _conv2d(
         matmul_into(rows, pixels, weight.view(K, C).t(), bias, activation, precision)
         return y
 
-    default, can = FLAT_DEFAULT if flat else DEFAULT, ("pointer",)
-    if op == "conv2d":
-        can += tuple(tile["kernel"] for tile in RUNGS)
+    can = ("pointer", *(tile["kernel"] for tile in RUNGS)) if op == "conv2d" else ("pointer",)
     plan = plan_for(x, weight, stride, padding, dilation, groups, precision)
-    if plan is not None:
-        can = (*can, "tma")
-        if device_of(x) is not INTERPRETER:
-            default = {x.itemsize: fast_tile(plan, x.itemsize, device_of(x).sms)}
+    default, can = choices(plan, x, FLAT_DEFAULT if flat else DEFAULT, can)
     tile = choose_tile(op, x.dtype, default, can, M=M, N=K, K=R * S * C if flat else C)
     rung = tile.get("kernel", "flat" if flat else "pointer")
     if rung == "tma":

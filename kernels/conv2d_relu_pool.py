@@ -41,19 +41,9 @@ import triton
 import triton.language as tl
 
 from kernels._geometry import check_conv2d, empty_channels_last, output_size
-from kernels._launch import (
-    INTERPRETER,
-    autocast,
-    cdiv,
-    choose_tile,
-    device_of,
-    dot_precision,
-    into_chunks,
-    launch,
-    splits,
-)
+from kernels._launch import autocast, cdiv, choose_tile, dot_precision, into_chunks, launch, splits
 from kernels._rows import sum_partials
-from kernels.conv2d_tma import conv2d_tma, fast_tile, plan_for
+from kernels.conv2d_tma import choices, conv2d_tma, first_of_largest, plan_for
 
 
 def reference(x, weight, bias=None, padding=0):
@@ -139,15 +129,7 @@ def conv2d_relu_pool_kernel(
         acc2 = tl.dot(x, w2, acc2, input_precision=PRECISION)
         acc3 = tl.dot(x, w3, acc3, input_precision=PRECISION)
 
-    # The first of the largest, as in torch, but before any rounding to 16 bits; a NaN wins.
-    best = acc0
-    place = tl.full((BLOCK_M, BLOCK_N), 0, tl.int32)
-    place = tl.where((acc1 > best) | (acc1 != acc1), 1, place)
-    best = tl.where(place == 1, acc1, best)
-    place = tl.where((acc2 > best) | (acc2 != acc2), 2, place)
-    best = tl.where(place == 2, acc2, best)
-    place = tl.where((acc3 > best) | (acc3 != acc3), 3, place)
-    best = tl.where(place == 3, acc3, best)
+    best, place = first_of_largest(acc0, acc1, acc2, acc3)  # before any rounding to 16 bits
     if HAS_BIAS:
         bias = tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0)
         best += bias.to(tl.float32)[None, :]
@@ -332,12 +314,8 @@ def _conv2d_relu_pool(
     M = N * P * Q
     patch = (R + 1) * (S + 1) * C
     precision = dot_precision(x.dtype, torch.backends.cudnn.conv)
-    default, can = DEFAULT, ("pointer",)
     plan = plan_for(x, weight, (1, 1), padding, (1, 1), 1, precision, pool=True)
-    if plan is not None:
-        can = ("pointer", "tma")
-        if device_of(x) is not INTERPRETER:
-            default = {x.itemsize: fast_tile(plan, x.itemsize, device_of(x).sms, pool=True)}
+    default, can = choices(plan, x, DEFAULT, ("pointer",), pool=True)
     tile = choose_tile("conv2d_relu_pool", x.dtype, default, can, M=M, N=K, K=patch)
     if "kernel" in tile:  # the convolution's kernel, with this epilogue
         conv2d_tma(plan, x, weight, bias, "relu", y, tile, precision, padding, place)

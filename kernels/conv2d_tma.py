@@ -58,7 +58,7 @@ import triton
 import triton.language as tl
 
 from kernels._geometry import output_size
-from kernels._launch import cdiv, choose_tile, descriptor, device_of, launch
+from kernels._launch import INTERPRETER, cdiv, choose_tile, descriptor, device_of, launch
 from kernels.matmul import busiest_sm, reduce_parts
 
 
@@ -183,6 +183,20 @@ def conv2d_tma_kernel(
 
 
 @triton.jit
+def first_of_largest(acc0, acc1, acc2, acc3):
+    """The largest of four tiles, and the first that has it, as in torch; a NaN wins."""
+    best = acc0
+    place = tl.full(best.shape, 0, tl.int32)
+    place = tl.where((acc1 > best) | (acc1 != acc1), 1, place)
+    best = tl.where(place == 1, acc1, best)
+    place = tl.where((acc2 > best) | (acc2 != acc2), 2, place)
+    best = tl.where(place == 2, acc2, best)
+    place = tl.where((acc3 > best) | (acc3 != acc3), 3, place)
+    best = tl.where(place == 3, acc3, best)
+    return best, place
+
+
+@triton.jit
 def _largest_of_four(acc, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Of each 2x2 pixels of acc [channels, ROWS * COLUMNS] the largest, and which it was: 0..3."""
     BLOCK_N: tl.constexpr = acc.shape[0]
@@ -190,15 +204,7 @@ def _largest_of_four(acc, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     left, right = tl.split(pairs)  # [BLOCK_N, ROWS / 2, 2, COLUMNS / 2]
     acc0, acc2 = tl.split(tl.permute(left, (0, 1, 3, 2)))
     acc1, acc3 = tl.split(tl.permute(right, (0, 1, 3, 2)))
-    # The first of the largest, before any rounding to 16 bits; a NaN wins.
-    best = acc0
-    which = tl.full(best.shape, 0, tl.int32)
-    which = tl.where((acc1 > best) | (acc1 != acc1), 1, which)
-    best = tl.where(which == 1, acc1, best)
-    which = tl.where((acc2 > best) | (acc2 != acc2), 2, which)
-    best = tl.where(which == 2, acc2, best)
-    which = tl.where((acc3 > best) | (acc3 != acc3), 3, which)
-    best = tl.where(which == 3, acc3, best)
+    best, which = first_of_largest(acc0, acc1, acc2, acc3)
     pixels: tl.constexpr = ROWS * COLUMNS // 4
     return tl.reshape(best, (BLOCK_N, pixels)), tl.reshape(which, (BLOCK_N, pixels))
 
@@ -435,6 +441,15 @@ def fast_tile(plan: Plan, item: int, sms: int, pool: bool = False) -> dict:
     return min(_possible(plan, item, pool), key=clocks)
 
 
+def choices(plan: Plan | None, x, default: dict, kernels: tuple, pool: bool = False):
+    """What `choose_tile` is to choose from, `default` and `kernels`, if there may be a plan too."""
+    if plan is None:
+        return default, kernels
+    if device_of(x) is not INTERPRETER:
+        default = {x.itemsize: fast_tile(plan, x.itemsize, device_of(x).sms, pool)}
+    return default, (*kernels, "tma")
+
+
 def _possible(plan: Plan, item: int, pool: bool = False) -> list[dict]:
     """FAST_TILES that can do the plan, each whole and with its sum in parts."""
     (taps, _, span), _ = plan.w
@@ -460,7 +475,7 @@ def _packed_image(plan, x, padding):
     out = torch.empty(size, dtype=x.dtype, device=x.device)
     _, rows, columns, depth = size
     pixels = size[0] * rows * columns
-    tile = dict(choose_tile("conv2d_pack", x.dtype, _by_item(PACK_TILE), M=pixels, N=depth))
+    tile = dict(choose_tile("conv2d_pack", x.dtype, {x.itemsize: PACK_TILE}, M=pixels, N=depth))
     # All channels of a pixel are one program's, whatever the tile says; many are of fewer pixels.
     elements = 4 * tile["BLOCK_M"] * tile["BLOCK_N"]
     tile["BLOCK_N"] = max(16, triton.next_power_of_2(depth))
@@ -479,7 +494,7 @@ def _packed_filter(plan, size, weight):
     out = torch.empty(K, taps, depth, dtype=weight.dtype, device=weight.device)
     rows = K * taps
     tile = choose_tile(
-        "conv2d_pack_filter", weight.dtype, _by_item(PACK_FILTER_TILE), M=rows, N=depth
+        "conv2d_pack_filter", weight.dtype, {weight.itemsize: PACK_FILTER_TILE}, M=rows, N=depth
     )
     block, span = plan.grouped or (1, C)
     launch(
@@ -489,10 +504,6 @@ def _packed_filter(plan, size, weight):
         DIAGONAL=plan.grouped is not None, **tile,
     )  # fmt: skip
     return out
-
-
-def _by_item(tile):
-    return {2: tile, 4: tile}
 
 
 def conv2d_tma(plan, x, weight, bias, activation, y, tile, precision, padding, place=None):
