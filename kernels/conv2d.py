@@ -4,7 +4,8 @@ In cuDNN's letters: x [N, C, H, W], weight [K, C, R, S], y [N, K, P, Q].
 
     forward     y[n,k,p,q]  = act(bias[k] + sum over c,r,s of x[n, c, h, w] * weight[k,c,r,s])
                               with h = p*stride - padding + r*dilation, and w alike
-    backward    dx, dweight: the two other products of the same three tensors, in conv2d_grad.py
+    backward    dx, dweight: the two other products of the same three tensors, each a lesson of its
+                own: conv2d_input_grad.py, conv2d_weight_grad.py
                 dbias = sum over n,p,q of dy, through the ReLU, in one pass: bias_relu.py
 
 Seen as a matmul, a row is an output pixel, a column is an output channel, and the sum runs over the
@@ -69,8 +70,9 @@ from kernels._launch import (
 )
 from kernels.bias_relu import bias_backward, bias_relu_backward
 from kernels.conv2d_depthwise import conv2d_depthwise, is_depthwise
-from kernels.conv2d_grad import conv2d_input_grad, conv2d_weight_grad
+from kernels.conv2d_input_grad import conv2d_input_grad
 from kernels.conv2d_tma import choices, conv2d_tma, plan_for
+from kernels.conv2d_weight_grad import conv2d_weight_grad
 from kernels.matmul import matmul_into
 
 

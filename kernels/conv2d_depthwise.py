@@ -2,7 +2,7 @@
 
     forward     y[n,c,p,q]  = act(bias[c] + sum over r,s of x[n, c, h, w] * weight[c,0,r,s])
                               with h = p*stride - padding + r*dilation, and w alike
-    backward    as of any convolution: conv2d_grad.py
+    backward    as of any convolution: conv2d_input_grad.py, conv2d_weight_grad.py
 
 It is `conv2d` with groups = C = K, and conv2d.py calls this file for it. No sum runs over channels,
 so there is no matrix to multiply by: a GEMM would have one column a group, and a tensor core

@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from kernels._launch import use_tile
-from kernels.conv2d_grad import TILES, conv2d_input_grad, conv2d_weight_grad
+from kernels.conv2d_input_grad import TILES as INPUT_TILES
+from kernels.conv2d_input_grad import conv2d_input_grad
+from kernels.conv2d_weight_grad import TILES as WEIGHT_TILES
+from kernels.conv2d_weight_grad import conv2d_weight_grad
 from tests.convolutions import (
     CONVS,
     FEW,
@@ -27,7 +30,8 @@ from tests.inputs import DEVICE, DTYPES, INTERPRET, LAYOUTS, double, randn
 from tests.poison import poison
 from tests.tolerance import assert_close
 
-module = importlib.import_module("kernels.conv2d_grad")
+input_module = importlib.import_module("kernels.conv2d_input_grad")
+module = importlib.import_module("kernels.conv2d_weight_grad")
 WEIGHT_LAYOUTS = ["contiguous", "channels_last", "transposed", "sliced", "expanded"]  # [1] is KRSC
 SMALL = dict(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, num_warps=4, num_stages=2)
 
@@ -132,7 +136,7 @@ def test_every_pair_of_stride_and_dilation(stride, dilation):
 @pytest.mark.parametrize("dilation", range(1, 13))
 def test_inverse(dilation):
     for stride in range(1, 13):
-        g, inverse = module._inverse(dilation, stride)
+        g, inverse = input_module._inverse(dilation, stride)
         assert g == math.gcd(dilation, stride)
         assert dilation // g * inverse % (stride // g) == 1 % (stride // g)
 
@@ -309,10 +313,15 @@ def larger_weight(tile):
 
 
 @every_dtype
-@pytest.mark.parametrize("tile", TILES, ids=tile_id)
-def test_every_tile_alone(tile, dtype):
+@pytest.mark.parametrize("tile", INPUT_TILES, ids=tile_id)
+def test_every_input_tile_alone(tile, dtype):
     with use_tile("conv2d_input_grad", tile):
         check_input(larger_input(tile), dtype)
+
+
+@every_dtype
+@pytest.mark.parametrize("tile", WEIGHT_TILES, ids=tile_id)
+def test_every_weight_tile_alone(tile, dtype):
     with use_tile("conv2d_weight_grad", tile):
         check_weight(larger_weight(tile), dtype)
 
@@ -436,13 +445,18 @@ def test_real_sizes(conv, dtype, layout):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tile", TILES, ids=tile_id)
-def test_every_tile_at_real_size(tile, dtype):
-    conv = Conv((4, 200, 57, 55), 300, (3, 3), 2, 1)
+@pytest.mark.parametrize("tile", INPUT_TILES, ids=tile_id)
+def test_every_input_tile_at_real_size(tile, dtype):
     with use_tile("conv2d_input_grad", tile):
-        check_input(conv, dtype)
+        check_input(Conv((4, 200, 57, 55), 300, (3, 3), 2, 1), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tile", WEIGHT_TILES, ids=tile_id)
+def test_every_weight_tile_at_real_size(tile, dtype):
     with use_tile("conv2d_weight_grad", tile):
-        check_weight(conv, dtype)
+        check_weight(Conv((4, 200, 57, 55), 300, (3, 3), 2, 1), dtype)
 
 
 @pytest.mark.gpu

@@ -1,22 +1,17 @@
-"""The two gradients of a convolution, each a matmul of its own over the same three tensors.
+"""The convolution's gradient with respect to its input, by gathering: the forward, backwards.
 
-    y[n,k,p,q] = sum over c,r,s of x[n,c,h,w] * weight[k,c,r,s]
-                 with h = p*stride - pad + r*dil, and w alike
+    forward          y[n,k,p,q] = sum over c,r,s of x[n,c,h,w] * weight[k,c,r,s]
+                     with h = p*stride - pad + r*dil, and w alike
+    input gradient   dx[n,c,h,w] = sum over k,r,s of dy[n,k,p,q] * weight[k,c,r,s]
+                     where p*stride = h + pad - r*dil has a solution p in 0 .. P-1, and q alike
 
-    dx[n,c,h,w]      = sum over k,r,s of dy[n,k,p,q] * weight[k,c,r,s]
-                       where p*stride = h + pad - r*dil has a solution p in 0 .. P-1, and q alike
-    dweight[k,c,r,s] = sum over n,p,q of dy[n,k,p,q] * x[n,c,h,w]
+    as a matmul      [NHW, RSK] x [RSK, C]     the sum runs over taps and output channels
 
-    forward            [NPQ, RSC] x [RSC, K]      the sum runs over taps and input channels
-    input gradient     [NHW, RSK] x [RSK, C]      the sum runs over taps and output channels
-    weight gradient    [K, NPQ] x [NPQ, RSC]      the sum runs over all pixels of the batch
-
-**Input gradient, by gathering.** Each program owns pixels of dx and asks which outputs they went
-into: no atomics, nothing to clear first, one rounding. With a stride, most taps of a given pixel
-have no such output: p = (h + pad - r*dil) / stride must be whole. That depends on (h + pad) mod
-stride alone, so the pixels are sorted into stride_h x stride_w classes, and a program takes its
-pixels from one class. The taps of class a are then those with r*dil = a (mod stride), and they are
-found without a search:
+Each program owns pixels of dx and asks which outputs they went into: no atomics, nothing to clear
+first, one rounding. With a stride, most taps of a given pixel have no such output:
+p = (h + pad - r*dil) / stride must be whole. That depends on (h + pad) mod stride alone, so the
+pixels are sorted into stride_h x stride_w classes, and a program takes its pixels from one class.
+The taps of class a are then those with r*dil = a (mod stride), and they are found without a search:
 
     g = gcd(dil, stride); none unless g divides a, else
     r = (a/g) * (dil/g)^-1  mod stride/g, and every stride/g-th after it
@@ -26,14 +21,7 @@ found without a search:
                                                                      # . #     . mixed:     2, 2
     so a pixel takes 4, 2, 2 or 1 of the nine taps, and no product is spent on the others.
 
-**Weight gradient, by splitting.** Its result is small (K x RSC) and its sum is long (NPQ,
-millions), so the sum is split among programs. Each writes its partial result to a row of its own,
-and a second kernel adds the rows in order. Atomics would save that kernel and make the last bits
-depend on who came first.
-
-FLOPs: 2*N*P*Q*K*C*R*S for either, as for the forward. What limits them: as there, tensor cores;
-the weight gradient reads x shifted by each tap, R*S times out of the cache, and needs enough
-splits to fill the GPU.
+FLOPs: 2*N*P*Q*K*C*R*S, as for the forward. What limits it: as there, tensor cores.
 
 Read first: conv2d.py. Source: Dumoulin & Visin, A guide to convolution arithmetic (2016), for the
 transposed form; the classes are the usual decomposition of a strided transposed convolution.
@@ -46,16 +34,13 @@ import triton
 import triton.language as tl
 
 from kernels._geometry import empty_channels_last
-from kernels._launch import cdiv, choose_tile, dot_precision, into_chunks, launch, splits
-from kernels._rows import sum_partials
+from kernels._launch import cdiv, choose_tile, dot_precision, launch
 
 TILES = [
-    # the input gradient's default, as in conv2d.py
+    # the default, as in conv2d.py
     dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=3),
     # float32, as in conv2d.py
     dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=8, num_stages=3),
-    # the weight gradient's default: with few channels, addresses and masks take the registers
-    dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=8, num_stages=3),
     # 64 deep: fewer, longer steps
     dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
     # wide layers on Hopper
@@ -63,8 +48,7 @@ TILES = [
     # small layers: more programs
     dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=4),
 ]
-INPUT_DEFAULT = {2: TILES[0], 4: TILES[1]}
-WEIGHT_DEFAULT = {2: TILES[2], 4: TILES[1]}
+DEFAULT = {2: TILES[0], 4: TILES[1]}
 
 
 @triton.jit
@@ -152,68 +136,6 @@ def conv2d_input_grad_kernel(
     tl.store(dx_ptrs, acc.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def conv2d_weight_grad_kernel(
-    x_ptr, dy_ptr, dw_ptr, N, C, H, W, K, P, Q, CHUNK, SIZE,
-    stride_xn, stride_xc, stride_xh, stride_xw, stride_dyn, stride_dyk, stride_dyp, stride_dyq,
-    stride_wk, stride_wc, stride_wr, stride_ws,
-    R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """One program sums CHUNK pixels into BLOCK_M channels k x BLOCK_N of (r, s, c) of dweight.
-
-    dw_ptr is [splits, SIZE], each row laid out as dweight; one row is dweight itself.
-    """
-    blocks_n = tl.cdiv(R * S * C, BLOCK_N)
-    pid_m = tl.program_id(0) // blocks_n
-    pid_n = tl.program_id(0) % blocks_n
-    group = tl.program_id(1).to(tl.int64)
-    x_ptr += group * C * stride_xc
-    dy_ptr += group * K * stride_dyk
-
-    offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # k
-    offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # (r, s, c), c fastest
-    c = offs_n % C
-    s = offs_n // C % S
-    r = offs_n // C // S
-    mask_m = offs_m < K
-    mask_n = offs_n < R * S * C
-    x_cols = r * DIL_H * stride_xh + s * DIL_W * stride_xw + c * stride_xc
-    first = tl.program_id(2).to(tl.int64) * CHUNK
-    last = tl.minimum(first + CHUNK, tl.cast(N, tl.int64) * P * Q)
-
-    acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
-    for pixel in range(first, last, BLOCK_K):
-        offs_k = pixel + tl.arange(0, BLOCK_K).to(tl.int64)
-        mask_k = offs_k < last
-        q = offs_k % Q
-        p = offs_k // Q % P
-        n = offs_k // Q // P
-        dy_cols = n * stride_dyn + p * stride_dyp + q * stride_dyq
-        dy_ptrs = dy_ptr + (offs_m * stride_dyk)[:, None] + dy_cols[None, :]
-        dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-        h = p * STRIDE_H - PAD_H
-        w = q * STRIDE_W - PAD_W
-        x_rows = n * stride_xn + h * stride_xh + w * stride_xw
-        x_mask = mask_k[:, None] & mask_n[None, :]  # [BLOCK_K, BLOCK_N]
-        if PAD_H > 0:
-            tap_h = h[:, None] + (r * DIL_H)[None, :]
-            x_mask &= (tap_h >= 0) & (tap_h < H)
-        if PAD_W > 0:
-            tap_w = w[:, None] + (s * DIL_W)[None, :]
-            x_mask &= (tap_w >= 0) & (tap_w < W)
-        x = tl.load(x_ptr + x_rows[:, None] + x_cols[None, :], mask=x_mask, other=0.0)
-        acc = tl.dot(dy, x, acc, input_precision=PRECISION)
-
-    dw_ptr += tl.program_id(2).to(tl.int64) * SIZE
-    dw_cols = r * stride_wr + s * stride_ws + c * stride_wc
-    dw_ptrs = dw_ptr + ((group * K + offs_m) * stride_wk)[:, None] + dw_cols[None, :]
-    mask = mask_m[:, None] & mask_n[None, :]
-    tl.store(dw_ptrs, acc.to(dw_ptr.dtype.element_ty), mask=mask)
-
-
 def _inverse(dilation: int, stride: int) -> tuple[int, int]:
     """Return g = gcd and the inverse of dilation/g modulo stride/g (0 where that is 1)."""
     g = math.gcd(dilation, stride)
@@ -235,7 +157,7 @@ def conv2d_input_grad(
     (N, _, H, W), (_, C, R, S), (_, K, P, Q) = input_size, weight.shape, dy.shape
     K //= groups
     M = N * cdiv(H, stride[0]) * cdiv(W, stride[1])  # pixels of the largest class
-    tile = choose_tile("conv2d_input_grad", dy.dtype, INPUT_DEFAULT, M=M, N=C, K=K)
+    tile = choose_tile("conv2d_input_grad", dy.dtype, DEFAULT, M=M, N=C, K=K)
     blocks = cdiv(M, tile["BLOCK_M"]) * cdiv(C, tile["BLOCK_N"])
     (gcd_h, inv_h), (gcd_w, inv_w) = (_inverse(d, s) for d, s in zip(dilation, stride, strict=True))
     launch(
@@ -251,42 +173,3 @@ def conv2d_input_grad(
 @conv2d_input_grad.register_fake
 def _(dy, weight, input_size, stride, padding, dilation, groups):
     return empty_channels_last(input_size, dy)
-
-
-@torch.library.custom_op("tilelab::conv2d_weight_grad", mutates_args=())
-def conv2d_weight_grad(
-    x: torch.Tensor,
-    dy: torch.Tensor,
-    weight: torch.Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> torch.Tensor:
-    """The gradient of conv2d's weight [K, C/groups, R, S]; it lies in memory as weight does."""
-    dweight = torch.empty_like(weight)
-    (N, _, H, W), (_, C, R, S), (_, K, P, Q) = x.shape, weight.shape, dy.shape
-    K //= groups
-    M = N * P * Q
-    tile = choose_tile("conv2d_weight_grad", x.dtype, WEIGHT_DEFAULT, K=M, M=K, N=R * S * C)
-    blocks = cdiv(K, tile["BLOCK_M"]) * cdiv(R * S * C, tile["BLOCK_N"])
-    steps = cdiv(M, tile["BLOCK_K"])
-    chunk, parts = into_chunks(M, tile["BLOCK_K"], splits(blocks * groups, steps))
-    size = dweight.numel()
-    partials = dweight
-    if parts > 1:
-        partials = torch.empty(parts, size, dtype=torch.float32, device=x.device)
-    launch(
-        conv2d_weight_grad_kernel, (blocks, groups, parts),
-        x, dy, partials, N, C, H, W, K, P, Q, chunk, size,
-        *x.stride(), *dy.stride(), *dweight.stride(), R, S, *stride, *padding, *dilation,
-        PRECISION=dot_precision(x.dtype, torch.backends.cudnn.conv), **tile,
-    )  # fmt: skip
-    if parts > 1:
-        sum_partials(partials, dweight)
-    return dweight
-
-
-@conv2d_weight_grad.register_fake
-def _(x, dy, weight, stride, padding, dilation, groups):
-    return torch.empty_like(weight)

@@ -1,0 +1,141 @@
+"""The convolution's gradient with respect to its weight: a small result of a very long sum.
+
+    forward           y[n,k,p,q] = sum over c,r,s of x[n,c,h,w] * weight[k,c,r,s]
+                      with h = p*stride - pad + r*dil, and w alike
+    weight gradient   dweight[k,c,r,s] = sum over n,p,q of dy[n,k,p,q] * x[n,c,h,w]
+
+    as a matmul       [K, NPQ] x [NPQ, RSC]    the sum runs over all pixels of the batch
+
+Its result is small (K x RSC) and its sum is long (NPQ, millions), so the sum is split among
+programs. Each writes its partial result to a row of its own, and a second kernel adds the rows in
+order. Atomics would save that kernel and make the last bits depend on who came first.
+
+FLOPs: 2*N*P*Q*K*C*R*S, as for the forward. What limits it: as there, tensor cores; it reads x
+shifted by each tap, R*S times out of the cache, and needs enough splits to fill the GPU.
+
+Read first: conv2d.py.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels._launch import cdiv, choose_tile, dot_precision, into_chunks, launch, splits
+from kernels._rows import sum_partials
+
+TILES = [
+    # the default: with few channels, addresses and masks take the registers
+    dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=8, num_stages=3),
+    # float32, as in conv2d.py
+    dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=8, num_stages=3),
+    # more reuse
+    dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=3),
+    # 64 deep: fewer, longer steps
+    dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
+    # wide layers on Hopper
+    dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=8, num_stages=3),
+    # small layers: more programs
+    dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=4),
+]
+DEFAULT = {2: TILES[0], 4: TILES[1]}
+
+
+@triton.jit
+def conv2d_weight_grad_kernel(
+    x_ptr, dy_ptr, dw_ptr, N, C, H, W, K, P, Q, CHUNK, SIZE,
+    stride_xn, stride_xc, stride_xh, stride_xw, stride_dyn, stride_dyk, stride_dyp, stride_dyq,
+    stride_wk, stride_wc, stride_wr, stride_ws,
+    R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program sums CHUNK pixels into BLOCK_M channels k x BLOCK_N of (r, s, c) of dweight.
+
+    dw_ptr is [splits, SIZE], each row laid out as dweight; one row is dweight itself.
+    """
+    blocks_n = tl.cdiv(R * S * C, BLOCK_N)
+    pid_m = tl.program_id(0) // blocks_n
+    pid_n = tl.program_id(0) % blocks_n
+    group = tl.program_id(1).to(tl.int64)
+    x_ptr += group * C * stride_xc
+    dy_ptr += group * K * stride_dyk
+
+    offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # k
+    offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # (r, s, c), c fastest
+    c = offs_n % C
+    s = offs_n // C % S
+    r = offs_n // C // S
+    mask_m = offs_m < K
+    mask_n = offs_n < R * S * C
+    x_cols = r * DIL_H * stride_xh + s * DIL_W * stride_xw + c * stride_xc
+    first = tl.program_id(2).to(tl.int64) * CHUNK
+    last = tl.minimum(first + CHUNK, tl.cast(N, tl.int64) * P * Q)
+
+    acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
+    for pixel in range(first, last, BLOCK_K):
+        offs_k = pixel + tl.arange(0, BLOCK_K).to(tl.int64)
+        mask_k = offs_k < last
+        q = offs_k % Q
+        p = offs_k // Q % P
+        n = offs_k // Q // P
+        dy_cols = n * stride_dyn + p * stride_dyp + q * stride_dyq
+        dy_ptrs = dy_ptr + (offs_m * stride_dyk)[:, None] + dy_cols[None, :]
+        dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        h = p * STRIDE_H - PAD_H
+        w = q * STRIDE_W - PAD_W
+        x_rows = n * stride_xn + h * stride_xh + w * stride_xw
+        x_mask = mask_k[:, None] & mask_n[None, :]  # [BLOCK_K, BLOCK_N]
+        if PAD_H > 0:
+            tap_h = h[:, None] + (r * DIL_H)[None, :]
+            x_mask &= (tap_h >= 0) & (tap_h < H)
+        if PAD_W > 0:
+            tap_w = w[:, None] + (s * DIL_W)[None, :]
+            x_mask &= (tap_w >= 0) & (tap_w < W)
+        x = tl.load(x_ptr + x_rows[:, None] + x_cols[None, :], mask=x_mask, other=0.0)
+        acc = tl.dot(dy, x, acc, input_precision=PRECISION)
+
+    dw_ptr += tl.program_id(2).to(tl.int64) * SIZE
+    dw_cols = r * stride_wr + s * stride_ws + c * stride_wc
+    dw_ptrs = dw_ptr + ((group * K + offs_m) * stride_wk)[:, None] + dw_cols[None, :]
+    mask = mask_m[:, None] & mask_n[None, :]
+    tl.store(dw_ptrs, acc.to(dw_ptr.dtype.element_ty), mask=mask)
+
+
+@torch.library.custom_op("tilelab::conv2d_weight_grad", mutates_args=())
+def conv2d_weight_grad(
+    x: torch.Tensor,
+    dy: torch.Tensor,
+    weight: torch.Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> torch.Tensor:
+    """The gradient of conv2d's weight [K, C/groups, R, S]; it lies in memory as weight does."""
+    dweight = torch.empty_like(weight)
+    (N, _, H, W), (_, C, R, S), (_, K, P, Q) = x.shape, weight.shape, dy.shape
+    K //= groups
+    M = N * P * Q
+    tile = choose_tile("conv2d_weight_grad", x.dtype, DEFAULT, K=M, M=K, N=R * S * C)
+    blocks = cdiv(K, tile["BLOCK_M"]) * cdiv(R * S * C, tile["BLOCK_N"])
+    steps = cdiv(M, tile["BLOCK_K"])
+    chunk, parts = into_chunks(M, tile["BLOCK_K"], splits(blocks * groups, steps))
+    size = dweight.numel()
+    partials = dweight
+    if parts > 1:
+        partials = torch.empty(parts, size, dtype=torch.float32, device=x.device)
+    launch(
+        conv2d_weight_grad_kernel, (blocks, groups, parts),
+        x, dy, partials, N, C, H, W, K, P, Q, chunk, size,
+        *x.stride(), *dy.stride(), *dweight.stride(), R, S, *stride, *padding, *dilation,
+        PRECISION=dot_precision(x.dtype, torch.backends.cudnn.conv), **tile,
+    )  # fmt: skip
+    if parts > 1:
+        sum_partials(partials, dweight)
+    return dweight
+
+
+@conv2d_weight_grad.register_fake
+def _(x, dy, weight, stride, padding, dilation, groups):
+    return torch.empty_like(weight)
