@@ -32,8 +32,8 @@ as it is loaded:
 Memory-bound for small C and K: e(|x| + |y|) + |y| bytes forward, against e(|x| + 4|z| + |y|) of
 three kernels, with |z| = 4|y|.
 
-Read first: conv2d.py, conv2d_weight_grad.py. Source: the fusion is the one every inference engine does;
-keeping the place as a byte instead of z is what makes it pay in training.
+Read first: conv2d.py, conv2d_weight_grad.py. Source: the fusion is the one every inference engine
+does; keeping the place as a byte instead of z is what makes it pay in training.
 """
 
 import torch
