@@ -35,6 +35,7 @@ import triton.language as tl
 
 from kernels._geometry import empty_channels_last
 from kernels._launch import cdiv, choose_tile, dot_precision, launch
+from kernels.bias_relu import bias_relu_backward
 
 TILES = [
     # the default, as in conv2d.py
@@ -173,3 +174,23 @@ def conv2d_input_grad(
 @conv2d_input_grad.register_fake
 def _(dy, weight, input_size, stride, padding, dilation, groups):
     return empty_channels_last(input_size, dy)
+
+
+@torch.library.custom_op("tilelab::conv2d_input_grad_relu", mutates_args=())
+def conv2d_input_grad_relu(
+    dy: torch.Tensor,
+    weight: torch.Tensor,
+    x: torch.Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where x is itself act(z + bias) with a ReLU: the gradients of z, as x, and of that bias."""
+    dx = conv2d_input_grad(dy, weight, list(x.shape), stride, padding, dilation, groups)
+    return bias_relu_backward(dx, x)
+
+
+@conv2d_input_grad_relu.register_fake
+def _(dy, weight, x, stride, padding, dilation, groups):
+    return empty_channels_last(x.shape, dy), dy.new_empty(x.shape[1])
