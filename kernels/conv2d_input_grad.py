@@ -1,25 +1,69 @@
-"""The convolution's gradient with respect to its input, by gathering: the forward, backwards.
+"""The convolution's gradient with respect to its input: the forward with its steps turned round.
 
-    forward          y[n,k,p,q] = sum over c,r,s of x[n,c,h,w] * weight[k,c,r,s]
+**One row of pixels.** Three taps a, b, c, padding 1, four pixels:
+
+    y[0] =          b*x[0] + c*x[1]
+    y[1] = a*x[0] + b*x[1] + c*x[2]             tap r reads pixel h = p - pad + r
+    y[2] = a*x[1] + b*x[2] + c*x[3]
+    y[3] = a*x[2] + b*x[3]
+
+If the loss changes by dy[p] for a unit of y[p], it changes for a unit of x[h] by the sum, over all
+p, of dy[p] times what y[p] has of x[h]. For x[1], down its column: c*dy[0] + b*dy[1] + a*dy[2].
+
+    dx[h] = a*dy[h+1] + b*dy[h] + c*dy[h-1]     tap r reads output p = h + pad - r
+
+That is the same convolution, of dy, except that a tap steps back where it stepped forward. It is
+often told as one with the filter reversed; but nothing has to be moved in memory for a minus sign.
+
+**Stride 2.** Now y[p] stands over x[2p], and half of the lines above are missing:
+
+    y[0] =          b*x[0] + c*x[1]             even pixels   dx[2i]   = b*dy[i]
+    y[1] = a*x[1] + b*x[2] + c*x[3]             odd pixels    dx[2i+1] = a*dy[i+1] + c*dy[i]
+
+Two sorts of pixels (phases), and each is a convolution of stride 1, with taps of its own. The other
+way to see it is a dy with zeros between its numbers, and the convolution of stride 1 over that: in
+two dimensions it would multiply by zero three times out of four.
+
+**An image**, in cuDNN's letters:
+
+    forward          y[n,k,p,q]  = sum over c,r,s of x[n,c,h,w] * weight[k,c,r,s]
                      with h = p*stride - pad + r*dil, and w alike
     input gradient   dx[n,c,h,w] = sum over k,r,s of dy[n,k,p,q] * weight[k,c,r,s]
                      where p*stride = h + pad - r*dil has a solution p in 0 .. P-1, and q alike
+    as a matmul      [NHW, RSK] x [RSK, C]      the sum runs over taps and output channels
 
-    as a matmul      [NHW, RSK] x [RSK, C]     the sum runs over taps and output channels
+Each program owns pixels of dx and gathers from the outputs that they went into: no atomics, nothing
+to clear first, one rounding. Of a 3x3 filter with padding 1 and taps numbered 3r + s, which tap
+reads which pixels of dy, for the pixel (h, w) of dx:
 
-Each program owns pixels of dx and asks which outputs they went into: no atomics, nothing to clear
-first, one rounding. With a stride, most taps of a given pixel have no such output:
-p = (h + pad - r*dil) / stride must be whole. That depends on (h + pad) mod stride alone, so the
-pixels are sorted into stride_h x stride_w classes, and a program takes its pixels from one class.
-The taps of class a are then those with r*dil = a (mod stride), and they are found without a search:
+    stride 1: around dy[h, w]      stride 2: from dy[h // 2, w // 2] on, right and down
 
-    g = gcd(dil, stride); none unless g divides a, else
+       8 7 6                          h, w even      h odd      w odd      both odd
+       5 4 3                             4             7         5 3          8 6
+       2 1 0                                           1                      2 0
+
+So at stride 2 a pixel takes 1, 2, 2 or 4 of the nine taps, and no product is spent on the others.
+In general, with g = gcd(dil, stride): pixels sort into stride_h x stride_w classes by
+a = (h + pad) mod stride (and b, of w); class a has no tap unless g divides it, and else
+
     r = (a/g) * (dil/g)^-1  mod stride/g, and every stride/g-th after it
 
-    stride 2, 3x3, padding 1      h + pad even:  taps r = 0, 2       # . #     # both even: 4 taps
-                                  h + pad odd:   tap  r = 1          . + .     + both odd:  1 tap
-                                                                     # . #     . mixed:     2, 2
-    so a pixel takes 4, 2, 2 or 1 of the nine taps, and no product is spent on the others.
+**Check it.** The loss is linear in x, so a step of 1 in a pixel must change it by that pixel's dx:
+
+    >>> import torch
+    >>> from kernels import conv2d
+    >>> weight = torch.tensor([1.0, 10.0, 100.0]).view(1, 1, 1, 3)       # a, b, c
+    >>> dy = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 1, 4)
+    >>> conv2d_input_grad(dy, weight, [1, 1, 1, 4], [1, 1], [0, 1], [1, 1], 1).flatten()
+    tensor([ 12., 123., 234., 340.])
+    >>> def loss(x):
+    ...     return (dy * conv2d(x, weight, padding=(0, 1))).sum()
+    >>> x = torch.randn(1, 1, 1, 4)
+    >>> steps = torch.eye(4).view(4, 1, 1, 1, 4)                         # one pixel each
+    >>> [round((loss(x + step) - loss(x)).item()) for step in steps]
+    [12, 123, 234, 340]
+
+(On a CPU: `python -m pytest --doctest-modules kernels/conv2d_input_grad.py`.)
 
 FLOPs: 2*N*P*Q*K*C*R*S, as for the forward. What limits it: as there, tensor cores.
 

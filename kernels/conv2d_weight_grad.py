@@ -1,19 +1,73 @@
 """The convolution's gradient with respect to its weight: a small result of a very long sum.
 
+**One row of pixels.** Three taps a, b, c, padding 1, four pixels:
+
+    y[0] =          b*x[0] + c*x[1]
+    y[1] = a*x[0] + b*x[1] + c*x[2]             tap r reads pixel h = p - pad + r
+    y[2] = a*x[1] + b*x[2] + c*x[3]
+    y[3] = a*x[2] + b*x[3]
+
+If the loss changes by dy[p] for a unit of y[p], it changes for a unit of a by the sum, over the
+lines that have an a, of dy[p] times what stands beside it:
+
+    da =              dy[1]*x[0] + dy[2]*x[1] + dy[3]*x[2]
+    db = dy[0]*x[0] + dy[1]*x[1] + dy[2]*x[2] + dy[3]*x[3]
+    dc = dy[0]*x[1] + dy[1]*x[2] + dy[2]*x[3]
+
+    dweight[r] = sum over p of dy[p] * x[p - pad + r]
+
+Two rows laid one over the other, shifted by the tap, multiplied where they overlap, and summed:
+
+    tap a, r = 0          tap b, r = 1          tap c, r = 2
+    dy    0 1 2 3         dy  0 1 2 3           dy  0 1 2 3
+    x   . 0 1 2 3         x   0 1 2 3           x   1 2 3 .   (and 0 before)
+
+**An image**, in cuDNN's letters:
+
     forward           y[n,k,p,q] = sum over c,r,s of x[n,c,h,w] * weight[k,c,r,s]
                       with h = p*stride - pad + r*dil, and w alike
     weight gradient   dweight[k,c,r,s] = sum over n,p,q of dy[n,k,p,q] * x[n,c,h,w]
+    as a matmul       [K, NPQ] x [NPQ, RSC]     the sum runs over all pixels of the batch
 
-    as a matmul       [K, NPQ] x [NPQ, RSC]    the sum runs over all pixels of the batch
+Which pixels of an image of 4x4 a tap of a 3x3 filter with padding 1 brings together (#), in dy
+above and in x below. Where there is a dot, the other one has padding:
 
-Its result is small (K x RSC) and its sum is long (NPQ, millions), so the sum is split among
+    tap (0, 0)    tap (0, 1)    tap (0, 2)    tap (1, 0)    tap (1, 1)    tap (2, 2)
+     . . . .       . . . .       . . . .       . # # #       # # # #       # # # .
+     . # # #       # # # #       # # # .       . # # #       # # # #       # # # .
+     . # # #       # # # #       # # # .       . # # #       # # # #       # # # .
+     . # # #       # # # #       # # # .       . # # #       # # # #       . . . .
+
+     # # # .       # # # #       . # # #       # # # .       # # # #       . . . .
+     # # # .       # # # #       . # # #       # # # .       # # # #       . # # #
+     # # # .       # # # #       . # # #       # # # .       # # # #       . # # #
+     . . . .       . . . .       . . . .       # # # .       # # # #       . # # #
+
+The result is small (K x RSC) and its sum is long (NPQ, millions), so the sum is split among
 programs. Each writes its partial result to a row of its own, and a second kernel adds the rows in
 order. Atomics would save that kernel and make the last bits depend on who came first.
+
+**Check it.** The loss is linear in the weights too: a step of 1 in one must change it by dweight.
+
+    >>> import torch
+    >>> from kernels import conv2d
+    >>> x = torch.tensor([1.0, 10.0, 100.0, 1000.0]).view(1, 1, 1, 4)
+    >>> dy = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 1, 4)
+    >>> weight = torch.randn(1, 1, 1, 3)
+    >>> conv2d_weight_grad(x, dy, weight, [1, 1], [0, 1], [1, 1], 1).flatten()
+    tensor([ 432., 4321., 3210.])
+    >>> def loss(weight):
+    ...     return (dy * conv2d(x, weight, padding=(0, 1))).sum()
+    >>> steps = torch.eye(3).view(3, 1, 1, 1, 3)                         # one tap each
+    >>> [round((loss(weight + step) - loss(weight)).item()) for step in steps]
+    [432, 4321, 3210]
+
+(On a CPU: `python -m pytest --doctest-modules kernels/conv2d_weight_grad.py`.)
 
 FLOPs: 2*N*P*Q*K*C*R*S, as for the forward. What limits it: as there, tensor cores; it reads x
 shifted by each tap, R*S times out of the cache, and needs enough splits to fill the GPU.
 
-Read first: conv2d.py.
+Read first: conv2d.py, conv2d_input_grad.py.
 """
 
 import torch
