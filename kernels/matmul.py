@@ -22,7 +22,8 @@ n/3 FLOPs a byte in 16-bit, so from n ~ 600 on (an H200 does 206 FLOPs in the ti
 is the tensor cores, if what is loaded is used often enough: a program reads BLOCK_M rows of A and
 BLOCK_N columns of B for BLOCK_M * BLOCK_N results. So large tiles save bandwidth, and they end
 where the accumulator fills the registers (128x256 float32 are half of an SM's 65,536). A small C
-with a long K, as dB of a classifier, is few programs with a long sum each: not what this is for.
+with a long K, as dB of a classifier, would be few programs with a long sum each: there the sum is
+shared out among more of them, and a second kernel adds the parts up, always in the same order.
 
 Program order. Programs start in the order of their index, a wave of them at a time. Row by row, a
 wave would touch one block row of A and all of B. In groups of GROUP_M block rows it touches a
@@ -61,7 +62,9 @@ from kernels._launch import (
     descriptor,
     device_of,
     dot_precision,
+    into_chunks,
     launch,
+    splits,
     tma_rows,
 )
 from kernels.bias_relu import bias_backward, bias_relu_backward
@@ -126,12 +129,17 @@ FAST_TILES = {
 
 @triton.jit
 def matmul_kernel(
-    a_ptr, b_ptr, bias_ptr, c_ptr, M, N, K,
+    a_ptr, b_ptr, bias_ptr, c_ptr, sums_ptr, M, N, K, CHUNK,
     stride_am, stride_ak, stride_bk, stride_bn, stride_bias, stride_cm, stride_cn,
     HAS_BIAS: tl.constexpr, RELU: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, SUMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """One program computes one tile of C = act(A @ B + bias)."""
+    """One program computes one tile of C = act(A @ B + bias).
+
+    With SPLIT, it sums CHUNK of K alone, and c is of partial sums, [parts, M, N]. With SUMS it adds
+    up the rows of A besides, into sums [parts, M].
+    """
     # Which tile: down GROUP_M block rows, then on to the next block column.
     pid = tl.program_id(0)
     blocks_m = tl.cdiv(M, BLOCK_M)
@@ -140,6 +148,15 @@ def matmul_kernel(
     rows = tl.minimum(blocks_m - first_m, GROUP_M)  # the last group may be shorter
     pid_m = first_m + pid % (GROUP_M * blocks_n) % rows
     pid_n = pid % (GROUP_M * blocks_n) // rows
+
+    if SPLIT:
+        part = tl.program_id(1).to(tl.int64)
+        a_ptr += part * CHUNK * stride_ak
+        b_ptr += part * CHUNK * stride_bk
+        c_ptr += part * M * N
+        if SUMS:
+            sums_ptr += part * M
+        K = tl.minimum(K - part * CHUNK, CHUNK)
 
     # int64 before any product with a stride: an offset may pass 2^31 elements.
     offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -154,6 +171,7 @@ def matmul_kernel(
     step_b = BLOCK_K * tl.cast(stride_bk, tl.int64)
 
     acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
+    sums = tl.full((BLOCK_M,), 0.0, tl.float32)
     for k in range(0, K, BLOCK_K):
         if EVEN_K:
             a = tl.load(a_ptrs)  # [BLOCK_M, BLOCK_K]
@@ -162,6 +180,8 @@ def matmul_kernel(
             a = tl.load(a_ptrs, mask=(offs_k < K - k)[None, :], other=0.0)
             b = tl.load(b_ptrs, mask=(offs_k < K - k)[:, None], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        if SUMS:
+            sums += tl.sum(a.to(tl.float32), axis=1)
         a_ptrs += step_a
         b_ptrs += step_b
 
@@ -174,6 +194,9 @@ def matmul_kernel(
         acc = tl.where(acc < 0, 0.0, acc)
     c_ptrs = c_ptr + (offs_m * stride_cm)[:, None] + (offs_n * stride_cn)[None, :]
     tl.store(c_ptrs, acc.to(c_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & mask_n[None, :])
+    if SUMS:
+        if pid_n == 0:  # all block columns have the same
+            tl.store(sums_ptr + offs_m, sums.to(sums_ptr.dtype.element_ty), mask=offs_m < M)
 
 
 # --- The fast kernel ------------------------------------------------------------------------------
@@ -301,13 +324,14 @@ def matmul_tma_kernel(
 
 @triton.jit
 def matmul_reduce_kernel(
-    partials_ptr, bias_ptr, c_ptr, M, N, rows, stride_bias,
-    SPLIT_K: tl.constexpr, HAS_BIAS: tl.constexpr, RELU: tl.constexpr,
+    partials_ptr, bias_ptr, c_ptr, row_partials_ptr, sums_ptr, M, N, rows, stride_bias,
+    SPLIT_K: tl.constexpr, HAS_BIAS: tl.constexpr, RELU: tl.constexpr, SUMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program computes one tile of C = act(sum of partials + bias), always in the same order.
 
-    partials [SPLIT_K, rows, N], rows >= M, and C [M, N] are row-major.
+    partials [SPLIT_K, rows, N], rows >= M, and C [M, N] are row-major. With SUMS, sums [M] is the
+    sum of row_partials [SPLIT_K, M] besides.
     """
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -324,6 +348,13 @@ def matmul_reduce_kernel(
     if RELU:
         acc = tl.where(acc < 0, 0.0, acc)
     tl.store(c_ptr + offs, acc.to(c_ptr.dtype.element_ty), mask=mask)
+    if SUMS:
+        if tl.program_id(1) == 0:
+            sums = tl.full((BLOCK_M,), 0.0, tl.float32)
+            for part in tl.range(SPLIT_K, loop_unroll_factor=8):
+                part_ptr = row_partials_ptr + part * M.to(tl.int64)
+                sums += tl.load(part_ptr + offs_m, mask=offs_m < M, other=0.0)
+            tl.store(sums_ptr + offs_m, sums.to(sums_ptr.dtype.element_ty), mask=offs_m < M)
 
 
 # --- Which kernel, which tile ---------------------------------------------------------------------
@@ -431,24 +462,33 @@ def _matmul_tma(operands, bias, activation, c, tile, precision):
         reduce_parts(out, bias, activation, c, M, N, rows, split)
 
 
-def reduce_parts(partials, bias, activation, c, M, N, rows, parts):
-    """Launch c = act(sum of partials + bias): partials [parts, rows, N], c [M, N] in its memory."""
+def reduce_parts(partials, bias, activation, c, M, N, rows, parts, row_partials=None, sums=None):
+    """Launch c = act(sum of partials + bias): partials [parts, rows, N], c [M, N] in its memory.
+
+    And, if given, sums [M] of row_partials [parts, M].
+    """
     tile = choose_tile("matmul_reduce", c.dtype, {c.itemsize: REDUCE_TILE}, M=M, N=N)
     launch(
         matmul_reduce_kernel, (cdiv(M, tile["BLOCK_M"]), cdiv(N, tile["BLOCK_N"])),
-        partials, bias, c, M, N, rows, 0 if bias is None else bias.stride(0),
-        SPLIT_K=parts, HAS_BIAS=bias is not None, RELU=activation == "relu", **tile,
+        partials, bias, c, row_partials, sums, M, N, rows, 0 if bias is None else bias.stride(0),
+        SPLIT_K=parts, HAS_BIAS=bias is not None, RELU=activation == "relu",
+        SUMS=sums is not None, **tile,
     )  # fmt: skip
 
 
-def matmul_into(c, a, b, bias, activation, precision):
+# Of as few results the portable kernel shares out a sum of as many steps.
+SMALL, LONG = 2**15, 32
+
+
+def matmul_into(c, a, b, bias, activation, precision, sums=None):
     """Launch c = act(a @ b + bias) for a row-major c [M, N], by the kernel that suits the operands.
 
-    A convolution with a filter of one pixel is this too, and has a precision of its own.
+    A convolution with a filter of one pixel is this too, and has a precision of its own. With
+    `sums` [M], the portable kernel adds up the rows of `a` in the same pass.
     """
     (M, K), N = a.shape, b.shape[1]
     device, default, kernels = device_of(a), DEFAULT, ("pointer",)
-    operands = _operands(a, b, precision) if len(device.kernels) > 1 else None
+    operands = _operands(a, b, precision) if len(device.kernels) > 1 and sums is None else None
     if operands is not None:
         # Without a loop along K there is nothing to specialise, and the compiler fails.
         kernels = device.kernels if K > 1 else device.kernels[:2]
@@ -458,13 +498,25 @@ def matmul_into(c, a, b, bias, activation, precision):
     if "kernel" in tile:
         _matmul_tma(operands, bias, activation, c, tile, precision)
         return
+    tiles = cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"])
+    steps = cdiv(K, tile["BLOCK_K"])
+    chunk, parts, out, out_sums = K, 1, c, sums
+    if M * N <= SMALL and steps >= LONG:
+        chunk, parts = into_chunks(K, tile["BLOCK_K"], splits(tiles, steps))
+    if parts > 1:
+        out = torch.empty(parts * M, N, dtype=torch.float32, device=c.device)
+        if sums is not None:
+            out_sums = torch.empty(parts, M, dtype=torch.float32, device=c.device)
+    ends = dict(HAS_BIAS=bias is not None, RELU=activation == "relu")
     launch(
-        matmul_kernel, (cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"]),),
-        a, b, bias, c, M, N, K,
-        *a.stride(), *b.stride(), 0 if bias is None else bias.stride(0), *c.stride(),
-        HAS_BIAS=bias is not None, RELU=activation == "relu", EVEN_K=K % tile["BLOCK_K"] == 0,
-        PRECISION=precision, **tile,
+        matmul_kernel, (tiles, parts) if parts > 1 else (tiles,),
+        a, b, bias, out, out_sums, M, N, K, chunk,
+        *a.stride(), *b.stride(), 0 if bias is None else bias.stride(0), *out.stride(),
+        **(dict.fromkeys(ends, False) if parts > 1 else ends), EVEN_K=K % tile["BLOCK_K"] == 0,
+        PRECISION=precision, SPLIT=parts > 1, SUMS=sums is not None, **tile,
     )  # fmt: skip
+    if parts > 1:
+        reduce_parts(out, bias, activation, c, M, N, M, parts, out_sums, sums)
 
 
 @torch.library.custom_op("tilelab::matmul", mutates_args=())
@@ -479,6 +531,21 @@ def _matmul(
 @_matmul.register_fake
 def _(a, b, bias, activation):
     return a.new_empty(a.shape[0], b.shape[1])
+
+
+@torch.library.custom_op("tilelab::matmul_weight_bias_grad", mutates_args=())
+def _weight_bias_grad(a: torch.Tensor, dc: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dB^T [N, K], dbias [N]) of C = A @ B + bias, in one pass over dC: its rows are both sums."""
+    db = torch.empty(dc.shape[1], a.shape[1], dtype=a.dtype, device=a.device)
+    dbias = torch.empty(dc.shape[1], dtype=a.dtype, device=a.device)
+    precision = dot_precision(a.dtype, torch.backends.cuda.matmul)
+    matmul_into(db, dc.t(), a, None, None, precision, sums=dbias)
+    return db, dbias
+
+
+@_weight_bias_grad.register_fake
+def _(a, dc):
+    return a.new_empty(dc.shape[1], a.shape[1]), a.new_empty(dc.shape[1])
 
 
 def _setup_context(ctx, inputs, output):
@@ -498,11 +565,14 @@ def _backward(ctx, dc):
     da = db = dbias = None
     if c is not None:  # through the ReLU, and the bias gradient in the same pass
         dc, dbias = bias_relu_backward(dc, c)
+    elif ctx.needs_input_grad[1:3] == (True, True) and b.numel() <= SMALL and b.stride(0) == 1:
+        db, dbias = _weight_bias_grad(a, dc)  # a classifier's, in one pass
+        db = db.t()
     elif ctx.needs_input_grad[2]:
         dbias = bias_backward(dc)
     if ctx.needs_input_grad[0]:
         da = _product_like(a, dc, b.t())
-    if ctx.needs_input_grad[1]:
+    if ctx.needs_input_grad[1] and db is None:
         db = _product_like(b, a.t(), dc)
     return da, db, dbias if ctx.needs_input_grad[2] else None, None
 

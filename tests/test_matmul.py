@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kernels import matmul
-from kernels._launch import use_tile
+from kernels._launch import launch, use_tile
 from kernels.matmul import TILES, reference
 from tests.inputs import DEVICE, DTYPES, INTERPRET, double, gradients, laid_out, randn
 from tests.poison import poison
@@ -311,6 +311,50 @@ def test_no_tile_reads_or_writes_out_of_bounds(tile):
     M, N, K = (tile[f"BLOCK_{d}"] + 1 for d in "MNK")
     with use_tile("matmul", tile), poison() as p:
         matmul(p(randn(M, K)), p(randn(K, N, seed=1)), p(randn(N, seed=2)), "relu")
+
+
+# --- a small result of a long sum ---------------------------------------------------------------
+
+module = importlib.import_module("kernels.matmul")
+
+
+@pytest.fixture(params=[2, 5])
+def shared_out(request, monkeypatch):
+    """The portable kernel's sums are in so many parts, where they have 32 steps or more."""
+    monkeypatch.setattr(module, "splits", lambda tiles, steps: request.param)
+    with use_tile("matmul", dict(BLOCK_M=16, BLOCK_N=32, BLOCK_K=16, GROUP_M=8, num_warps=4,
+                                 num_stages=2)):  # fmt: skip
+        yield request.param
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("K", [512, 530])
+@pytest.mark.parametrize("bias, activation", [(None, None), ("contiguous", "relu")])
+def test_a_sum_in_parts(K, bias, activation, dtype, shared_out):
+    """Over K in the forward, over M in the gradient of B: each is long here."""
+    check(11, 35, K, dtype, bias=bias, activation=activation)
+    check(K, 35, 11, dtype, bias=bias, activation=activation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("M", [9, 512, 530])
+def test_a_classifier_s_weight_and_bias_gradients_in_one_pass(M, dtype, shared_out):
+    """Of a linear layer's weight, [N, K] in memory: dB and dbias of one launch, or of two."""
+    a, weight = randn(M, 70, dtype=dtype), randn(10, 70, dtype=dtype, seed=1)
+    bias, dy = randn(10, dtype=dtype, seed=2), randn(M, 10, dtype=dtype, seed=3)
+    c = matmul(a, weight.requires_grad_().t(), bias.requires_grad_())
+    with poison() as p:
+        dy = p(dy)
+        names = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "launch", lambda kernel, *args, **meta: (
+                names.append(kernel.__name__), launch(kernel, *args, **meta)))  # fmt: skip
+            dweight, dbias = torch.autograd.grad(c, [weight, bias], dy)
+    assert names == ["matmul_kernel", "matmul_reduce_kernel"][: 1 + (M > 500)]
+    want = double(dy).t() @ double(a)
+    assert_close(dweight, want, dtype=dtype, terms=M, name="dweight")
+    assert_close(dbias, double(dy).sum(0), dtype=dtype, terms=M, name="dbias")
+    assert dweight.stride() == weight.stride()
 
 
 # --- anything else ------------------------------------------------------------------------------
