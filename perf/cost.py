@@ -36,6 +36,7 @@ bytes, so that TFLOP/s and GB/s compare as times do, and the share of a GPU's pe
     sgd                step            4 n               5 n e, read p g m, write p m
     adamw              step            14 n              7 n e, read p g m v, write p m v
     train_step         step            see `train_step_flops`
+    conv_stack         step            see `_stack_layers`
 
 What is left out is small beside the rest: the classes and losses of a cross-entropy (a few bytes a
 row), the bias and its gradient in bias_relu, the scales of scaled_matmul, whose results are
@@ -56,8 +57,10 @@ conv2d_im2col has conv2d's minimum. The matrix that it writes and reads, 2 N P Q
 is its own choice; a row's "moved" has it.
 """
 
+import itertools
+
 from perf.errors import PerfError
-from perf.shapes import demo, shapes
+from perf.shapes import Conv, Pool, demo, shapes, sizes_of, vgg16
 
 MODES = {
     **dict.fromkeys(
@@ -70,7 +73,7 @@ MODES = {
     "scaled_matmul": ("fwd",),
     "im2col": ("fwd",),
     "col2im": ("fwd",),
-    **dict.fromkeys(("sgd", "adamw", "train_step"), ("step",)),
+    **dict.fromkeys(("sgd", "adamw", "train_step", "conv_stack"), ("step",)),
 }
 # An element's FLOPs. softmax: take the maximum, subtract it, exp, sum, divide; back: multiply, sum,
 # subtract, multiply. cross_entropy: maximum, subtract, exp, sum, and the mean that label smoothing
@@ -106,6 +109,8 @@ def flops(op: str, mode: str, shape: dict[str, int]) -> int:
         return 2 * shape["M"] * shape["N"] * shape["K"]
     if op == "train_step":
         return train_step_flops(shape["N"])
+    if op == "conv_stack":
+        return sum(flops(*work) for work in _stack_layers(shape))
     P, Q = output_size(shape)
     if op == "im2col":
         return 0
@@ -142,6 +147,9 @@ def minimum_bytes(op: str, mode: str, shape: dict[str, int], itemsize: int) -> i
         return itemsize * (shape["M"] + shape["N"]) * shape["K"] + 2 * shape["M"] * shape["N"]
     if op == "train_step":
         return train_step_bytes(shape["N"], itemsize)
+    if op == "conv_stack":
+        work = _stack_layers(shape)
+        return sum(minimum_bytes(*w, itemsize) for w in work) + sum(map(_places, work))
     return _window_bytes(op, mode, shape, itemsize)
 
 
@@ -175,6 +183,34 @@ def train_step_bytes(N: int, itemsize: int) -> int:
                 P, Q = output_size(sizes)
                 total += sizes["N"] * sizes["K"] * (P // 2) * (Q // 2)
     return total
+
+
+def _stack_layers(shape: dict[str, int]) -> list[tuple[str, str, dict[str, int]]]:
+    """Return what VGG16's convolutions compute, forward and backward: operator, mode, sizes.
+
+    Each layer forward with bias, ReLU and, where one follows, its pool; its weight gradient; and
+    its input gradient, but for the first. The ReLU's own gradient is none of them: whoever computes
+    dx has what to mask it with (conv2d_stack.py).
+    """
+    layers = vgg16(shape["H"], shape["width"]).layers
+    work = []
+    for layer, following in itertools.pairwise(layers):
+        if isinstance(layer, Conv):
+            op = "conv2d_relu_pool" if isinstance(following, Pool) else "conv2d_bias_relu"
+            sizes = sizes_of("conv2d", layer, following, shape["N"])
+            grad = op if op == "conv2d_relu_pool" else "conv2d"
+            modes = ("dgrad", "wgrad") if work else ("wgrad",)
+            work += [(op, "fwd", sizes), *((grad, mode, sizes) for mode in modes)]
+    return work
+
+
+def _places(work: tuple[str, str, dict[str, int]]) -> int:
+    """Return the bytes of the places that a pool writes in training."""
+    op, mode, sizes = work
+    if (op, mode) != ("conv2d_relu_pool", "fwd"):
+        return 0
+    P, Q = output_size(sizes)
+    return sizes["N"] * sizes["K"] * (P // 2) * (Q // 2)
 
 
 def output_size(shape: dict[str, int]) -> tuple[int, int]:

@@ -279,25 +279,78 @@ def compile_job(w: Workload, tile: dict | None, target: str) -> dict:
 
 
 def work_of_boxes(launch: _launch.Launch) -> dict[str, int]:
-    """What a convolution whose tiles are boxes of pixels computes: whole tiles, and all it adds.
+    """What a convolution computes that loads by TMA: whole tiles, and all that they add.
 
     Packed channels, block-diagonal groups, the border of the last boxes: all of that is in what the
-    launch is given, by these names: N, P, Q and K of the result, SPAN channels of a filter, R, S
-    taps, and TILE_N x TILE_P x TILE_Q pixels in a box.
+    launch is given. So is what a weight gradient leaves out, taps in the padding.
 
     Returns:
         "units", how many tiles and parts of them there are, and "computed_flops"; {} if it is no
         such launch.
     """
     given = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.meta
-    if not {"TILE_N", "TILE_P", "TILE_Q", "BLOCK_N", "BLOCK_K"} <= given.keys():
+    work = _TILES_AND_STEPS.get(launch.kernel.__name__)
+    if work is None:
         return {}
-    boxes = math.prod(_launch.cdiv(given[k], given[f"TILE_{k}"]) for k in "NPQ")
+    tiles, steps, parts, pixels = work(given)
+    step = 2 * pixels * given["BLOCK_N"] * given["BLOCK_K"]
+    return {"units": tiles * parts, "computed_flops": steps * step}
+
+
+def _boxes(given: dict, extents: str, tiles: str) -> tuple[int, int]:
+    """How many boxes cover the pixels, and the pixels of one."""
+    sizes = [given[f"TILE_{x}"] for x in tiles.split()]
+    return (
+        math.prod(_launch.cdiv(given[x], n) for x, n in zip(extents.split(), sizes, strict=True)),
+        math.prod(sizes),
+    )
+
+
+def _forward_work(given: dict) -> tuple[int, int, int, int]:
+    boxes, pixels = _boxes(given, "N P Q", "N P Q")
     tiles = boxes * _launch.cdiv(given["K"], given["BLOCK_N"])
     steps = given["R"] * given["S"] * _launch.cdiv(given["SPAN"], given["BLOCK_K"])
-    pixels = math.prod(given[f"TILE_{k}"] for k in "NPQ")
-    step = 2 * pixels * given["BLOCK_N"] * given["BLOCK_K"]
-    return {"units": tiles * given["SPLIT_K"], "computed_flops": tiles * steps * step}
+    return tiles, tiles * steps, given["SPLIT_K"], pixels
+
+
+def _input_grad_work(given: dict) -> tuple[int, int, int, int]:
+    """Of the classes of pixels each has taps of its own, and all together have each tap once."""
+    boxes, pixels = _boxes(given, "N ROWS COLUMNS", "N H W")
+    tiles = boxes * _launch.cdiv(given["C"], given["BLOCK_N"])
+    steps = given["R"] * given["S"] * _launch.cdiv(given["K"], given["BLOCK_K"])
+    classes = given["STRIDE_H"] * given["STRIDE_W"]
+    return tiles * classes, tiles * steps, given["SPLIT_K"], pixels
+
+
+def _weight_grad_work(given: dict) -> tuple[int, int, int, int]:
+    """A step is BLOCK_K images at one pixel, of those where the tap is inside."""
+    rows, taps_w = given["ROWS"], given["S"]
+    blocks = _launch.cdiv(given["K"], given["BLOCK_M"])
+    blocks *= _launch.cdiv(given["SPAN"], given["BOX_C"])
+    if given["WINDOWS"]:  # a tile has several rows of taps, and all their pixels are inside
+        rows = _launch.cdiv(rows, given["BLOCK_N"] // given["BOX_C"])
+        pixels = rows * given["P"] * given["Q"]
+    else:
+        high, wide = (
+            sum(
+                conv2d_weight_grad.pixels_inside(
+                    tap * given[f"DIL_{x}"] - given[f"PAD_{x}"], given[x], given[outputs],
+                    given[f"STRIDE_{x}"],
+                )
+                for tap in range(taps)
+            )
+            for x, outputs, taps in (("H", "P", rows // taps_w), ("W", "Q", taps_w))
+        )  # fmt: skip
+        pixels = high * wide
+    steps = blocks * pixels * _launch.cdiv(given["N"], given["BLOCK_K"])
+    return rows * blocks, steps, given["PARTS"], given["BLOCK_M"]
+
+
+_TILES_AND_STEPS = {  # of a kernel's launch: tiles, steps of all of them, parts of one, its rows
+    "conv2d_tma_kernel": _forward_work,
+    "conv2d_input_grad_tma_kernel": _input_grad_work,
+    "conv2d_weight_grad_tma_kernel": _weight_grad_work,
+}
 
 
 def annotated_loop(w: Workload, tile: dict | None, target: str) -> list[tuple[str, int, str]]:
@@ -410,7 +463,7 @@ FILES = {  # of operators that are not called as their lesson is
 def _source_hash(op: str) -> str:
     folder = pathlib.Path(kernels.__file__).parent
     modules = {m.name for m in pkgutil.iter_modules([str(folder)])}
-    todo = sorted(modules) if op == "train_step" else [FILES.get(op, op)]
+    todo = sorted(modules) if op in workloads.WHOLE else [FILES.get(op, op)]
     seen: dict[str, str] = {}
     while todo:
         name = todo.pop()
@@ -420,7 +473,7 @@ def _source_hash(op: str) -> str:
         for node in ast.walk(ast.parse(seen[name])):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kernels."):
                 todo.append(node.module.split(".")[1])
-    if op == "train_step":
+    if op in workloads.WHOLE:
         for path in sorted((folder.parent / "nets").glob("*.py")):
             seen[f"nets.{path.stem}"] = path.read_text()
     text = "\0".join(f"{name}\0{seen[name]}" for name in sorted(seen))

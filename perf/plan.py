@@ -40,6 +40,7 @@ DEFAULT_SHAPES = {
     "sgd": "resnet50",
     "adamw": "resnet50",
     "train_step": "demo",
+    "conv_stack": "vgg16@32",
 }
 
 

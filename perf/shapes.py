@@ -57,6 +57,7 @@ KEYS = {
     "sgd": ("tensors", "elements"),
     "adamw": ("tensors", "elements"),
     "train_step": ("N",),
+    "conv_stack": ("N", "H", "width"),
 }
 # What a range expression need not give: a number, or the key whose value it takes.
 _DEFAULTS = {
@@ -69,6 +70,7 @@ _DEFAULTS = {
     "max_pool2d": {"W": "H", "stride": "R", "padding": 0},
     "sgd": {"tensors": 1},
     "adamw": {"tensors": 1},
+    "conv_stack": {"H": 224, "width": 64},
 }
 
 
@@ -228,20 +230,20 @@ def stems() -> Network:
                     for make in (resnet50, alexnet, vgg16)])  # fmt: skip
 
 
-def vgg16() -> Network:
-    """VGG-16 (Simonyan and Zisserman, 2014), configuration D."""
+def vgg16(H: int = 224, width: int = 64) -> Network:
+    """VGG-16 (Simonyan and Zisserman, 2014), configuration D; images of H x H, or wider or not."""
     layers: list[Conv | Pool | Linear] = []
-    C, H, place = 3, 224, 0
-    for width, convolutions in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+    C, place = 3, 0
+    for wider, convolutions in ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3)):
         for _ in range(convolutions):
-            layers.append(Conv(f"features.{place}", C, H, width, 3, padding=1))
-            C, place = width, place + 2  # a ReLU is between
+            layers.append(Conv(f"features.{place}", C, H, wider * width, 3, padding=1))
+            C, place = wider * width, place + 2  # a ReLU is between
         layers.append(Pool(f"features.{place}", C, H, 2, 2))
         H, place = H // 2, place + 1
     layers += [
-        Linear("classifier.0", 512 * 7 * 7, 4096),
-        Linear("classifier.3", 4096, 4096),
-        Linear("classifier.6", 4096, 1000),
+        Linear("classifier.0", C * H * H, 64 * width),
+        Linear("classifier.3", 64 * width, 64 * width),
+        Linear("classifier.6", 64 * width, 1000),
     ]
     return _network(layers)
 
@@ -288,9 +290,12 @@ def _of_network(op: str, name: str, network: Network, batch: int) -> list[Shape]
         return [Shape(f"{name} parameters", sizes)]
     if op == "train_step":
         return [Shape(f"{name} n{batch}", {"N": batch})] if name == "demo" else []
+    if op == "conv_stack":
+        sizes = {"N": batch, **_DEFAULTS[op]}
+        return [Shape(f"{name}.features n{batch}", sizes)] if name == "vgg16" else []
     found: dict[tuple, Shape] = {}
     for layer, following in itertools.zip_longest(network.layers, network.layers[1:]):
-        sizes = _of_layer(op, layer, following, batch)
+        sizes = sizes_of(op, layer, following, batch)
         if sizes:
             # How many filters there are is nothing to the columns.
             skip = "K" if op in ("im2col", "col2im") else ""
@@ -301,7 +306,7 @@ def _of_network(op: str, name: str, network: Network, batch: int) -> list[Shape]
     return list(found.values())
 
 
-def _of_layer(op, layer, following, N: int) -> dict[str, int] | None:
+def sizes_of(op, layer, following, N: int) -> dict[str, int] | None:
     """Return the sizes of one layer, if the operator is part of it."""
     if isinstance(layer, Conv):
         _, C, H, K, R, stride, padding, relu, add, groups = layer
@@ -429,6 +434,7 @@ _TINY = {  # sizes that divide nothing, and no two of them alike
     "sgd": [(5, 1031)],
     "adamw": [(5, 1031)],
     "train_step": [(3,)],
+    "conv_stack": [(2, 32, 8)],
     "conv2d_relu_pool": [(2, 5, 11, 13, 7, 3, 3, 1, 1, 1, 1)],
     **dict.fromkeys(
         ("conv2d", "conv2d_bias_relu", "conv2d_im2col", "im2col", "col2im"),
@@ -557,6 +563,8 @@ def _misfit(op: str, sizes: dict[str, int]) -> str | None:
     for key, value in sizes.items():
         if value < (0 if key == "padding" else 1):
             return f"{key} must be positive, got {value}"
+    if op == "conv_stack" and sizes["H"] < 32:
+        return "five pools leave nothing of an image of less than 32 x 32"
     if "R" not in sizes:
         return None
     R, S, dilation = sizes["R"], sizes.get("S", sizes["R"]), sizes.get("dilation", 1)

@@ -63,7 +63,7 @@ AXES: dict[str, dict[str, tuple[int, ...]]] = {
 }
 # What an operator's other kernels have besides, where the GPU and the operands admit them.
 FAST_AXES = dict(
-    SUBTILES=(1, 2),
+    SUBTILES=(1, 2, 4),
     SPLIT_K=(1, 2, 4, 8, 16, 32, 64, 128),
     PROGRAMS_PER_SM=(0, 1, 2),
 )
@@ -147,12 +147,42 @@ def fast_convolutions(
                 )  # fmt: skip
 
 
+def fast_weight_gradients(sizes: dict[str, int], itemsize: int) -> Iterator[dict]:
+    """Tiles of a weight gradient that sums images by TMA: M filters, N taps and channels, K pixels.
+
+    Args:
+        sizes: M, N and K.
+        itemsize: bytes of an element: the kernel is for two.
+    """
+    shapes = ((128, 256), (128, 128), (64, 256), (64, 128), (128, 64), (64, 64))
+    shapes = [(m, n) for m, n in shapes if m == 64 or m < 2 * sizes["M"]]
+    for (m, n), k, stages in itertools.product(shapes, (64, 32), range(2, 8)):
+        subtiles = {256: 4, 128: 2, 64: 1}[n]
+        stored = m * n // subtiles * 4
+        shared = (m + n) * k * itemsize * stages + stored
+        if itemsize != 2 or shared > SHARED or (m + n) * k * itemsize * stages < SHARED // 4:
+            continue
+        tiles = -(-sizes["M"] // m) * -(-sizes["N"] // n)
+        for parts in FAST_AXES["SPLIT_K"]:
+            # Too few programs, or parts too short to be worth adding up.
+            if parts > 1 and (tiles * parts > 1024 or parts * 8 * k > sizes["K"]):
+                continue
+            for per_sm in (1, 2) if 2 * shared <= SHARED and m * n <= 128 * 128 else (1,):
+                yield dict(
+                    kernel="tma", BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, SPLIT_K=parts,
+                    SUBTILES=subtiles, PROGRAMS_PER_SM=per_sm, num_warps=m // 16,
+                    num_stages=stages,
+                )  # fmt: skip
+
+
 FAST = {  # by the name that `choose_tile` is asked for; of others, the lesson's fast tiles alone
     "matmul": fast_products,
     "scaled_matmul": fast_products,
     "conv2d": fast_convolutions,
     "conv2d_flat": functools.partial(fast_convolutions, split=False),
     "conv2d_grouped": functools.partial(fast_convolutions, filters=(64,), split=False),
+    "conv2d_input_grad": fast_convolutions,
+    "conv2d_weight_grad": fast_weight_gradients,
 }
 
 

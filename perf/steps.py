@@ -48,7 +48,9 @@ class Entry(NamedTuple):
     more: tuple[str, ...] = ()
 
 
-TRAIN_STEP = Entry("train-step", 15, "train_step", "demo", peers="torch,compile")
+TRAIN_STEP = Entry(
+    "train-step", 30, "train_step", "demo@64,demo@256,demo@1024,demo@4096", peers="torch,compile"
+)
 SWEEPS = (
     Entry("matmul-square", 90, "matmul", "square", "fwd"),
     Entry("matmul-transformer", 90, "matmul", "transformer", "fwd"),
@@ -67,9 +69,12 @@ SWEEPS = (
     Entry("conv2d-stems", 25, "conv2d", "stems", "fwd"),
     Entry("conv2d-resnext50", 30, "conv2d", "resnext50", "fwd"),
     Entry("conv2d-mobilenet", 40, "conv2d", "mobilenet", "fwd"),
-    Entry("conv2d-dgrad", 70, "conv2d", "resnet50@32,vgg16@32", "dgrad"),
-    Entry("conv2d-wgrad", 70, "conv2d", "resnet50@32,vgg16@32", "wgrad"),
+    Entry("conv2d-dgrad", 80, "conv2d", "resnet50@32,vgg16@32", "dgrad"),
+    Entry("conv2d-wgrad", 80, "conv2d", "resnet50@32,vgg16@32", "wgrad"),
+    Entry("conv2d-dgrad-large", 90, "conv2d", "resnet50@256,vgg16@256", "dgrad"),
+    Entry("conv2d-wgrad-large", 90, "conv2d", "resnet50@256,vgg16@256", "wgrad"),
     Entry("conv2d-relu-pool", 35, "conv2d_relu_pool", "vgg16@32", peers="torch,compile"),
+    Entry("conv-stack", 60, "conv_stack", "vgg16@32,vgg16@256", peers="torch,compile"),
     TRAIN_STEP,
     Entry("matmul-fp16", 30, "matmul", "square,transformer", "fwd", "fp16"),
     Entry("conv2d-fp16", 30, "conv2d", "resnet50@32", "fwd", "fp16"),

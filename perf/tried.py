@@ -24,6 +24,7 @@ PRODUCTS = {
     "conv2d_im2col",
     "conv2d_relu_pool",
     "train_step",
+    "conv_stack",
 }
 STAGES = results.STAGES
 SHORT = {"num_warps": "w", "num_stages": "s", "GROUP_M": "g"}  # in the text of a tile
