@@ -6,7 +6,8 @@ In cuDNN's letters: x [N, C, H, W], weight [K, C, R, S], y [N, K, P, Q].
                               with h = p*stride - padding + r*dilation, and w alike
     backward    dx, dweight: the two other products of the same three tensors, each a lesson of its
                 own: conv2d_input_grad.py, conv2d_weight_grad.py
-                dbias = sum over n,p,q of dy, through the ReLU, in one pass: bias_relu.py
+                dbias = sum over n,p,q of dy, in the pass through the ReLU (bias_relu.py) or, if
+                there is none, in that of dweight
 
 Seen as a matmul, a row is an output pixel, a column is an output channel, and the sum runs over the
 filter taps and the input channels:
@@ -72,7 +73,7 @@ from kernels.bias_relu import bias_backward, bias_relu_backward
 from kernels.conv2d_depthwise import conv2d_depthwise, is_depthwise
 from kernels.conv2d_input_grad import conv2d_input_grad
 from kernels.conv2d_tma import choices, conv2d_tma, plan_for
-from kernels.conv2d_weight_grad import conv2d_weight_grad
+from kernels.conv2d_weight_grad import conv2d_weight_bias_grad, conv2d_weight_grad
 from kernels.matmul import matmul_into
 
 
@@ -407,12 +408,15 @@ def _backward(ctx, dy):
     dx = dweight = dbias = None
     if y is not None:  # through the ReLU, and the bias gradient in the same pass
         dy, dbias = bias_relu_backward(dy, y)
-    elif ctx.needs_input_grad[2]:
-        dbias = bias_backward(dy)
     if ctx.needs_input_grad[0]:
         dx = conv2d_input_grad(dy, weight, list(x.shape), *geometry)
-    if ctx.needs_input_grad[1]:
+    sum_dy = dbias is None and ctx.needs_input_grad[2]
+    if ctx.needs_input_grad[1] and sum_dy:  # both read dy
+        dweight, dbias = conv2d_weight_bias_grad(x, dy, weight, *geometry)
+    elif ctx.needs_input_grad[1]:
         dweight = conv2d_weight_grad(x, dy, weight, *geometry)
+    elif sum_dy:
+        dbias = bias_backward(dy)
     return dx, dweight, dbias if ctx.needs_input_grad[2] else None, None, None, None, None, None
 
 

@@ -70,12 +70,27 @@ shifted by each tap, R*S times out of the cache, and needs enough splits to fill
 Read first: conv2d.py, conv2d_input_grad.py.
 """
 
+import functools
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from kernels._launch import cdiv, choose_tile, dot_precision, into_chunks, launch, splits
+from kernels import conv2d_tma
+from kernels._launch import (
+    INTERPRETER,
+    cdiv,
+    choose_tile,
+    descriptor,
+    device_of,
+    dot_precision,
+    into_chunks,
+    launch,
+    splits,
+)
 from kernels._rows import sum_partials
+from kernels.matmul import busiest_sm
 
 TILES = [
     # the default: with few channels, addresses and masks take the registers
@@ -94,19 +109,52 @@ TILES = [
 DEFAULT = {2: TILES[0], 4: TILES[1]}
 
 
+def _fast(m, n, k, warps, stages, subtiles, per_sm):
+    """A tile: `m` filters, `n` columns, `k` images; `per_sm`: persistent programs an SM."""
+    return dict(
+        kernel="tma", BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, SPLIT_K=1, SUBTILES=subtiles,
+        PROGRAMS_PER_SM=per_sm, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+
+# By bytes an element. Compiled for sm_90 with triton 3.6.0 and 3.9.0: no spills, wgmma as wide as
+# the tile, both operands from shared memory, loads begun a step ahead or more.
+FAST_TILES = {
+    2: [
+        # the most reuse that the registers hold. The float32 result of a part leaves in quarters,
+        # through 32 KiB, which leaves room for a fourth stage
+        _fast(128, 256, 64, 8, 4, subtiles=4, per_sm=1),
+        # two programs an SM: one multiplies while the other stores
+        _fast(128, 128, 64, 8, 3, subtiles=4, per_sm=2),
+        # 64 filters or 64 channels (the first stage of a ResNet): nothing of the tile is padding
+        _fast(64, 256, 64, 4, 2, subtiles=4, per_sm=2),
+        _fast(64, 128, 64, 4, 4, subtiles=2, per_sm=2),
+        _fast(128, 64, 64, 8, 4, subtiles=2, per_sm=2),
+        _fast(64, 64, 64, 4, 4, subtiles=1, per_sm=2),
+        # batches of 32: half the images a step, and about twice the stages
+        _fast(128, 256, 32, 8, 7, subtiles=4, per_sm=1),
+        _fast(128, 128, 32, 8, 6, subtiles=4, per_sm=2),
+        _fast(64, 256, 32, 4, 4, subtiles=4, per_sm=2),
+        _fast(64, 128, 32, 4, 7, subtiles=2, per_sm=2),
+        _fast(64, 64, 32, 4, 8, subtiles=1, per_sm=2),
+    ],
+}
+
+
 @triton.jit
 def conv2d_weight_grad_kernel(
-    x_ptr, dy_ptr, dw_ptr, N, C, H, W, K, P, Q, CHUNK, SIZE,
+    x_ptr, dy_ptr, dw_ptr, db_ptr, N, C, H, W, K, P, Q, CHUNK, SIZE,
     stride_xn, stride_xc, stride_xh, stride_xw, stride_dyn, stride_dyk, stride_dyp, stride_dyq,
     stride_wk, stride_wc, stride_wr, stride_ws,
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, HAS_BIAS: tl.constexpr, ATOMIC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program sums CHUNK pixels into BLOCK_M channels k x BLOCK_N of (r, s, c) of dweight.
 
-    dw_ptr is [splits, SIZE], each row laid out as dweight; one row is dweight itself.
+    dw_ptr is [splits, SIZE], each row laid out as dweight; one row is dweight itself, or where
+    ATOMIC takes all. Programs of the first columns also write db_ptr [splits, groups * K].
     """
     blocks_n = tl.cdiv(R * S * C, BLOCK_N)
     pid_m = tl.program_id(0) // blocks_n
@@ -126,6 +174,7 @@ def conv2d_weight_grad_kernel(
     first = tl.program_id(2).to(tl.int64) * CHUNK
     last = tl.minimum(first + CHUNK, tl.cast(N, tl.int64) * P * Q)
 
+    total = tl.full((BLOCK_M, BLOCK_K), 0.0, tl.float32)  # of dy, for the bias
     acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
     for pixel in range(first, last, BLOCK_K):
         offs_k = pixel + tl.arange(0, BLOCK_K).to(tl.int64)
@@ -136,6 +185,8 @@ def conv2d_weight_grad_kernel(
         dy_cols = n * stride_dyn + p * stride_dyp + q * stride_dyq
         dy_ptrs = dy_ptr + (offs_m * stride_dyk)[:, None] + dy_cols[None, :]
         dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        if HAS_BIAS:
+            total += dy.to(tl.float32)
         h = p * STRIDE_H - PAD_H
         w = q * STRIDE_W - PAD_W
         x_rows = n * stride_xn + h * stride_xh + w * stride_xw
@@ -149,11 +200,492 @@ def conv2d_weight_grad_kernel(
         x = tl.load(x_ptr + x_rows[:, None] + x_cols[None, :], mask=x_mask, other=0.0)
         acc = tl.dot(dy, x, acc, input_precision=PRECISION)
 
-    dw_ptr += tl.program_id(2).to(tl.int64) * SIZE
+    part = tl.program_id(2).to(tl.int64)
     dw_cols = r * stride_wr + s * stride_ws + c * stride_wc
     dw_ptrs = dw_ptr + ((group * K + offs_m) * stride_wk)[:, None] + dw_cols[None, :]
     mask = mask_m[:, None] & mask_n[None, :]
-    tl.store(dw_ptrs, acc.to(dw_ptr.dtype.element_ty), mask=mask)
+    if ATOMIC:  # in whatever order they come
+        tl.atomic_add(dw_ptrs, acc, mask=mask, sem="relaxed")
+    else:
+        tl.store(dw_ptrs + part * SIZE, acc.to(dw_ptr.dtype.element_ty), mask=mask)
+    if HAS_BIAS:
+        if pid_n == 0:
+            filters = tl.num_programs(1).to(tl.int64) * K
+            db_ptrs = db_ptr + part * filters + group * K + offs_m
+            tl.store(db_ptrs, tl.sum(total, axis=1).to(db_ptr.dtype.element_ty), mask=mask_m)
+
+
+# --- The fast kernel ------------------------------------------------------------------------------
+#
+# A step of the kernel above loads BLOCK_K pixels that lie side by side, of which each tap wants
+# others: every thread makes addresses and masks, 362 instructions a step of 128x256x64. For GPUs
+# since Hopper (sm_90) the tensor memory accelerator makes them (conv2d_tma.py introduces it), if
+# what a step needs is a box of a tensor. So what is summed in a step are not the pixels of an image
+# but the images of the batch, at one pixel:
+#
+#     dy, one row an image                      x, one image a row, at the pixel that the tap reads
+#
+#       pixel 0   1   2   3   4                       h, w ->
+#     n  |  |   |   |###|   |   |                n  | . . . # . . . |
+#     |  |  |   |   |###|   |   |                |  | . . . # . . . |     # 64 channels, or 256
+#     v  |  |   |   |###|   |   |                v  | . . . # . . . |
+#               BLOCK_K x BLOCK_M                      BLOCK_K x BLOCK_N
+#
+#     dweight[k, (r,s), c] += sum over n of dy[n, (p,q), k] * x[n, (h,w), c]
+#                                           one step: a product [BLOCK_M, BLOCK_K] x [.., BLOCK_N]
+#
+# What follows from it:
+#
+# 1. A tap is a coordinate. One tile of dweight is of one tap (r, s), and the pixel (h, w) is
+#    p*stride - pad + r*dil, and w alike: any stride, padding or dilation is one addition.
+# 2. Padding is not multiplied. All images have their borders at the same place, so the pixels p
+#    whose tap is inside the image are an interval, and the loop runs over it alone. Of 7x7 images
+#    and 3x3 taps with padding 1 that saves 18% of the products: a corner tap has 36 pixels of 49.
+# 3. Nothing sticks out but of the batch: it should be a multiple of BLOCK_K. A box of pixels would
+#    cover 64 for the 49 of such an image.
+# 4. Both operands lie with the summed index outermost, and tensor cores take 16-bit operands so,
+#    transposed, out of shared memory. The first one only as a plain matrix: which is why dy is seen
+#    as [N, P*Q*K]. (Where K is no multiple of BLOCK_M a box runs on into the next pixel's filters.
+#    It makes rows of the result past K, which are not stored.)
+# 5. 32-bit operands they do not take transposed: float32 stays with the kernel above.
+#
+# A filter of one pixel needs no images: all N*P*Q pixels are a batch of images of one pixel.
+#
+# Few channels. 16 channels are no 256 columns. But without padding the window of an output pixel is
+# R pieces of memory, each of S*C numbers, and a descriptor's steps are free to overlap: seen as
+# [N, P, R, Q, S*C], with steps (H*W*C, stride*W*C, dil*W*C, stride*C, 1), x is the im2col matrix,
+# which nobody writes. A tile then has several rows of taps:
+#
+#       x  | a b c d e f g ... |       window 0   a b c d        R = 1, S*C = 4, a step of C = 1:
+#                                      window 1     b c d e      what is a matrix for TMA overlaps
+#                                      window 2       c d e f    in memory
+#
+# Images of fewer than 8 channels are packed first, padding and all, as in conv2d_tma.py.
+#
+# The sum is long and the result small: PARTS programs share a tile's sum, each with a float32
+# result of its own, and sum_partials adds those up in order. `fast_tile` weighs how many. Parts are
+# numbered outermost, so that programs which run at one time read the same pixels, and the L2 cache
+# has them for all taps. The bias gradient is one more tile for each block of filters, whose
+# products are left out: dy is in the cache for it, too.
+#
+# What triton 3.6.0 and 3.9.0 make of it for sm_90, bfloat16, a 3x3 layer of stride 1; not run:
+#
+#                     registers   shared memory   instructions a step
+#     128x256x64      154, 154      224 KiB          115, 112
+#     128x128x64       90, 90       112 KiB          110, 109
+#
+# What it does not do: batches under 16 (most of a step would be zeros), float32, groups, filters
+# that are no multiple of 8. Those take the kernel above.
+
+
+@triton.jit
+def _inside(first, size, windows, STRIDE: tl.constexpr):
+    """Which of `windows` windows have a tap inside [0, size), if window 0 has it at `first`."""
+    begin = tl.minimum(tl.cdiv(tl.maximum(-first, 0), STRIDE), windows)
+    end = tl.minimum(tl.cdiv(tl.maximum(size - first, 0), STRIDE), windows)
+    return begin, tl.maximum(begin, end)
+
+
+@triton.jit
+def _share(steps, part, PARTS):
+    """The steps of one part, from and to: as many as of the others, or one more."""
+    each = steps // PARTS
+    more = steps % PARTS
+    return each * part + tl.minimum(more, part), each * (part + 1) + tl.minimum(more, part + 1)
+
+
+@triton.jit
+def _halves(tile):
+    """The left and the right half of the columns: a thread has its own of both."""
+    M: tl.constexpr = tile.shape[0]
+    N: tl.constexpr = tile.shape[1]
+    return tl.split(tl.permute(tl.reshape(tile, (M, 2, N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _store_columns(dw, tile, part, k, row, c, AT: tl.constexpr, BOX_C: tl.constexpr):
+    """Store a tile that begins at column AT of the whole one, of which BOX_C are a row of dw."""
+    M: tl.constexpr = tile.shape[0]
+    N: tl.constexpr = tile.shape[1]
+    ROWS: tl.constexpr = (N + BOX_C - 1) // BOX_C
+    box = tl.reshape(tile.to(dw.dtype), (1, M, ROWS, N // ROWS))
+    dw.store([part, k, row + AT // BOX_C, c + AT % BOX_C], box)
+
+
+@triton.jit
+def conv2d_weight_grad_tma_kernel(
+    dy, x, dw, db_ptr, N, P, Q, K, H, W, PIXEL, ROWS, SPAN, PARTS,
+    S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
+    WINDOWS: tl.constexpr, HAS_BIAS: tl.constexpr, BOX_C: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SUBTILES: tl.constexpr,
+):  # fmt: skip
+    """One program computes every tile of dweight, or part of its sum, whose number is its own.
+
+    dy [N, P*Q*PIXEL], x and dw [PARTS, K, ROWS, SPAN] are descriptors. A row of dw is one tap, its
+    columns are channels; where WINDOWS, it is a row of taps, and its columns are (s, c).
+    """
+    BOX_R: tl.constexpr = BLOCK_N // BOX_C  # a tile's columns are so many rows of dw
+    blocks_c = tl.cdiv(SPAN, BOX_C)
+    blocks_k = tl.cdiv(K, BLOCK_M)
+    tiles = tl.cdiv(ROWS, BOX_R) * blocks_k * blocks_c
+    jobs = tiles
+    if HAS_BIAS:
+        jobs += blocks_k
+
+    for work in tl.range(tl.program_id(0), jobs * PARTS, tl.num_programs(0)):
+        part = work // jobs
+        job = work % jobs
+        is_tile = True
+        if HAS_BIAS:
+            is_tile = job < tiles
+        if is_tile:
+            c = job % blocks_c * BOX_C
+            k = job // blocks_c % blocks_k * BLOCK_M
+            row = job // blocks_c // blocks_k * BOX_R
+            tap = row
+            if WINDOWS:  # of which each is all taps
+                tap = 0
+            h = tap // S * DIL_H - PAD_H
+            w = tap % S * DIL_W - PAD_W
+            p0, p1 = _inside(h, H, P, STRIDE_H)
+            q0, q1 = _inside(w, W, Q, STRIDE_W)
+
+            # The first step's pixel and images. The next ones are counted, and without an `if`,
+            # behind which Triton would not fetch a step ahead.
+            columns = tl.maximum(q1 - q0, 1)
+            pixels = tl.maximum(p1 - p0, 1) * columns
+            steps = (p1 - p0) * (q1 - q0) * tl.cdiv(N, BLOCK_K)
+            first, last = _share(steps, part, PARTS)
+            n = first // pixels * BLOCK_K
+            p = p0 + first % pixels // columns
+            q = q0 + first % columns
+            acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
+            for _ in range(first, last):
+                dy_tile = dy.load([n, (p * Q + q) * PIXEL + k]).T  # [BLOCK_M, BLOCK_K]
+                x_box = x.load([n, p * STRIDE_H + h, row - tap, q * STRIDE_W + w, c])
+                acc = tl.dot(dy_tile, tl.reshape(x_box, (BLOCK_K, BLOCK_N)), acc)
+                q += 1
+                p += (q == q1).to(tl.int32)
+                q = tl.where(q == q1, q0, q)
+                n += tl.where(p == p1, BLOCK_K, 0)
+                p = tl.where(p == p1, p0, p)
+
+            WIDTH: tl.constexpr = BLOCK_N // SUBTILES
+            if SUBTILES == 1:
+                _store_columns(dw, acc, part, k, row, c, 0, BOX_C)
+            else:
+                left, right = _halves(acc)
+                if SUBTILES == 2:
+                    _store_columns(dw, left, part, k, row, c, 0, BOX_C)
+                    _store_columns(dw, right, part, k, row, c, WIDTH, BOX_C)
+                else:
+                    first_quarter, second_quarter = _halves(left)
+                    third_quarter, last_quarter = _halves(right)
+                    _store_columns(dw, first_quarter, part, k, row, c, 0, BOX_C)
+                    _store_columns(dw, second_quarter, part, k, row, c, WIDTH, BOX_C)
+                    _store_columns(dw, third_quarter, part, k, row, c, 2 * WIDTH, BOX_C)
+                    _store_columns(dw, last_quarter, part, k, row, c, 3 * WIDTH, BOX_C)
+        else:  # the sum of dy, of one block of filters
+            k = (job - tiles) * BLOCK_M
+            first, last = _share(P * Q * tl.cdiv(N, BLOCK_K), part, PARTS)
+            total = tl.full((BLOCK_K, BLOCK_M), 0.0, tl.float32)
+            for step in range(first, last):
+                dy_tile = dy.load([step // (P * Q) * BLOCK_K, step % (P * Q) * PIXEL + k])
+                total += dy_tile.to(tl.float32)
+            offs_k = k + tl.arange(0, BLOCK_M)
+            db = tl.sum(total, axis=0).to(db_ptr.dtype.element_ty)
+            tl.store(db_ptr + part * K + offs_k, db, mask=offs_k < K)
+
+
+# --- Which tensors, which tile --------------------------------------------------------------------
+
+
+class Plan(NamedTuple):
+    """How the fast kernel does a weight gradient: all that does not depend on the data.
+
+    Attributes:
+        size: (N, P, Q, K), N the images that are summed in steps.
+        image: H and W.
+        dy: sizes and steps of the tensor that boxes of dy are fetched from, [N, P*Q*pixel].
+        pixel: from one pixel of dy to the next.
+        x: sizes and steps of x, [N, H, 1, W, C] or of its windows, [N, P, R, Q, S*C].
+        dw: ROWS and SPAN of dweight [K, ROWS, SPAN]: [R*S, C], or of windows [R, S*C].
+        taps_w: S, and 1 of windows.
+        geometry: stride, padding and dilation, as the kernel has them.
+        windows: whether x is seen as windows.
+        folded: the plan by which x is packed first, None if it is read as it is.
+    """
+
+    size: tuple[int, int, int, int]
+    image: tuple[int, int]
+    dy: tuple[tuple, tuple]
+    pixel: int
+    x: tuple[tuple, tuple]
+    dw: tuple[int, int]
+    taps_w: int
+    geometry: tuple[int, ...]
+    windows: bool
+    folded: conv2d_tma.Plan | None
+
+
+UNIT = 8  # elements that TMA steps by: 16 bytes
+FEW_IMAGES = 16  # below this more than half of a step of 32 images would be zeros
+FEW_CHANNELS = 64  # below this a tile has the taps of whole windows, if it can
+PLAIN = (1, 1, 0, 0, 1, 1)  # stride, padding and dilation of a tap that is at every pixel
+
+
+@functools.lru_cache(maxsize=4096)
+def make_plan(
+    x_size: tuple, x_steps: tuple, dy_size: tuple, dy_steps: tuple, taps: tuple,
+    stride: tuple, padding: tuple, dilation: tuple, groups: int,
+) -> Plan | None:  # fmt: skip
+    """The plan for tensors of these sizes and strides; None if the kernel cannot do them.
+
+    They are those of x [N, C, H, W] and of dy [N, K, P, Q], of 16-bit elements.
+    """
+    (N, C, H, W), (_, K, P, Q), (R, S) = x_size, dy_size, taps
+    if 0 in (*x_size, *dy_size) or K % UNIT or groups > 1:
+        return None
+    geometry, folded = (*stride, *padding, *dilation), None
+    if C < UNIT:
+        if dilation == (1, 1):
+            folded = conv2d_tma._folded_plan(x_size, (K, C, R, S), stride, P, Q, UNIT)
+        if folded is None:
+            return None
+        (_, H, W, C), (sn, sh, sw, sc) = folded.x
+        (R, S), geometry = folded.taps, folded.geometry
+    else:
+        sn, sc, sh, sw = (s if n > 1 else C for n, s in zip(x_size, x_steps, strict=True))
+    dn, dk, dp, dq = (s if n > 1 else K for n, s in zip(dy_size, dy_steps, strict=True))
+    # Channels last, and no two elements in one place; all pixels of an image of dy in one row.
+    if C % UNIT or sc != 1 or any(s % UNIT or s < C for s in (sn, sh, sw)):
+        return None
+    if (
+        dk != 1
+        or any(s % UNIT or s < K for s in (dn, dp, dq))
+        or (1 not in (P, Q) and dp != Q * dq)
+    ):
+        return None
+    pixel = dq if Q > 1 else dp
+
+    if (R, S) == (1, 1) and geometry[:4] == PLAIN[:4]:  # as many images of one pixel
+        step_x, step_dy = _even((N, H, W), (sn, sh, sw)), _even((N, P, Q), (dn, dp, dq))
+        if step_x and step_dy:
+            N, H, W, P, Q = N * P * Q, 1, 1, 1, 1
+            sn, dn = step_x, step_dy
+    most = max(C, H, W, K, N * P * Q, P * Q * pixel)
+    if N < FEW_IMAGES or most > conv2d_tma.LARGEST or max(sn, sh, dn) * 2 >= 2**40:
+        return None
+    dy = (N, (P * Q - 1) * pixel + K), (dn, 1)
+    a, b, pad_h, pad_w, dil_h, dil_w = geometry
+    if C < FEW_CHANNELS and R * S > 1 and (sw, pad_h, pad_w, dil_w) == (C, 0, 0, 1):
+        x = (N, P, R, Q, S * C), (sn, a * sh, dil_h * sh, b * sw, 1)
+        return Plan((N, P, Q, K), (P, Q), dy, pixel, x, (R, S * C), 1, PLAIN, True, folded)
+    x = (N, H, 1, W, C), (sn, sh, sh, sw, 1)
+    return Plan((N, P, Q, K), (H, W), dy, pixel, x, (R * S, C), S, geometry, False, folded)
+
+
+def _even(sizes: tuple, steps: tuple) -> int | None:
+    """From one pixel to the next, if all of all images lie evenly; None if not, or if it is one."""
+    step = expected = None
+    for size, s in zip(reversed(sizes), reversed(steps), strict=True):
+        if size > 1:
+            if step is None:
+                step = s
+            elif s != expected:
+                return None
+            expected = s * size
+    return step
+
+
+def plan_for(x, dy, taps, stride, padding, dilation, groups) -> Plan | None:
+    """The plan for this call, if the device and the tensors have one."""
+    if len(device_of(x).kernels) == 1 or x.element_size() != 2 or dy.data_ptr() % 16:
+        return None
+    plan = make_plan(
+        x.shape, x.stride(), dy.shape, dy.stride(), taps,
+        tuple(stride), tuple(padding), tuple(dilation), groups,
+    )  # fmt: skip
+    return None if plan is None or (plan.folded is None and x.data_ptr() % 16) else plan
+
+
+def pixels_inside(first: int, size: int, windows: int, stride: int) -> int:
+    """How many of `windows` windows have a tap inside the image: `_inside`, for the cost."""
+    begin, end = (min(cdiv(max(x, 0), stride), windows) for x in (-first, size - first))
+    return max(end - begin, 0)
+
+
+@functools.lru_cache(maxsize=4096)
+def fast_tile(plan: Plan, sms: int) -> dict:
+    """Of FAST_TILES the one, and the parts, with which the busiest SM should be done first."""
+    N, P, Q, K = plan.size
+    rows, span = plan.dw
+    a, b, pad_h, pad_w, dil_h, dil_w = plan.geometry
+    pixels = P * Q
+    if not plan.windows:  # of one tap, on average
+        high, wide = (
+            sum(pixels_inside(tap * dil - pad, size, windows, step) for tap in range(taps))
+            for taps, dil, pad, size, windows, step in (
+                (rows // plan.taps_w, dil_h, pad_h, plan.image[0], P, a),
+                (plan.taps_w, dil_w, pad_w, plan.image[1], Q, b),
+            )
+        )
+        pixels = cdiv(high * wide, rows)
+
+    best = None
+    for tile in FAST_TILES[2]:
+        box_r, box_c = _box(plan, tile)
+        tiles = cdiv(rows, box_r) * cdiv(span, box_c) * cdiv(K, tile["BLOCK_M"])
+        steps = pixels * cdiv(N, tile["BLOCK_K"])
+        # Whole turns of the GPU, and powers of two; a part has eight steps at least.
+        parts = {turns * sms // tiles for turns in range(1, 9)} | {1 << i for i in range(11)}
+        for split in sorted(parts - {0}):
+            if split == 1 or split * 8 <= steps:
+                tried = tile | dict(SPLIT_K=split)
+                clocks = busiest_sm(tried, tiles, steps, K * rows * span, 2, sms)
+                if best is None or clocks < best[0]:
+                    best = clocks, tried
+    return best[1]
+
+
+def _box(plan: Plan, tile: dict) -> tuple[int, int]:
+    """How many rows and columns of dweight [K, ROWS, SPAN] a tile's columns are."""
+    n = tile["BLOCK_N"]
+    columns = min(n, max(16, triton.next_power_of_2(plan.dw[1]))) if plan.windows else n
+    return n // columns, columns
+
+
+class _Layout(NamedTuple):
+    """What of a launch follows from its plan and tile: as the launch has it."""
+
+    programs: int
+    sizes: tuple[int, ...]
+    dy_box: list[int]
+    x_box: list[int]
+    dw: tuple[tuple, tuple]
+    dw_box: list[int]
+    meta: dict
+
+
+@functools.lru_cache(maxsize=4096)
+def _layout(plan: Plan, items: tuple, sms: int, has_bias: bool) -> _Layout:
+    tile = dict(items)
+    m, n, k, parts, subtiles = (
+        tile[x] for x in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT_K", "SUBTILES")
+    )
+    if subtiles not in (1, 2, 4):
+        raise ValueError(f"a tile is stored as 1, 2 or 4 of its SUBTILES, got {tile}")
+    N, P, Q, K = plan.size
+    rows, span = plan.dw
+    box_r, box_c = _box(plan, tile)
+    blocks_k = cdiv(K, m)
+    work = (cdiv(rows, box_r) * cdiv(span, box_c) + has_bias) * blocks_k * parts
+    programs = min(work, tile["PROGRAMS_PER_SM"] * sms) if tile["PROGRAMS_PER_SM"] else work
+    stored_rows = max(1, box_r // subtiles)
+    return _Layout(
+        programs,
+        (N, P, Q, K, *plan.image, plan.pixel, rows, span, parts),
+        [k, m],
+        [k, 1, box_r, 1, box_c],
+        ((parts, K, rows, span), (K * rows * span, rows * span, span, 1)),
+        [1, m, stored_rows, n // subtiles // stored_rows],
+        dict(
+            WINDOWS=plan.windows, HAS_BIAS=has_bias, BOX_C=box_c, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k,
+            SUBTILES=subtiles, num_warps=tile["num_warps"], num_stages=tile["num_stages"],
+        ),
+    )  # fmt: skip
+
+
+def conv2d_weight_grad_tma(plan, x, dy, dweight, dbias, tile, padding):
+    """Launch the fast kernel, with what has to be packed before and added up after it.
+
+    Raises:
+        ValueError: a tile that the kernel cannot have.
+    """
+    parts = tile["SPLIT_K"]
+    how = _layout(plan, tuple(tile.items()), device_of(x).sms, dbias is not None)
+    if plan.folded is not None:
+        x = conv2d_tma._packed_image(plan.folded, x, padding)
+    out = dweight
+    if plan.folded is not None or not dweight.is_contiguous(memory_format=torch.channels_last):
+        out = torch.empty(plan.size[3], *plan.dw, dtype=x.dtype, device=x.device)
+    partials, sums = out, dbias
+    if parts > 1:
+        partials = torch.empty(parts, out.numel(), dtype=torch.float32, device=x.device)
+        if dbias is not None:
+            sums = torch.empty(parts, dbias.numel(), dtype=torch.float32, device=x.device)
+    launch(
+        conv2d_weight_grad_tma_kernel, (how.programs,),
+        descriptor(dy, *plan.dy, how.dy_box), descriptor(x, *plan.x, how.x_box),
+        descriptor(partials, *how.dw, how.dw_box), sums,
+        *how.sizes, plan.taps_w, *plan.geometry, **how.meta,
+    )  # fmt: skip
+    if parts > 1:
+        sum_partials(partials, out)
+        if dbias is not None:
+            sum_partials(sums, dbias)
+    if out is not dweight:
+        dweight.copy_(_as_filters(plan, out, dweight.shape))
+
+
+def _as_filters(plan, out, size):
+    """Return dweight [K, C, R, S], of this size, from how the kernel has it: [K, ROWS, SPAN]."""
+    K, C, R, S = size
+    if plan.folded is None:
+        return out.view(K, R, S, C).permute(0, 3, 1, 2)
+    (a, b), (rows, columns) = plan.folded.fold, plan.folded.taps
+    taps = out.view(K, rows, columns, -1)[..., : a * b * C].unflatten(3, (a, b, C))
+    return taps.permute(0, 5, 1, 3, 2, 4).reshape(K, C, rows * a, columns * b)[:, :, :R, :S]
+
+
+# --- The operators --------------------------------------------------------------------------------
+
+
+def _weight_grad(x, dy, weight, stride, padding, dilation, groups, with_bias):
+    """Return dweight, which lies in memory as weight does, and dbias, or None for it."""
+    dweight, dbias = torch.empty_like(weight), None
+    if with_bias:
+        dbias = torch.empty(weight.shape[0], dtype=dy.dtype, device=dy.device)
+    (N, _, H, W), (_, C, R, S), (_, K, P, Q) = x.shape, weight.shape, dy.shape
+    K //= groups
+    M = N * P * Q
+    plan = plan_for(x, dy, (R, S), stride, padding, dilation, groups)
+    default, kernels = DEFAULT, ("pointer",)
+    if plan is not None:
+        kernels = ("pointer", "tma")
+        if device_of(x) is not INTERPRETER:
+            default = {2: fast_tile(plan, device_of(x).sms)}
+    tile = choose_tile("conv2d_weight_grad", x.dtype, default, kernels, K=M, M=K, N=R * S * C)
+    if "kernel" in tile:
+        conv2d_weight_grad_tma(plan, x, dy, dweight, dbias, tile, padding)
+        return dweight, dbias
+
+    options = dict(tile)
+    atomic = options.pop("ATOMIC", False) and not torch.are_deterministic_algorithms_enabled()
+    blocks = cdiv(K, tile["BLOCK_M"]) * cdiv(R * S * C, tile["BLOCK_N"])
+    steps = cdiv(M, tile["BLOCK_K"])
+    chunk, parts = into_chunks(M, tile["BLOCK_K"], splits(blocks * groups, steps))
+    size = dweight.numel()
+    partials, sums = dweight, dbias
+    if atomic:
+        partials = torch.zeros(1, size, dtype=torch.float32, device=x.device)
+    elif parts > 1:
+        partials = torch.empty(parts, size, dtype=torch.float32, device=x.device)
+    if with_bias and parts > 1:
+        sums = torch.empty(parts, dbias.numel(), dtype=torch.float32, device=x.device)
+    launch(
+        conv2d_weight_grad_kernel, (blocks, groups, parts),
+        x, dy, partials, sums, N, C, H, W, K, P, Q, chunk, size,
+        *x.stride(), *dy.stride(), *dweight.stride(), R, S, *stride, *padding, *dilation,
+        PRECISION=dot_precision(x.dtype, torch.backends.cudnn.conv), HAS_BIAS=with_bias,
+        ATOMIC=atomic, **options,
+    )  # fmt: skip
+    if partials is not dweight:
+        sum_partials(partials, dweight)
+    if sums is not dbias:
+        sum_partials(sums, dbias)
+    return dweight, dbias
 
 
 @torch.library.custom_op("tilelab::conv2d_weight_grad", mutates_args=())
@@ -167,29 +699,28 @@ def conv2d_weight_grad(
     groups: int,
 ) -> torch.Tensor:
     """The gradient of conv2d's weight [K, C/groups, R, S]; it lies in memory as weight does."""
-    dweight = torch.empty_like(weight)
-    (N, _, H, W), (_, C, R, S), (_, K, P, Q) = x.shape, weight.shape, dy.shape
-    K //= groups
-    M = N * P * Q
-    tile = choose_tile("conv2d_weight_grad", x.dtype, DEFAULT, K=M, M=K, N=R * S * C)
-    blocks = cdiv(K, tile["BLOCK_M"]) * cdiv(R * S * C, tile["BLOCK_N"])
-    steps = cdiv(M, tile["BLOCK_K"])
-    chunk, parts = into_chunks(M, tile["BLOCK_K"], splits(blocks * groups, steps))
-    size = dweight.numel()
-    partials = dweight
-    if parts > 1:
-        partials = torch.empty(parts, size, dtype=torch.float32, device=x.device)
-    launch(
-        conv2d_weight_grad_kernel, (blocks, groups, parts),
-        x, dy, partials, N, C, H, W, K, P, Q, chunk, size,
-        *x.stride(), *dy.stride(), *dweight.stride(), R, S, *stride, *padding, *dilation,
-        PRECISION=dot_precision(x.dtype, torch.backends.cudnn.conv), **tile,
-    )  # fmt: skip
-    if parts > 1:
-        sum_partials(partials, dweight)
-    return dweight
+    return _weight_grad(x, dy, weight, stride, padding, dilation, groups, False)[0]
 
 
 @conv2d_weight_grad.register_fake
 def _(x, dy, weight, stride, padding, dilation, groups):
     return torch.empty_like(weight)
+
+
+@torch.library.custom_op("tilelab::conv2d_weight_bias_grad", mutates_args=())
+def conv2d_weight_bias_grad(
+    x: torch.Tensor,
+    dy: torch.Tensor,
+    weight: torch.Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same, and the gradient of the bias [K], which is the sum of dy: it is read but once."""
+    return _weight_grad(x, dy, weight, stride, padding, dilation, groups, True)
+
+
+@conv2d_weight_bias_grad.register_fake
+def _(x, dy, weight, stride, padding, dilation, groups):
+    return torch.empty_like(weight), dy.new_empty(weight.shape[0])
