@@ -49,6 +49,7 @@ from kernels._launch import (
 from kernels._rows import sum_partials
 from kernels.bias_relu import bias_relu_backward
 from kernels.conv2d_tma import (
+    FAST_TILES,
     LARGEST,
     Plan,
     filters_as_they_lie,
@@ -167,59 +168,46 @@ def _inverse(dilation: int, stride: int) -> tuple[int, int]:
 
 # --- The fast kernel ------------------------------------------------------------------------------
 #
-# The gathering above with the tiles of conv2d_tma.py, which is to be read first: a unit fetches the
-# boxes of dy, fills in zeros where they stick out, and acc^T = W^T dy^T, [channels, pixels]. What
-# is different here:
+# The same gathering, with the tiles of conv2d_tma.py, which is to be read first: a unit fetches
+# boxes of dy and fills in zeros where they stick out, and acc = W^T dy^T is [channels, pixels].
+# What is different here:
 #
-#   the filter     is read as it lies, [taps, K, C] in channels_last memory, a tile [BLOCK_K filters,
-#                  BLOCK_N channels] of it. Its transpose is the first operand, and costs nothing:
-#                  16-bit tensor cores read both orders out of shared memory. Nor is it flipped: a
-#                  step to the next tap of the filter is a step back in dy
-#   stride 1       is then the forward of dy, with padding and dilation negated
-#   a stride       has classes of pixels, each a convolution of stride 1 by those taps that reach it.
-#                  Pixel h = i*stride + a of class a has the output p = i + up - j*(dil/g) for its
-#                  j-th tap: no zeros between the rows of dy, no tap in vain, and up is one number.
-#                  A box of one class of dx is a box of [N, H/2, 2, W/2, 2*C], the same memory
-#   order          the first tap r0 names the class: r0*dil mod stride. By r0, those with most taps
-#                  come first. A wave of programs takes its tiles through all classes in turn: each
-#                  has the same to do, and dy comes out of the L2 cache but once
-#   ReLU           where x = relu(z + bias), the gradient of z is dx where x > 0, and that of bias
-#                  its sum over the pixels. The tile is there: its box of x is fetched, and no pass
-#                  through dx, x and dz follows
+#   the filter   is read as it lies in channels_last memory: of [taps, K, C] a tile of BLOCK_K
+#                filters and BLOCK_N channels. It is the first operand transposed, which costs
+#                nothing, since 16-bit tensor cores read both orders out of shared memory. Nor is it
+#                flipped: a step to the next tap of the filter is a step back in dy
+#   stride 1     is then the forward with dy for x, and with padding and dilation negated
+#   a stride     makes a convolution of stride 1 of each class of pixels, by the taps of its own.
+#                Pixel h = i*stride + a of class a takes its j-th tap from p = i + up - j*dil/g,
+#                where up depends on a alone: there are no zeros between the rows of dy. A box of
+#                one class of dx is a box of [N, H/2, 2, W/2, 2*C], which is the same memory
+#   order        the first tap r0 names a class, r0*dil mod stride, and so those with most taps come
+#                first. As many tiles as there are programs go through all classes before the next
+#                ones do, so that their boxes of dy come out of the L2 cache; and every second turn
+#                runs backwards through the programs: who had the longest sum has the shortest next
+#   ReLU         where x = relu(z + bias), the gradient of z is dx where x > 0, and that of the bias
+#                its sum over the pixels. The tile is still in registers: it takes its box of x, and
+#                a pass that reads dx and x and writes dz is saved
 #
-# One launch writes every pixel, those that no tap reaches too. A filter of one pixel at stride 1 is
-# a matmul.
-
-
-def _fast(m, n, k, warps, stages, per_sm):
-    """A tile: `m` pixels, `n` channels, `k` filters; `per_sm`: persistent programs an SM."""
-    return dict(
-        kernel="tma", BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, SPLIT_K=1, PROGRAMS_PER_SM=per_sm,
-        num_warps=warps, num_stages=stages,
-    )  # fmt: skip
-
-
-FAST_TILES = {
-    2: [
-        _fast(256, 128, 64, 8, 3, per_sm=1),
-        _fast(128, 128, 64, 8, 2, per_sm=2),
-        _fast(256, 64, 64, 4, 2, per_sm=2),
-        _fast(128, 64, 64, 4, 4, per_sm=2),
-        _fast(256, 64, 32, 4, 4, per_sm=2),
-        _fast(256, 64, 16, 4, 6, per_sm=2),
-    ],
-    4: [
-        _fast(256, 128, 32, 8, 2, per_sm=1),
-        _fast(128, 64, 32, 4, 3, per_sm=2),
-        _fast(128, 64, 16, 4, 4, per_sm=2),
-    ],
-}
+# One launch stores every pixel, those that no tap reaches too. A filter of one pixel at stride 1 is
+# a matmul; but not with a ReLU, which a matmul does not end with.
+#
+# The tiles are the forward's. What triton 3.6.0 and 3.9.0 make of the largest, 256 pixels of 128
+# channels, in bfloat16 for sm_90; not run:
+#
+#                      registers   shared memory   instructions a step
+#   stride 1           154, 154      208 KiB            101, 101
+#   + ReLU             165, 163      208 KiB            101, 101
+#   stride 2           154, 154      208 KiB            103, 103
+#   + ReLU             162, 163      208 KiB            103, 103
 
 
 @triton.jit
-def _class_of(t, R: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr, DIL: tl.constexpr,
-              GCD: tl.constexpr):  # fmt: skip
-    """Of the t-th class: its first pixel, its first tap, how many, and the output of both."""
+def _class_of(
+    t, R: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr, DIL: tl.constexpr,
+    GCD: tl.constexpr,
+):  # fmt: skip
+    """Of the t-th class: its first pixel, its first tap, how many, and the output of the two."""
     STEP: tl.constexpr = STRIDE // GCD
     r0 = t % STEP
     rest = r0 * DIL % STRIDE + t // STEP  # (h + pad) mod stride; from STEP on, no tap has it
@@ -237,7 +225,11 @@ def conv2d_input_grad_tma_kernel(
     PRECISION: tl.constexpr, TILE_N: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
-    """One program computes every tile of dx whose number is its own, modulo the programs.
+    """One program computes a tile of dx in each of its turns: BLOCK_N channels of a box of pixels.
+
+    dy, w, x and dx are descriptors: w is of [R*S, K, C] or, PACKED, of [R*S, C, K]. A class has
+    N * ROWS * COLUMNS pixels. RELU masks dx where x is not positive, and stores the sums of each
+    tile. With SPLIT_K > 1, dx is of partial sums: [SPLIT_K * N, ...], N rounded up to boxes.
     """
     BLOCK_M: tl.constexpr = TILE_N * TILE_H * TILE_W
     CLASSES: tl.constexpr = STRIDE_H * STRIDE_W
@@ -252,13 +244,20 @@ def conv2d_input_grad_tma_kernel(
     boxes = tl.cdiv(N, TILE_N) * blocks_i * blocks_j
     tiles = boxes * blocks_c * SPLIT_K  # of a class
 
-    for work in tl.range(tl.program_id(0), tiles * CLASSES, tl.num_programs(0)):
-        tile, t = work, 0
-        if CLASSES > 1:
-            first_tile = work // (tl.num_programs(0) * CLASSES) * tl.num_programs(0)
-            width = tl.minimum(tiles - first_tile, tl.num_programs(0))  # of the wave
-            tile = first_tile + work % (tl.num_programs(0) * CLASSES) % width
-            t = work % (tl.num_programs(0) * CLASSES) // width
+    # Every second turn runs backwards through the programs; the last one has fewer tiles.
+    pid, programs = tl.program_id(0), tl.num_programs(0)
+    turns = tiles * CLASSES // programs
+    place = tl.where(turns % 2 == 0, pid, programs - 1 - pid)
+    turns += (place < tiles * CLASSES % programs).to(tl.int32)
+    for turn in tl.range(0, turns):
+        tile = turn * programs + tl.where(turn % 2 == 0, pid, programs - 1 - pid)
+        t = 0
+        if CLASSES > 1:  # a wave of as many tiles as programs, of one class after the other
+            wave = tile // (programs * CLASSES) * programs
+            width = tl.minimum(tiles - wave, programs)
+            within = tile % (programs * CLASSES)
+            tile = wave + within % width
+            t = within // width
         c = tile % blocks_c * BLOCK_N
         box = tile // blocks_c
         part = 0
@@ -268,14 +267,12 @@ def conv2d_input_grad_tma_kernel(
         j = box % blocks_j * TILE_W
         i = box // blocks_j % blocks_i * TILE_H
         n = box // blocks_j // blocks_i * TILE_N
-        if STRIDE_W > 1:
+        if STRIDE_W > 1:  # not into the next pixel's: the last two blocks may share channels
             c = tl.minimum(c, C - BLOCK_N)
         a, r0, taps_r, up = _class_of(t // STRIDE_W, R, STRIDE_H, PAD_H, DIL_H, GCD_H)
         b, s0, taps_s, left = _class_of(t % STRIDE_W, S, STRIDE_W, PAD_W, DIL_W, GCD_W)
+        p, q = i + up, j + left  # of the first tap
         steps = taps_r * taps_s * blocks_k
-
-        k = 0
-        p, q = i + up, j + left
 
         # The first step: which tap of the class, and which filters. The next ones are counted.
         first, last, tap_r, tap_s, k = 0, steps, 0, 0, 0
@@ -396,19 +393,17 @@ def fast_tile(plan: Plan, item: int, sms: int, relu: bool = False) -> dict:
             total += busiest_sm(tile, turns * sms, taps * blocks_k, 0, item, sms)
         return total
 
-    whole = relu or len(classes) > 1
-    return min(_possible(plan.taps, K, item, whole), key=clocks)
+    def fits(tile: dict) -> bool:
+        """In float32 two of the largest do not fit: a tile of parts, or one and the box of x."""
+        split, large = tile["SPLIT_K"], tile["BLOCK_M"] * tile["BLOCK_N"] > 128 * 128
+        if split == 1:
+            return not (large and relu and item == 4)
+        steps = classes[0] * cdiv(K, tile["BLOCK_K"])  # parts have four at least
+        return len(classes) == 1 and not (relu or large) and split * 4 <= steps
 
-
-def _possible(taps: tuple, K: int, item: int, whole: bool) -> list[dict]:
-    """FAST_TILES, and unless only `whole` sums will do, those with their sum in parts."""
-    found = []
-    for tile, split in itertools.product(FAST_TILES[item], (1,) if whole else (1, 2, 4, 8, 16)):
-        steps = taps[0] * taps[1] * cdiv(K, tile["BLOCK_K"])
-        large = tile["BLOCK_M"] * tile["BLOCK_N"] > 128 * 128
-        if split == 1 or not (large or split * 4 > steps):
-            found.append(tile | dict(SPLIT_K=split))
-    return found
+    tiles = itertools.product(FAST_TILES[item], (1, 2, 4, 8, 16))
+    tiles = [tile | dict(SPLIT_K=split) for tile, split in tiles]
+    return min(filter(fits, tiles), key=clocks)
 
 
 def conv2d_input_grad_tma(plan, dy, weight, x, dx, dbias, tile, precision):

@@ -394,7 +394,8 @@ def filters_as_they_lie(size: tuple, steps: tuple, unit: int) -> tuple[tuple, tu
     return (R * S, K, C), (tap if R * S > 1 else unit, steps[0] if K > 1 else unit, 1)
 
 
-def packed_filters(K, taps, span, unit):
+def packed_filters(K: int, taps: int, span: int, unit: int) -> tuple[tuple, tuple]:
+    """Sizes and steps of filters as [taps, K, channels], after `packed_filter`."""
     depth = cdiv(span, unit) * unit
     return (taps, K, depth), (depth, taps * depth, 1)
 
@@ -505,7 +506,7 @@ def _packed_image(plan, x, padding):
     return out
 
 
-def packed_filter(plan, size, weight):
+def packed_filter(plan: Plan, size: tuple, weight: torch.Tensor) -> torch.Tensor:
     """Return weight [K, C, R, S] as the plan has it, of `size` [taps, K, channels]."""
     taps, _, depth = size
     (K, C, R, S), (_, taps_w) = weight.shape, plan.taps
