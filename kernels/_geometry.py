@@ -89,3 +89,17 @@ def empty_channels_last(
     """[N, C, H, W] of `like`'s dtype and device, channels_last whatever the sizes."""
     memory = torch.channels_last
     return torch.empty(size, dtype=dtype or like.dtype, device=like.device, memory_format=memory)
+
+
+def as_pixels(x, stride, padding, groups):
+    """Return x as [N*H*W, C], a view, where a filter of one pixel is no more than a matmul."""
+    N, C, H, W = x.shape
+    sn, sc, sh, sw = x.stride()
+    if groups > 1 or any(s != 1 for s in stride) or any(padding) or not x.numel():
+        return None
+    if (H > 1 and W > 1 and sh != W * sw) or (
+        N > 1 and H * W > 1 and sn != H * W * (sw if W > 1 else sh)
+    ):
+        return None
+    step = sw if W > 1 else sh if H > 1 else sn
+    return x.as_strided((N * H * W, C), (step, sc))

@@ -61,7 +61,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._geometry import check_conv2d, empty_channels_last, output_size
+from kernels._geometry import as_pixels, check_conv2d, empty_channels_last, output_size
 from kernels._launch import (
     autocast,
     cdiv,
@@ -339,7 +339,7 @@ def _conv2d(
     op = "conv2d_grouped" if groups > 1 else "conv2d_flat" if flat else "conv2d"
     pixels = None
     if R * S == 1:
-        pixels = _as_pixels(x, stride, padding, groups)
+        pixels = as_pixels(x, stride, padding, groups)
     if pixels is not None:  # a filter of one pixel: a matmul
         rows = y.permute(0, 2, 3, 1).view(M, K)
         matmul_into(rows, pixels, weight.view(K, C).t(), bias, activation, precision)
@@ -369,20 +369,6 @@ def _conv2d(
         HAS_BIAS=bias is not None, RELU=activation == "relu", **options,
     )  # fmt: skip
     return y
-
-
-def _as_pixels(x, stride, padding, groups):
-    """Return x as [N*H*W, C], a view, where a filter of one pixel is no more than a matmul."""
-    N, C, H, W = x.shape
-    sn, sc, sh, sw = x.stride()
-    if groups > 1 or any(s != 1 for s in stride) or any(padding) or not x.numel():
-        return None
-    if (H > 1 and W > 1 and sh != W * sw) or (
-        N > 1 and H * W > 1 and sn != H * W * (sw if W > 1 else sh)
-    ):
-        return None
-    step = sw if W > 1 else sh if H > 1 else sn
-    return x.as_strided((N * H * W, C), (step, sc))
 
 
 @functools.lru_cache(maxsize=4096)

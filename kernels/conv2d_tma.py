@@ -327,11 +327,10 @@ def make_plan(
     if C < unit and groups == 1 and dilation == (1, 1):
         return _folded_plan(x_size, w_size, stride, P, Q, unit)
 
-    # x, channels last, and no two elements in one place.
-    sn, sc, sh, sw = (s if n > 1 else C for n, s in zip(x_size, x_steps, strict=True))
-    steps = (sn, sh, sw)
-    if C % unit or (C > 1 and sc != 1) or any(s % unit or s < C for s in steps):
+    steps = pixel_steps(x_size, x_steps, unit)
+    if C % unit or steps is None:
         return None
+    sn, sh, sw = steps
     if (R, S, *padding) == (1, 1, 0, 0):  # every stride-th pixel, and no others
         x = (N, P, Q, C), (sn, sh * stride[0], sw * stride[1], 1)
         stride = (1, 1)
@@ -361,22 +360,42 @@ def make_plan(
         if span % unit:  # the second block's channels would begin between two of TMA's steps
             return None
         grouped = (GROUP_BLOCK if diagonal else filters), span
-    tap = w_steps[2] if S == 1 else w_steps[3]
-    in_rows = channels == 1 or w_steps[1] == 1
-    in_rows &= R * S == 1 or not (
-        tap % unit or tap < channels or (S > 1 and R > 1 and w_steps[2] != S * tap)
-    )
-    in_rows &= K == 1 or not (w_steps[0] % unit or w_steps[0] < channels)
-    packed_w = diagonal or not in_rows
+    w = None if diagonal else filters_as_they_lie(w_size, w_steps, unit)
+    packed_w = w is None
     if packed_w:
-        w = _packed_filters(K, R * S, span, unit)
-    else:
-        w = (R * S, K, span), (tap if R * S > 1 else unit, w_steps[0] if K > 1 else unit, 1)
+        w = packed_filters(K, R * S, span, unit)
     geometry = (*stride, *padding, *dilation)
     return Plan((N, P, Q, K), x, None, w, packed_w, (R, S), geometry, grouped)
 
 
-def _packed_filters(K, taps, span, unit):
+def pixel_steps(size: tuple, steps: tuple, unit: int) -> tuple[int, int, int] | None:
+    """From image to image, row to row and pixel to pixel, as TMA can read [N, C, H, W]; or None.
+
+    That is channels last, at multiples of `unit` elements, and no two of them in one place.
+    """
+    C = size[1]
+    sn, sc, sh, sw = (s if n > 1 else C for n, s in zip(size, steps, strict=True))
+    if (C > 1 and sc != 1) or any(s % unit or s < C for s in (sn, sh, sw)):
+        return None
+    return sn, sh, sw
+
+
+def filters_as_they_lie(size: tuple, steps: tuple, unit: int) -> tuple[tuple, tuple] | None:
+    """Sizes and steps of filters [K, C, R, S] as [taps, K, C], if TMA can read them so."""
+    K, C, R, S = size
+    tap = steps[2] if S == 1 else steps[3]
+    in_rows = C == 1 or steps[1] == 1
+    in_rows &= R * S == 1 or not (
+        tap % unit or tap < C or (S > 1 and R > 1 and steps[2] != S * tap)
+    )
+    in_rows &= K == 1 or not (steps[0] % unit or steps[0] < C)
+    if not in_rows:
+        return None
+    return (R * S, K, C), (tap if R * S > 1 else unit, steps[0] if K > 1 else unit, 1)
+
+
+def packed_filters(K: int, taps: int, span: int, unit: int) -> tuple[tuple, tuple]:
+    """Sizes and steps of filters as [taps, K, channels], after `packed_filter`."""
     depth = cdiv(span, unit) * unit
     return (taps, K, depth), (depth, taps * depth, 1)
 
@@ -390,7 +409,7 @@ def _folded_plan(x_size, w_size, fold, P, Q, unit):
         return None
     rows, columns = P + R - 1, Q + S - 1
     x = (N, rows, columns, depth), (rows * columns * depth, columns * depth, depth, 1)
-    w = _packed_filters(K, R * S, depth, unit)
+    w = packed_filters(K, R * S, depth, unit)
     return Plan((N, P, Q, K), x, fold, w, True, (R, S), (1, 1, 0, 0, 1, 1), None)
 
 
@@ -487,7 +506,7 @@ def _packed_image(plan, x, padding):
     return out
 
 
-def _packed_filter(plan, size, weight):
+def packed_filter(plan: Plan, size: tuple, weight: torch.Tensor) -> torch.Tensor:
     """Return weight [K, C, R, S] as the plan has it, of `size` [taps, K, channels]."""
     taps, _, depth = size
     (K, C, R, S), (_, taps_w) = weight.shape, plan.taps
@@ -522,7 +541,7 @@ def conv2d_tma(plan, x, weight, bias, activation, y, tile, precision, padding, p
     if plan.fold is not None:
         x = _packed_image(plan, x, padding)
     if packed_w:
-        weight = _packed_filter(plan, how.w[0], weight)
+        weight = packed_filter(plan, how.w[0], weight)
     out = y
     if split > 1:
         out = torch.empty(how.out[0], dtype=torch.float32, device=x.device)
@@ -564,7 +583,7 @@ def _layout(plan: Plan, items: tuple, sms: int, item: int, pool: bool, packed_w:
         )
     w, scale = plan.w, 1
     if packed_w:
-        w = _packed_filters(K, w[0][0], w[0][2], 16 // item)
+        w = packed_filters(K, w[0][0], w[0][2], 16 // item)
     if pool:
         scale, P, Q = 2, P // 2 * 2, Q // 2 * 2  # the last row or column may have no partner
     tn, tp, tq = pixel_box(N, P, Q, m, pool)

@@ -4,6 +4,7 @@
     TRITON_INTERPRET=0 python -m tests.aot sm_90 --tiles    every tile of every TILES list
     TRITON_INTERPRET=0 python -m tests.aot sm_90 --matmul   matmul's tiles, in every layout
     TRITON_INTERPRET=0 python -m tests.aot sm_90 --conv2d   conv2d's tiles, in every kind of layer
+    TRITON_INTERPRET=0 python -m tests.aot sm_90 --input-grad   those of its input gradient
 
 test_compile.py runs this in processes of its own, because a process has to choose between compiler
 and interpreter before it imports triton. How a call becomes something to compile, and what is read
@@ -349,6 +350,43 @@ def report_conv2d():
     return rows
 
 
+def report_input_grad():
+    """The tiles of conv2d's input gradient for TMA: each stride, through a ReLU and not.
+
+    In the plain layer also in fp16, with filters that are packed, and with the sum split.
+    """
+    lesson = importlib.import_module("kernels.conv2d_input_grad")
+    set_precision("tf32")
+    jobs = []
+    for item, tiles in lesson.FAST_TILES.items():
+        dtype = torch.bfloat16 if item == 2 else torch.float32
+        for tile in tiles if "tma" in DEVICE.kernels else []:
+            small = tile["BLOCK_M"] * tile["BLOCK_N"] <= 128 * 128
+            jobs += [(dtype, stride, False, False, tile) for stride in (1, 2)]
+            if small or item == 2:  # or the box of x does not fit
+                jobs += [(dtype, stride, True, False, tile) for stride in (1, 2)]
+            if item == 2:
+                jobs += [(torch.float16, 1, False, False, tile), (dtype, 1, False, True, tile)]
+                jobs += [(dtype, 1, False, False, tile | dict(SPLIT_K=4))] if small else []
+    rows = []
+    for dtype, stride, relu, packed, tile in jobs:
+        x, dy = (images(64, c, 28 // s, 28 // s, dtype=dtype) for c, s in [(128, 1), (256, stride)])
+        weight = images(256, 128, 3, 3, dtype=dtype)
+        weight = weight.contiguous() if packed else weight
+        geometry = [stride, stride], [1, 1], [1, 1], 1
+        name = "conv2d_input_grad_relu" if relu else "conv2d_input_grad"
+        with _launch.use_tile(name, tile), _launch.record(DEVICE) as events:
+            if relu:
+                lesson.conv2d_input_grad_relu(dy, weight, x, *geometry)
+            else:
+                lesson.conv2d_input_grad(dy, weight, list(x.shape), *geometry)
+        case = f"stride {stride}" + " through a ReLU" * relu + ", packed" * packed
+        about = {"case": case, "dtype": str(dtype)[6:], "tile": tile}
+        launches = [event for event in events if isinstance(event, _launch.Launch)]
+        rows += [about | compile_launch(launch) for launch in launches]
+    return rows
+
+
 def modules():
     """Every module of kernels/ (the functions hide some: `kernels.matmul` is one)."""
     names = [m.name for m in pkgutil.iter_modules(kernels.__path__)]
@@ -366,6 +404,7 @@ def missing(rows):
     # Of what this target has.
     fast = {"matmul_tma_kernel", "matmul_reduce_kernel", "scaled_matmul_tma_kernel"}
     fast |= {"conv2d_tma_kernel", "conv2d_pack_kernel", "conv2d_pack_filter_kernel"}
+    fast |= {"conv2d_input_grad_tma_kernel"}
     lacking = set() if "tma" in DEVICE.kernels else fast
     return sorted(defined - lacking - {row["kernel"] for row in rows})
 
@@ -377,6 +416,8 @@ if __name__ == "__main__":
         print(json.dumps({"launches": report_matmul()}, default=str))
     elif "--conv2d" in sys.argv:
         print(json.dumps({"launches": report_conv2d()}, default=str))
+    elif "--input-grad" in sys.argv:
+        print(json.dumps({"launches": report_input_grad()}, default=str))
     elif "--tiles" in sys.argv:
         print(json.dumps({"launches": report_tiles()}, default=str))
     else:
