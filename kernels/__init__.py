@@ -4,6 +4,7 @@ import kernels._launch  # noqa: F401  first: it picks GPU or interpreter, before
 from kernels.bias_relu import bias_relu
 from kernels.conv2d import conv2d
 from kernels.conv2d_relu_pool import conv2d_relu_pool
+from kernels.conv2d_stack import conv2d_stack
 from kernels.cross_entropy import cross_entropy
 from kernels.im2col import col2im, conv2d_im2col, im2col
 from kernels.matmul import matmul
@@ -20,6 +21,7 @@ __all__ = [
     "conv2d",
     "conv2d_im2col",
     "conv2d_relu_pool",
+    "conv2d_stack",
     "cross_entropy",
     "im2col",
     "matmul",

@@ -63,14 +63,14 @@ def row_offsets(rows, D1, D2, stride_0, stride_1, stride_2):
 
 
 @triton.jit
-def sum_partials_kernel(
-    partials_ptr, out_ptr, SIZE, SPLITS, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr
+def _sum_columns(
+    block, partials_ptr, out_ptr, SIZE, SPLITS, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """One program computes BLOCK_N elements of out, the column sums of partials [SPLITS, SIZE].
+    """Block `block` of out, BLOCK_N column sums of partials [SPLITS, SIZE].
 
     It takes BLOCK_S rows at a time: of many, one by one, each would cost it the latency of a load.
     """
-    offs = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs = block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = offs < SIZE
     if BLOCK_S == 1:
         out = tl.full((BLOCK_N,), 0.0, tl.float32)
@@ -88,12 +88,38 @@ def sum_partials_kernel(
     tl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def sum_partials(partials: torch.Tensor, out: torch.Tensor) -> None:
+@triton.jit
+def sum_partials_kernel(
+    partials_ptr, out_ptr, SIZE, SPLITS, more_ptr, more_out_ptr, MORE_SIZE, MORE_SPLITS,
+    MORE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program computes BLOCK_N column sums of partials, or where there are MORE, of those."""
+    block = tl.program_id(0)
+    blocks = tl.cdiv(SIZE, BLOCK_N)
+    if MORE:
+        if block >= blocks:
+            more = block - blocks
+            _sum_columns(more, more_ptr, more_out_ptr, MORE_SIZE, MORE_SPLITS, BLOCK_S, BLOCK_N)
+        else:
+            _sum_columns(block, partials_ptr, out_ptr, SIZE, SPLITS, BLOCK_S, BLOCK_N)
+    else:
+        _sum_columns(block, partials_ptr, out_ptr, SIZE, SPLITS, BLOCK_S, BLOCK_N)
+
+
+def sum_partials(
+    partials: torch.Tensor,
+    out: torch.Tensor,
+    more: torch.Tensor | None = None,
+    more_out: torch.Tensor | None = None,
+) -> None:
     """`out[...] = partials.sum(0)`, in the same order always: the same input gives the same bits.
 
     Args:
         partials: float32 [SPLITS, ...], contiguous.
         out: any floating dtype, of as many elements as one partial, dense in the same order.
+        more: further partials, in the same launch: of no more rows and elements, since the tile is
+            for the first.
+        more_out: their sums.
     """
     size, splits = out.numel(), partials.shape[0]
     few = splits <= 8  # the compiler has several of them in flight at a time
@@ -101,5 +127,10 @@ def sum_partials(partials: torch.Tensor, out: torch.Tensor) -> None:
     tile = choose_tile("sum_partials", partials.dtype, {4: default}, N=size)
     block_s = 1 if few else max(1, SUM_ELEMENTS // tile["BLOCK_N"])
     block_s = min(block_s, triton.next_power_of_2(splits))
-    grid = (cdiv(size, tile["BLOCK_N"]),)
-    launch(sum_partials_kernel, grid, partials, out, size, splits, BLOCK_S=block_s, **tile)
+    more_size, more_splits = (0, 0) if more is None else (more_out.numel(), more.shape[0])
+    blocks = cdiv(size, tile["BLOCK_N"]) + cdiv(more_size, tile["BLOCK_N"])
+    launch(
+        sum_partials_kernel, (blocks,),
+        partials, out, size, splits, more, more_out, more_size, more_splits,
+        MORE=more is not None, BLOCK_S=block_s, **tile,
+    )  # fmt: skip

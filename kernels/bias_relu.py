@@ -154,12 +154,15 @@ def _backward(dy: torch.Tensor, y: torch.Tensor | None) -> tuple[torch.Tensor, t
     tile = choose_tile("bias_relu_backward", dy.dtype, DEFAULT, M=M, N=N)
     columns = cdiv(N, tile["BLOCK_N"])
     chunk, chunks = into_chunks(M, tile["BLOCK_M"], max(1, PROGRAMS // max(columns, 1)))
-    partials = torch.empty(chunks, N, dtype=torch.float32, device=dy.device)
+    partials = db
+    if chunks > 1:
+        partials = torch.empty(chunks, N, dtype=torch.float32, device=dy.device)
     launch(
         bias_relu_backward_kernel, (chunks, columns),
         dy, y, dx, partials, M, N, D1, D2, chunk, *strides, RELU=y is not None, **tile,
     )  # fmt: skip
-    sum_partials(partials, db)
+    if chunks > 1:
+        sum_partials(partials, db)
     return dx, db
 
 

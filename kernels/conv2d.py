@@ -384,18 +384,23 @@ def _(x, weight, bias, stride, padding, dilation, groups, activation):
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, ctx.stride, ctx.padding, ctx.dilation, ctx.groups, activation = inputs
-    ctx.save_for_backward(x, weight, output if activation == "relu" else None)
+    x, weight, _, ctx.stride, ctx.padding, ctx.dilation, ctx.groups, activation = inputs
+    ctx.input_size, ctx.weight_layout = list(x.shape), (weight.shape, weight.stride())
+    needs_dx, needs_dweight, *_ = ctx.needs_input_grad
+    saved = x if needs_dweight else None, weight if needs_dx else None
+    ctx.save_for_backward(*saved, output if activation == "relu" else None)
 
 
 def _backward(ctx, dy):
     x, weight, y = ctx.saved_tensors
+    if weight is None:  # only how it lies in memory is asked for
+        weight = dy.new_empty_strided(*ctx.weight_layout)
     geometry = ctx.stride, ctx.padding, ctx.dilation, ctx.groups
     dx = dweight = dbias = None
     if y is not None:  # through the ReLU, and the bias gradient in the same pass
         dy, dbias = bias_relu_backward(dy, y)
     if ctx.needs_input_grad[0]:
-        dx = conv2d_input_grad(dy, weight, list(x.shape), *geometry)
+        dx = conv2d_input_grad(dy, weight, ctx.input_size, *geometry)
     sum_dy = dbias is None and ctx.needs_input_grad[2]
     if ctx.needs_input_grad[1] and sum_dy:  # both read dy
         dweight, dbias = conv2d_weight_bias_grad(x, dy, weight, *geometry)

@@ -549,13 +549,16 @@ def _(a, dc):
 
 
 def _setup_context(ctx, inputs, output):
-    a, b, bias, activation = inputs
-    ctx.save_for_backward(a, b, output if activation == "relu" else None)
+    a, b, _, activation = inputs
+    ctx.in_columns = [x.stride(0) == 1 != x.stride(1) for x in (a, b)]
+    needs_da, needs_db, *_ = ctx.needs_input_grad
+    saved = a if needs_db else None, b if needs_da else None
+    ctx.save_for_backward(*saved, output if activation == "relu" else None)
 
 
-def _product_like(x, a, b):
-    """Return a @ b, in columns if x is: else autograd would copy the gradient of such a weight."""
-    if x.stride(0) == 1 != x.stride(1):
+def _product(a, b, in_columns):
+    """Return a @ b, in columns if its operand was: else autograd would copy a weight's gradient."""
+    if in_columns:
         return _matmul(b.t(), a.t(), None, None).t()
     return _matmul(a, b, None, None)
 
@@ -565,15 +568,17 @@ def _backward(ctx, dc):
     da = db = dbias = None
     if c is not None:  # through the ReLU, and the bias gradient in the same pass
         dc, dbias = bias_relu_backward(dc, c)
-    elif ctx.needs_input_grad[1:3] == (True, True) and b.numel() <= SMALL and b.stride(0) == 1:
-        db, dbias = _weight_bias_grad(a, dc)  # a classifier's, in one pass
-        db = db.t()
     elif ctx.needs_input_grad[2]:
-        dbias = bias_backward(dc)
+        small = ctx.needs_input_grad[1] and a.shape[1] * dc.shape[1] <= SMALL
+        if small and ctx.in_columns[1]:  # a classifier's, in one pass
+            db, dbias = _weight_bias_grad(a, dc)
+            db = db.t()
+        else:
+            dbias = bias_backward(dc)
     if ctx.needs_input_grad[0]:
-        da = _product_like(a, dc, b.t())
+        da = _product(dc, b.t(), ctx.in_columns[0])
     if ctx.needs_input_grad[1] and db is None:
-        db = _product_like(b, a.t(), dc)
+        db = _product(a.t(), dc, ctx.in_columns[1])
     return da, db, dbias if ctx.needs_input_grad[2] else None, None
 
 

@@ -251,6 +251,7 @@ def _setup_context(ctx, inputs, output):
     x, *window, _ = inputs
     ctx.geometry = (*x.shape[2:], *window, not x.is_contiguous())
     ctx.save_for_backward(output[1])
+    ctx.set_materialize_grads(False)  # or zeros would come for the taps
 
 
 def _autograd(ctx, dy, _):

@@ -21,6 +21,9 @@ ReLU in place, which keep the memory format of what they are given.
          |                                            |
          +--------- (1x1, where shapes differ) -------+
 
+On the way back the convolutions are one stack (conv2d_stack.py): no ReLU and no pool between them
+is a pass for its own sake.
+
 From an image in channels_last to the logits no layer converts what another has written, and no
 weight is transposed (layers.py); tests/test_layouts.py counts the conversions, and finds none.
 
@@ -42,7 +45,36 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from .layers import Conv2d, Conv2dReluPool, FlattenLinear, Linear, MaxPool2d
+from .layers import Conv2d, Conv2dReluPool, ConvStack, FlattenLinear, Linear, MaxPool2d
+
+STAGES = ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3))  # of VGG16: channels, and convolutions
+
+
+def vgg16_features(channels=3, width=64) -> ConvStack:
+    """Return VGG16's thirteen convolutions: [N, channels, H, W] to [N, 8 * width, H/32, W/32]."""
+    features, place = OrderedDict(), 0  # in torchvision's list, which counts ReLUs and pools
+    for factor, layers in STAGES:
+        for last in [False] * (layers - 1) + [True]:
+            out = factor * width
+            features[str(place)] = (
+                Conv2dReluPool(channels, out, 3, padding=1)
+                if last
+                else Conv2d(channels, out, 3, padding=1, activation="relu")
+            )
+            channels, place = out, place + (3 if last else 2)
+    return ConvStack(features)
+
+
+def torch_vgg16_features(channels=3, width=64) -> nn.Sequential:
+    """Return the same of torch.nn, as torchvision has it; it takes the same state_dict."""
+    features = nn.Sequential()
+    for factor, layers in STAGES:
+        for _ in range(layers):
+            features.append(nn.Conv2d(channels, factor * width, 3, padding=1))
+            features.append(nn.ReLU(inplace=True))
+            channels = factor * width
+        features.append(nn.MaxPool2d(2))
+    return features.to(memory_format=torch.channels_last)
 
 
 class VGG16(nn.Module):
@@ -68,18 +100,8 @@ class VGG16(nn.Module):
                 "images must be at least 32 x 32 for this network, which halves them five times, "
                 f"got {height} x {width_in}"
             )
-        features = OrderedDict()
-        place = 0  # in torchvision's list, which counts ReLUs and pools as layers
-        for factor, layers in ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3)):
-            for last in [False] * (layers - 1) + [True]:
-                out = factor * width
-                features[str(place)] = (
-                    Conv2dReluPool(channels, out, 3, padding=1)
-                    if last
-                    else Conv2d(channels, out, 3, padding=1, activation="relu")
-                )
-                channels, place = out, place + (3 if last else 2)
-        self.features = nn.Sequential(features)
+        self.features = vgg16_features(channels, width)
+        channels = 8 * width
         units = 64 * width
         left = channels, height // 32, width_in // 32
         self.classifier = nn.Sequential(

@@ -10,7 +10,8 @@ initialisation and use of the random generator are the same by construction:
 
 What is added is fusion, since on a GPU a ReLU of its own costs a trip through memory that its
 arithmetic does not need: `activation="relu"` where torch.nn would use a second layer, and
-`Conv2dReluPool`, which writes only the pooled quarter of what the convolution computes.
+`Conv2dReluPool`, which writes only the pooled quarter of what the convolution computes. `ConvStack`
+fuses what lies between such layers on the way back.
 
 Images are [N, C, H, W] as everywhere in PyTorch, and channels_last in memory: what these layers
 return always, and what they should be given (`x.to(memory_format=torch.channels_last)`; contiguous
@@ -18,6 +19,8 @@ input works too). Filters lie likewise, as K rows of R*S*C, from when a layer is
 reads is there as it needs it, and nothing is packed or transposed from call to call. Loading a
 state_dict copies into that memory, and so its values may lie in any order.
 """
+
+import itertools
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +30,13 @@ from kernels import (
     conv2d,
     conv2d_im2col,
     conv2d_relu_pool,
+    conv2d_stack,
     cross_entropy,
     matmul,
     max_pool2d,
     softmax,
 )
+from kernels.conv2d_stack import Layer
 
 
 def _check_activation(activation):
@@ -215,6 +220,44 @@ class Conv2dReluPool(nn.Conv2d):
         conv = conv2d if self.how == "separate" else conv2d_im2col
         y = conv(x, self.weight, padding=self.padding)
         return max_pool2d(bias_relu(y, self.bias), 2)
+
+
+def _stacked(module: nn.Module) -> Layer:
+    """What a stack has to know of a layer, or TypeError for one that it cannot have."""
+    if isinstance(module, Conv2dReluPool) and module.how == "fused":
+        return Layer(pool=True, padding=module.padding)
+    if isinstance(module, Conv2d) and module.activation == "relu" and module.conv is conv2d:
+        return Layer(False, module.stride, module.padding, module.dilation, module.groups)
+    raise TypeError(
+        'a stack is of Conv2d(..., activation="relu") and of fused Conv2dReluPool, got '
+        f"{type(module).__name__}"
+    )
+
+
+class ConvStack(nn.Sequential):
+    """Convolutions with ReLUs and pools in a row, which go back together: conv2d_stack.py.
+
+    A `torch.nn.Sequential` in all but that: names in a state_dict, access and results are the same.
+    With gradients enabled the layers are not called one by one, so their hooks are not, either.
+
+    Args:
+        layers: each a Conv2d with activation="relu" or a Conv2dReluPool, or one OrderedDict of
+            them by name.
+
+    Shapes: x [N, C, H, W] to what the last layer makes of it.
+    """
+
+    def __init__(self, *layers):
+        super().__init__(*layers)
+        for layer in self:
+            _stacked(layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the last layer's output."""
+        if not (torch.is_grad_enabled() and len(self)):
+            return super().forward(x)
+        parameters = itertools.chain(*((layer.weight, layer.bias) for layer in self))
+        return conv2d_stack(x, *parameters, layers=tuple(_stacked(layer) for layer in self))
 
 
 class MaxPool2d(nn.Module):

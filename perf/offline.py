@@ -33,6 +33,7 @@ import torch
 
 import kernels  # before triton: it decides between interpreter and compiler
 from kernels import _launch
+from kernels.conv2d_weight_grad import pixels_inside
 
 # isort: split
 import triton
@@ -333,7 +334,7 @@ def _weight_grad_work(given: dict) -> tuple[int, int, int, int]:
     else:
         high, wide = (
             sum(
-                conv2d_weight_grad.pixels_inside(
+                pixels_inside(
                     tap * given[f"DIL_{x}"] - given[f"PAD_{x}"], given[x], given[outputs],
                     given[f"STRIDE_{x}"],
                 )

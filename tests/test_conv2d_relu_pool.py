@@ -16,6 +16,7 @@ from tests.poison import poison
 from tests.tolerance import assert_close
 
 module = importlib.import_module("kernels.conv2d_relu_pool")
+gradient = importlib.import_module("kernels.conv2d_relu_pool_grad")
 WEIGHT_LAYOUTS = ["contiguous", "channels_last", "transposed", "sliced", "expanded"]  # [1] is KRSC
 OPS = ["conv2d_relu_pool", "conv2d_relu_pool_input_grad", "conv2d_relu_pool_weight_grad"]
 SMALL = dict(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, num_warps=4, num_stages=2)
@@ -428,7 +429,7 @@ def test_every_tile_alone(op, tile, dtype):
 @pytest.mark.parametrize("parts", [1, 2, 3, 5, 6], ids="{} parts".format)
 def test_split_sum(parts, dtype, monkeypatch):
     """96 windows in 6 steps of 16: equal parts, a shorter last one, one step each."""
-    monkeypatch.setattr(module, "splits", lambda programs, steps: parts)
+    monkeypatch.setattr(gradient, "splits", lambda programs, steps: parts)
     with use_tile(OPS[2], {**SMALL, "BLOCK_N": 64}):
         check((2, 3, 14, 18), 5, (3, 3), 0, dtype)
 
@@ -437,7 +438,7 @@ def test_split_sum(parts, dtype, monkeypatch):
 @pytest.mark.parametrize("taps", [(1, 1), (2, 5), (5, 2), (3, 3)], ids="{0[0]}x{0[1]}".format)
 def test_partial_results_lie_as_the_weight_does(taps, weight, monkeypatch):
     """Each part holds four sums, shifted against each other: in any layout of the weight."""
-    monkeypatch.setattr(module, "splits", lambda programs, steps: 2)
+    monkeypatch.setattr(gradient, "splits", lambda programs, steps: 2)
     with use_tile(OPS[2], {**SMALL, "BLOCK_N": 64}):
         check((2, 3, 9, 10), 5, taps, 0, weight=weight)
 
@@ -445,7 +446,7 @@ def test_partial_results_lie_as_the_weight_does(taps, weight, monkeypatch):
 @pytest.mark.parametrize("parts", [1, 3])
 @every_dtype
 def test_the_same_bits_twice(dtype, parts, monkeypatch):
-    monkeypatch.setattr(module, "splits", lambda programs, steps: parts)
+    monkeypatch.setattr(gradient, "splits", lambda programs, steps: parts)
     *inputs, dy = make((2, 3, 14, 18), 5, (3, 3), 1, dtype)
     with use_tile(OPS[2], {**SMALL, "BLOCK_N": 64}):
         first, second = (gradients(call(1), inputs, dy) for _ in range(2))

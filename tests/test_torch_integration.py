@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
+from kernels.conv2d_stack import Layer
 from tests.inputs import DEVICE, gradients, randn
 
 
@@ -55,6 +56,17 @@ SAMPLES = {
     "conv2d_relu_pool": lambda: [
         ([images(2, 3, 8, 7), randn(4, 3, 3, 3, seed=1), randn(4, seed=2)], {}),
         ([randn(2, 1, 8, 7), randn(4, 1, 3, 2, seed=1)], dict(padding=1)),
+    ],
+    "conv2d_stack": lambda: [
+        (
+            [
+                images(2, 3, 8, 7),
+                *(randn(4, 3, 3, 3, seed=1) / 5, randn(4, seed=2)),
+                *(randn(6, 2, 3, 2, seed=3) / 5, None),
+                *(randn(5, 6, 2, 2, seed=4) / 5, randn(5, seed=5)),
+            ],
+            dict(layers=(Layer(padding=1), Layer(stride=(1, 2), groups=2), Layer(pool=True))),
+        ),
     ],
     "scaled_matmul": lambda: [
         (

@@ -1,0 +1,407 @@
+"""The gradients of conv2d_relu_pool: a scatter that saves products, or products that save a pass.
+
+    forward     y[n,k,i,j] = max(0, the largest of z[n, k, 2i + a, 2j + b], a and b in {0, 1})
+                with z = conv2d(x, weight) + bias; kept is the place 2a + b, or 4 where the ReLU
+                let none through
+    backward    dz = dy at its place, zero everywhere else
+                dx, dweight: those of the convolution for this dz; dbias = sum of dz
+
+There are two ways, and which is the faster one depends on the channels.
+
+Scattered. dz is written, and the convolution's own gradients read it. A window owns the 2x2 pixels
+of dz that it covers: each is written once, none has to be cleared first, and no two programs meet.
+
+    dy       place        dz
+    5 7      0 3          5 . | . .        One program owns BLOCK_N channels of a chunk of windows,
+    2 9      4 1          . . | . 7        and sums the columns of what it scatters: the bias
+                          ----+----        gradient, in the same pass. Where P or Q is odd, the
+                          . . | . 9        last row or column has no window; it belongs to half a
+                          . . | . .        one, whose dy is zero.
+
+Fused. dz is never written. As in the forward, the block is a convolution of stride 2 with an
+(R+1) x (S+1) filter and 4K channels. Its gradients are that one's, dy being spread to the four
+places as it is loaded:
+
+    dx       each 2x2 quad of inputs gathers from the (R//2 + 1) x (S//2 + 1) windows that read it
+    dweight  four sums, dy at place (a, b) times the patch, each shifted by (a, b) as it is stored
+
+What both gradients cost, for one window and channel k of a 3x3 layer with C channels in 16-bit:
+
+                bytes of dy, place and dz                  FLOPs
+    scattered   3 read, 8 written, 8 read twice:   27      2 * 72 C,  by kernels without a detour
+    fused       3 read twice:                       6      2 * 128 C, four dots a step
+
+So 21 bytes stand against 112 C FLOPs and the better kernel. An H200 moves 21 bytes in 4.4 ps. The
+fused kernels, as compiled for it, do a VGG16 layer's own FLOPs at some 100 TFLOP/s, by prediction:
+1.4 C ps. Those of a convolution by TMA should do five times as many, but their tiles have 64
+channels at least: 0.3 max(C, 64) ps. So they are even at 16 channels, and WIDE is the next power of
+two. Without tensor cores or TMA the lines cross at fewer. The demo (1 and 16 channels) is fused,
+VGG16 (64 to 512) scatters.
+
+Read first: conv2d_relu_pool.py, conv2d_input_grad.py, conv2d_weight_grad.py.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels._geometry import empty_channels_last
+from kernels._launch import INTERPRET, cdiv, choose_tile, dot_precision, into_chunks, launch, splits
+from kernels._rows import sum_partials
+from kernels.bias_relu import PROGRAMS, bias_relu_backward
+from kernels.conv2d_input_grad import conv2d_input_grad, conv2d_input_grad_relu
+from kernels.conv2d_weight_grad import conv2d_weight_grad
+
+TILES = [
+    # input gradient: the accumulator has 4 * BLOCK_N columns, and four warps would spill; in
+    # float32 half the depth
+    dict(BLOCK_M=64, BLOCK_N=16, BLOCK_K=32, num_warps=8, num_stages=2),
+    dict(BLOCK_M=64, BLOCK_N=16, BLOCK_K=16, num_warps=8, num_stages=2),
+    # weight gradient: four accumulators of 64x32 are 64 registers of each thread; and in float32
+    dict(BLOCK_M=64, BLOCK_N=32, BLOCK_K=32, num_warps=4, num_stages=3),
+    dict(BLOCK_M=32, BLOCK_N=16, BLOCK_K=16, num_warps=8, num_stages=2),
+]
+INPUT_DEFAULT = {2: TILES[0], 4: TILES[1]}
+WEIGHT_DEFAULT = {2: TILES[2], 4: TILES[3]}
+
+UNPOOL_TILES = [
+    # the default in 16-bit: 16 channels a thread, so that their places are 16 bytes, too
+    dict(kernel="unpool", BLOCK_M=32, BLOCK_N=64, num_warps=4),
+    dict(kernel="unpool", BLOCK_M=16, BLOCK_N=64, num_warps=4),  # and in float32
+    dict(kernel="unpool", BLOCK_M=8, BLOCK_N=256, num_warps=4),  # whole cache lines of a pixel
+]
+UNPOOL_DEFAULT = {2: UNPOOL_TILES[0], 4: UNPOOL_TILES[1]}
+FUSED = dict(kernel="fused")  # of "unpool": that there is to be none
+WIDE = 32  # channels C and K from which on to scatter
+MOST_INT32 = 2**31
+
+
+@triton.jit
+def unpool_kernel(
+    dy_ptr, place_ptr, dz_ptr, db_ptr, M, K, P, Q, ROWS, COLUMNS, CHUNK,
+    stride_dyn, stride_dyk, stride_dyp, stride_dyq,
+    INDEX: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program scatters CHUNK windows x BLOCK_N channels to dz [N, K, P, Q], and sums columns.
+
+    An image has ROWS x COLUMNS windows, P / 2 and Q / 2 rounded up. Place and dz are channels_last.
+    INDEX numbers the windows, with 32 bits if they are enough. db_ptr is [chunks, K].
+    """
+    offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = (offs_n < K)[None, :]
+    first = tl.program_id(0).to(INDEX) * CHUNK
+    last = tl.minimum(first + CHUNK, M)
+    acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
+
+    for m in range(first, last, BLOCK_M):
+        offs_m = m + tl.arange(0, BLOCK_M)
+        row = offs_m // COLUMNS
+        q = offs_m - row * COLUMNS
+        n = row // ROWS
+        p = row - n * ROWS
+        n, p, q = n.to(tl.int64), p.to(tl.int64), q.to(tl.int64)
+        exists = offs_m < last
+        # Half a window has no second row or column.
+        below, right = exists & (2 * p + 1 < P), exists & (2 * q + 1 < Q)
+        mask = (below & right)[:, None] & mask_n  # [BLOCK_M, BLOCK_N]
+        rows = n * stride_dyn + p * stride_dyp + q * stride_dyq
+        dy_ptrs = dy_ptr + rows[:, None] + (offs_n * stride_dyk)[None, :]
+        dy = tl.load(dy_ptrs, mask=mask, other=0.0)
+        rows = (n * (P // 2) + p) * (Q // 2) + q
+        place_ptrs = place_ptr + (rows * K)[:, None] + offs_n[None, :]
+        place = tl.load(place_ptrs, mask=mask, other=4).to(tl.int32)
+
+        zero = tl.full((BLOCK_M, BLOCK_N), 0.0, dy.dtype)
+        rows = (n * P + 2 * p) * Q + 2 * q
+        dz_ptrs = dz_ptr + (rows * K)[:, None] + offs_n[None, :]
+        dz_below = dz_ptrs + tl.cast(Q, tl.int64) * K
+        tl.store(dz_ptrs, tl.where(place == 0, dy, zero), mask=exists[:, None] & mask_n)
+        tl.store(dz_ptrs + K, tl.where(place == 1, dy, zero), mask=right[:, None] & mask_n)
+        tl.store(dz_below, tl.where(place == 2, dy, zero), mask=below[:, None] & mask_n)
+        tl.store(dz_below + K, tl.where(place == 3, dy, zero), mask=mask)
+        if HAS_BIAS:
+            acc += tl.where(place < 4, dy.to(tl.float32), 0.0)
+
+    if HAS_BIAS:
+        db_ptrs = db_ptr + tl.program_id(0).to(tl.int64) * K + offs_n
+        tl.store(db_ptrs, tl.sum(acc, axis=0), mask=offs_n < K)
+
+
+@triton.jit
+def conv2d_relu_pool_input_grad_kernel(
+    dy_ptr, place_ptr, w_ptr, dx_ptr, N, C, H, W, K, P, Q, ROWS_H, ROWS_W,
+    stride_dyn, stride_dyk, stride_dyp, stride_dyq,
+    stride_pn, stride_pk, stride_pp, stride_pq, stride_wk, stride_wc, stride_wr, stride_ws,
+    stride_dxn, stride_dxc, stride_dxh, stride_dxw,
+    R: tl.constexpr, S: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program computes BLOCK_M quads (2x2 pixels) x BLOCK_N channels of dx.
+
+    An image has ROWS_H x ROWS_W quads, in padded coordinates. Each is a row; its four pixels are
+    four blocks of columns, so that dy and the places are loaded once for all of them.
+    """
+    blocks_n = tl.cdiv(C, BLOCK_N)
+    pid_m = tl.program_id(0) // blocks_n
+    pid_n = tl.program_id(0) % blocks_n
+    M = tl.cast(N, tl.int64) * ROWS_H * ROWS_W
+    offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    quad = offs_m % M
+    n = quad // ROWS_W // ROWS_H
+    i = quad // ROWS_W % ROWS_H  # the window whose patch begins at this quad
+    j = quad % ROWS_W
+    cols = tl.arange(0, 4 * BLOCK_N).to(tl.int64)  # (e, f, c): pixel (e, f) of the quad, channel c
+    c = pid_n.to(tl.int64) * BLOCK_N + cols % BLOCK_N
+    e = cols // BLOCK_N // 2
+    f = cols // BLOCK_N % 2
+    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
+
+    # Patch pixel (u, v) meets the weight (u - a, v - b): one base for each place (a, b).
+    w0_ptr, w1_ptr = w_ptr, w_ptr - stride_ws
+    w2_ptr, w3_ptr = w0_ptr - stride_wr, w1_ptr - stride_wr
+
+    acc = tl.full((BLOCK_M, 4 * BLOCK_N), 0.0, tl.float32)
+    blocks_k = tl.cdiv(K, BLOCK_K)
+    for step in range(0, (R // 2 + 1) * (S // 2 + 1) * blocks_k):
+        i_up = step // blocks_k // (S // 2 + 1)  # the window this many rows further up
+        j_up = step // blocks_k % (S // 2 + 1)  # and columns further left
+        k = step % blocks_k * BLOCK_K + offs_k
+        p, q = i - i_up, j - j_up
+        inside = (p >= 0) & (p < P) & (q >= 0) & (q < Q)
+        mask = inside[:, None] & (k < K)[None, :]
+        dy_rows = n * stride_dyn + p * stride_dyp + q * stride_dyq
+        dy_ptrs = dy_ptr + dy_rows[:, None] + (k * stride_dyk)[None, :]
+        dy = tl.load(dy_ptrs, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_K]
+        place_rows = n * stride_pn + p * stride_pp + q * stride_pq
+        place_ptrs = place_ptr + place_rows[:, None] + (k * stride_pk)[None, :]
+        place = tl.load(place_ptrs, mask=mask, other=4).to(tl.int32)
+
+        u = e + 2 * i_up  # where the pixel lies in that window's patch
+        v = f + 2 * j_up
+        w_cols = u * stride_wr + v * stride_ws + c * stride_wc
+        w_offs = (k * stride_wk)[:, None] + w_cols[None, :]  # [BLOCK_K, 4 * BLOCK_N]
+        mask = (k < K)[:, None] & (c < C)[None, :]
+        top, bottom = (u < R)[None, :] & mask, ((u > 0) & (u <= R))[None, :] & mask
+        left, right = (v < S)[None, :], ((v > 0) & (v <= S))[None, :]
+        w0 = tl.load(w0_ptr + w_offs, mask=top & left, other=0.0)
+        w1 = tl.load(w1_ptr + w_offs, mask=top & right, other=0.0)
+        w2 = tl.load(w2_ptr + w_offs, mask=bottom & left, other=0.0)
+        w3 = tl.load(w3_ptr + w_offs, mask=bottom & right, other=0.0)
+        zero = tl.full((BLOCK_M, BLOCK_K), 0.0, dy.dtype)
+        acc = tl.dot(tl.where(place == 0, dy, zero), w0, acc, input_precision=PRECISION)
+        acc = tl.dot(tl.where(place == 1, dy, zero), w1, acc, input_precision=PRECISION)
+        acc = tl.dot(tl.where(place == 2, dy, zero), w2, acc, input_precision=PRECISION)
+        acc = tl.dot(tl.where(place == 3, dy, zero), w3, acc, input_precision=PRECISION)
+
+    h = (2 * i - PAD_H)[:, None] + e[None, :]
+    w = (2 * j - PAD_W)[:, None] + f[None, :]
+    mask = (offs_m < M)[:, None] & (c < C)[None, :]
+    mask &= (h >= 0) & (h < H) & (w >= 0) & (w < W)
+    dx_rows = n * stride_dxn + (2 * i - PAD_H) * stride_dxh + (2 * j - PAD_W) * stride_dxw
+    dx_cols = e * stride_dxh + f * stride_dxw + c * stride_dxc
+    dx_ptrs = dx_ptr + dx_rows[:, None] + dx_cols[None, :]
+    tl.store(dx_ptrs, acc.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def conv2d_relu_pool_weight_grad_kernel(
+    x_ptr, dy_ptr, place_ptr, dw_ptr, db_ptr, N, C, H, W, K, P, Q, CHUNK, SIZE,
+    stride_xn, stride_xc, stride_xh, stride_xw, stride_dyn, stride_dyk, stride_dyp, stride_dyq,
+    stride_pn, stride_pk, stride_pp, stride_pq, stride_wk, stride_wc, stride_wr, stride_ws,
+    R: tl.constexpr, S: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program sums CHUNK windows into BLOCK_M channels k x BLOCK_N of the patch (u, v, c).
+
+    dw_ptr is [splits, 4, SIZE]: for each place a partial dweight, shifted into place. Programs of
+    the first patch block also write db_ptr [splits, K].
+    """
+    blocks_n = tl.cdiv((R + 1) * (S + 1) * C, BLOCK_N)
+    pid_m = tl.program_id(0) // blocks_n
+    pid_n = tl.program_id(0) % blocks_n
+    split = tl.program_id(1).to(tl.int64)
+    k = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    c = cols % C
+    v = cols // C % (S + 1)
+    u = cols // C // (S + 1)
+    mask_n = cols < (R + 1) * (S + 1) * C
+    x_cols = u * stride_xh + v * stride_xw + c * stride_xc
+    first = split * CHUNK
+    last = tl.minimum(first + CHUNK, tl.cast(N, tl.int64) * P * Q)
+
+    live = tl.full((BLOCK_M, BLOCK_K), 0.0, tl.float32)  # dy where it came through the ReLU
+    acc0 = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
+    acc1 = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
+    acc2 = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
+    acc3 = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
+    for window in range(first, last, BLOCK_K):
+        m = window + tl.arange(0, BLOCK_K).to(tl.int64)
+        q = m % Q
+        p = m // Q % P
+        n = m // Q // P
+        mask = (k < K)[:, None] & (m < last)[None, :]
+        dy_cols = n * stride_dyn + p * stride_dyp + q * stride_dyq
+        dy_ptrs = dy_ptr + (k * stride_dyk)[:, None] + dy_cols[None, :]
+        dy = tl.load(dy_ptrs, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_K]
+        place_cols = n * stride_pn + p * stride_pp + q * stride_pq
+        place_ptrs = place_ptr + (k * stride_pk)[:, None] + place_cols[None, :]
+        place = tl.load(place_ptrs, mask=mask, other=4).to(tl.int32)
+        live += tl.where(place < 4, dy.to(tl.float32), 0.0)
+
+        h = p * 2 - PAD_H
+        w = q * 2 - PAD_W
+        x_rows = n * stride_xn + h * stride_xh + w * stride_xw
+        x_mask = (m < last)[:, None] & mask_n[None, :]  # [BLOCK_K, BLOCK_N]
+        if PAD_H > 0:
+            x_mask &= (h[:, None] + u[None, :] >= 0) & (h[:, None] + u[None, :] < H)
+        if PAD_W > 0:
+            x_mask &= (w[:, None] + v[None, :] >= 0) & (w[:, None] + v[None, :] < W)
+        x = tl.load(x_ptr + x_rows[:, None] + x_cols[None, :], mask=x_mask, other=0.0)
+        zero = tl.full((BLOCK_M, BLOCK_K), 0.0, dy.dtype)
+        acc0 = tl.dot(tl.where(place == 0, dy, zero), x, acc0, input_precision=PRECISION)
+        acc1 = tl.dot(tl.where(place == 1, dy, zero), x, acc1, input_precision=PRECISION)
+        acc2 = tl.dot(tl.where(place == 2, dy, zero), x, acc2, input_precision=PRECISION)
+        acc3 = tl.dot(tl.where(place == 3, dy, zero), x, acc3, input_precision=PRECISION)
+
+    # Patch pixel (u, v) met the weight (u - a, v - b), if there is one.
+    size = tl.cast(SIZE, tl.int64)
+    dw_ptr += split * 4 * size
+    dw_cols = u * stride_wr + v * stride_ws + c * stride_wc
+    dw_ptrs = dw_ptr + (k * stride_wk)[:, None] + dw_cols[None, :]
+    mask = (k < K)[:, None] & mask_n[None, :]
+    top, bottom = (u < R)[None, :] & mask, (u > 0)[None, :] & mask
+    left, right = (v < S)[None, :], (v > 0)[None, :]
+    tl.store(dw_ptrs, acc0, mask=top & left)
+    tl.store(dw_ptrs + (size - stride_ws), acc1, mask=top & right)
+    tl.store(dw_ptrs + (2 * size - stride_wr), acc2, mask=bottom & left)
+    tl.store(dw_ptrs + (3 * size - stride_wr - stride_ws), acc3, mask=bottom & right)
+    if pid_n == 0:
+        tl.store(db_ptr + split * K + k, tl.sum(live, axis=1), mask=k < K)
+
+
+def _unpool_tile(dy, channels):
+    """The tile to scatter dy with, or FUSED. The interpreter wants few operations: it fuses."""
+    N, K, P, Q = dy.shape
+    wide = min(channels, K) >= WIDE and not INTERPRET
+    default = UNPOOL_DEFAULT if wide else dict.fromkeys(UNPOOL_DEFAULT, FUSED)
+    return choose_tile("unpool", dy.dtype, default, ("unpool", "fused"), M=N * P * Q, N=K)
+
+
+def _unpool(dy, place, size, bias, tile):
+    """Return dz [N, K, P, Q] of `size` P and Q, and the bias gradient if `bias`, else None."""
+    (N, K), (P, Q) = dy.shape[:2], size
+    dz = empty_channels_last((N, K, P, Q), dy)
+    rows, columns = cdiv(P, 2), cdiv(Q, 2)
+    M = N * rows * columns
+    blocks = cdiv(K, tile["BLOCK_N"])
+    chunk, chunks = into_chunks(M, tile["BLOCK_M"], max(1, PROGRAMS // max(blocks, 1)))
+    db = partials = None
+    if bias:
+        db = partials = dy.new_empty(K)
+        if chunks > 1:
+            partials = torch.empty(chunks, K, dtype=torch.float32, device=dy.device)
+    launch(
+        unpool_kernel, (chunks, blocks),
+        dy, place, dz, partials, M, K, P, Q, rows, columns, chunk, *dy.stride(),
+        INDEX=tl.int32 if M + chunk <= MOST_INT32 else tl.int64, HAS_BIAS=bias,
+        **{k: v for k, v in tile.items() if k != "kernel"},
+    )  # fmt: skip
+    if partials is not db:
+        sum_partials(partials, db)
+    return dz, db
+
+
+def _input_grad(dy, place, weight, input_size, padding):
+    """Return dx, by the fused kernel."""
+    dx = empty_channels_last(input_size, dy)
+    (N, C, H, W), (_, _, R, S), (_, K, P, Q) = input_size, weight.shape, dy.shape
+    quads = [(extent + 2 * pad + 1) // 2 for extent, pad in zip((H, W), padding, strict=True)]
+    M = N * quads[0] * quads[1]
+    tile = choose_tile("conv2d_relu_pool_input_grad", dy.dtype, INPUT_DEFAULT, M=M, N=C, K=K)
+    launch(
+        conv2d_relu_pool_input_grad_kernel,
+        (cdiv(M, tile["BLOCK_M"]) * cdiv(C, tile["BLOCK_N"]),),
+        dy, place, weight, dx, N, C, H, W, K, P, Q, *quads,
+        *dy.stride(), *place.stride(), *weight.stride(), *dx.stride(), R, S, *padding,
+        PRECISION=dot_precision(dy.dtype, torch.backends.cudnn.conv), **tile,
+    )  # fmt: skip
+    return dx
+
+
+def _weight_grad(x, dy, place, weight, padding):
+    """Return dweight and dbias, by the fused kernel; both sums are added up by one launch."""
+    dweight, dbias = torch.empty_like(weight), weight.new_empty(weight.shape[0])
+    (N, C, H, W), (_, _, R, S), (_, K, P, Q) = x.shape, weight.shape, dy.shape
+    M = N * P * Q
+    patch = (R + 1) * (S + 1) * C
+    tile = choose_tile("conv2d_relu_pool_weight_grad", x.dtype, WEIGHT_DEFAULT, K=M, M=K, N=patch)
+    blocks = cdiv(K, tile["BLOCK_M"]) * cdiv(patch, tile["BLOCK_N"])
+    steps = cdiv(M, tile["BLOCK_K"])
+    chunk, parts = into_chunks(M, tile["BLOCK_K"], splits(blocks, steps))
+    size = dweight.numel()
+    partials = torch.empty(parts * 4, size, dtype=torch.float32, device=x.device)
+    bias_partials = torch.empty(parts, K, dtype=torch.float32, device=x.device)
+    launch(
+        conv2d_relu_pool_weight_grad_kernel, (blocks, parts),
+        x, dy, place, partials, bias_partials, N, C, H, W, K, P, Q, chunk, size,
+        *x.stride(), *dy.stride(), *place.stride(), *dweight.stride(), R, S, *padding,
+        PRECISION=dot_precision(x.dtype, torch.backends.cudnn.conv), **tile,
+    )  # fmt: skip
+    sum_partials(partials, dweight, bias_partials, dbias)
+    return dweight, dbias
+
+
+@torch.library.custom_op("tilelab::conv2d_relu_pool_backward", mutates_args=())
+def conv2d_relu_pool_backward(
+    dy: torch.Tensor,
+    place: torch.Tensor,
+    x: torch.Tensor | None,
+    weight: torch.Tensor,
+    input_size: list[int],
+    padding: list[int],
+    wanted: list[bool],
+    relu: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dx, dweight, dbias) of conv2d_relu_pool, of which those that are not `wanted` are empty.
+
+    With `relu`, x is itself act(z + bias) with a ReLU: dx is the gradient of z, and the fourth
+    result that of its bias, as conv2d_input_grad_relu has them. x is read for this and for dweight,
+    and of weight, where there is no dx, only how it lies in memory.
+    """
+    dx = dweight = dbias = dbefore = None
+    tile = _unpool_tile(dy, weight.shape[1])
+    if tile["kernel"] == "fused" and wanted[2] and not wanted[1]:  # that kernel has both
+        tile = UNPOOL_DEFAULT[dy.itemsize]
+    if tile["kernel"] == "unpool":
+        pairs = zip(input_size[2:], weight.shape[2:], padding, strict=True)
+        size = [extent + 2 * pad - taps + 1 for extent, taps, pad in pairs]
+        geometry = [1, 1], padding, [1, 1], 1
+        dz, dbias = _unpool(dy, place, size, wanted[2], tile)
+        if wanted[0] and relu:
+            dx, dbefore = conv2d_input_grad_relu(dz, weight, x, *geometry)
+        elif wanted[0]:
+            dx = conv2d_input_grad(dz, weight, input_size, *geometry)
+        if wanted[1]:
+            dweight = conv2d_weight_grad(x, dz, weight, *geometry)
+    else:
+        if wanted[0]:
+            dx = _input_grad(dy, place, weight, input_size, padding)
+            if relu:
+                dx, dbefore = bias_relu_backward(dx, x)
+        if wanted[1]:
+            dweight, dbias = _weight_grad(x, dy, place, weight, padding)
+    dbias = dbias if wanted[2] else None
+    return tuple(dy.new_empty(0) if t is None else t for t in (dx, dweight, dbias, dbefore))
+
+
+@conv2d_relu_pool_backward.register_fake
+def _(dy, place, x, weight, input_size, padding, wanted, relu):
+    return (
+        empty_channels_last(input_size, dy) if wanted[0] else dy.new_empty(0),
+        torch.empty_like(weight) if wanted[1] else dy.new_empty(0),
+        dy.new_empty(weight.shape[0] if wanted[2] else 0),
+        dy.new_empty(input_size[1] if wanted[0] and relu else 0),
+    )
