@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from nets.imagenet import torch_vgg16_features
 from nets.models import TorchCNN
 from perf import cost, workloads
 from perf.errors import PerfError
@@ -154,6 +155,30 @@ def test_a_training_step_as_torch_counts_it():
         model(images).sum().backward()
     unpooled = 3 * 2 * 64 * 21 * 32 * 16 * 9
     assert counter.get_total_flops() == cost.flops("train_step", "step", {"N": 64}) + unpooled
+
+
+def test_a_stack_of_convolutions_as_torch_counts_it():
+    """Forward, and both gradients, but for the input gradient of the first."""
+    sizes = dict(N=2, H=64, width=8)
+    model = torch_vgg16_features(width=8)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randn(2, 3, 64, 64)).sum().backward()
+    assert counter.get_total_flops() == cost.flops("conv_stack", "step", sizes)
+
+
+def test_the_bytes_of_a_stack_by_hand():
+    """Of 32 x 32 images and 1 channel in the first stage; weights and activations, by layer."""
+    w = [27, 9, 18, 36, 72, 144, 144, 288, 576, 576, 576, 576, 576]
+    k = [1, 1, 2, 2, 4, 4, 4, 8, 8, 8, 8, 8, 8]
+    x = [3072, 1024, 256, 512, 128, 256, 256, 64, 128, 128, 32, 32, 32]
+    y = [1024, 256, 512, 128, 256, 256, 64, 128, 128, 32, 32, 32, 8]
+    pooled = [256, 128, 64, 32, 8]
+    forward = sum(x) + sum(w) + sum(k) + sum(y)
+    wgrad = forward - sum(k) + sum(k[i] for i in (1, 3, 6, 9, 12))  # a pool's has the bias's too
+    dgrad = forward - sum(k) - (x[0] + w[0] + y[0])
+    elements, places = forward + wgrad + dgrad, 3 * sum(pooled)
+    sizes = dict(N=1, H=32, width=1)
+    assert cost.minimum_bytes("conv_stack", "step", sizes, 2) == 2 * elements + places
 
 
 GEOMETRIES = [(7, 3, 1, 0, 1), (8, 3, 2, 1, 1), (9, 1, 2, 0, 1), (11, 2, 3, 1, 2), (9, 2, 4, 0, 3)]

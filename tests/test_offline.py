@@ -51,7 +51,7 @@ def test_a_trace_of_few_channels_finds_the_other_kernel():
     assert offline.trace(stem, None).tile_op == "conv2d_flat"
 
 
-class Kernel:
+class conv2d_tma_kernel:
     arg_names = ("x", "N", "P", "Q", "K", "SPAN", "BLOCK_N")
 
 
@@ -62,7 +62,7 @@ BOX = dict(
 
 
 def launch(grid, sizes, **meta):
-    return _launch.Launch(Kernel, grid, (None, *sizes), BOX | meta)
+    return _launch.Launch(conv2d_tma_kernel, grid, (None, *sizes), BOX | meta)
 
 
 def test_the_work_of_boxes_is_all_that_the_launch_computes():
@@ -76,8 +76,44 @@ def test_the_work_of_boxes_is_all_that_the_launch_computes():
     # A stem of 7x7 taps, packed to 7 taps of 32 channels.
     stem = launch((64,), (32, 14, 14, 200, 32), R=7, S=1, BLOCK_K=32)
     assert offline.work_of_boxes(stem)["computed_flops"] == 64 * 7 * step // 2
-    assert offline.work_of_boxes(one._replace(meta=dict(BLOCK_N=128, BLOCK_K=64))) == {}
     assert offline.work_of_boxes(offline.trace(CONV, None).main) == {}
+
+
+def work(mode, tile, **shape):
+    w = CONV._replace(mode=mode, shape=LAYER | shape)
+    return offline.work_of_boxes(offline.trace(w, tile, "sm_90").main), w.flops
+
+
+def test_the_work_of_an_input_gradient():
+    """Whole boxes of 128 channels; at stride 2 each tap once, of one of four classes of pixels."""
+    tile = dict(
+        kernel="tma", BLOCK_M=256, BLOCK_N=128, BLOCK_K=64, SPLIT_K=1, PROGRAMS_PER_SM=1,
+        num_warps=8, num_stages=3,
+    )  # fmt: skip
+    found, flops = work("dgrad", tile, K=256)
+    assert found == dict(units=98, computed_flops=flops)
+    assert work("dgrad", tile, K=256, C=72) == (found, flops * 72 // 128)  # of as many
+    found, flops = work("dgrad", tile, H=64, W=64, stride=2)  # 1,024 pixels a class
+    assert found == dict(units=4 * 128, computed_flops=flops)
+    assert work("dgrad", tile | dict(SPLIT_K=2))[0]["units"] == 2 * 98
+
+
+def test_the_work_of_a_weight_gradient():
+    """Taps in the padding are left out: 82 of 84 rows of three taps, of 28 pixels each."""
+    tile = dict(
+        kernel="tma", BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, SPLIT_K=4, SUBTILES=4,
+        PROGRAMS_PER_SM=2, num_warps=8, num_stages=6,
+    )  # fmt: skip
+    found, flops = work("wgrad", tile)
+    assert found["units"] == 4 * 9 * 2 and found["computed_flops"] * 84**2 == flops * 82**2
+    assert (
+        work("wgrad", tile | dict(BLOCK_K=64))[0]["computed_flops"] == 2 * found["computed_flops"]
+    )
+    found, flops = work("wgrad", tile, R=1, S=1, padding=0)
+    assert found == dict(units=4 * 2, computed_flops=flops)
+    # Windows of 3 x 48, of which a tile has two rows of 64; and four rows are computed of three.
+    found, flops = work("wgrad", tile, C=16, K=128, padding=0)
+    assert found == dict(units=4 * 2, computed_flops=flops * 4 * 64 // (3 * 48))
 
 
 def test_the_launch_that_has_the_tile_is_not_always_the_first():

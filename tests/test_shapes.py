@@ -164,6 +164,10 @@ def test_the_demo_is_the_network_of_nets():
     assert sizes("conv2d_relu_pool", "demo") == sizes("conv2d", "demo")
     assert sizes("train_step", "demo") == [{"N": 64}]
     assert sizes("train_step", "demo@1000") == [{"N": 1000}]
+    assert sizes("conv_stack", "vgg16@8") == [{"N": 8, "H": 224, "width": 64}]
+    assert sizes("conv_stack", "n=8,h=64") == [{"N": 8, "H": 64, "width": 64}]
+    with pytest.raises(PerfError, match="five pools leave nothing"):
+        shapes("conv_stack", "n=8,h=31")
 
 
 def test_sets_without_networks():

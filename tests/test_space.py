@@ -86,6 +86,23 @@ def test_a_sum_is_in_parts_where_there_are_few_tiles():
         assert ({t["BLOCK_N"] for t in fast} == {64}) == (op == "conv2d_grouped")
 
 
+def test_tiles_of_weight_gradients_have_room_and_whole_warpgroups():
+    sizes = dict(K=32 * 28 * 28, M=128, N=9 * 128)
+    tiles = list(space.fast_weight_gradients(sizes, 2))
+    assert {t["BLOCK_K"] for t in tiles} == {32, 64}  # images of a step
+    for t in tiles:
+        m, n = t["BLOCK_M"], t["BLOCK_N"]
+        shared = (m + n) * t["BLOCK_K"] * 2 * t["num_stages"] + 4 * m * n // t["SUBTILES"]
+        assert shared * t["PROGRAMS_PER_SM"] <= 227 * 1024
+        assert m * n // (32 * t["num_warps"]) <= 128  # registers of a thread
+        assert t["SPLIT_K"] == 1 or t["SPLIT_K"] * 8 * t["BLOCK_K"] <= sizes["K"]
+    assert {t["SPLIT_K"] for t in tiles} >= {1, 8, 32}
+    assert {t["BLOCK_M"] for t in space.fast_weight_gradients(sizes | dict(M=64), 2)} == {64}
+    assert not list(space.fast_weight_gradients(sizes, 4))  # float32 has no such kernel
+    every = space.tiles("conv2d_weight_grad", sizes, [], {}, ("pointer", "tma"))
+    assert [t for t in every if "kernel" in t] == tiles
+
+
 def test_only_the_lessons_tiles_of_fast_kernels_that_nobody_has_a_space_for():
     tiles = space.tiles("conv2d_relu_pool", LAYER, [FAST], {}, ("pointer", "tma"))
     assert [t for t in tiles if "kernel" in t] == [FAST]
