@@ -586,7 +586,8 @@ def tolerance(w: Workload, results: int, impl: str = "tilelab") -> float:
     decides differently from float64 in about one window of a million; one way in a million is 1e-3
     of the norm. Of TF32 products it is one window in a thousand, and one in a hundred of 16-bit
     activations, as in a training step and in peers, which round a convolution's result before they
-    pool it: there the gate only keeps out what is plainly wrong.
+    pool it: there the gate only keeps out what is plainly wrong. Through a stack of convolutions
+    the ways that differ multiply; what has nothing to do with the reference is at 1 and beyond.
     """
     terms = max(1, w.flops // (2 * max(results, 1)))
     dtype = torch.bfloat16 if w.op == "scaled_matmul" else w.torch_dtype  # of the results
@@ -598,7 +599,7 @@ def tolerance(w: Workload, results: int, impl: str = "tilelab") -> float:
     routed = (w.op == "conv2d_relu_pool" and w.mode != "fwd") or w.op in WHOLE
     rounded = w.dtype != "float32" and (w.op in WHOLE or impl != "tilelab")
     if routed and (rounded or w.precision == "tf32"):
-        return 0.3
+        return 0.6 if w.op == "conv_stack" else 0.3
     if w.op in WHOLE:
         bound *= 4 if w.op == "train_step" else 14  # as many layers, each of which rounds, and one
     return (2 if impl == "tilelab" else 8) * bound + (5e-3 if routed else 0.0)
