@@ -1,10 +1,11 @@
 """Compile every kernel for GPUs that are not here, and report what came of it as JSON.
 
-    TRITON_INTERPRET=0 python -m tests.aot sm_90            each kernel at its default tiles
-    TRITON_INTERPRET=0 python -m tests.aot sm_90 --tiles    every tile of every TILES list
-    TRITON_INTERPRET=0 python -m tests.aot sm_90 --matmul   matmul's tiles, in every layout
-    TRITON_INTERPRET=0 python -m tests.aot sm_90 --conv2d   conv2d's tiles, in every kind of layer
-    TRITON_INTERPRET=0 python -m tests.aot sm_90 --input-grad   those of its input gradient
+    TRITON_INTERPRET=0 python -m tests.aot sm_90                 each kernel at its default tiles
+    TRITON_INTERPRET=0 python -m tests.aot sm_90 --tiles         every tile of every TILES list
+    TRITON_INTERPRET=0 python -m tests.aot sm_90 --matmul        matmul's tiles, in every layout
+    TRITON_INTERPRET=0 python -m tests.aot sm_90 --conv2d        conv2d's tiles, in every kind of layer
+    TRITON_INTERPRET=0 python -m tests.aot sm_90 --input-grad    those of its input gradient
+    TRITON_INTERPRET=0 python -m tests.aot sm_90 --weight-grad   and those of its weight gradient
 
 test_compile.py runs this in processes of its own, because a process has to choose between compiler
 and interpreter before it imports triton. How a call becomes something to compile, and what is read
@@ -387,6 +388,53 @@ def report_input_grad():
     return rows
 
 
+WEIGHT_LAYERS = {  # x, weight, stride and padding
+    "3x3": ((64, 128, 28, 28), (256, 128, 3, 3), 1, 1),
+    "3x3 at stride 2": ((64, 128, 28, 28), (256, 128, 3, 3), 2, 1),
+    "1x1": ((64, 256, 28, 28), (256, 256, 1, 1), 1, 0),
+    "stem": ((64, 3, 112, 112), (64, 3, 7, 7), 2, 3),
+    "stem of stride 1": ((64, 3, 112, 112), (64, 3, 3, 3), 1, 1),
+    "16 channels": ((64, 16, 28, 28), (32, 16, 3, 3), 1, 0),
+}
+
+
+def report_weight_grad():
+    """FAST_TILES of the weight gradient: whole, with the sum in parts and with the bias gradient.
+
+    In parts the result is float32, and needs more room. Few channels go through registers.
+    """
+    lesson = importlib.import_module("kernels.conv2d_weight_grad")
+    jobs = [(torch.float16, "3x3", lesson.FAST_TILES[2][0], False)]
+    for tile in lesson.FAST_TILES[2]:
+        parts = tile | dict(SPLIT_K=4)
+        jobs += [
+            (torch.bfloat16, "3x3", tile, False),
+            (torch.bfloat16, "3x3 at stride 2", parts, True),
+            (torch.bfloat16, "stem", parts, False),
+            (torch.bfloat16, "16 channels", tile, True),
+        ]
+        if tile["BLOCK_M"] == 64:
+            jobs += [
+                (torch.bfloat16, "1x1", parts, False),
+                (torch.bfloat16, "stem of stride 1", parts, True),
+            ]
+    rows = []
+    for dtype, layer, tile, bias in jobs:
+        x, weight, stride, padding = WEIGHT_LAYERS[layer]
+        x, weight = images(*x, dtype=dtype), images(*weight, dtype=dtype)
+        (N, _, H, W), (K, _, R, S) = x.shape, weight.shape
+        P, Q = ((n + 2 * padding - taps) // stride + 1 for n, taps in ((H, R), (W, S)))
+        fn = lesson.conv2d_weight_bias_grad if bias else lesson.conv2d_weight_grad
+        geometry = [stride] * 2, [padding] * 2, [1, 1], 1
+        with _launch.use_tile("conv2d_weight_grad", tile), _launch.record(DEVICE) as events:
+            fn(x, images(N, K, P, Q, dtype=dtype), weight, *geometry)
+        about = {"case": layer, "dtype": str(dtype)[6:], "tile": tile}
+        launches = [e for e in events if isinstance(e, _launch.Launch)]
+        fast = [e for e in launches if e.kernel is lesson.conv2d_weight_grad_tma_kernel]
+        rows += [about | compile_launch(launch) for launch in fast]
+    return rows
+
+
 def modules():
     """Every module of kernels/ (the functions hide some: `kernels.matmul` is one)."""
     names = [m.name for m in pkgutil.iter_modules(kernels.__path__)]
@@ -404,7 +452,7 @@ def missing(rows):
     # Of what this target has.
     fast = {"matmul_tma_kernel", "matmul_reduce_kernel", "scaled_matmul_tma_kernel"}
     fast |= {"conv2d_tma_kernel", "conv2d_pack_kernel", "conv2d_pack_filter_kernel"}
-    fast |= {"conv2d_input_grad_tma_kernel"}
+    fast |= {"conv2d_input_grad_tma_kernel", "conv2d_weight_grad_tma_kernel"}
     lacking = set() if "tma" in DEVICE.kernels else fast
     return sorted(defined - lacking - {row["kernel"] for row in rows})
 
@@ -418,6 +466,8 @@ if __name__ == "__main__":
         print(json.dumps({"launches": report_conv2d()}, default=str))
     elif "--input-grad" in sys.argv:
         print(json.dumps({"launches": report_input_grad()}, default=str))
+    elif "--weight-grad" in sys.argv:
+        print(json.dumps({"launches": report_weight_grad()}, default=str))
     elif "--tiles" in sys.argv:
         print(json.dumps({"launches": report_tiles()}, default=str))
     else:
