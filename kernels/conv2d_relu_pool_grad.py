@@ -71,7 +71,7 @@ UNPOOL_TILES = [
     dict(kernel="unpool", BLOCK_M=8, BLOCK_N=256, num_warps=4),  # whole cache lines of a pixel
 ]
 UNPOOL_DEFAULT = {2: UNPOOL_TILES[0], 4: UNPOOL_TILES[1]}
-FUSED = dict(kernel="fused")  # of "unpool": that there is to be none
+FUSED = dict(kernel="pointer")  # of "unpool": that nothing is to be scattered
 WIDE = 32  # channels C and K from which on to scatter
 MOST_INT32 = 2**31
 
@@ -287,7 +287,7 @@ def _unpool_tile(dy, channels):
     N, K, P, Q = dy.shape
     wide = min(channels, K) >= WIDE and not INTERPRET
     default = UNPOOL_DEFAULT if wide else dict.fromkeys(UNPOOL_DEFAULT, FUSED)
-    return choose_tile("unpool", dy.dtype, default, ("unpool", "fused"), M=N * P * Q, N=K)
+    return choose_tile("unpool", dy.dtype, default, ("pointer", "unpool"), M=N * P * Q, N=K)
 
 
 def _unpool(dy, place, size, bias, tile):
@@ -373,9 +373,10 @@ def conv2d_relu_pool_backward(
     """
     dx = dweight = dbias = dbefore = None
     tile = _unpool_tile(dy, weight.shape[1])
-    if tile["kernel"] == "fused" and wanted[2] and not wanted[1]:  # that kernel has both
-        tile = UNPOOL_DEFAULT[dy.itemsize]
-    if tile["kernel"] == "unpool":
+    scatter = tile.get("kernel") == "unpool"
+    if not scatter and wanted[2] and not wanted[1]:  # one fused kernel has both, and needs x
+        scatter, tile = True, UNPOOL_DEFAULT[dy.itemsize]
+    if scatter:
         pairs = zip(input_size[2:], weight.shape[2:], padding, strict=True)
         size = [extent + 2 * pad - taps + 1 for extent, taps, pad in pairs]
         geometry = [1, 1], padding, [1, 1], 1

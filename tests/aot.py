@@ -158,6 +158,13 @@ CASES = {
         torch.empty(128, dtype=dtype),
         padding=1,
     ),
+    "conv2d_relu_pool, few channels": lambda dtype: train(
+        kernels.conv2d_relu_pool,
+        images(64, 16, 28, 28, dtype=dtype),
+        images(128, 16, 3, 3, dtype=dtype),
+        torch.empty(128, dtype=dtype),
+        padding=1,
+    ),
     "conv2d_relu_pool, first layer": lambda dtype: train(
         kernels.conv2d_relu_pool,
         images(64, 1, 28, 28, dtype=dtype),

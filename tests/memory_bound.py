@@ -30,7 +30,8 @@ ROWS = 4096
 
 
 def tiles_of(module):
-    return importlib.import_module(f"kernels.{module}").TILES
+    module = importlib.import_module(f"kernels.{module}")
+    return getattr(module, "UNPOOL_TILES", module.TILES)
 
 
 def logits(n, dtype):
@@ -89,6 +90,15 @@ def depthwise(tile, dtype, stride=1):
     kernels.conv2d(x, weight, torch.empty(C, dtype=dtype), stride, 1, 1, C, "relu")
 
 
+def unpool(tile, dtype):
+    """By the bias gradient alone: nothing is multiplied. 57 rows: the last has no window."""
+    K = max(64, tile["BLOCK_N"])
+    dy, place = images(64, K, 28, 28, dtype=dtype), images(64, K, 28, 28, dtype=torch.uint8)
+    weight = images(K, 64, 3, 3, dtype=dtype)
+    geometry = [64, 64, 57, 56], [1, 1], [False, False, True], False
+    torch.ops.tilelab.conv2d_relu_pool_backward(dy, place, None, weight, *geometry)
+
+
 # By name: the file whose tiles are tried, whose they are, and a call that launches its kernels.
 CASES = {
     "bias_relu": ("bias_relu", ("bias_relu", "bias_relu_backward"), bias_relu),
@@ -104,6 +114,7 @@ CASES = {
         ("max_pool2d", "max_pool2d_backward"),
         lambda tile, dtype: max_pool2d(tile, dtype, kernel_size=3, stride=2, padding=1),
     ),
+    "conv2d_relu_pool's scatter": ("conv2d_relu_pool_grad", ("unpool",), unpool),
     "SGD": ("optim", ("sgd",), lambda tile, dtype: step(kernels.SGD, dtype, momentum=0.9)),
     "AdamW": ("optim", ("adamw",), lambda tile, dtype: step(kernels.AdamW, dtype)),
     "im2col": ("im2col", ("im2col", "col2im"), im2col),
@@ -151,14 +162,17 @@ def bulk(ttir):
     return {(kind, at): (n, size) for kind, at, n, size, _ in found if n == most}
 
 
+LINE = r"\s*\.loc\s+\d+\s+(\d+)(?:.*inlined_at\s+\d+\s+(\d+))?"  # its own, its caller's
+
+
 def widths(ptx):
     """Bytes a thread of the accesses to global memory: {("load", line): {16, ...}}."""
     found, at, in_asm = defaultdict(set), None, False
     for text in ptx.splitlines():
         if "inline asm" in text:  # within it the lines are not the source's
             in_asm = "begin" in text
-        elif (place := re.match(r"\s*\.loc\s+\d+\s+(\d+)", text)) and not in_asm:
-            at = int(place[1])
+        elif (place := re.match(LINE, text)) and not in_asm:
+            at = int(place[2] or place[1])
         elif access := re.search(r"\b(ld|st)\.global\S*?(?:\.v(\d))?\.[bsuf](\d+)\s", text):
             kind = "load" if access[1] == "ld" else "store"
             found[kind, at].add(int(access[2] or 1) * int(access[3]) // 8)

@@ -7,7 +7,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 
-from kernels import bias_relu, conv2d, conv2d_relu_pool
+from kernels import _launch, bias_relu, conv2d, conv2d_relu_pool
 from kernels._launch import use_tile
 from kernels.conv2d_relu_pool import TILES, reference
 from tests.convolutions import every_dtype, far_apart, integers
@@ -410,8 +410,10 @@ def tile_id(tile):
 
 
 @every_dtype
-@pytest.mark.parametrize("tile", TILES, ids=tile_id)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    "op, tile", [(op, tile) for op in OPS for tile in (TILES if op == OPS[0] else gradient.TILES)],
+    ids=lambda v: v if isinstance(v, str) else tile_id(v),
+)  # fmt: skip
 def test_every_tile_alone(op, tile, dtype):
     """A tile and a remainder along each dimension that this kernel blocks."""
     M, N, K = (tile[f"BLOCK_{d}"] for d in "MNK")
@@ -458,6 +460,132 @@ def test_the_same_bits_twice(dtype, parts, monkeypatch):
 def test_many_small_tiles(taps):
     with use_tile(OPS[0], SMALL), use_tile(OPS[1], SMALL), use_tile(OPS[2], SMALL):
         check((2, 3, 8, 11), 18, taps, 1)
+
+
+# --- the other way back: dy scattered, and the convolution's own gradients ----------------------
+
+UNPOOL = dict(kernel="unpool", BLOCK_M=16, BLOCK_N=16, num_warps=4)
+H100 = _launch.Device(90, sms=132)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape, filters, taps, padding",
+    [pytest.param(*s, id=k, marks=[pytest.mark.core] * (k in CORE)) for k, s in SHAPES.items()],
+)
+def test_scattered(shape, filters, taps, padding, dtype):
+    with use_tile("unpool", UNPOOL):
+        check(shape, filters, taps, padding, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(6, 8), (7, 8), (6, 9), (7, 9)], ids="{0[0]}x{0[1]}".format)
+def test_each_element_is_scattered_to_its_place_once(size, dtype):
+    """Exactly; in poison, where what is not written is NaN. Of an odd size the last is zero."""
+    (P, Q), (N, K) = size, (3, 19)
+    dy = randn(N, K, P // 2, Q // 2, dtype=dtype)
+    place = torch.randint(5, dy.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    window = torch.nn.functional.one_hot(place, 5)[..., :4] * double(dy)[..., None]
+    want = torch.zeros(N, K, P, Q, dtype=torch.float64, device=DEVICE)
+    for i in range(4):
+        want[:, :, i // 2 : P // 2 * 2 : 2, i % 2 : Q // 2 * 2 : 2] = window[..., i]
+    place = laid_out(place.to(torch.uint8), "channels_last")
+    with poison() as p:
+        dz, db = gradient._unpool(p(dy), p(place), size, True, UNPOOL)
+    assert torch.equal(dz.double(), want)
+    assert dz.is_contiguous(memory_format=torch.channels_last)
+    assert_close(db, want.sum((0, 2, 3)), dtype=dtype, terms=N * P * Q // 4)
+
+
+@every_dtype
+@pytest.mark.parametrize("tile", gradient.UNPOOL_TILES, ids=lambda t: f"{t['BLOCK_N']} channels")
+def test_every_tile_of_the_scatter_alone(tile, dtype):
+    """A tile and a remainder along both dimensions."""
+    with use_tile("unpool", tile):
+        check((1, 2, 4, 2 * tile["BLOCK_M"] + 6), tile["BLOCK_N"] + 3, (2, 1), 0, dtype)
+
+
+@pytest.mark.parametrize("programs", [1, 2, 3, 1024])
+def test_the_scatter_in_chunks(programs, monkeypatch):
+    """80 windows, in 5 tiles of 16: in chunks of 5, 3, 2 and 1."""
+    monkeypatch.setattr(gradient, "PROGRAMS", programs)
+    with use_tile("unpool", UNPOOL):
+        check((2, 3, 12, 17), 5, (3, 3), 0)
+
+
+@pytest.mark.parametrize("dy", LAYOUTS)
+def test_layouts_of_what_is_scattered(dy, monkeypatch):
+    """And with windows counted in 64 bits."""
+    monkeypatch.setattr(gradient, "MOST_INT32", 0)
+    with use_tile("unpool", UNPOOL):
+        check((2, 3, 7, 8), 5, (2, 3), 1, dy=dy)
+
+
+@every_dtype
+def test_dead_windows_scatter_nothing(dtype):
+    """Not even an infinity, and both ways give the same bits twice."""
+    *inputs, dy = make((2, 3, 7, 8), 5, (3, 3), 1, dtype)
+    inputs[2].fill_(-1000)
+    dy.flatten()[::3] = torch.inf
+    with use_tile("unpool", UNPOOL):
+        results = [gradients(call(1), inputs, dy)[1] for _ in range(2)]
+        for first, second in zip(*results, strict=True):
+            assert not first.any() and torch.equal(first, second)
+
+
+@pytest.mark.parametrize("wanted", ["x", "weight", "bias", "x weight", "x bias", "weight bias"])
+def test_only_the_gradients_that_are_wanted_of_a_scatter(wanted):
+    with use_tile("unpool", UNPOOL):
+        test_only_the_gradients_that_are_wanted(wanted)
+
+
+def launched(C, K, wanted, device=H100, dtype=torch.bfloat16):
+    """The kernels of the backward of a layer, in order."""
+    x, weight, bias = (
+        torch.empty(size, dtype=dtype).requires_grad_(name in wanted.split())
+        for name, size in dict(x=(8, C, 32, 32), weight=(K, C, 3, 3), bias=(K,)).items()
+    )
+    x, weight = (t.to(memory_format=torch.channels_last) for t in (x, weight))
+    with _launch.record(device):
+        y = conv2d_relu_pool(x, weight, bias, 1)
+    with _launch.record(device) as events:
+        y.backward(torch.empty_like(y))
+    kernels = [e.kernel.__name__ for e in events if isinstance(e, _launch.Launch)]
+    return [name.removeprefix("conv2d_").removesuffix("_kernel") for name in kernels]
+
+
+@pytest.mark.skipif(not INTERPRET, reason="records on CPU tensors")
+def test_wide_layers_scatter_and_the_demo_does_not(monkeypatch):
+    """And a tile forces either way."""
+    monkeypatch.setattr(gradient, "INTERPRET", False)
+    fused = ["relu_pool_input_grad", "relu_pool_weight_grad", "sum_partials"]
+    for C, K in [(1, 16), (16, 32), (16, 512), (512, 16)]:
+        assert launched(C, K, "x weight bias") == fused
+    for C, K in [(32, 32), (64, 64), (512, 512)]:
+        for device in (H100, _launch.Device(80, sms=108)):
+            names = launched(C, K, "x weight bias", device)
+            assert names[:2] == ["unpool", "sum_partials"] and not set(names) & set(fused[:2])
+    assert "sum_partials" not in launched(64, 64, "x")
+    assert launched(1, 16, "bias") == ["unpool", "sum_partials"]
+    with use_tile("unpool", gradient.FUSED):
+        assert launched(64, 64, "x weight bias") == fused
+    with use_tile("unpool", UNPOOL):
+        assert launched(1, 16, "x weight")[0] == "unpool"
+
+
+@pytest.mark.parametrize("scatter", [True, False], ids=["scattered", "fused"])
+def test_the_gradient_before_a_relu(scatter):
+    """With `relu`, x is a ReLU's output: its zeros let nothing through, and columns are summed."""
+    x, weight, bias, dy = make((2, 18, 8, 6), 5, (3, 3), 1, values=integers)
+    x = laid_out(x.relu(), "channels_last")
+    place = torch.ops.tilelab.conv2d_relu_pool(x, weight, bias, [1, 1])[1]
+    args = dy, place, x, weight, list(x.shape), [1, 1], [True, True, True]
+    with use_tile("unpool", UNPOOL if scatter else gradient.FUSED):
+        dx, *_, none = gradient.conv2d_relu_pool_backward(*args, False)
+        dz, *_, dbefore = gradient.conv2d_relu_pool_backward(*args, True)
+    assert none.numel() == 0 and (x == 0).any() and dx[x == 0].any()
+    assert torch.equal(dz, torch.where(x > 0, dx, 0.0))
+    assert torch.equal(dbefore, dz.sum((0, 2, 3)))
 
 
 # --- out of bounds: every check above is made in poison, and this is the rest -------------------

@@ -252,7 +252,8 @@ def test_the_two_networks_run_the_layers_that_perf_measures():
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
                 module.register_forward_pre_hook(note)
-        assert model(torch.empty(1, 3, 224, 224, device="meta")).shape == (1, 1000)
+        with torch.no_grad():  # or a stack would not call its layers one by one
+            assert model(torch.empty(1, 3, 224, 224, device="meta")).shape == (1, 1000)
         got = {name: seen[m] for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
         convolutions = [layer for layer in network.layers if isinstance(layer, shapes.Conv)]
         assert got == {layer.name: (layer.C, layer.H) for layer in convolutions}

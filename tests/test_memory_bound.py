@@ -21,6 +21,7 @@ FEW = {  # what may be narrower than 16 bytes, and why
     # Of a maximum's place there is one byte for each pixel of y, which is two or four.
     "max_pool2d_kernel": "store of 8 x 1 bytes",
     "max_pool2d_backward_kernel": "load of 8 x 1 bytes",
+    "unpool_kernel": "load of 8 x 1 bytes",
     # float32's tile has four channels a thread, which are 8 bytes in 16-bit.
     "conv2d_depthwise_kernel": ("load of 4 x 2 bytes", "store of 4 x 2 bytes"),
 }
