@@ -71,7 +71,7 @@ def wanted(conv, dtype, values=integers):
 
 LAYERS = {
     # geometry; of no tile's size the batch, the channels or the filters are a multiple
-    "3x3": Conv((33, 72, 4, 5), 72, (3, 3), 1, 1),
+    "3x3": Conv((33, 72, 3, 4), 72, (3, 3), 1, 1),
     "3x3 of a whole tile": Conv((32, 64, 3, 3), 64, (3, 3), 1, 1),
     "two blocks of filters and of channels": Conv((17, 264, 2, 2), 136, (1, 2)),
     "2x3, no padding": Conv((17, 64, 4, 5), 24, (2, 3)),
@@ -127,3 +127,482 @@ def test_geometry(conv):
     """One part and three, that divide nothing, some with nothing to add; either layout; the bias."""
     check(conv, SMALL, torch.bfloat16)
     check(conv, SMALL | dict(SPLIT_K=3), torch.float16, weight="contiguous", bias=True)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("tile", FAST_TILES[2], ids=name)
+@pytest.mark.parametrize("layer", ["3x3", "16 channels", "7x7, stride 2"])
+def test_every_tile(layer, tile):
+    check(LAYERS[layer], tile, torch.float16, bias=True)
+    check(LAYERS[layer], tile | dict(SPLIT_K=2), torch.bfloat16)
+
+
+@pytest.mark.parametrize("tile", FAST_TILES[2], ids=name)
+def test_more_than_a_tile(tile):
+    """Of filters, channels and images each a tile and a remainder."""
+    m, n, k = (tile[f"BLOCK_{d}"] for d in "MNK")
+    check(Conv((k + 1, n + 8, 2, 1), m + 8, (2, 1), padding=(1, 0)), tile, torch.float16, bias=True)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 5, 16])
+@pytest.mark.parametrize("layer", ["3x3", "taps that are never inside", "3x3 of one pixel"])
+def test_parts_of_the_sum(layer, parts):
+    """More than there are steps, too: those have nothing to add, and write zeros."""
+    check(LAYERS[layer], SMALL | dict(SPLIT_K=parts), torch.bfloat16, bias=True)
+
+
+@pytest.mark.parametrize("per_sm", [0, 1, 2])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_every_program_does_its_share(per_sm, bias):
+    """One program a tile, or a few that take turns: each tile is computed, and once."""
+    conv, tile = LAYERS["2x3, no padding"], SMALL | dict(PROGRAMS_PER_SM=per_sm, SPLIT_K=3)
+    check(conv, tile, torch.float16, bias=bias)
+    with _launch.record(Device(90, sms=2)) as events:
+        run(conv, tile, operands(conv, torch.float16), bias)
+    launches = [e for e in events if getattr(e, "kernel", None) is conv2d_weight_grad_tma_kernel]
+    work = (6 + bias) * 3
+    assert [e.grid for e in launches] == [(min(work, 2 * per_sm) if per_sm else work,)]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("layer", ["3x3", "stride 2", "16 channels", "7x7, stride 2", "1x1"])
+def test_against_float64(layer, dtype):
+    conv = LAYERS[layer]
+    got = run(conv, SMALL | dict(SPLIT_K=2), operands(conv, dtype, randn), bias=True)
+    for g, want, what in zip(got, wanted(conv, dtype, randn), ("dw", "db"), strict=True):
+        assert_close(g, want, dtype=dtype, terms=conv.terms[what], name=what)
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_the_same_bits_twice(parts):
+    conv = LAYERS["stride 2"]
+    inputs = operands(conv, torch.bfloat16, randn)
+    tile = SMALL | dict(SPLIT_K=parts)
+    first, second = (run(conv, tile, inputs, bias=True) for _ in range(2))
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(first, second, strict=True))
+
+
+def test_partial_results_are_float32():
+    """16-bit ones would each be rounded: parts of half an ulp are lost, or they are not."""
+    conv = Conv((128, 8, 1, 1), 8, (1, 1))
+    x = torch.ones(conv.x, dtype=torch.bfloat16, device=DEVICE)
+    dy = torch.zeros_like(x)
+    dy[0], dy[1], dy[64], dy[65] = 1, 2**-8, 2**-9, 2**-9  # ulp of 1: 2^-7
+    got = run(conv, SMALL | dict(SPLIT_K=2), (x, dy, x[:8]), bias=True)
+    assert all((t == 1 + 2**-7).all() for t in got)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("where", ["x", "dy"])
+@pytest.mark.parametrize("layer", ["3x3", "stride 2, an odd image", "16 channels", "7x7, stride 2"])
+def test_nan_and_infinity_go_where_torch_has_them(layer, where, value):
+    """In a corner, which few taps read, of the last image: nothing leaks out of the padding."""
+    conv = LAYERS[layer]
+    x, dy, weight = operands(conv, torch.float16, randn)
+    (x if where == "x" else dy)[-1, -1, 0, 0] = value
+    want = weight.double().requires_grad_()
+    y = torch.nn.functional.conv2d(x.double(), want, None, *conv.args)
+    (want,) = torch.autograd.grad(y, [want], dy.double())
+    assert 0 < want.isfinite().sum() < want.numel()
+    got = run(conv, SMALL, (x, dy, weight))
+    assert_close(got, want, dtype=torch.float16, terms=conv.terms["dw"])
+
+
+@st.composite
+def any_fast_conv(draw):
+    """A convolution that the kernel can do: few pixels, for the interpreter."""
+    sides = []
+    for _ in range(2):
+        taps, stride = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+        pad, dilation = draw(st.integers(0, 4)), draw(st.integers(1, 3))
+        least = max(1, dilation * (taps - 1) + 1 - 2 * pad)
+        sides.append((draw(st.integers(least, least + 3)), taps, stride, pad, dilation))
+    size, taps, stride, padding, dilation = zip(*sides, strict=True)
+    C, K = draw(st.sampled_from([1, 3, 8, 24, 64, 72])), draw(st.sampled_from([8, 24, 64, 72]))
+    if C < 8:
+        dilation = (1, 1)
+        size = [max(n, taps[i] - 2 * padding[i]) for i, n in enumerate(size)]
+    return Conv((draw(st.integers(16, 40)), C, *size), K, taps, stride, padding, dilation)
+
+
+@hypothesis.settings(max_examples=12)
+@hypothesis.given(
+    conv=any_fast_conv(), dtype=st.sampled_from(HALF), tile=st.sampled_from(FAST_TILES[2]),
+    parts=st.integers(1, 4), weight=st.sampled_from(["channels_last", "contiguous", "sliced"]),
+    bias=st.booleans(),
+)  # fmt: skip
+def test_any_convolution(conv, dtype, tile, parts, weight, bias):
+    inputs = operands(conv, dtype, weight=weight)
+    with poison() as p:
+        got = run(conv, tile | dict(SPLIT_K=parts), [p(t) for t in inputs], bias)
+    want = wanted.__wrapped__(conv, dtype)
+    for g, w in zip(got if bias else [got], want, strict=False):
+        assert torch.equal(g, w.to(dtype))
+
+
+# --- which kernel ---------------------------------------------------------------------------------
+
+
+def images(*shape, dtype=torch.bfloat16, seed=0):
+    return laid_out(integers(*shape, dtype=dtype, seed=seed), "channels_last")
+
+
+def unaligned(x):
+    """A copy that lies as `x` does, but one element further on."""
+    buffer = x.new_empty(x.numel() + 8)
+    return buffer.as_strided(x.shape, x.stride(), 1).copy_(x)
+
+
+X, DY = (16, 24, 5, 6), (16, 32, 5, 6)  # of a 3x3 layer with padding 1
+BORDERS = {  # x, dy and options, and the kernels that a Hopper GPU takes for them
+    "3x3": (lambda: (images(*X), images(*DY)), {}, "tma"),
+    "fp16": (lambda: (images(*X).half(), images(*DY).half()), {}, "tma"),
+    "float32": (lambda: (images(*X).float(), images(*DY).float()), {}, "portable"),
+    "filters of [K, C, R, S]": (
+        lambda: (images(*X), images(*DY)), dict(weight="contiguous"), "tma"
+    ),
+    # the batch, channels and filters
+    "15 images": (lambda: (images(15, *X[1:]), images(15, *DY[1:])), {}, "portable"),
+    "20 channels": (lambda: (images(16, 20, 5, 6), images(*DY)), {}, "portable"),
+    "8 channels": (lambda: (images(16, 8, 5, 6), images(*DY)), {}, "tma"),
+    "3 channels": (lambda: (images(16, 3, 5, 6), images(*DY)), {}, "pack tma"),
+    "3 channels, off by one element": (
+        lambda: (unaligned(images(16, 3, 5, 6)), images(*DY)), {}, "pack tma"
+    ),
+    "3 channels, dilation": (
+        lambda: (images(16, 3, 5, 6), images(16, 32, 3, 4)), dict(dilation=2), "portable"
+    ),
+    "12 filters": (lambda: (images(*X), images(16, 12, 5, 6)), {}, "portable"),
+    "2 groups": (lambda: (images(16, 48, 5, 6), images(*DY)), dict(groups=2), "portable"),
+    # strides and addresses
+    "x as [N, C, H, W]": (lambda: (images(*X).contiguous(), images(*DY)), {}, "portable"),
+    "dy as [N, K, P, Q]": (lambda: (images(*X), images(*DY).contiguous()), {}, "portable"),
+    "x off by one element": (lambda: (unaligned(images(*X)), images(*DY)), {}, "portable"),
+    "dy off by one element": (lambda: (images(*X), unaligned(images(*DY))), {}, "portable"),
+    "slices of channels": (
+        lambda: (images(16, 48, 5, 6)[:, 16:40], images(16, 48, 5, 6)[:, 8:40]), {}, "tma"
+    ),
+    "a slice from the fourth channel on": (
+        lambda: (images(16, 32, 5, 6)[:, 4:28], images(*DY)), {}, "portable"
+    ),
+    "a cropped image": (
+        lambda: (images(16, 24, 8, 8)[:, :, 1:6, 1:7], images(*DY)), {}, "tma"
+    ),
+    "a cropped dy": (lambda: (images(*X), images(16, 32, 8, 8)[:, :, 1:6, 1:7]), {}, "portable"),
+    "every second image": (lambda: (images(32, *X[1:])[::2], images(32, *DY[1:])[1::2]), {}, "tma"),
+    "one image for all": (
+        lambda: (images(1, *X[1:]).expand(16, -1, -1, -1), images(*DY)), {}, "portable"
+    ),
+    "one number for all of dy": (
+        lambda: (images(*X), integers(1, dtype=torch.bfloat16).add(3).expand(DY)), {}, "portable"
+    ),
+    # a filter of one pixel
+    "1x1: pixels are the batch": (
+        lambda: (images(2, 24, 5, 6), images(2, 32, 5, 6)), dict(taps=(1, 1), padding=0), "tma"
+    ),
+    "1x1, one row each": (
+        lambda: (images(2, 24, 1, 8), images(2, 32, 1, 8)), dict(taps=(1, 1), padding=0), "tma"
+    ),
+    "1x1, 15 pixels": (
+        lambda: (images(1, 24, 3, 5), images(1, 32, 3, 5)), dict(taps=(1, 1), padding=0), "portable"
+    ),
+    "1x1 of a cropped image": (
+        lambda: (images(16, 24, 8, 8)[:, :, 1:6, 1:7], images(*DY)),
+        dict(taps=(1, 1), padding=0), "tma",
+    ),
+    "1x1 of few cropped images": (
+        lambda: (images(2, 24, 8, 8)[:, :, 1:6, 1:7], images(2, 32, 5, 6)),
+        dict(taps=(1, 1), padding=0), "portable",
+    ),
+    # nothing
+    "no images": (lambda: (images(0, *X[1:]), images(0, *DY[1:])), {}, "portable"),
+    "no filters": (lambda: (images(*X), images(16, 0, 5, 6)), {}, ""),
+}  # fmt: skip
+
+
+def call(x, dy, taps=(3, 3), padding=1, dilation=1, groups=1, weight="channels_last"):
+    """(dweight, dbias), and what they should be."""
+    w = torch.zeros(dy.shape[1], x.shape[1] // groups, *taps, dtype=x.dtype, device=x.device)
+    w = laid_out(w, weight)
+    got = conv2d_weight_bias_grad(x, dy, w, [1, 1], [padding] * 2, [dilation] * 2, groups)
+    if 0 in dy.shape:
+        return got, [torch.zeros_like(t, dtype=torch.float64) for t in got]
+    w = w.double().requires_grad_()
+    y = torch.nn.functional.conv2d(x.double(), w, None, 1, padding, dilation, groups)
+    return got, [*torch.autograd.grad(y, [w], dy.double()), dy.double().sum((0, 2, 3))]
+
+
+def chosen(device, *args, **options):
+    """The names of the kernels that a call would launch, but for sums of parts."""
+    with _launch.record(device) as events:
+        call(*args, **options)
+    names = [e.kernel.__name__ for e in events if isinstance(e, _launch.Launch)]
+    short = {"conv2d_weight_grad_kernel": "portable", "conv2d_weight_grad_tma_kernel": "tma"}
+    short["conv2d_pack_kernel"] = "pack"
+    return " ".join(short[n] for n in names if n != "sum_partials_kernel")
+
+
+@pytest.mark.parametrize("inputs, options, kernels", BORDERS.values(), ids=BORDERS)
+def test_what_tma_cannot_read_goes_through_pointers(inputs, options, kernels):
+    x, dy = inputs()
+    assert chosen(HOPPER, x, dy, **options) == kernels
+    assert chosen(AMPERE, x, dy, **options) == ("portable" if kernels else "")
+    if "tma" in kernels:
+        with use_tile(OP, SMALL), poison() as p:
+            got, want = call(p(x), p(dy), **options)
+    else:
+        got, want = call(x, dy, **options)
+        with use_tile(OP, SMALL), pytest.raises(ValueError, match="cannot take these"):
+            call(x, dy, **options)
+    for g, w in zip(got, want, strict=True):
+        assert torch.equal(g, w.to(g.dtype)) and (w.any() or 0 in dy.shape)
+
+
+def test_a_tile_of_three_subtiles_is_refused():
+    with pytest.raises(ValueError, match="1, 2 or 4 of its SUBTILES"):
+        run(LAYERS["3x3"], SMALL | dict(SUBTILES=3), operands(LAYERS["3x3"], torch.float16))
+
+
+def launched(fn):
+    with _launch.record(HOPPER) as events:
+        fn()
+    return [e.kernel.__name__ for e in events if isinstance(e, _launch.Launch)]
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("needs", ["weight and bias", "weight", "bias"])
+def test_the_bias_gradient_comes_with_the_weight_gradient(needs, activation):
+    """dy is read once for both; but through a ReLU it comes with that."""
+    x, dy = images(*X), images(*DY)
+    weight, bias = images(32, 24, 3, 3, seed=1), integers(32, dtype=torch.bfloat16, seed=2)
+    weight.requires_grad_("weight" in needs)
+    bias.requires_grad_("bias" in needs)
+
+    def backward():
+        conv2d(x, weight, bias, padding=1, activation=activation).backward(dy)
+
+    names = launched(backward)
+    assert ("bias_relu_backward_kernel" in names) == (activation == "relu" or needs == "bias")
+    assert ("conv2d_weight_grad_tma_kernel" in names) == ("weight" in needs)
+    weight.grad = bias.grad = None
+    backward()
+    w, b = (t.detach().double().requires_grad_() for t in (weight, bias))
+    y = torch.nn.functional.conv2d(x.double(), w, b, padding=1)
+    (y if activation is None else y.relu()).backward(dy.double())
+    for got, want in ((weight, w), (bias, b)):
+        assert (got.grad is None) == (not got.requires_grad)
+        assert got.grad is None or torch.equal(got.grad, want.grad.to(got.dtype))
+
+
+# --- the portable kernel: the bias gradient, and atomics ------------------------------------------
+
+PORTABLE = dict(BLOCK_M=32, BLOCK_N=64, BLOCK_K=16, num_warps=4, num_stages=2)
+OTHERS = {
+    "few channels": Conv((3, 5, 6, 7), 37, (3, 2), (2, 1), 1),
+    "several blocks": Conv((2, 18, 5, 6), 40, (2, 3), (1, 2), 1),
+    "groups": Conv((3, 36, 9, 8), 6, (2, 3), (2, 1), (0, 1), (1, 2), groups=2),
+}
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("atomic", [False, True], ids=["", "atomic"])
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("conv", OTHERS.values(), ids=OTHERS)
+def test_portable_kernel(conv, dtype, parts, atomic, monkeypatch):
+    """Its parts in rows or by atomics, and the bias gradient with it: in integers all are exact."""
+    monkeypatch.setattr(module, "splits", lambda programs, steps: parts)
+    tile = PORTABLE | (dict(ATOMIC=True) if atomic else {})
+    given = tile.copy()
+    check(conv, tile, dtype, bias=True)
+    check(conv, tile, dtype, weight="contiguous")
+    with _launch.record(AMPERE) as events:
+        run(conv, tile, operands(conv, dtype))
+    first, *sums = (e for e in events if isinstance(e, _launch.Launch))
+    assert first.meta["ATOMIC"] == atomic and first.grid[2] == parts
+    assert len(sums) == (atomic or parts > 1) and tile == given
+
+
+def test_no_atomics_where_torch_is_to_be_deterministic():
+    conv = OTHERS["several blocks"]
+    torch.use_deterministic_algorithms(True)
+    try:
+        with _launch.record(AMPERE) as events:
+            run(conv, PORTABLE | dict(ATOMIC=True), operands(conv, torch.float16))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not next(e for e in events if isinstance(e, _launch.Launch)).meta["ATOMIC"]
+
+
+def test_no_default_is_atomic():
+    assert not any(tile.get("ATOMIC") for tile in TILES + FAST_TILES[2])
+
+
+# --- plans ----------------------------------------------------------------------------------------
+
+
+def plan_of(conv):
+    x, dy = (laid_out(torch.empty(s, device="meta"), "channels_last") for s in (conv.x, conv.y))
+    *geometry, groups = conv.lists
+    geometry = (tuple(pair) for pair in geometry)
+    return make_plan(x.shape, x.stride(), dy.shape, dy.stride(), conv.taps, *geometry, groups)
+
+
+def test_plans_are_those_of_the_lesson():
+    plain = plan_of(Conv((64, 256, 14, 14), 512, (3, 3), 2, 1))
+    assert plain.size == (64, 7, 7, 512) and plain.x[0] == (64, 14, 1, 14, 256)
+    assert plain.dy == ((64, 49 * 512), (49 * 512, 1)) and plain.dw == (9, 256)
+    pixels = plan_of(Conv((64, 256, 14, 14), 512, (1, 1)))
+    assert pixels.size == (64 * 196, 1, 1, 512) and pixels.x[0] == (64 * 196, 1, 1, 1, 256)
+    small = plan_of(Conv((64, 16, 26, 26), 32, (3, 3)))
+    assert small.windows and small.dw == (3, 48) and small.folded is None
+    assert small.x == ((64, 24, 3, 24, 48), (26 * 26 * 16, 26 * 16, 26 * 16, 16, 1))
+    stem = plan_of(Conv((32, 3, 224, 224), 64, (7, 7), 2, 3))
+    assert stem.windows and stem.dw == (4, 64) and stem.folded.fold == (2, 2)
+    assert stem.x[0] == (32, 112, 4, 112, 64) and stem.x[1][1:] == (115 * 16, 115 * 16, 16, 1)
+    patches = plan_of(Conv((8, 3, 224, 224), 192, (16, 16), 16))
+    assert patches.size == (8 * 196, 1, 1, 192) and patches.dw == (1, 768)
+
+
+def test_one_element_less_than_the_unit_can_count():
+    limit = module.conv2d_tma.LARGEST
+    assert plan_of(Conv((16, 8, 1, limit // 16), 8, (1, 3), padding=(0, 1))) is None  # dy: 8 each
+    assert plan_of(Conv((16, 8, 1, limit // 8), 8, (1, 3), padding=(0, 1))) is None
+    assert plan_of(Conv((16, 8, 1, limit // 32), 8, (1, 3), padding=(0, 1))) is not None
+
+
+@pytest.mark.parametrize("conv", LAYERS.values(), ids=LAYERS)
+def test_plans_are_what_tma_takes(conv):
+    """No size is 0, every step is of 16 bytes, and the last is of one element; likewise a box."""
+    plan = plan_of(conv)
+    for sizes, steps in (plan.dy, plan.x):
+        assert len(sizes) == len(steps) <= 5 and min(sizes) > 0
+        assert steps[-1] == 1 and not any(step % 8 for step in steps[:-1])
+    for tile in FAST_TILES[2]:
+        how = module._layout(plan, tuple(tile.items()), 132, False)
+        for box in (how.dy_box, how.x_box, how.dw_box):
+            assert max(box) <= 256 and box[-1] * 2 >= 16
+        (_, box_r, _, box_c) = how.x_box[1:]
+        assert box_r * box_c == tile["BLOCK_N"]
+
+
+@hypothesis.settings(max_examples=200)
+@hypothesis.given(
+    first=st.integers(-9, 9), size=st.integers(1, 9), windows=st.integers(1, 9),
+    stride=st.integers(1, 4),
+)  # fmt: skip
+def test_pixels_inside(first, size, windows, stride):
+    want = sum(0 <= first + p * stride < size for p in range(windows))
+    assert pixels_inside(first, size, windows, stride) == want
+
+
+@pytest.mark.parametrize("conv", LAYERS.values(), ids=LAYERS)
+def test_the_default_is_one_of_the_tiles(conv):
+    tile = fast_tile(plan_of(conv), 132)
+    assert tile | dict(SPLIT_K=1) in FAST_TILES[2] and tile["SPLIT_K"] >= 1
+
+
+def test_defaults_follow_the_shape():
+    def default(*conv):
+        return fast_tile(plan_of(Conv(*conv)), 132)
+
+    large = default((256, 512, 14, 14), 512, (3, 3), 1, 1)
+    assert name(large) == "128x256x64" and 1 < large["SPLIT_K"] < 16
+    assert default((32, 512, 14, 14), 512, (3, 3), 1, 1)["BLOCK_K"] == 32
+    assert default((256, 64, 56, 56), 64, (3, 3), 1, 1)["BLOCK_N"] == 64
+    stem = default((32, 3, 224, 224), 64, (7, 7), 2, 3)
+    assert (stem["BLOCK_M"], stem["BLOCK_N"]) == (64, 256)  # all 4 x 64 of a window
+    one = fast_tile(plan_of(Conv((256, 512, 14, 14), 512, (3, 3), 1, 1)), 1)
+    assert one["SPLIT_K"] == 1
+
+
+# --- compiled -------------------------------------------------------------------------------------
+
+
+def wrong(row, target):
+    """What of a launch's code misses its bar, by name."""
+    if "error" in row:
+        return ["compilation"]
+    found = dict(
+        spills=row["spills"] > 0, shared=row["shared"] > SHARED[target],
+        TMA=not row["tma"] or row["load_bytes"] != 16,
+    )  # fmt: skip
+    found["tensor cores"] = not row["tensor_cores"]
+    if target == "sm_90":
+        n, per_sm = row["constants"]["BLOCK_N"], row["tile"]["PROGRAMS_PER_SM"]
+        threads = 32 * row["options"]["num_warps"]
+        found |= {
+            "wgmma": row["tensor_core"] is None or f"HGMMA.64x{n}x" not in row["tensor_core"],
+            "operands": row["operands"] != "shared",
+            "serialised": row["serialised"],
+            "loads a step ahead": not row["ahead"],
+            "loop": row["loop_instructions"] > (160 if row["constants"]["WINDOWS"] else 120),
+            # As many programs as the tile says: of each 1 KiB is the system's.
+            "an SM's shared memory": (row["shared"] + 1024) * per_sm > 228 * 1024,
+            "an SM's registers": row["registers"] * threads * per_sm > 65536,
+        }
+    return [what for what, bad in found.items() if bad]
+
+
+@pytest.mark.core
+@pytest.mark.slow
+def test_every_tile_compiles_to_the_bars_on_hopper():
+    """Whole and in parts, with the bias gradient and in windows, with the installed triton."""
+    rows = compiled("sm_90", "--weight-grad")["launches"]
+    narrow = sum(tile["BLOCK_M"] == 64 for tile in FAST_TILES[2])
+    assert len(rows) == 1 + 4 * len(FAST_TILES[2]) + 2 * narrow
+    problems = [f"{what} of {describe(row)}: {row}" for row in rows for what in wrong(row, "sm_90")]
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.slow
+def test_every_tile_compiles_for_the_next_gpu():
+    rows = compiled("sm_100", "--weight-grad")["launches"]
+    assert len(rows) > 4 * len(FAST_TILES[2])
+    problems = [f"{what} of {describe(row)}" for row in rows for what in wrong(row, "sm_100")]
+    assert not problems, "\n".join(problems)
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+REAL = {
+    "3x3": Conv((64, 128, 56, 56), 136, (3, 3), 1, 1),
+    "3x3, stride 2": Conv((33, 136, 56, 56), 256, (3, 3), 2, 1),
+    "1x1": Conv((32, 256, 28, 28), 512, (1, 1)),
+    "1x1, stride 2": Conv((64, 256, 56, 56), 512, (1, 1), 2),
+    "7x7 pixels": Conv((256, 512, 7, 7), 512, (3, 3), 1, 1),
+    "7x7, stride 2": Conv((32, 3, 224, 224), 64, (7, 7), 2, 3),
+    "3x3 of 3 channels": Conv((32, 3, 224, 224), 64, (3, 3), 1, 1),
+    "16 channels": Conv((64, 16, 26, 26), 32, (3, 3)),
+    "dilation 6": Conv((16, 256, 33, 33), 256, (3, 3), 1, 6, 6),
+}
+
+
+def needs_tma():
+    if "tma" not in _launch.device_of(torch.empty(1, device=DEVICE)).kernels:
+        pytest.skip("this GPU has no tensor memory accelerator")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", FAST_TILES[2], ids=name)
+@pytest.mark.parametrize("conv", REAL.values(), ids=REAL)
+def test_every_fast_tile_at_real_size(tile, conv, device):
+    """Whole and in parts, twice, against the portable kernel's, whose sums are in another order."""
+    needs_tma()
+    inputs = operands(conv, torch.bfloat16, randn)
+    want = run(conv, TILES[5], [t.float() for t in inputs], bias=True)
+    for parts in (1, 7):
+        first, second = (run(conv, tile | dict(SPLIT_K=parts), inputs, bias=True) for _ in "12")
+        for a, b, w, what in zip(first, second, want, ("dw", "db"), strict=True):
+            assert torch.equal(a, b)
+            assert_close(a, w.double(), dtype=torch.bfloat16, terms=conv.terms[what], name=what)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("conv", REAL.values(), ids=REAL)
+def test_defaults_at_real_size(conv, device):
+    inputs = operands(conv, torch.float16, randn)
+    want = run(conv, TILES[5], [t.float() for t in inputs])
+    got = conv2d_weight_grad(*inputs, *conv.lists)
+    assert_close(got, want.double(), dtype=torch.float16, terms=conv.terms["dw"])
