@@ -82,10 +82,11 @@ class _Stack(torch.autograd.Function):
         for i, layer in enumerate(layers):
             weight, bias = parameters[2 * i : 2 * i + 2]
             below = any(needs[: 2 * i + 1])  # is a gradient of x_i asked for?
+            reached = any(needs[: 2 * i + 3])
             masks = below and i > 0 and not layers[i - 1].pool
             ctx.sizes.append(list(x.shape))
             inputs.append(x if needs[2 * i + 1] or masks else None)
-            weights.append(weight if below or needs[2 * i + 1] else None)
+            weights.append(weight if reached else None)
             place = None
             if layer.pool:
                 padding = check_pooled(x, weight, bias, layer.padding)
@@ -94,7 +95,7 @@ class _Stack(torch.autograd.Function):
             else:
                 geometry = check_conv2d(x, weight, bias, *layer[1:], "relu")
                 x = _conv2d(x, weight, bias, *geometry, layer.groups, "relu")
-            places.append(place if any(needs[: 2 * i + 3]) else None)
+            places.append(place if reached else None)
             ctx.geometry.append(tuple(list(pair) for pair in geometry))
         last = None if layers[-1].pool else x
         ctx.save_for_backward(*inputs, *weights, *places, last)
