@@ -97,6 +97,7 @@ from kernels.conv2d_tma import (
     LARGEST,
     Plan,
     filters_as_they_lie,
+    folded_plan,
     packed_filter,
     packed_filters,
     pixel_box,
@@ -236,6 +237,10 @@ def _inverse(dilation: int, stride: int) -> tuple[int, int]:
 # One launch stores every pixel, those that no tap reaches too. A filter of one pixel at stride 1 is
 # a matmul; but not with a ReLU, which a matmul does not end with.
 #
+# Images of fewer than 8 channels, which only the first layer of a network has: conv2d_tma.py makes
+# stride x stride pixels one, with so many times the channels, and the convolution one of stride 1.
+# Its input gradient is that of the folded image, by the same kernel, and then unfolded.
+#
 # The tiles are the forward's. What triton 3.6.0 and 3.9.0 make of the largest, 256 pixels of 128
 # channels, in bfloat16 for sm_90; not run:
 #
@@ -363,6 +368,33 @@ def conv2d_input_grad_tma_kernel(
             dx.store([n, i, a, j, b * C + c], out)
 
 
+@triton.jit
+def conv2d_unfold_kernel(
+    folded_ptr, dx_ptr, N, C, H, W, rows, columns, depth,
+    stride_n, stride_c, stride_h, stride_w,
+    FOLD_H: tl.constexpr, FOLD_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program stores BLOCK_M pixels of dx: what conv2d_pack_kernel does, undone.
+
+    They come out of folded [N, rows, columns, depth]. Pixels beyond it are those that no window
+    reads.
+    """
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = tl.arange(0, BLOCK_N)
+    w = offs_m % W
+    h = offs_m // W % H
+    n = offs_m // W // H
+    row, a = (h + PAD_H) // FOLD_H, (h + PAD_H) % FOLD_H
+    column, b = (w + PAD_W) // FOLD_W, (w + PAD_W) % FOLD_W
+    offs = ((n * rows + row) * columns + column) * depth + (a * FOLD_W + b) * C
+    mask = (n < N)[:, None] & (c < C)[None, :]
+    inside = ((row < rows) & (column < columns))[:, None] & mask
+    dx = tl.load(folded_ptr + offs[:, None] + c[None, :], mask=inside, other=0.0)
+    out = (n * stride_n + h * stride_h + w * stride_w)[:, None] + (c * stride_c)[None, :]
+    tl.store(dx_ptr + out, dx, mask=mask)
+
+
 # --- Which tensors, which tile --------------------------------------------------------------------
 
 
@@ -377,13 +409,22 @@ def make_plan(
     """The plan for tensors of these sizes and strides; None if the kernel cannot do them.
 
     It is that of conv2d_tma.py with dy [N, K, P, Q] in the place of x, and dx, of `size`, in that
-    of y. Filters that are packed become [taps, C, K], others are read as [taps, K, C].
+    of y. Filters that are packed become [taps, C, K], others are read as [taps, K, C]. With `fold`
+    all sizes are those of the folded image, but for dy's.
     """
     (N, C, H, W), (K, _, R, S) = size, w_size
     unit = 16 // item
-    if groups > 1 or 0 in (*dy_size, *size, R, S) or C % unit or K % unit:
+    if groups > 1 or 0 in (*dy_size, *size, R, S) or K % unit:
         return None
-    if max(*dy_size, *size, N * H * W) > LARGEST or H % stride[0] or W % stride[1]:
+    geometry, fold = (*stride, *padding, *dilation), None
+    if C < unit and item == 2 and dilation == (1, 1):
+        folded = folded_plan(size, w_size, stride, *dy_size[2:], unit)
+        if folded is None:
+            return None
+        (N, H, W, C), (R, S), geometry, fold = folded.x[0], folded.taps, folded.geometry, stride
+        size, w_size, stride = (N, C, H, W), (K, C, R, S), (1, 1)
+        w_steps = (R * S * C, 1, S * C, C)
+    if C % unit or H % stride[0] or W % stride[1] or max(*dy_size, *size, N * H * W) > LARGEST:
         return None
     if stride[1] > 1 and C < NARROWEST:  # a tile would reach into the channels of the next pixel
         return None
@@ -395,8 +436,7 @@ def make_plan(
     if packed:
         w = packed_filters(C, R * S, K, unit)
     dy = tuple(dy_size[x] for x in (0, 2, 3, 1)), (*steps, 1)
-    geometry = (*stride, *padding, *dilation)
-    return Plan((N, H, W, C), dy, None, w, packed, (R, S), geometry, None)
+    return Plan((N, H, W, C), dy, fold, w, packed, (R, S), geometry, None)
 
 
 def plan_for(dy, weight, size, stride, padding, dilation, groups, precision) -> Plan | None:
@@ -450,7 +490,21 @@ def fast_tile(plan: Plan, item: int, sms: int, relu: bool = False) -> dict:
     return min(filter(fits, tiles), key=clocks)
 
 
-def conv2d_input_grad_tma(plan, dy, weight, x, dx, dbias, tile, precision):
+UNFOLD_TILE = dict(BLOCK_M=256, num_warps=4)
+
+
+def _unfold(plan, folded, dx, padding):
+    """Store dx [N, C, H, W] out of its folded form."""
+    (N, C, H, W), (_, rows, columns, depth) = dx.shape, plan.size
+    tile = choose_tile("conv2d_unfold", dx.dtype, {dx.itemsize: UNFOLD_TILE}, M=N * H * W)
+    launch(
+        conv2d_unfold_kernel, (cdiv(N * H * W, tile["BLOCK_M"]),),
+        folded, dx, N, C, H, W, rows, columns, depth, *dx.stride(), *plan.fold, *padding,
+        BLOCK_N=triton.next_power_of_2(C), **tile,
+    )  # fmt: skip
+
+
+def conv2d_input_grad_tma(plan, dy, weight, x, dx, dbias, tile, precision, padding):
     """Launch the fast kernel, with what has to be packed before and added up after it.
 
     dx [N, C, H, W] is channels_last, and so is x. With x, it is the gradient through the ReLU that
@@ -462,6 +516,11 @@ def conv2d_input_grad_tma(plan, dy, weight, x, dx, dbias, tile, precision):
     relu, split = x is not None, tile["SPLIT_K"]
     if relu and split > 1:
         raise ValueError(f"through a ReLU the tile must have SPLIT_K=1, got {tile}")
+    result = dx
+    if plan.fold is not None:
+        weight = packed_filter(plan, plan.w[0], weight)
+        N, H, W, C = plan.size
+        dx = torch.empty(N, H, W, C, dtype=dy.dtype, device=dy.device)
     packed = plan.packed_w or weight.data_ptr() % 16 != 0
     how = _layout(plan, tuple(tile.items()), device_of(dy).sms, dy.element_size(), packed)
     if packed:
@@ -483,6 +542,8 @@ def conv2d_input_grad_tma(plan, dy, weight, x, dx, dbias, tile, precision):
     if split > 1:
         N, H, W, C = plan.size
         reduce_parts(out, None, None, dx, N * H * W, C, how.images // split * H * W, split)
+    if plan.fold is not None:
+        _unfold(plan, dx, result, padding)
 
 
 class _Layout(NamedTuple):
@@ -569,7 +630,7 @@ def conv2d_input_grad(
     default, kernels = _choices(plan, dy)
     tile = choose_tile("conv2d_input_grad", dy.dtype, default, kernels, M=M, N=C, K=K)
     if "kernel" in tile:
-        conv2d_input_grad_tma(plan, dy, weight, None, dx, None, tile, precision)
+        conv2d_input_grad_tma(plan, dy, weight, None, dx, None, tile, precision, padding)
         return dx
     blocks = cdiv(M, tile["BLOCK_M"]) * cdiv(C, tile["BLOCK_N"])
     (gcd_h, inv_h), (gcd_w, inv_w) = (_inverse(d, s) for d, s in zip(dilation, stride, strict=True))
@@ -602,14 +663,14 @@ def conv2d_input_grad_relu(
     plan = None
     if x.is_contiguous(memory_format=torch.channels_last) and x.data_ptr() % 16 == 0:
         plan = plan_for(dy, weight, x.shape, stride, padding, dilation, groups, precision)
-    if plan is not None:
+    if plan is not None and plan.fold is None:
         (N, C, H, W), K = x.shape, dy.shape[1]
         M = N * cdiv(H, stride[0]) * cdiv(W, stride[1])
         default, kernels = _choices(plan, dy, relu=True)
         tile = choose_tile("conv2d_input_grad_relu", dy.dtype, default, kernels, M=M, N=C, K=K)
         if "kernel" in tile:
             dz, dbias = torch.empty_like(x), dy.new_empty(C)
-            conv2d_input_grad_tma(plan, dy, weight, x, dz, dbias, tile, precision)
+            conv2d_input_grad_tma(plan, dy, weight, x, dz, dbias, tile, precision, padding)
             return dz, dbias
     dx = conv2d_input_grad(dy, weight, list(x.shape), stride, padding, dilation, groups)
     return bias_relu_backward(dx, x)

@@ -325,7 +325,7 @@ def make_plan(
     if 0 in (*x_size, *w_size, P, Q) or K % unit or max(*x_size, K, N * P * Q) > LARGEST:
         return None
     if C < unit and groups == 1 and dilation == (1, 1):
-        return _folded_plan(x_size, w_size, stride, P, Q, unit)
+        return folded_plan(x_size, w_size, stride, P, Q, unit)
 
     steps = pixel_steps(x_size, x_steps, unit)
     if C % unit or steps is None:
@@ -400,7 +400,7 @@ def packed_filters(K: int, taps: int, span: int, unit: int) -> tuple[tuple, tupl
     return (taps, K, depth), (depth, taps * depth, 1)
 
 
-def _folded_plan(x_size, w_size, fold, P, Q, unit):
+def folded_plan(x_size, w_size, fold, P, Q, unit):
     """That of an image of few channels: stride x stride pixels become one."""
     (N, C, _, _), (K, _, R, S) = x_size, w_size
     R, S = cdiv(R, fold[0]), cdiv(S, fold[1])

@@ -448,7 +448,7 @@ def make_plan(
     geometry, folded = (*stride, *padding, *dilation), None
     if C < UNIT:
         if dilation == (1, 1):
-            folded = conv2d_tma._folded_plan(x_size, (K, C, R, S), stride, P, Q, UNIT)
+            folded = conv2d_tma.folded_plan(x_size, (K, C, R, S), stride, P, Q, UNIT)
         if folded is None:
             return None
         (_, H, W, C), (sn, sh, sw, sc) = folded.x

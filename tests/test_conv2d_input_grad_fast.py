@@ -170,6 +170,31 @@ def test_any_layer_through_a_relu(layer):
     assert dz.stride() == x.stride()
 
 
+STEMS = {  # few channels: by the folded image, which may be smaller than the padded one, or larger
+    "stem of 7x7": Conv((2, 3, 14, 18), 24, (7, 7), 2, 3),
+    "stem of 3x3, 1 channel": Conv((2, 1, 7, 9), 16, (3, 3), 1, 1),
+    "stem of 11x11, rows unread": Conv((1, 3, 30, 27), 24, (11, 11), 4, 2),
+    "patches": Conv((2, 3, 17, 16), 24, (8, 8), 8),
+    "stride (3, 2) larger than the filter": Conv((2, 5, 11, 9), 8, (2, 1), (3, 2), (0, 1)),
+}
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("weight", ["channels_last", "contiguous"])
+@pytest.mark.parametrize("layer", STEMS)
+def test_first_layers(layer, weight):
+    conv = STEMS[layer]
+    dy, w, x = operands(conv, torch.bfloat16, weight)
+    want = reference(conv, dy, w)
+    for tile in (FAST_TILES[2][5], SMALL | dict(SPLIT_K=2)):
+        dx = run(conv, tile, dy, w)
+        assert torch.equal(dx, want.bfloat16())
+        assert dx.is_contiguous(memory_format=torch.channels_last)
+    with use_tile("conv2d_input_grad", SMALL):
+        names = launched(HOPPER, conv2d_input_grad_relu, dy, w, x, *conv.lists).split()
+        assert names[:3] == ["pack_filter", "tma", "unfold"] and "bias_relu_backward" in names
+
+
 @pytest.mark.parametrize("tile", FAST_TILES[2], ids=name)
 @pytest.mark.parametrize("layer", ["stride 2", "136 channels"])
 def test_every_tile(layer, tile):
