@@ -59,9 +59,19 @@ def units(row: dict) -> int:
     return math.prod(blocks) * tile.get("SPLIT_K", 1)
 
 
+def tile_op(row: dict) -> str:
+    """Whose tile a row's is: the operator's that it names, or that of one which it calls."""
+    return row.get("tile_op") or row["op"]
+
+
 def extra_work(op: str, shape: dict[str, int]) -> float:
-    """FLOPs of our algorithm over those of the mathematics: the fused block's padded filter."""
-    if op == "conv2d_relu_pool":  # four places of one (R+1) x (S+1) patch, seen as one filter
+    """FLOPs of our algorithm over those of the mathematics: the fused block's padded filter.
+
+    `op` is the one whose tile it is: of a wide block the gradients are the plain convolution's.
+    """
+    if op.startswith(
+        "conv2d_relu_pool"
+    ):  # four places of one (R+1) x (S+1) patch, seen as one filter
         R, S = shape["R"], shape["S"]
         return (R + 1) * (S + 1) / (R * S)
     return 1.0
@@ -77,7 +87,8 @@ def step_flops(op: str, tile: dict[str, int]) -> int:
 
     The fused block has four accumulators, but for the kernel whose BLOCK_M counts what is pooled.
     """
-    accumulators = 4 if op == "conv2d_relu_pool" and "kernel" not in tile else 1
+    fused = op.startswith("conv2d_relu_pool") and "kernel" not in tile
+    accumulators = 4 if fused else 1
     return 2 * tile["BLOCK_M"] * tile["BLOCK_N"] * tile["BLOCK_K"] * accumulators
 
 
@@ -109,7 +120,7 @@ def predict(row: dict, gpu: GPU) -> dict:
         "wave_efficiency": pieces / (gpu.sms * math.ceil(pieces / gpu.sms)),
         "padding": row["computed_flops"] / row["flops"]
         if "computed_flops" in row
-        else padding(row["sizes"], row["tile"]) * extra_work(row["op"], row["shape"]),
+        else padding(row["sizes"], row["tile"]) * extra_work(tile_op(row), row["shape"]),
     }
     if fits.blocks == 0:
         return found
@@ -122,7 +133,7 @@ def predict(row: dict, gpu: GPU) -> dict:
     if is_product(tile):
         tile = {"BLOCK_M": 1, "BLOCK_N": 1, "BLOCK_K": 1} | tile
         work /= found["wave_efficiency"]
-        step = step_flops(row["op"], tile)
+        step = step_flops(tile_op(row), tile)
         clocks = gpu.sms * gpu.clock_mhz * 1e6
         itemsize = {"float32": 4, "float8_e4m3fn": 1, "int8": 1}.get(row["dtype"], 2)
         loaded = (tile["BLOCK_M"] + tile["BLOCK_N"]) * tile["BLOCK_K"] * itemsize

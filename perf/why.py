@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from perf import gpus
 from perf.gpus import GPU
-from perf.predict import LAUNCH_S, loop_warps, step_flops
+from perf.predict import LAUNCH_S, loop_warps, step_flops, tile_op
 from perf.tried import (
     PRODUCTS,
     Row,
@@ -279,7 +279,7 @@ def _issue(row: Row) -> float | None:
     blocks = [size for name, size in tile.items() if name.startswith("BLOCK_")]
     if not loop or not blocks:
         return None
-    work = step_flops(row["op"], tile) if "BLOCK_K" in tile else math.prod(blocks)
+    work = step_flops(tile_op(row), tile) if "BLOCK_K" in tile else math.prod(blocks)
     return 1000 * loop * loop_warps({"num_warps": 4} | tile) / work
 
 
@@ -307,7 +307,7 @@ def issue_share(row: Row, gpu: GPU | None) -> float | None:
     rate = gpu.rate.get(gpus.kind(row["dtype"], row.get("precision") or "ieee"))
     if not rate or not {"BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps"} <= set(tile):
         return None
-    clocks = step_flops(row["op"], tile) / rate
+    clocks = step_flops(tile_op(row), tile) / rate
     return loop * loop_warps(tile) / 4 / clocks
 
 
@@ -318,7 +318,7 @@ def _operand_bytes(row: Row) -> float | None:
         return None
     size = 4 if row["dtype"] == "float32" else 2
     bytes_a_step = size * (tile["BLOCK_M"] + tile["BLOCK_N"]) * tile["BLOCK_K"]
-    return 1000 * bytes_a_step / step_flops(row["op"], tile)
+    return 1000 * bytes_a_step / step_flops(tile_op(row), tile)
 
 
 def _traffic(row: Row, best: Row, gpu: GPU | None) -> Cause | None:

@@ -233,8 +233,9 @@ OPS: dict[str, Op] = {
     "conv2d_relu_pool": Op(
         {
             "fwd": ("conv2d_relu_pool",),
-            "dgrad": ("conv2d_relu_pool_input_grad",),
-            "wgrad": ("conv2d_relu_pool_weight_grad",),
+            # Fused, or of wide layers the plain convolution's, of what is scattered before.
+            "dgrad": ("conv2d_relu_pool_input_grad", "conv2d_input_grad"),
+            "wgrad": ("conv2d_relu_pool_weight_grad", "conv2d_weight_grad"),
         },
         _fused_inputs,
         {"dgrad": ("x",), "wgrad": ("weight", "bias")},
