@@ -45,7 +45,15 @@ above and in x below. Where there is a dot, the other one has padding:
 
 The result is small (K x RSC) and its sum is long (NPQ, millions), so the sum is split among
 programs. Each writes its partial result to a row of its own, and a second kernel adds the rows in
-order. Atomics would save that kernel and make the last bits depend on who came first.
+order. Atomics would save that kernel and make the last bits depend on who came first: no tile has
+them by default, but `use_tile("conv2d_weight_grad", tile | dict(ATOMIC=True))` shows what they do,
+unless torch is told to be deterministic.
+
+The gradient of a bias is the sum of dy, which is read here anyway: conv2d_weight_bias_grad.
+
+Two kernels compute it. The first, through pointers, takes every GPU, dtype and stride: read it
+first. The second is for GPUs since Hopper and 16-bit channels_last tensors, and introduced above
+it. Which one a call takes, its tile says.
 
 **Check it.** The loss is linear in the weights too: a step of 1 in one must change it by dweight.
 
@@ -201,13 +209,15 @@ def conv2d_weight_grad_kernel(
         acc = tl.dot(dy, x, acc, input_precision=PRECISION)
 
     part = tl.program_id(2).to(tl.int64)
+    if not ATOMIC:
+        dw_ptr += part * SIZE
     dw_cols = r * stride_wr + s * stride_ws + c * stride_wc
     dw_ptrs = dw_ptr + ((group * K + offs_m) * stride_wk)[:, None] + dw_cols[None, :]
     mask = mask_m[:, None] & mask_n[None, :]
     if ATOMIC:  # in whatever order they come
         tl.atomic_add(dw_ptrs, acc, mask=mask, sem="relaxed")
     else:
-        tl.store(dw_ptrs + part * SIZE, acc.to(dw_ptr.dtype.element_ty), mask=mask)
+        tl.store(dw_ptrs, acc.to(dw_ptr.dtype.element_ty), mask=mask)
     if HAS_BIAS:
         if pid_n == 0:
             filters = tl.num_programs(1).to(tl.int64) * K
@@ -218,10 +228,10 @@ def conv2d_weight_grad_kernel(
 # --- The fast kernel ------------------------------------------------------------------------------
 #
 # A step of the kernel above loads BLOCK_K pixels that lie side by side, of which each tap wants
-# others: every thread makes addresses and masks, 362 instructions a step of 128x256x64. For GPUs
-# since Hopper (sm_90) the tensor memory accelerator makes them (conv2d_tma.py introduces it), if
-# what a step needs is a box of a tensor. So what is summed in a step are not the pixels of an image
-# but the images of the batch, at one pixel:
+# others: all threads make addresses and masks, 1,093 instructions a step of 128x256x64, in which
+# the tensor cores are busy for 1,024 clocks. Since Hopper (sm_90) a GPU has the tensor memory
+# accelerator to make them (conv2d_tma.py introduces it), if what a step needs is a box of a tensor.
+# So what a step sums up are not the pixels of an image but the images of the batch, at one pixel:
 #
 #     dy, one row an image                      x, one image a row, at the pixel that the tap reads
 #
@@ -244,9 +254,8 @@ def conv2d_weight_grad_kernel(
 # 3. Nothing sticks out but of the batch: it should be a multiple of BLOCK_K. A box of pixels would
 #    cover 64 for the 49 of such an image.
 # 4. Both operands lie with the summed index outermost, and tensor cores take 16-bit operands so,
-#    transposed, out of shared memory. The first one only as a plain matrix: which is why dy is seen
-#    as [N, P*Q*K]. (Where K is no multiple of BLOCK_M a box runs on into the next pixel's filters.
-#    It makes rows of the result past K, which are not stored.)
+#    transposed, out of shared memory. The first one only if its box is a plain matrix, which 1s in
+#    front do not change: dy is seen as [P, Q, N, K], and of x the box may be of any rank.
 # 5. 32-bit operands they do not take transposed: float32 stays with the kernel above.
 #
 # A filter of one pixel needs no images: all N*P*Q pixels are a batch of images of one pixel.
@@ -268,14 +277,18 @@ def conv2d_weight_grad_kernel(
 # has them for all taps. The bias gradient is one more tile for each block of filters, whose
 # products are left out: dy is in the cache for it, too.
 #
-# What triton 3.6.0 and 3.9.0 make of it for sm_90, bfloat16, a 3x3 layer of stride 1; not run:
+# What triton 3.6.0 and 3.9.0 make of it for sm_90, bfloat16, a 3x3 layer; not run. Where a tile has
+# several rows of taps, x goes through registers on its way to the tensor cores: up to 152.
 #
 #                     registers   shared memory   instructions a step
-#     128x256x64      154, 154      224 KiB          115, 112
-#     128x128x64       90, 90       112 KiB          110, 109
+#     128x256x64      154, 154      208 KiB          107, 105
+#     in parts        161, 163      224 KiB          110, 107
 #
 # What it does not do: batches under 16 (most of a step would be zeros), float32, groups, filters
-# that are no multiple of 8. Those take the kernel above.
+# that are no multiple of 8, and what TMA cannot read as it is. Those take the kernel above.
+#
+# Non-finite numbers: where a tap is in the padding torch multiplies by zero, and makes NaN of an
+# infinity in dy; here it is left out.
 
 
 @triton.jit
@@ -314,7 +327,7 @@ def _store_columns(dw, tile, part, k, row, c, AT: tl.constexpr, BOX_C: tl.conste
 
 @triton.jit
 def conv2d_weight_grad_tma_kernel(
-    dy, x, dw, db_ptr, N, P, Q, K, H, W, PIXEL, ROWS, SPAN, PARTS,
+    dy, x, dw, db_ptr, N, P, Q, K, H, W, ROWS, SPAN, PARTS,
     S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
     WINDOWS: tl.constexpr, HAS_BIAS: tl.constexpr, BOX_C: tl.constexpr,
@@ -322,7 +335,7 @@ def conv2d_weight_grad_tma_kernel(
 ):  # fmt: skip
     """One program computes every tile of dweight, or part of its sum, whose number is its own.
 
-    dy [N, P*Q*PIXEL], x and dw [PARTS, K, ROWS, SPAN] are descriptors. A row of dw is one tap, its
+    dy [P, Q, N, K], x and dw [PARTS, K, ROWS, SPAN] are descriptors. A row of dw is one tap, its
     columns are channels; where WINDOWS, it is a row of taps, and its columns are (s, c).
     """
     BOX_R: tl.constexpr = BLOCK_N // BOX_C  # a tile's columns are so many rows of dw
@@ -359,9 +372,10 @@ def conv2d_weight_grad_tma_kernel(
             q = q0 + first % columns
             acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
             for _ in range(first, last):
-                dy_tile = dy.load([n, (p * Q + q) * PIXEL + k]).T  # [BLOCK_M, BLOCK_K]
+                dy_tile = tl.reshape(dy.load([p, q, n, k]), (BLOCK_K, BLOCK_M))
                 x_box = x.load([n, p * STRIDE_H + h, row - tap, q * STRIDE_W + w, c])
-                acc = tl.dot(dy_tile, tl.reshape(x_box, (BLOCK_K, BLOCK_N)), acc)
+                x_tile = tl.reshape(x_box, (BLOCK_K, BLOCK_N))
+                acc = tl.dot(dy_tile.T, x_tile, acc)  # [BLOCK_M, BLOCK_N]
                 q += 1
                 p += (q == q1).to(tl.int32)
                 q = tl.where(q == q1, q0, q)
@@ -388,7 +402,8 @@ def conv2d_weight_grad_tma_kernel(
             first, last = _share(P * Q * tl.cdiv(N, BLOCK_K), part, PARTS)
             total = tl.full((BLOCK_K, BLOCK_M), 0.0, tl.float32)
             for step in range(first, last):
-                dy_tile = dy.load([step // (P * Q) * BLOCK_K, step % (P * Q) * PIXEL + k])
+                p, q, n = step // Q % P, step % Q, step // (P * Q) * BLOCK_K
+                dy_tile = tl.reshape(dy.load([p, q, n, k]), (BLOCK_K, BLOCK_M))
                 total += dy_tile.to(tl.float32)
             offs_k = k + tl.arange(0, BLOCK_M)
             db = tl.sum(total, axis=0).to(db_ptr.dtype.element_ty)
@@ -404,8 +419,7 @@ class Plan(NamedTuple):
     Attributes:
         size: (N, P, Q, K), N the images that are summed in steps.
         image: H and W.
-        dy: sizes and steps of the tensor that boxes of dy are fetched from, [N, P*Q*pixel].
-        pixel: from one pixel of dy to the next.
+        dy: sizes and steps of dy as [P, Q, N, K].
         x: sizes and steps of x, [N, H, 1, W, C] or of its windows, [N, P, R, Q, S*C].
         dw: ROWS and SPAN of dweight [K, ROWS, SPAN]: [R*S, C], or of windows [R, S*C].
         taps_w: S, and 1 of windows.
@@ -417,7 +431,6 @@ class Plan(NamedTuple):
     size: tuple[int, int, int, int]
     image: tuple[int, int]
     dy: tuple[tuple, tuple]
-    pixel: int
     x: tuple[tuple, tuple]
     dw: tuple[int, int]
     taps_w: int
@@ -456,32 +469,27 @@ def make_plan(
     else:
         sn, sc, sh, sw = (s if n > 1 else C for n, s in zip(x_size, x_steps, strict=True))
     dn, dk, dp, dq = (s if n > 1 else K for n, s in zip(dy_size, dy_steps, strict=True))
-    # Channels last, and no two elements in one place; all pixels of an image of dy in one row.
+    # Channels last, and no two elements in one place.
     if C % UNIT or sc != 1 or any(s % UNIT or s < C for s in (sn, sh, sw)):
         return None
-    if (
-        dk != 1
-        or any(s % UNIT or s < K for s in (dn, dp, dq))
-        or (1 not in (P, Q) and dp != Q * dq)
-    ):
+    if dk != 1 or any(s % UNIT or s < K for s in (dn, dp, dq)):
         return None
-    pixel = dq if Q > 1 else dp
 
     if (R, S) == (1, 1) and geometry[:4] == PLAIN[:4]:  # as many images of one pixel
         step_x, step_dy = _even((N, H, W), (sn, sh, sw)), _even((N, P, Q), (dn, dp, dq))
         if step_x and step_dy:
             N, H, W, P, Q = N * P * Q, 1, 1, 1, 1
-            sn, dn = step_x, step_dy
-    most = max(C, H, W, K, N * P * Q, P * Q * pixel)
-    if N < FEW_IMAGES or most > conv2d_tma.LARGEST or max(sn, sh, dn) * 2 >= 2**40:
+            sn, dn, dp, dq = step_x, step_dy, K, K
+    most, far = max(C, H, W, K, N * P * Q), max(sn, sh, sw, dn, dp, dq)
+    if N < FEW_IMAGES or most > conv2d_tma.LARGEST or far >= 2**39:
         return None
-    dy = (N, (P * Q - 1) * pixel + K), (dn, 1)
+    dy = (P, Q, N, K), (dp, dq, dn, 1)
     a, b, pad_h, pad_w, dil_h, dil_w = geometry
     if C < FEW_CHANNELS and R * S > 1 and (sw, pad_h, pad_w, dil_w) == (C, 0, 0, 1):
         x = (N, P, R, Q, S * C), (sn, a * sh, dil_h * sh, b * sw, 1)
-        return Plan((N, P, Q, K), (P, Q), dy, pixel, x, (R, S * C), 1, PLAIN, True, folded)
+        return Plan((N, P, Q, K), (P, Q), dy, x, (R, S * C), 1, PLAIN, True, folded)
     x = (N, H, 1, W, C), (sn, sh, sh, sw, 1)
-    return Plan((N, P, Q, K), (H, W), dy, pixel, x, (R * S, C), S, geometry, False, folded)
+    return Plan((N, P, Q, K), (H, W), dy, x, (R * S, C), S, geometry, False, folded)
 
 
 def _even(sizes: tuple, steps: tuple) -> int | None:
@@ -584,8 +592,8 @@ def _layout(plan: Plan, items: tuple, sms: int, has_bias: bool) -> _Layout:
     stored_rows = max(1, box_r // subtiles)
     return _Layout(
         programs,
-        (N, P, Q, K, *plan.image, plan.pixel, rows, span, parts),
-        [k, m],
+        (N, P, Q, K, *plan.image, rows, span, parts),
+        [1, 1, k, m],
         [k, 1, box_r, 1, box_c],
         ((parts, K, rows, span), (K * rows * span, rows * span, span, 1)),
         [1, m, stored_rows, n // subtiles // stored_rows],

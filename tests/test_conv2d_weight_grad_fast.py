@@ -25,7 +25,7 @@ from kernels.conv2d_weight_grad import (
     pixels_inside,
 )
 from tests.convolutions import Conv, integers
-from tests.inputs import DEVICE, double, laid_out, randn
+from tests.inputs import DEVICE, laid_out, randn
 from tests.poison import poison
 from tests.test_compile import SHARED, compiled, describe
 from tests.tolerance import assert_close
@@ -57,21 +57,25 @@ def run(conv, tile, inputs, bias=False):
         return fn(*inputs, *conv.lists)
 
 
+def gradient(conv, x, dy, weight):
+    """dweight in float64, by autograd of torch's own convolution."""
+    w = weight.detach().double().requires_grad_()
+    y = torch.nn.functional.conv2d(x.double(), w, None, *conv.args)
+    return torch.autograd.grad(y, [w], dy.double())[0]
+
+
 @functools.cache
 def wanted(conv, dtype, values=integers):
-    """(dweight, dbias) in float64, by autograd of torch's own convolution; not mostly zeros."""
-    x, dy, weight = double(*operands(conv, dtype, values))
-    weight = weight.detach().requires_grad_()
-    y = torch.nn.functional.conv2d(x, weight, None, *conv.args)
-    (dweight,) = torch.autograd.grad(y, [weight], dy)
-    return dweight, dy.sum((0, 2, 3))
+    """(dweight, dbias) in float64."""
+    x, dy, weight = operands(conv, dtype, values)
+    return gradient(conv, x, dy, weight), dy.double().sum((0, 2, 3))
 
 
 # --- the same results -----------------------------------------------------------------------------
 
 LAYERS = {
     # geometry; of no tile's size the batch, the channels or the filters are a multiple
-    "3x3": Conv((33, 72, 3, 4), 72, (3, 3), 1, 1),
+    "3x3": Conv((33, 72, 2, 3), 40, (3, 3), 1, 1),
     "3x3 of a whole tile": Conv((32, 64, 3, 3), 64, (3, 3), 1, 1),
     "two blocks of filters and of channels": Conv((17, 264, 2, 2), 136, (1, 2)),
     "2x3, no padding": Conv((17, 64, 4, 5), 24, (2, 3)),
@@ -84,7 +88,7 @@ LAYERS = {
     "stride (3, 2), padding (1, 2)": Conv((16, 24, 7, 6), 24, (3, 3), (3, 2), (1, 2)),
     "stride larger than the filter": Conv((16, 64, 7, 9), 24, (2, 2), 3),
     "padding larger than the filter": Conv((16, 24, 2, 3), 24, (2, 2), padding=3),
-    "padding larger than the image, stride 2": Conv((16, 24, 3, 2), 24, (3, 3), 2, 4),
+    "padding larger than the image, stride 2": Conv((16, 24, 3, 2), 24, (3, 3), 2, 3),
     "taps that are never inside": Conv((16, 24, 1, 2), 24, (3, 5), padding=(1, 2)),
     "dilation 2": Conv((16, 24, 5, 4), 24, (3, 3), padding=2, dilation=2),
     "dilation (1, 3)": Conv((16, 24, 4, 7), 24, (3, 3), padding=(1, 0), dilation=(1, 3)),
@@ -124,17 +128,16 @@ def check(conv, tile, dtype, weight="channels_last", bias=False):
 @pytest.mark.core
 @pytest.mark.parametrize("conv", LAYERS.values(), ids=LAYERS)
 def test_geometry(conv):
-    """One part and three, that divide nothing, some with nothing to add; either layout; the bias."""
+    """One part and three, which divide nothing; either layout of the weight; and the bias."""
     check(conv, SMALL, torch.bfloat16)
     check(conv, SMALL | dict(SPLIT_K=3), torch.float16, weight="contiguous", bias=True)
 
 
 @pytest.mark.core
 @pytest.mark.parametrize("tile", FAST_TILES[2], ids=name)
-@pytest.mark.parametrize("layer", ["3x3", "16 channels", "7x7, stride 2"])
+@pytest.mark.parametrize("layer", ["stride 2, an odd image", "16 channels"])
 def test_every_tile(layer, tile):
-    check(LAYERS[layer], tile, torch.float16, bias=True)
-    check(LAYERS[layer], tile | dict(SPLIT_K=2), torch.bfloat16)
+    check(LAYERS[layer], tile | dict(SPLIT_K=2), torch.float16, bias=True)
 
 
 @pytest.mark.parametrize("tile", FAST_TILES[2], ids=name)
@@ -145,7 +148,7 @@ def test_more_than_a_tile(tile):
 
 
 @pytest.mark.parametrize("parts", [1, 2, 5, 16])
-@pytest.mark.parametrize("layer", ["3x3", "taps that are never inside", "3x3 of one pixel"])
+@pytest.mark.parametrize("layer", ["2x3, no padding", "3x3 of one pixel"])
 def test_parts_of_the_sum(layer, parts):
     """More than there are steps, too: those have nothing to add, and write zeros."""
     check(LAYERS[layer], SMALL | dict(SPLIT_K=parts), torch.bfloat16, bias=True)
@@ -165,8 +168,16 @@ def test_every_program_does_its_share(per_sm, bias):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("layer", ["3x3", "stride 2", "16 channels", "7x7, stride 2", "1x1"])
+@pytest.mark.parametrize(
+    "layer, dtype",
+    [
+        ("3x3", torch.float16),
+        ("stride 2", torch.bfloat16),
+        ("16 channels", torch.float16),
+        ("7x7, stride 2", torch.bfloat16),
+        ("1x1", torch.bfloat16),
+    ],
+)
 def test_against_float64(layer, dtype):
     conv = LAYERS[layer]
     got = run(conv, SMALL | dict(SPLIT_K=2), operands(conv, dtype, randn), bias=True)
@@ -195,17 +206,28 @@ def test_partial_results_are_float32():
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
 @pytest.mark.parametrize("where", ["x", "dy"])
-@pytest.mark.parametrize("layer", ["3x3", "stride 2, an odd image", "16 channels", "7x7, stride 2"])
+@pytest.mark.parametrize("layer", ["stride 2, an odd image", "16 channels", "7x7, stride 2"])
 def test_nan_and_infinity_go_where_torch_has_them(layer, where, value):
-    """In a corner, which few taps read, of the last image: nothing leaks out of the padding."""
+    """In a corner of the last image; and of dy not to taps that are in the padding there.
+
+    torch multiplies those with zeros, and so makes NaN of them; here they are left out, but for an
+    image that is packed with its padding.
+    """
     conv = LAYERS[layer]
-    x, dy, weight = operands(conv, torch.float16, randn)
-    (x if where == "x" else dy)[-1, -1, 0, 0] = value
-    want = weight.double().requires_grad_()
-    y = torch.nn.functional.conv2d(x.double(), want, None, *conv.args)
-    (want,) = torch.autograd.grad(y, [want], dy.double())
+    inputs = operands(conv, torch.float16, randn)
+    want = gradient(conv, *inputs)
+    bad = inputs[0 if where == "x" else 1]
+    bad[-1, -1, 0, 0] = value
+    wrong = gradient(conv, *inputs)
+    reads = torch.ones_like(wrong, dtype=torch.bool)
+    if where == "dy" and conv.x[1] >= 8:
+        pad, dil = conv.lists[1], conv.lists[2]
+        for dim in (0, 1):
+            taps = torch.arange(conv.taps[dim]) * dil[dim] - pad[dim]
+            reads &= (taps >= 0).view((-1, 1) if dim == 0 else (1, -1)).to(reads.device)
+    want = torch.where(reads, wrong, want)
     assert 0 < want.isfinite().sum() < want.numel()
-    got = run(conv, SMALL, (x, dy, weight))
+    got = run(conv, SMALL, inputs)
     assert_close(got, want, dtype=torch.float16, terms=conv.terms["dw"])
 
 
@@ -226,7 +248,7 @@ def any_fast_conv(draw):
     return Conv((draw(st.integers(16, 40)), C, *size), K, taps, stride, padding, dilation)
 
 
-@hypothesis.settings(max_examples=12)
+@hypothesis.settings(max_examples=8)
 @hypothesis.given(
     conv=any_fast_conv(), dtype=st.sampled_from(HALF), tile=st.sampled_from(FAST_TILES[2]),
     parts=st.integers(1, 4), weight=st.sampled_from(["channels_last", "contiguous", "sliced"]),
@@ -289,7 +311,7 @@ BORDERS = {  # x, dy and options, and the kernels that a Hopper GPU takes for th
     "a cropped image": (
         lambda: (images(16, 24, 8, 8)[:, :, 1:6, 1:7], images(*DY)), {}, "tma"
     ),
-    "a cropped dy": (lambda: (images(*X), images(16, 32, 8, 8)[:, :, 1:6, 1:7]), {}, "portable"),
+    "a cropped dy": (lambda: (images(*X), images(16, 32, 8, 8)[:, :, 1:6, 1:7]), {}, "tma"),
     "every second image": (lambda: (images(32, *X[1:])[::2], images(32, *DY[1:])[1::2]), {}, "tma"),
     "one image for all": (
         lambda: (images(1, *X[1:]).expand(16, -1, -1, -1), images(*DY)), {}, "portable"
@@ -452,7 +474,7 @@ def plan_of(conv):
 def test_plans_are_those_of_the_lesson():
     plain = plan_of(Conv((64, 256, 14, 14), 512, (3, 3), 2, 1))
     assert plain.size == (64, 7, 7, 512) and plain.x[0] == (64, 14, 1, 14, 256)
-    assert plain.dy == ((64, 49 * 512), (49 * 512, 1)) and plain.dw == (9, 256)
+    assert plain.dy == ((7, 7, 64, 512), (7 * 512, 512, 49 * 512, 1)) and plain.dw == (9, 256)
     pixels = plan_of(Conv((64, 256, 14, 14), 512, (1, 1)))
     assert pixels.size == (64 * 196, 1, 1, 512) and pixels.x[0] == (64 * 196, 1, 1, 1, 256)
     small = plan_of(Conv((64, 16, 26, 26), 32, (3, 3)))
@@ -465,11 +487,10 @@ def test_plans_are_those_of_the_lesson():
     assert patches.size == (8 * 196, 1, 1, 192) and patches.dw == (1, 768)
 
 
-def test_one_element_less_than_the_unit_can_count():
-    limit = module.conv2d_tma.LARGEST
-    assert plan_of(Conv((16, 8, 1, limit // 16), 8, (1, 3), padding=(0, 1))) is None  # dy: 8 each
-    assert plan_of(Conv((16, 8, 1, limit // 8), 8, (1, 3), padding=(0, 1))) is None
-    assert plan_of(Conv((16, 8, 1, limit // 32), 8, (1, 3), padding=(0, 1))) is not None
+def test_as_many_pixels_as_the_unit_can_count():
+    width = module.conv2d_tma.LARGEST // 16
+    assert plan_of(Conv((16, 8, 1, width), 8, (1, 3), padding=(0, 1))) is not None
+    assert plan_of(Conv((16, 8, 1, width + 1), 8, (1, 3), padding=(0, 1))) is None
 
 
 @pytest.mark.parametrize("conv", LAYERS.values(), ids=LAYERS)
