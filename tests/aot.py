@@ -459,7 +459,8 @@ def missing(rows):
     # Of what this target has.
     fast = {"matmul_tma_kernel", "matmul_reduce_kernel", "scaled_matmul_tma_kernel"}
     fast |= {"conv2d_tma_kernel", "conv2d_pack_kernel", "conv2d_pack_filter_kernel"}
-    fast |= {"conv2d_input_grad_tma_kernel", "conv2d_weight_grad_tma_kernel"}
+    fast |= {"conv2d_input_grad_tma_kernel", "conv2d_unfold_kernel"}
+    fast |= {"conv2d_weight_grad_tma_kernel"}
     lacking = set() if "tma" in DEVICE.kernels else fast
     return sorted(defined - lacking - {row["kernel"] for row in rows})
 
