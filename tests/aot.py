@@ -68,7 +68,11 @@ def rung(tile, dtype):
 def step(optimizer, dtype, **options):
     p = torch.nn.Parameter(torch.empty(1000, dtype=dtype))
     p.grad = torch.empty_like(p)
-    optimizer([p], **options).step()
+    optimizer = optimizer([p], **options)
+    optimizer.step()
+    if dtype == torch.float32:  # of 16-bit copies
+        optimizer.make_copies(torch.bfloat16)[p].grad = torch.empty(1000, dtype=torch.bfloat16)
+        optimizer.step()
 
 
 DEVICE = _launch.ANY_GPU  # that the calls pretend to run on; set below
@@ -191,6 +195,9 @@ CASES = {
     },
     "SGD": lambda dtype: step(kernels.SGD, dtype, lr=0.1, momentum=0.9, nesterov=True),
     "AdamW": lambda dtype: step(kernels.AdamW, dtype),
+    "AdamW, counting on the GPU": lambda dtype: step(
+        kernels.AdamW, dtype, lr=torch.tensor(0.1), capturable=True
+    ),
 }
 
 
