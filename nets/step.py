@@ -34,6 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.optim import Optimizer
 
 from kernels import cross_entropy
 from kernels._launch import cdiv, choose_tile, launch
@@ -133,6 +134,60 @@ class Graph:
         return result
 
 
+def copies_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Make bfloat16 copies of the model's parameters, by name, which the optimizer keeps up."""
+    copies = optimizer.make_copies(torch.bfloat16)
+    return {name: copies[p] for name, p in model.named_parameters()}
+
+
+def weights(size: int, device: torch.device) -> Tensor:
+    """Return what each of `size` losses counts in their mean: one number, seen `size` times."""
+    return torch.full((), 1 / size, device=device).expand(size)
+
+
+def learn(
+    model: nn.Module,
+    optimizer: Optimizer,
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    copies: dict[str, Tensor],
+    dtype: torch.dtype,
+    label_smoothing: float = 0.0,
+    scaler: torch.amp.GradScaler | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Forward, backward and the optimizer.
+
+    Losses are not added up for the gradient: it is that of each image's, times its weight.
+
+    Args:
+        model: computes logits [N, classes].
+        optimizer: over its parameters.
+        x: the images.
+        y: int64 [N], the labels.
+        weight: float32 [N], of `weights`.
+        copies: of `copies_of`, to compute with; empty for the parameters themselves.
+        dtype: to compute in.
+        label_smoothing: of the loss.
+        scaler: of the loss, in float16.
+
+    Returns:
+        The logits, and the loss of each image.
+    """
+    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+        logits = functional_call(model, copies, (x,)) if copies else model(x)
+        losses = cross_entropy(logits, y, label_smoothing=label_smoothing, reduction="none")
+    optimizer.zero_grad()
+    if scaler is None:
+        losses.backward(weight)
+        optimizer.step()
+    else:
+        scaler.scale(losses).backward(weight)
+        scaler.step(optimizer)
+        scaler.update()
+    return logits.detach(), losses.detach()
+
+
 class TrainStep:
     """The steps of an epoch over images that lie on a device: `begin`, then `step` again and again.
 
@@ -157,7 +212,7 @@ class TrainStep:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizer,
         images: Tensor,
         labels: Tensor,
         mean: float,
@@ -172,11 +227,8 @@ class TrainStep:
         self.model, self.optimizer, self.dtype = model, optimizer, dtype
         self.images, self.labels, self.mean, self.std = images, labels, mean, std
         self.batch_size, self.label_smoothing = batch_size, label_smoothing
-        self.scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
-        self.copies: dict[str, Tensor] = {}
-        if dtype == torch.bfloat16:
-            copies = optimizer.make_copies(dtype)
-            self.copies = {name: copies[p] for name, p in model.named_parameters()}
+        self.scaler = scaler
+        self.copies = copies_of(model, optimizer) if dtype == torch.bfloat16 else {}
 
         # All that changes from step to step.
         self.order = torch.zeros(count, dtype=torch.int64, device=device)
@@ -194,9 +246,7 @@ class TrainStep:
         pool = torch.cuda.graph_pool_handle() if graph else None
         for size in sorted(set(self.sizes), reverse=True):
             x, y = self.input(size), torch.zeros(size, dtype=torch.int64, device=device)
-            weight = torch.full((), 1 / size, device=device).expand(size)  # of each image's loss
-            work = self._work(x, y, weight)
-            self.steps[size] = Graph(work, device, graph, pool)
+            self.steps[size] = Graph(self._work(x, y, weights(size, device)), device, graph, pool)
 
     def input(self, size: int) -> Tensor:
         """Return an empty batch."""
@@ -220,22 +270,6 @@ class TrainStep:
         self.taken += 1
         return size
 
-    def learn(self, x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Forward, backward and the optimizer; return the logits, and each image's loss."""
-        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            if self.copies:
-                logits = functional_call(self.model, self.copies, (x,))
-            else:
-                logits = self.model(x)
-            losses = cross_entropy(
-                logits, y, label_smoothing=self.label_smoothing, reduction="none"
-            )
-        self.optimizer.zero_grad()
-        self.scaler.scale(losses).backward(weight)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        return logits.detach(), losses.detach()
-
     def _work(self, x: Tensor, y: Tensor, weight: Tensor) -> Callable[[], None]:
         """The whole step, for a batch of as many images as x."""
         N, _, H, W = x.shape
@@ -247,7 +281,10 @@ class TrainStep:
                 self.images, self.labels, self.order, self.moves, self.rates, self.number,
                 x, y, self.lr, self.batch_size, N, H, W, self.mean, self.std, **tile,
             )  # fmt: skip
-            logits, losses = self.learn(x, y, weight)
+            logits, losses = learn(
+                self.model, self.optimizer, x, y, weight, self.copies, self.dtype,
+                self.label_smoothing, self.scaler,
+            )  # fmt: skip
             columns = triton.next_power_of_2(logits.shape[1])
             rows = min(max(1, RECORD_ELEMENTS // columns), triton.next_power_of_2(N))
             launch(

@@ -48,7 +48,9 @@ class Entry(NamedTuple):
     more: tuple[str, ...] = ()
 
 
-TRAIN_STEP = Entry("train-step", 15, "train_step", "demo", peers="torch,compile")
+TRAIN_STEP = Entry(
+    "train-step", 30, "train_step", "demo@256,demo@1024,demo@4096", peers="torch,graph,compile"
+)
 SWEEPS = (
     Entry("matmul-square", 90, "matmul", "square", "fwd"),
     Entry("matmul-transformer", 90, "matmul", "transformer", "fwd"),
