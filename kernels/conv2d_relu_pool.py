@@ -401,6 +401,7 @@ def _(x, dy, place, weight, padding):
 def _setup_context(ctx, inputs, output):
     x, weight, _, ctx.padding = inputs
     ctx.save_for_backward(x, weight, output[1])
+    ctx.set_materialize_grads(False)  # or zeros would come for the places
 
 
 def _backward(ctx, dy, _):

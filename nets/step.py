@@ -54,10 +54,14 @@ def batch_kernel(
     Image n of step i is number order[i * BATCH + n] of all, moved down and right by moves.
     """
     step = tl.load(step_ptr)
-    offs = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask = offs < N * H * W
-    row = step * BATCH + offs // (H * W)
-    h, w = offs // W % H, offs % W
+    first = tl.program_id(0).to(tl.int64) * BLOCK_M
+    offs = first + tl.arange(0, BLOCK_M)
+    # Divisions of 64 bits are a hundred instructions: one for the program, none for its pixels.
+    pixel = (first % (H * W)).to(tl.int32) + tl.arange(0, BLOCK_M)  # from its first image on
+    n = first // (H * W) + pixel // (H * W)
+    mask = n < N
+    row = step * BATCH + n
+    h, w = pixel // W % H, pixel % W
     h -= tl.load(moves_ptr + 2 * row, mask=mask, other=0)
     w -= tl.load(moves_ptr + 2 * row + 1, mask=mask, other=0)
     image = tl.load(order_ptr + row, mask=mask, other=0)
