@@ -263,10 +263,10 @@ def _cross_entropy(
         SMOOTH=label_smoothing > 0, SKIP=strides[3] == 1, NEEDS_GRAD=needs_grad,
         **(group(logits, tile, strides[3]) if online else {}), **tile,
     )  # fmt: skip
+    if reduction == "none":
+        return losses, kept, kept.new_empty(())  # no row has a weight
     # Sums by torch: of few numbers, in the same order each time, and nothing waits for the GPU.
     weight = torch.ones((), dtype=torch.float32, device=logits.device)
-    if reduction == "none":
-        return losses, kept, weight
     if reduction == "mean":
         weight = weight / (target != ignore_index).sum()
     return (losses.sum() * weight).to(dtype), kept, weight
@@ -307,14 +307,16 @@ def _(logits, target, kept, g, ignore_index, label_smoothing):
 
 
 def _setup_context(ctx, inputs, output):
-    logits, target, *ctx.options = inputs[:4]
+    logits, target, *ctx.options, ctx.reduction = inputs[:5]
     ctx.save_for_backward(logits, target, *output[1:])
     ctx.set_materialize_grads(False)  # or zeros would come for what is kept
 
 
 def _autograd(ctx, dloss, _kept, _weight):
     logits, target, kept, weight = ctx.saved_tensors
-    g = (dloss.float() * weight).expand(target.shape)  # one number for all rows has stride 0
+    g = dloss.float()
+    if ctx.reduction != "none":
+        g = (g * weight).expand(target.shape)  # one number for all rows has stride 0
     dx = _cross_entropy_backward(logits, target, kept, g, *ctx.options)
     return dx, None, None, None, None, None, None
 

@@ -17,7 +17,7 @@ RECIPES = {
 }
 # These may differ between a run and its continuation: they do not say what is computed. (That the
 # data are the same is checked by their checksum: a folder may have moved.)
-MAY_DIFFER = ("dataset", "data_dir", "device", "out")
+MAY_DIFFER = ("dataset", "data_dir", "device", "out", "cuda_graph")
 
 
 class ConfigError(ValueError):
@@ -46,6 +46,8 @@ class Config:
         dtype: "float32", or "float16" or "bfloat16" for mixed precision: parameters, loss and
             optimizer stay in float32; float16 scales the loss against underflow.
         out: the run's folder.
+        cuda_graph: replay each step from a CUDA graph; None: on a GPU, but for float16. Losses are
+            the same without.
 
     Raises:
         ConfigError: for a value out of range.
@@ -67,6 +69,7 @@ class Config:
     device: str = "auto"
     dtype: str = "float32"
     out: str | None = None
+    cuda_graph: bool | None = None
 
     def __post_init__(self):
         """Fill in the defaults that depend on other flags, and check every value."""
@@ -84,6 +87,11 @@ class Config:
         for name, value in RECIPES[self.optimizer].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)  # the dataclass is frozen for others
+        if self.cuda_graph and self.dtype == "float16":
+            raise ConfigError(
+                "--cuda-graph does not go with --dtype float16, whose scaled gradients make the "
+                "host decide which steps are skipped; use bfloat16"
+            )
         if self.out is None:
             name = Path(self.dataset).resolve().name
             object.__setattr__(self, "out", f"runs/{name}-{self.model}-seed{self.seed}")
@@ -228,6 +236,12 @@ def parser() -> argparse.ArgumentParser:
         choices=DTYPES,
         help="float16 and bfloat16 are mixed precision: "
         f"parameters stay in float32 (default: {default['dtype']})",
+    )
+    train.add_argument(
+        "--cuda-graph",
+        action=argparse.BooleanOptionalAction,
+        help="replay each step from a CUDA graph, with the same losses, or launch its kernels one "
+        "by one (default: a graph on a GPU, but for float16)",
     )
     run = parse.add_argument_group("the run's folder")
     run.add_argument(

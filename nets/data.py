@@ -365,13 +365,23 @@ def download(name: str, data_dir: str | Path | None = None) -> Path:
 # Batches
 
 
+def epoch_order(count: int, seed: int, epoch: int, shift: int) -> tuple[Tensor, Tensor]:
+    """Return an epoch's order of images, int64 [count], and their moves, int64 [count, 2].
+
+    Both depend on (seed, epoch) and nothing else: not on the epochs before, so that a resumed run
+    sees what an unbroken one would, and not on the device.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    order = torch.from_numpy(rng.permutation(count))
+    return order, torch.from_numpy(rng.integers(-shift, shift + 1, (count, 2)))
+
+
 def batches(
     images: Tensor, labels: Tensor, batch_size: int, *, seed: int, epoch: int, shift: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield one epoch's batches, shuffled and shifted; the last one may be smaller.
 
-    Order and shifts depend on (seed, epoch) and nothing else: not on the epochs before, so that a
-    resumed run sees what an unbroken one would, and not on the device.
+    In plain torch: the reference for nets/step.py, which does it in one launch a step.
 
     Args:
         images: uint8 [N, H, W].
@@ -384,10 +394,7 @@ def batches(
     Yields:
         images uint8 [batch_size, H, W] and labels int64 [batch_size].
     """
-    rng = np.random.default_rng([seed, epoch])
-    order = torch.from_numpy(rng.permutation(len(labels))).to(labels.device)
-    moves = rng.integers(-shift, shift + 1, (len(labels), 2))
-    moves = torch.from_numpy(moves).to(labels.device)
+    order, moves = (x.to(labels.device) for x in epoch_order(len(labels), seed, epoch, shift))
     for start in range(0, len(labels), batch_size):
         chosen = order[start : start + batch_size]
         batch = images[chosen]

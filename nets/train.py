@@ -7,6 +7,7 @@ bit, on the same machine, and a run that was killed and resumed gives those of a
 - the order of the images and their shifts come from (seed, epoch), never from a generator that
   remembers what happened before;
 - the learning rate depends on the number of the step alone;
+- a step replayed from a CUDA graph (nets/step.py) launches what a step without one would;
 - parameters, the optimizer's state and the metrics so far are in every checkpoint.
 
 Under --out a run leaves config.json (flags, data, versions), metrics.jsonl (a line per epoch),
@@ -36,6 +37,7 @@ from . import data as datasets
 from .config import DTYPES, WARMUP, Config, ConfigError, check_same, parser
 from .files import numbered, write_whole
 from .models import build
+from .step import TrainStep
 
 EVAL_BATCH = 1000  # large: without a GPU a launch costs more than the arithmetic of 100 images
 PICTURES = ("curves.png", "confusion.png", "filters.png", "mistakes.png")
@@ -121,51 +123,34 @@ def evaluate(
     )
 
 
-def train_epoch(model, optimizer, scaler, part: Images, config: Config, epoch: int, bar):
+def train_epoch(step: TrainStep, config: Config, epoch: int, bar):
     """Train for one epoch; epochs count from 1.
 
     Returns:
         The loss of every step, float32 [steps] on the CPU; their mean over the images; and the
         accuracy. All are measured on the way: on shifted images, while the network changes.
     """
-    model.train()
-    count, device, dtype = len(part.labels), part.labels.device, DTYPES[config.dtype]
-    steps = math.ceil(count / config.batch_size)
-    losses = torch.zeros(steps, device=device)
-    total_loss = torch.zeros((), dtype=torch.float64, device=device)
-    correct = torch.zeros((), dtype=torch.int64, device=device)
-    shown = time.perf_counter()
-    for i, (images, labels) in enumerate(
-        datasets.batches(
-            part.images,
-            part.labels,
-            config.batch_size,
-            seed=config.seed,
-            epoch=epoch,
-            shift=config.shift,
-        )
-    ):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate((epoch - 1) * steps + i, config.epochs * steps, config.lr)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits = model(part.input(images)).float()
-        loss = cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        losses[i] = loss.detach()
-        total_loss += losses[i] * len(labels)  # the last batch may be smaller
-        correct += (logits.argmax(1) == labels).sum()
+    step.model.train()
+    count, steps = len(step.labels), len(step.sizes)
+    rates = [
+        learning_rate(i, config.epochs * steps, config.lr)
+        for i in range((epoch - 1) * steps, epoch * steps)
+    ]
+    order, moves = datasets.epoch_order(count, config.seed, epoch, config.shift)
+    step.begin(order, moves, torch.tensor(rates))
+    shown, seen = time.perf_counter(), 0
+    for i in range(steps):
+        seen += step.step()
         # Reading a number makes the CPU wait for the GPU, so not at every step.
         if (now := time.perf_counter()) - shown > 0.2:
-            shown, seen = now, i * config.batch_size + len(labels)
-            bar.set_postfix_str(
-                f"loss {losses[i].item():.3f}, accuracy {correct.item() / seen:.1%}", refresh=False
-            )
+            shown = now
+            loss, right = step.losses[i].item(), step.right.item()
+            bar.set_postfix_str(f"loss {loss:.3f}, accuracy {right / seen:.1%}", refresh=False)
         bar.update()
     # .cpu() and .item() wait for the GPU, so the caller's clock sees all of the work.
-    return losses.cpu(), total_loss.item() / count, correct.item() / count
+    losses = step.losses.cpu()
+    sizes = torch.tensor(step.sizes)  # the last batch may be smaller
+    return losses, (losses.double() * sizes).sum().item() / count, step.right.item() / count
 
 
 class _Run:
@@ -182,7 +167,9 @@ class _Run:
                 raise ConfigError(f"--model {config.model}: {error}") from error
         parameters = self.model.parameters()
         if config.optimizer == "adamw":
-            self.optimizer = AdamW(parameters, config.lr, weight_decay=config.weight_decay)
+            self.optimizer = AdamW(
+                parameters, config.lr, weight_decay=config.weight_decay, capturable=True
+            )
         else:
             self.optimizer = SGD(
                 parameters,
@@ -203,9 +190,13 @@ class _Run:
                 f"--dataset {self.config.dataset} is not the data that the "
                 f"checkpoint was trained on ({state['config']['dataset']})"
             )
+        optimizer = {**state["optimizer"]}
+        if self.config.optimizer == "adamw":  # also of checkpoints whose steps the host counted
+            groups = optimizer["param_groups"]
+            optimizer["param_groups"] = [{**group, "capturable": True} for group in groups]
         try:
             self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.optimizer.load_state_dict(optimizer)
             self.scaler.load_state_dict(state["scaler"])
         except (RuntimeError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())
@@ -222,6 +213,9 @@ class _Run:
 
     def write(self) -> None:
         """Write the checkpoint and the metrics up to now."""
+        optimizer = self.optimizer.state_dict()
+        for group in optimizer["param_groups"]:  # on a device while it trains
+            group["lr"] = float(group["lr"])
         ckpt.save(
             ckpt.checkpoint_path(self.out, self.epoch),
             {
@@ -231,7 +225,7 @@ class _Run:
                 "history": self.history,
                 "losses": self.losses,
                 "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                "optimizer": optimizer,
                 "scaler": self.scaler.state_dict(),
             },
         )
@@ -258,6 +252,8 @@ def fit(
         OSError: if config.out cannot be written.
     """
     device, dtype = pick_device(config.device), DTYPES[config.dtype]
+    if config.cuda_graph and device.type != "cuda":
+        raise ConfigError("--cuda-graph: there is no GPU here to replay a graph; leave it out")
     if resume is not None:
         check_same(resume["config"], asdict(config))
     out = Path(config.out)
@@ -281,6 +277,9 @@ def fit(
     run = _Run(config, data, device)
     if resume is not None:
         run.restore(resume)
+    graph = config.cuda_graph
+    if graph is None:
+        graph = device.type == "cuda" and config.dtype != "float16"
 
     if not continues:
         clear(out)
@@ -306,6 +305,19 @@ def fit(
         print(HEADER, *map(epoch_line, run.history), sep="\n", flush=True)
 
     result = None
+    step = TrainStep(
+        run.model,
+        run.optimizer,
+        train.images,
+        train.labels,
+        mean,
+        std,
+        config.batch_size,
+        dtype,
+        config.label_smoothing,
+        run.scaler,
+        graph,
+    )
     with tqdm(
         total=config.epochs * steps,
         initial=run.epoch * steps,
@@ -316,9 +328,7 @@ def fit(
         for epoch in range(run.epoch + 1, config.epochs + 1):
             bar.set_description(f"epoch {epoch}/{config.epochs}")
             start = time.perf_counter()
-            losses, train_loss, train_accuracy = train_epoch(
-                run.model, run.optimizer, run.scaler, train, config, epoch, bar
-            )
+            losses, train_loss, train_accuracy = train_epoch(step, config, epoch, bar)
             seconds = time.perf_counter() - start
             result = evaluate(run.model, test, len(data.classes), dtype)
             eval_seconds = time.perf_counter() - start - seconds
@@ -334,7 +344,7 @@ def fit(
                 "seconds": round(seconds, 3),
                 "eval_seconds": round(eval_seconds, 3),
                 "images_per_second": round(len(train.labels) / seconds, 1),
-                "lr": run.optimizer.param_groups[0]["lr"],
+                "lr": learning_rate(epoch * steps - 1, config.epochs * steps, config.lr),
             }
             if not math.isfinite(train_loss + result.loss):
                 raise ConfigError(

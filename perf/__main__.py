@@ -1,4 +1,4 @@
-"""`python -m perf`: sweep, compile, plot, report, compare, log, doctor, gpu."""
+"""`python -m perf`: sweep, compile, plot, report, compare, log, doctor, gpu, step."""
 
 import argparse
 import importlib
@@ -11,6 +11,7 @@ from perf.errors import Help, PerfError
 COMMANDS = {
     "sweep": "time every tile and every peer on the GPU here (with none: compile and predict)",
     "compile": "compile every tile for GPUs that need not be here; tabulate and predict",
+    "step": "count what a training step launches, moves and keeps (with a GPU: time it, too)",
     "plot": "draw results files",
     "report": "make one HTML page of results files",
     "compare": "say what became faster or slower between two results files",
@@ -18,7 +19,10 @@ COMMANDS = {
     "doctor": "say what is here, how fast it is, and what is missing",
     "gpu": "do all that needs a GPU, in order of value, in the time there is",
 }
-MODULES = {"gpu": "programme"}  # of commands that are not called as their module
+MODULES = {
+    "gpu": "programme",
+    "step": "train_step",
+}  # of commands that are not called as their module
 
 
 class Parser(argparse.ArgumentParser):

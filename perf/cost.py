@@ -35,7 +35,7 @@ bytes, so that TFLOP/s and GB/s compare as times do, and the share of a GPU's pe
     col2im             fwd             N P Q C R S       e (columns + x)
     sgd                step            4 n               5 n e, read p g m, write p m
     adamw              step            14 n              7 n e, read p g m v, write p m v
-    train_step         step            see `train_step_flops`
+    train_step         step            see `train_step_flops` and `train_step_bytes`
     conv_stack         step            see `_stack_layers`
 
 What is left out is small beside the rest: the classes and losses of a cross-entropy (a few bytes a
@@ -168,21 +168,40 @@ def train_step_flops(N: int) -> int:
 
 
 def train_step_bytes(N: int, itemsize: int) -> int:
-    """Return the bytes of a training step of the demo CNN on N images, each operator at its best.
+    """Return the bytes of a training step of the demo CNN on N images, in `train_step_launches`.
 
-    The sum of the minimum bytes of the convolutions with ReLU and pool (which write their places in
-    training), the linear layer and the cross-entropy, with elements of `itemsize` bytes, and of an
-    SGD step with momentum, whose parameters stay in float32 under autocast, too.
+    A launch forgets what it had, so what the next one needs goes through memory. With the image,
+    each layer's output y_i, where its maxima were (a byte an output), and parameters w_i:
+
+        forward of layer i      read y_{i-1}, w_i                  write y_i, and the places
+        loss and its gradient   read logits                        write dlogits
+        backward of layer i     read dy_i, places, y_{i-1}, w_i    write dy_{i-1}, dw_i
+        AdamW                   read dw, and p, m, v in float32    write p, m, v, and w
+
+    where backward makes both gradients at once, the first layer has no dy_0 and needs no w_1, and
+    elements have `itemsize` bytes: with 2, w is the 16-bit copy of p, which makes 28 bytes a
+    parameter either way. Labels and losses, 12 bytes an image, are left out.
     """
     total = minimum_bytes("cross_entropy", "fwdbwd", {"M": N, "N": 10}, itemsize)
-    total += minimum_bytes("sgd", "step", {"tensors": 1, "elements": demo().parameters}, 4)
+    total += minimum_bytes("adamw", "step", {"tensors": 1, "elements": demo().parameters}, 4)
     for op, layers in _demo_layers(N).items():
         for sizes, modes in layers:
             total += sum(minimum_bytes(op, mode, sizes, itemsize) for mode in modes)
-            if op == "conv2d_relu_pool":
+            if op == "matmul":
+                outputs, places, bias = sizes["M"] * sizes["N"], 0, sizes["N"]
+            else:
                 P, Q = output_size(sizes)
-                total += sizes["N"] * sizes["K"] * (P // 2) * (Q // 2)
+                outputs = places = sizes["N"] * sizes["K"] * (P // 2) * (Q // 2)
+                bias = 0  # the convolutions' modes count it
+            total += places + 2 * bias * itemsize  # written; read, and its gradient written
+            if "dgrad" in modes:  # not read again for the second gradient
+                total -= outputs * itemsize + places
     return total
+
+
+def train_step_launches() -> int:
+    """Return the fewest launches of a step: each layer's two, the loss's, and the optimizer's."""
+    return 2 * sum(map(len, _demo_layers(1).values())) + 2
 
 
 def _stack_layers(shape: dict[str, int]) -> list[tuple[str, str, dict[str, int]]]:

@@ -46,8 +46,9 @@ IMPL = {
     "torch": "PyTorch",
     "compile": "torch.compile",
     "inductor": "Inductor",
+    "graph": "PyTorch, CUDA graph",
 }
-MARKER = {"tilelab": "o", "torch": "s", "compile": "D", "inductor": "^"}
+MARKER = {"tilelab": "o", "torch": "s", "compile": "D", "inductor": "^", "graph": "v"}
 MARKERS = "osD^vP*Xph<>"
 HEAT = colormaps["viridis"]
 

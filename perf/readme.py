@@ -9,8 +9,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from perf import log, tried
+from perf.train_step import totals
 
 PREDICTED = Path(__file__).parent / "results" / "predicted" / "sm_90.jsonl.gz"
+STEP = PREDICTED.with_name("step.json")  # of `python -m perf step --json`
 OPS = (
     *("matmul", "matmul_bias_relu", "scaled_matmul", "bias_relu", "softmax", "cross_entropy"),
     *("max_pool2d", "sgd", "adamw"),
@@ -54,6 +56,21 @@ def conv_tiles(path: Path = PREDICTED) -> str:
     return _tiles(rows, tiles, "operands from", f"predicted for {CONV_LAYER.split('.', 1)[1]}")
 
 
+def training_step(path: Path = STEP) -> str:
+    """What a training step launches, moves and keeps, beside the least and PyTorch's."""
+    lines = [
+        "| images | | launches | bytes moved | kept for the backward |",
+        "|---|---|---|---|---|",
+    ]
+    names = {"minimum": "the least", "tilelab": "tilelab", "torch": "PyTorch, autocast"}
+    for step in json.loads(path.read_text())["steps"]:
+        for name, shown in names.items():
+            launches, moved, kept = totals(step, name)
+            sizes = ["–" if size is None else f"{size / 1e6:,.1f} MB" for size in (moved, kept)]
+            lines.append(f"| {step['batch']} | {shown} | {launches} | {' | '.join(sizes)} |")
+    return "\n".join(lines)
+
+
 def _tiles(rows: Iterable[tried.Row], tiles: list[dict], operands: str, predicted: str) -> str:
     """A table of these tiles, in their order, as far as there are rows of them."""
     found = {json.dumps(row["tile"], sort_keys=True): row for row in rows}
@@ -92,5 +109,6 @@ def _elements_of_a_step(tile: dict) -> int:
 
 
 if __name__ == "__main__":
-    for table in (fast_tiles(), speeds(), conv_tiles(), speeds(ops=CONVOLUTIONS)):
+    tables = fast_tiles(), speeds(), conv_tiles(), speeds(ops=CONVOLUTIONS), training_step()
+    for table in tables:
         print(f"{table}\n")

@@ -48,7 +48,7 @@ class Field(NamedTuple):
 
 KINDS = ("header", "row")
 MODES = ("fwd", "dgrad", "wgrad", "bwd", "fwdbwd", "step")
-IMPLEMENTATIONS = ("tilelab", "torch", "compile", "inductor")
+IMPLEMENTATIONS = ("tilelab", "torch", "graph", "compile", "inductor")
 STAGES = ("compile", "screen", "final")
 OPERANDS = ("shared", "registers", "tensor memory")
 BOUNDS = ("compute", "memory", "l2", "issue", "launch")

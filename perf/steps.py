@@ -49,7 +49,7 @@ class Entry(NamedTuple):
 
 
 TRAIN_STEP = Entry(
-    "train-step", 30, "train_step", "demo@64,demo@256,demo@1024,demo@4096", peers="torch,compile"
+    "train-step", 30, "train_step", "demo@256,demo@1024,demo@4096", peers="torch,graph,compile"
 )
 SWEEPS = (
     Entry("matmul-square", 90, "matmul", "square", "fwd"),

@@ -37,7 +37,8 @@ DTYPES = {  # as users type them: dtype and how float32 products are rounded
 }
 PEERS = {
     "torch": "PyTorch: cuBLAS, cuDNN in channels_last with benchmark=True",
-    "compile": "torch.compile, max-autotune",
+    "graph": "PyTorch as above, a whole training step in a CUDA graph (train_step)",
+    "compile": "torch.compile, max-autotune; a training step in a CUDA graph",
     "inductor": "Inductor's own Triton template (products and convolutions forward)",
 }
 
@@ -333,6 +334,8 @@ def offers(peer: str, w: Workload) -> bool:
         M, N, K = (w.shape[k] for k in "MNK")
         unit, least = (8, 17) if w.dtype == "int8" else (16, 1)
         return peer == "torch" and not (N % unit or K % unit) and M >= least
+    if peer == "graph":
+        return w.op == "train_step"
     if peer != "inductor":
         return True
     convolutions = ("conv2d", "conv2d_bias_relu", "conv2d_im2col")
@@ -489,46 +492,64 @@ def _optimizer(w, impl, make):
 
 
 def _training(w, impl, device, make):
-    """A step of the demo network: forward, backward, optimizer; results: loss and gradients."""
-    from nets import models  # only whole steps need the networks
+    """A step of the demo network: forward, backward, AdamW; results: loss and gradients.
 
-    images = Maker(torch.float32, device, None if make.generator is None else 1)(
-        w.shape["N"], 1, 28, 28
-    )
-    labels = make.classes(w.shape["N"], 10)
+    Ours as nets/step.py has it: with 16-bit copies of the parameters, in one CUDA graph. "torch" is
+    what a user writes, "graph" and "compile" are in a graph too, and their AdamW is fused.
+    """
+    from nets import models, step  # only whole steps need the networks
+
+    make_images = Maker(w.torch_dtype, device, None if make.generator is None else 1)
+    images, labels = make_images(w.shape["N"], 1, 28, 28), make.classes(w.shape["N"], 10)
+    ours = impl == "tilelab"
     with torch.random.fork_rng(devices=[]):
         # Ours has [classes, C, H, W] where torch.nn has [classes, C*H*W], of which that is a view.
         shapes = [p.shape for p in models.build("cnn", (1, 28, 28), 10).parameters()]
         torch.manual_seed(0)
-        model = models.build("cnn" if impl == "tilelab" else "cnn-torch", (1, 28, 28), 10)
+        model = models.build("cnn" if ours else "cnn-torch", (1, 28, 28), 10)
     model = model.to(device=device, memory_format=torch.channels_last)
-    dtype = w.torch_dtype
+    place, dtype = torch.device(device), w.torch_dtype
+    gpu = place.type == "cuda"
     if impl == "reference":
         model, images, dtype = model.double(), images.double(), torch.float64
-    loss_of = kernels.cross_entropy if impl == "tilelab" else F.cross_entropy
-    if impl == "tilelab":
-        optimizer = kernels.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    else:
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     half = dtype in (torch.float16, torch.bfloat16)
 
-    def forward():
-        with torch.autocast(device.split(":")[0], dtype, enabled=half):
-            logits = model(images)
-        return loss_of(logits.double() if impl == "reference" else logits.float(), labels)
+    if ours:
+        optimizer = kernels.AdamW(model.parameters(), lr=0.001, capturable=True)
+        copies = step.copies_of(model, optimizer) if dtype == torch.bfloat16 else {}
+        leaves = list(copies.values()) or list(model.parameters())
+        weight = step.weights(len(labels), place)
 
-    if impl not in ("tilelab", "reference"):
-        forward = _peer(w, impl, forward)
+        def work():
+            _, losses = step.learn(model, optimizer, images, labels, weight, copies, dtype)
+            return losses.mean(), *(p.grad for p in leaves)
+
+    else:
+        fast = dict(fused=True, capturable=True) if gpu else {}
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.001, **fast)
+        leaves = list(model.parameters())
+
+        def forward():
+            with torch.autocast(place.type, dtype, enabled=half):
+                logits = model(images)
+            return F.cross_entropy(logits if impl == "reference" else logits.float(), labels)
+
+        if impl != "reference":  # "graph" is what torch does, in a graph
+            forward = _peer(w, "torch" if impl == "graph" else impl, forward)
+
+        def work():
+            loss = forward()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return loss.detach(), *(p.grad for p in leaves)
+
+    whole = step.Graph(work, place, gpu and impl in ("tilelab", "graph", "compile"))
 
     def call():
         _refuse_capture(images)
-        loss = forward()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss.detach(), *(
-            p.grad.view(s) for p, s in zip(model.parameters(), shapes, strict=True)
-        )
+        loss, *grads = whole()
+        return loss, *(g.view(s) for g, s in zip(grads, shapes, strict=True))
 
     return call, [images, labels]
 
@@ -562,9 +583,9 @@ def _stack(w, impl, device, make):
 
 
 def _refuse_capture(x):
-    """Our optimizers cannot be in a CUDA graph, so none is: in one, launches cost less."""
+    """A training step that is in a graph of its own cannot be in another; nor are optimizers."""
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("steps of optimizers are not captured, ours or peers'")
+        raise RuntimeError("a step is not captured, ours or peers': it may be a graph itself")
 
 
 def set_precision(precision: str) -> None:

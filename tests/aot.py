@@ -26,6 +26,7 @@ import torch
 import triton
 
 import kernels
+import nets.step
 from kernels import _launch
 from perf import offline
 from perf.workloads import set_precision
@@ -70,7 +71,27 @@ def rung(tile, dtype):
 def step(optimizer, dtype, **options):
     p = torch.nn.Parameter(torch.empty(1000, dtype=dtype))
     p.grad = torch.empty_like(p)
-    optimizer([p], **options).step()
+    optimizer = optimizer([p], **options)
+    optimizer.step()
+    if dtype == torch.float32:  # of 16-bit copies
+        optimizer.make_copies(torch.bfloat16)[p].grad = torch.empty(1000, dtype=torch.bfloat16)
+        optimizer.step()
+
+
+def training_step(dtype):
+    """What nets/step.py adds to a network: it makes the batch, and records the step."""
+    model = torch.nn.Linear(10, 10)
+    images, labels = torch.zeros(64, 28, 28, dtype=torch.uint8), torch.zeros(64, dtype=torch.int64)
+    made = nets.step.TrainStep(
+        model, kernels.SGD(model.parameters()), images, labels, 33.0, 78.0, 64, dtype
+    )
+    made.begin(torch.arange(64), torch.zeros(64, 2), torch.ones(1))
+    logits = torch.empty(64, 10, dtype=dtype)
+    learn, nets.step.learn = nets.step.learn, lambda *_: (logits, torch.empty(64))
+    try:
+        made.step()
+    finally:
+        nets.step.learn = learn
 
 
 DEVICE = _launch.ANY_GPU  # that the calls pretend to run on; set below
@@ -200,6 +221,10 @@ CASES = {
     },
     "SGD": lambda dtype: step(kernels.SGD, dtype, lr=0.1, momentum=0.9, nesterov=True),
     "AdamW": lambda dtype: step(kernels.AdamW, dtype),
+    "AdamW, counting on the GPU": lambda dtype: step(
+        kernels.AdamW, dtype, lr=torch.tensor(0.1), capturable=True
+    ),
+    "training step": training_step,
 }
 
 

@@ -78,6 +78,14 @@ def step(optimizer, dtype, **options):
     optimizer([p], **options).step()
 
 
+def step_of_copies(optimizer, dtype, **options):
+    """In a network that computes in `dtype`, with parameters in float32, in a CUDA graph."""
+    p = torch.nn.Parameter(torch.empty(2**20))
+    optimizer = optimizer([p], lr=torch.tensor(0.1), **options)
+    optimizer.make_copies(dtype)[p].grad = torch.empty(2**20, dtype=dtype)
+    optimizer.step()
+
+
 def im2col(tile, dtype):
     x = images(32, 64, 28, 28, dtype=dtype)
     train(kernels.im2col, x, kernel_size=3, padding=1)
@@ -117,6 +125,16 @@ CASES = {
     "conv2d_relu_pool's scatter": ("conv2d_relu_pool_grad", ("unpool",), unpool),
     "SGD": ("optim", ("sgd",), lambda tile, dtype: step(kernels.SGD, dtype, momentum=0.9)),
     "AdamW": ("optim", ("adamw",), lambda tile, dtype: step(kernels.AdamW, dtype)),
+    "SGD of copies": (
+        "optim",
+        ("sgd",),
+        lambda tile, dtype: step_of_copies(kernels.SGD, dtype, momentum=0.9),
+    ),
+    "AdamW of copies": (
+        "optim",
+        ("adamw",),
+        lambda tile, dtype: step_of_copies(kernels.AdamW, dtype, capturable=True),
+    ),
     "im2col": ("im2col", ("im2col", "col2im"), im2col),
     "conv2d, depthwise": ("conv2d_depthwise", ("conv2d_depthwise",), depthwise),
     "conv2d, depthwise at stride 2": (

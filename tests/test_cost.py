@@ -138,14 +138,16 @@ def test_networks_have_the_published_number_of_multiply_adds(name, total):
 def test_a_training_step_by_hand():
     # 12,460,032 twice, 58,982,400 and 1,024,000 three times
     assert cost.flops("train_step", "step", {"N": 64}) == 204_939_264
-    elements = 2 * 223_392 + 203_296 + 228_864 + 203_296 + 3 * 59_840 + 1_280
-    places = 2 * 173_056 + 3 * 51_200
-    assert cost.minimum_bytes("train_step", "step", {"N": 64}, 4) == (
-        4 * elements + places + 5 * 4 * 12_810
-    )
-    assert cost.minimum_bytes("train_step", "step", {"N": 64}, 2) == (
-        2 * elements + places + 5 * 4 * 12_810
-    )
+    image, y1, read1, y2, logits = 64 * 784, 64 * 16 * 169, 64 * 16 * 144, 64 * 32 * 25, 640
+    forward = (image + 160 + y1) + (read1 + 4_640 + y2) + (y2 + 8_010 + logits)
+    linear = logits + y2 + 8_000 + y2 + 8_010
+    backward = linear + (y2 + read1 + 4_608 + y1 + 4_640) + (y1 + image + 160)
+    elements, places = forward + 2 * logits + backward, 2 * (y1 + y2)
+    for itemsize in (4, 2):
+        assert cost.minimum_bytes("train_step", "step", {"N": 64}, itemsize) == (
+            itemsize * elements + places + 28 * 12_810
+        )
+    assert cost.train_step_launches() == 3 + 1 + 3 + 1
 
 
 def test_a_training_step_as_torch_counts_it():

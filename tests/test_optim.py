@@ -1,5 +1,6 @@
 """SGD and AdamW: each step against torch.optim's in float64, their state, and what they refuse."""
 
+import contextlib
 import copy
 import importlib
 import io
@@ -10,9 +11,20 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
+import triton
+import triton.language as tl
 
-from kernels._launch import use_tile
-from kernels.optim import SGD, TILES, AdamW, _plan, adamw_reference, sgd_reference
+from kernels._launch import launch, use_tile
+from kernels.optim import (
+    SGD,
+    TILES,
+    AdamW,
+    _plan,
+    adamw_reference,
+    capture,
+    rest_of_power,
+    sgd_reference,
+)
 from tests.inputs import DEVICE, DTYPES, double, laid_out, randn
 from tests.poison import poison
 from tests.tolerance import assert_close
@@ -44,6 +56,13 @@ FLAGS = {
     "AdamW, betas of 0": (AdamW, dict(lr=0.1, betas=(0.0, 0.0))),
     "AdamW, maximize": (AdamW, dict(lr=0.1, maximize=True)),
 }  # fmt: skip
+
+
+CAPTURABLE = {
+    "SGD": (SGD, dict(lr=0.1)),
+    "Nesterov": (SGD, dict(lr=0.1, momentum=0.9, nesterov=True)),
+    "AdamW": (AdamW, dict(lr=0.1, capturable=True)),
+}
 
 
 def parameters(dtype, shapes=SHAPES, layout="contiguous"):
@@ -257,11 +276,12 @@ def test_nothing_to_do(cls, launches):
 
 
 def test_the_plan():
-    """Each program's parameter, its chunk of it, and how many elements are left."""
+    """Each program's parameter, its chunk of it, the elements from there on, and all its chunks."""
     plan = _plan((20, 0, 8, 1), 8, torch.device("cpu"), 0)
-    assert plan.tolist() == [[0, 0, 20], [0, 1, 12], [0, 2, 4], [2, 0, 8], [3, 0, 1]]
+    want = [[0, 0, 20, 3], [0, 1, 12, 3], [0, 2, 4, 3], [2, 0, 8, 1], [3, 0, 1, 1]]
+    assert plan.tolist() == want
     large = _plan((2**33 + 1,), 2**30, torch.device("cpu"), 0)
-    assert large[-1].tolist() == [0, 8, 1]
+    assert large[-1].tolist() == [0, 8, 1, 9]
 
 
 @pytest.mark.core
@@ -622,6 +642,217 @@ def test_hooks_run():
     assert called == ["before", "after"]
 
 
+# --- steps that a CUDA graph can hold -----------------------------------------------------------
+
+
+@triton.jit
+def rests_kernel(log_ptr, t_ptr, out_ptr, N, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    log_beta, t = tl.load(log_ptr), tl.load(t_ptr + offs, mask=offs < N, other=1.0)
+    tl.store(out_ptr + offs, rest_of_power(log_beta, t), mask=offs < N)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9, 0.95, 0.99, 0.999, 0.9999])
+def test_bias_corrections_are_those_of_double(beta):
+    """1 - beta^t for each t up to 100,000; in float32 as written it is off by 1e-4 at first."""
+    t = torch.arange(1, 100_001, dtype=torch.float32, device=DEVICE)
+    log_beta = torch.tensor(math.log(beta or 1e-300), dtype=torch.float32, device=DEVICE)
+    got = torch.empty_like(t)
+    launch(rests_kernel, (1,), log_beta, t, got, len(t), BLOCK=2**17)
+    want = 1 - torch.tensor(beta, dtype=torch.float64) ** t.double().cpu()
+    error = (got.double().cpu() / want - 1).abs()
+    assert error.max() < 1e-6
+    if beta == 0.999:
+        naive = 1 - torch.tensor(beta) ** t.cpu()
+        assert (naive.double() / want - 1).abs().max() > 1e-5
+
+
+def on_device(optimizer):
+    """Whether every parameter's steps are counted where it lies, and how many there are."""
+    steps = [
+        optimizer.state[p]["step"] for group in optimizer.param_groups for p in group["params"]
+    ]
+    assert all(s.device.type == torch.device(DEVICE).type and s.dim() == 0 for s in steps)
+    return [s.item() for s in steps]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_steps_counted_on_the_device_are_the_same_steps(dtype, launches):
+    """Those that the host counts, to rounding, in one launch for parameters of any age."""
+    shapes = [(5, 3), (2003,), (600_001,)]  # of one chunk and, in the interpreter too, of several
+    params, twins = parameters(dtype, shapes), parameters(dtype, shapes)
+    optimizer, other = AdamW(params, lr=0.1, capturable=True), AdamW(twins, lr=0.1)
+    for step in range(4):
+        for leaves in (params, twins):
+            set_gradients(leaves, step)
+            if step == 1:
+                leaves[1].grad = None
+        optimizer.step()
+        other.step()
+    for p, q in zip(params, twins, strict=True):
+        tolerance = 4 * torch.finfo(dtype).eps  # steps are of 0.1
+        torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
+    assert on_device(optimizer) == [4, 3, 4]
+    assert len(launches) == 4 + 1 + 1 + 2 + 2 and not optimizer._tickets[params[0].device].any()
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("cls, flags", [FLAGS["Nesterov, weight decay, maximize"], FLAGS["AdamW"]])
+def test_a_learning_rate_on_the_device_is_not_read_by_the_host(cls, flags, monkeypatch):
+    params, twins = parameters(torch.float32), parameters(torch.float32)
+    rate = torch.tensor(0.25, device=DEVICE)
+    optimizer, other = cls(params, **flags | dict(lr=rate)), cls(twins, **flags | dict(lr=0.25))
+    for step in range(3):
+        if step == 2:
+            rate.fill_(0.125)
+            other.param_groups[0]["lr"] = 0.125
+        for leaves in (params, twins):
+            set_gradients(leaves, step)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "__float__", lambda _: pytest.fail("the host waits"))
+            optimizer.step()
+        other.step()
+    assert_alike(params, twins, roundings=3)
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_a_capturable_state_dict_goes_both_ways(ours_first):
+    params, reference = parameters(torch.float32), parameters(torch.float32)
+    classes = [AdamW, torch.optim.AdamW][:: 1 if ours_first else -1]
+    gpu = dict(capturable=True) if DEVICE == "cuda" else dict(capturable=False)  # torch's needs one
+    optimizer = classes[0](params, **(dict(capturable=True) if ours_first else gpu))
+    other = torch.optim.AdamW(reference)
+    for step in range(6):
+        if step == 3:
+            state = copy.deepcopy(optimizer.state_dict())
+            if not ours_first:
+                state["param_groups"][0]["capturable"] = True
+            elif DEVICE == "cpu":
+                state["param_groups"][0]["capturable"] = False
+            optimizer = classes[1](params)
+            optimizer.load_state_dict(state)
+        for leaves in (params, reference):
+            set_gradients(leaves, step)
+        optimizer.step()
+        other.step()
+    assert_alike(params, reference, roundings=12)
+    steps = [optimizer.state[p]["step"].item() for p in params if p.numel()]
+    assert steps == [6.0] * 7
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("cls, flags", FLAGS.values(), ids=FLAGS)
+def test_copies_are_the_rounded_parameters(cls, flags, dtype):
+    """The same steps, bit for bit, as with the gradients cast to float32: and in one launch."""
+    params, twins = parameters(torch.float32), parameters(torch.float32)
+    optimizer, other = cls(params, **flags), cls(twins, **flags)
+    copies = optimizer.make_copies(dtype)
+    assert [c.stride() for c in copies.values()] == [p.stride() for p in params]
+    for step in range(3):
+        for i, (p, q) in enumerate(zip(params, twins, strict=True)):
+            copies[p].grad = torch.empty_like(copies[p]).copy_(randn(*p.shape, seed=10 * step + i))
+            q.grad = copies[p].grad.float()
+            p.grad = torch.full_like(p, 99.0)  # which is not asked
+        optimizer.step()
+        other.step()
+        assert all(torch.equal(p, q) for p, q in zip(params, twins, strict=True))
+        assert all(torch.equal(copy, p.to(dtype)) for p, copy in copies.items())
+    optimizer.zero_grad()
+    assert all(p.grad is None and copy.grad is None for p, copy in copies.items())
+
+
+def test_a_channels_last_parameter_has_a_channels_last_copy():
+    (p,) = parameters(torch.float32, [(4, 3, 5, 5)], layout="channels_last")
+    optimizer = SGD([p], lr=1.0)
+    copy = optimizer.make_copies(torch.bfloat16)[p]
+    before, grad = p.detach().clone(), randn(4, 3, 5, 5, dtype=torch.bfloat16)
+    copy.grad = grad.contiguous()  # lies differently
+    loss = copy.square().sum()
+    optimizer.step()
+    assert torch.equal(p, before - grad.float()) and torch.equal(copy, p.bfloat16())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with pytest.raises(TypeError, match="copy must be float32, .* got int32"):
+        optimizer.make_copies(torch.int32)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Captures as a GPU has them: launches are kept and not done, and replayed as they were."""
+
+    class Graph:
+        def __init__(self):
+            self.launches = []
+
+        def replay(self):
+            for kernel, grid, args, meta in self.launches:
+                real(kernel, grid, *args, **meta)
+
+    @contextlib.contextmanager
+    def captured(graph):
+        monkeypatch.setattr(module, "_capturing", lambda device: True)
+        monkeypatch.setattr(
+            module,
+            "launch",
+            lambda k, grid, *args, **meta: graph.launches.append((k, grid, args, meta)),
+        )
+        yield
+        monkeypatch.setattr(module, "_capturing", lambda device: False)
+        monkeypatch.setattr(module, "launch", real)
+
+    real = module.launch
+    monkeypatch.setattr(torch.cuda, "graph", captured)
+    return Graph
+
+
+@pytest.mark.core
+@pytest.mark.skipif(DEVICE == "cuda", reason="there the real thing is tested")
+@pytest.mark.parametrize("cls, flags", CAPTURABLE.values(), ids=CAPTURABLE)
+def test_replays_are_steps(cls, flags, graphs):
+    """With gradients that are new in the capture, and float16 copies (which NumPy has)."""
+    both = []
+    for replayed in (False, True):
+        params = parameters(torch.float32)
+        lr = torch.tensor(0.5)
+        optimizer = cls(params, **flags | dict(lr=lr))
+        copies, graph = optimizer.make_copies(torch.float16), graphs()
+        for step in range(5):
+            if step == 1 and replayed:
+                optimizer.zero_grad()
+                for copy in copies.values():
+                    copy.grad = torch.zeros_like(copy)
+                with capture(graph):
+                    optimizer.step()
+                assert len(graph.launches) == 1
+            for i, copy in enumerate(copies.values()):
+                if copy.grad is None:
+                    copy.grad = torch.zeros_like(copy)
+                copy.grad.copy_(randn(*copy.shape, seed=10 * step + i))
+            lr.fill_(0.5 / (step + 1))
+            graph.replay() if replayed and step else optimizer.step()
+        both.append([*params, *copies.values()])
+    assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there the real thing is tested")
+def test_what_cannot_be_captured(graphs, monkeypatch):
+    params = parameters(torch.float32)
+    set_gradients(params, 0)
+    counted, young = AdamW(params), AdamW(params, capturable=True)
+    counted.step()
+    for optimizer in (counted, young, SGD(params, momentum=0.9)):
+        with pytest.raises(RuntimeError, match="once a step has been taken outside"):
+            with capture(graphs()):
+                optimizer.step()
+        monkeypatch.setattr(module, "_capturing", lambda device: False)
+    with pytest.raises(RuntimeError, match="within kernels.optim.capture"):
+        with torch.cuda.graph(graphs()):
+            SGD(params).step()
+
+
 # --- wrong input --------------------------------------------------------------------------------
 
 P = torch.ones(4, 6, device=DEVICE)
@@ -751,12 +982,57 @@ def test_offsets_past_2_to_the_31():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("optimizer", [SGD, AdamW])
-def test_a_cuda_graph_is_refused(optimizer):
-    """The host counts steps and looks addresses up: a replay would do neither."""
+@pytest.mark.parametrize("cls, flags", CAPTURABLE.values(), ids=CAPTURABLE)
+def test_a_cuda_graph_is_bit_for_bit_the_same(cls, flags):
+    """Gradients made in the capture, and a learning rate that changes from replay to replay."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        weights = {}
+        for captured in (False, True):
+            params = parameters(torch.float32)
+            lr = torch.full((), 0.1, device="cuda")
+            optimizer = cls(params, **flags | dict(lr=lr))
+            copies = optimizer.make_copies(torch.bfloat16)
+            source = [torch.empty_like(c) for c in copies.values()]
+
+            def work(copies=copies, source=source, optimizer=optimizer):
+                for copy, grad in zip(copies.values(), source, strict=True):
+                    copy.grad = 2 * grad
+                optimizer.step()
+
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+            for step in range(5):
+                for i, grad in enumerate(source):
+                    grad.fill_(0.1 * i + step)
+                lr.fill_(0.1 / (1 + step))
+                if captured and step == 1:
+                    torch.cuda.set_sync_debug_mode("default")
+                    with capture(graph, stream=stream):
+                        work()
+                    torch.cuda.set_sync_debug_mode("error")
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    graph.replay() if captured and step else work()
+                torch.cuda.current_stream().wait_stream(stream)
+            weights[captured] = [*params, *copies.values()]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for a, b in zip(*weights.values(), strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cls, flags", [(AdamW, dict(lr=0.1)), *CAPTURABLE.values()])
+def test_a_capture_that_cannot_work_is_refused(cls, flags):
+    """Steps that the host counts; state that is not there yet; a table that nobody fills in."""
     params = parameters(torch.float32)
     set_gradients(params, 0)
-    optimizer = optimizer(params)
+    optimizer = cls(params, **flags)
+    if not optimizer.defaults.get("capturable", True) or "momentum" in flags:
+        with pytest.raises(RuntimeError, match="once a step has been taken outside"):
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                optimizer.step()
     optimizer.step()
-    with pytest.raises(RuntimeError, match="host counts"), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        optimizer.step()
+    if optimizer.defaults.get("capturable", True):
+        with pytest.raises(RuntimeError, match="within kernels.optim.capture"):
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                optimizer.step()

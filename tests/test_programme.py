@@ -408,7 +408,7 @@ def test_every_step_is_a_command_that_exists(tmp_path):
         path.unlink() if s.group == "report" else None
         if s.group in ("sweep", "after"):
             assert (
-                set(args.peers.split(",")) <= {"torch", "compile", "inductor"}
+                set(args.peers.split(",")) <= {"torch", "graph", "compile", "inductor"}
                 and args.resume
                 and args.budget == 50
                 and plan.workloads(args)

@@ -1,6 +1,7 @@
 """The README says what the committed results say."""
 
 import importlib
+import json
 
 import perf_rows
 import pytest
@@ -16,6 +17,7 @@ def test_the_tables_are_those_of_the_committed_results():
     assert readme.speeds() in README
     assert readme.conv_tiles() in README
     assert readme.speeds(ops=readme.CONVOLUTIONS) in README
+    assert readme.training_step() in README
 
 
 FAST = importlib.import_module("kernels.conv2d_tma").FAST_TILES[2]
@@ -56,6 +58,19 @@ def test_the_table_of_tiles_of_convolutions(results):
     assert lines[4].startswith("| `tma 256x128x64 w8 s3` | 168 | 0 | 210 KiB | 64x256x16 | shared")
     assert lines[4].endswith("| TMA | 77 | 702 TFLOP/s |")
     assert lines[2].count("|") == lines[0].count("|") == lines[1].count("|")
+
+
+def test_the_table_of_a_training_step(tmp_path):
+    path = tmp_path / "step.json"
+    part = dict(launches=[["a_kernel", 2_000_000], ["b_kernel", 500_000]], kept=1_250_000)
+    step = dict(batch=64, minimum=dict(launches=8, bytes=1_000_000), tilelab=part, torch=part)
+    path.write_text(json.dumps({"steps": [step]}))
+    lines = readme.training_step(path).splitlines()
+    assert lines[2:4] == [
+        "| 64 | the least | 8 | 1.0 MB | – |",
+        "| 64 | tilelab | 2 | 2.5 MB | 1.2 MB |",
+    ]
+    assert len(lines) == 5
 
 
 def test_no_table_needs_rows_of_everything(results):

@@ -321,6 +321,34 @@ def test_resuming_takes_the_optimizer_and_the_scaler_along(tmp_path, options):
         assert not torch.equal(result.losses, want.losses)
 
 
+def test_a_checkpoint_whose_steps_the_host_counted_is_resumed(finished, tmp_path):
+    """As they were before steps could be in a CUDA graph."""
+    state = checkpoint.load(finished[0] / "checkpoint-001.pt")
+    (group,) = state["optimizer"]["param_groups"]
+    assert group.pop("capturable") and isinstance(group["lr"], float)
+    result = fit(Config(**TINY, out=str(tmp_path / "run")), resume=state, progress=False)
+    assert same_run(result, finished[1])
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_changes_no_loss(tmp_path):
+    for dtype in ("float32", "bfloat16"):
+        options = dict(model="cnn", dtype=dtype, limit=1000, batch_size=64)
+        runs = [
+            tiny(tmp_path / f"{dtype}{graph}", cuda_graph=graph, **options)
+            for graph in (True, False)
+        ]
+        assert same_run(*runs)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
+def test_a_cuda_graph_needs_a_gpu(tmp_path, capsys):
+    code, _, err = cli([*FLAGS, "--cuda-graph", "--out", tmp_path], capsys)
+    assert code == 2 and "--cuda-graph: there is no GPU here" in err
+    code, _, _ = cli([*FLAGS, "--no-cuda-graph", "--epochs", 1, "--out", tmp_path], capsys)
+    assert code == 0
+
+
 def test_moments_as_torch_has_them_are_taken_over_too(tmp_path):
     """Of the weights that read an image: [out, C*H*W], as before FlattenLinear."""
     options = {"model": "cnn", "limit": 32, "epochs": 2}
@@ -686,6 +714,10 @@ WRONG = {
     "resume and overwrite": (["--resume", "--overwrite"], "not allowed with"),
     "no epochs": (["--epochs", 0], "--epochs must be from 1"),
     "empty batches": (["--batch-size", 0], "--batch-size must be from 1"),
+    "a graph of float16": (
+        ["--cuda-graph", "--dtype", "float16"],
+        "--cuda-graph does not go with --dtype float16",
+    ),
     "a negative rate": (["--lr", -1], "--lr must be from 0.0"),
     "a rate that is none": (["--lr", "nan"], "--lr must be from 0.0"),
     "an infinite rate": (["--lr", "inf"], "--lr must be from 0.0"),

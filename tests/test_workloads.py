@@ -157,7 +157,24 @@ def test_inductor_is_asked_for_its_own_templates(monkeypatch):
 
 
 def test_every_peer_is_documented():
-    assert set(PEERS) == {"torch", "compile", "inductor"}
+    assert set(PEERS) == {"torch", "graph", "compile", "inductor"}
+
+
+def test_a_whole_step_in_a_graph_is_a_peer_of_whole_steps():
+    w = tiny("train_step", "step")
+    verdict = Gate(w, DEVICE, seed=3).check(prepare(w, "graph", DEVICE, 3), "graph")
+    assert verdict.problem is None
+    with pytest.raises(PerfError, match="graph has nothing for conv2d fwd"):
+        prepare(tiny("conv2d", "fwd"), "graph", DEVICE, 0)
+
+
+def test_our_training_step_computes_with_copies():
+    """In bfloat16: nothing is cast, and the gradients are bfloat16."""
+    w = tiny("train_step", "step", "bfloat16")
+    verdict = Gate(w, DEVICE, seed=3).check(prepare(w, "tilelab", DEVICE, 3))
+    assert verdict.problem is None
+    loss, *grads = prepare(w, "tilelab", DEVICE, 3)()
+    assert loss.dtype == torch.float32 and {g.dtype for g in grads} == {torch.bfloat16}
 
 
 @pytest.mark.slow
