@@ -3,7 +3,7 @@
     TRITON_INTERPRET=0 python -m tests.aot sm_90                 each kernel at its default tiles
     TRITON_INTERPRET=0 python -m tests.aot sm_90 --tiles         every tile of every TILES list
     TRITON_INTERPRET=0 python -m tests.aot sm_90 --matmul        matmul's tiles, in every layout
-    TRITON_INTERPRET=0 python -m tests.aot sm_90 --conv2d        conv2d's tiles, in every kind of layer
+    TRITON_INTERPRET=0 python -m tests.aot sm_90 --conv2d        conv2d's, in every kind of layer
     TRITON_INTERPRET=0 python -m tests.aot sm_90 --input-grad    those of its input gradient
     TRITON_INTERPRET=0 python -m tests.aot sm_90 --weight-grad   and those of its weight gradient
 
