@@ -545,8 +545,10 @@ def wrong(row, target):
     """What of a launch's code misses its bar, by name."""
     if "error" in row:
         return ["compilation"]
+    # For the next GPU triton 3.9.0 keeps two addresses of some tiles on the stack.
     found = dict(
-        spills=row["spills"] > 0, shared=row["shared"] > SHARED[target],
+        spills=row["spills"] > (16 if target == "sm_100" else 0),
+        shared=row["shared"] > SHARED[target],
         TMA=not row["tma"] or row["load_bytes"] != 16,
     )  # fmt: skip
     found["tensor cores"] = not row["tensor_cores"]
