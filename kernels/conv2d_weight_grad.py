@@ -629,9 +629,7 @@ def conv2d_weight_grad_tma(plan, x, dy, dweight, dbias, tile, padding):
         *how.sizes, plan.taps_w, *plan.geometry, **how.meta,
     )  # fmt: skip
     if parts > 1:
-        sum_partials(partials, out)
-        if dbias is not None:
-            sum_partials(sums, dbias)
+        sum_partials(partials, out, *((sums, dbias) if dbias is not None else ()))
     if out is not dweight:
         dweight.copy_(_as_filters(plan, out, dweight.shape))
 
@@ -689,9 +687,7 @@ def _weight_grad(x, dy, weight, stride, padding, dilation, groups, with_bias):
         ATOMIC=atomic, **options,
     )  # fmt: skip
     if partials is not dweight:
-        sum_partials(partials, dweight)
-    if sums is not dbias:
-        sum_partials(sums, dbias)
+        sum_partials(partials, dweight, *((sums, dbias) if sums is not dbias else ()))
     return dweight, dbias
 
 
