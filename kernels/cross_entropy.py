@@ -264,7 +264,7 @@ def _cross_entropy(
         **(group(logits, tile, strides[3]) if online else {}), **tile,
     )  # fmt: skip
     if reduction == "none":
-        return losses, kept, kept.new_empty(())  # no row has a weight
+        return losses, kept, kept.new_empty(0)  # no row has a weight
     # Sums by torch: of few numbers, in the same order each time, and nothing waits for the GPU.
     weight = torch.ones((), dtype=torch.float32, device=logits.device)
     if reduction == "mean":
@@ -276,7 +276,8 @@ def _cross_entropy(
 def _(logits, target, ignore_index, label_smoothing, reduction, dtype, needs_grad):
     loss = logits.new_empty(target.shape if reduction == "none" else (), dtype=dtype)
     kept = logits.new_empty((2, target.numel()) if needs_grad else 0, dtype=torch.float32)
-    return loss, kept, logits.new_empty((), dtype=torch.float32)
+    weight = logits.new_empty(0 if reduction == "none" else (), dtype=torch.float32)
+    return loss, kept, weight
 
 
 @torch.library.custom_op("tilelab::cross_entropy_backward", mutates_args=())

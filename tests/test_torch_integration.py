@@ -35,6 +35,7 @@ SAMPLES = {
     "matmul": lambda: [
         ([randn(9, 7), randn(7, 5, seed=1), randn(5, seed=2)], dict(activation="relu")),
         ([randn(9, 7, layout="transposed"), randn(7, 5, seed=1), randn(5, seed=2)], {}),
+        ([randn(9, 7), randn(7, 5, layout="transposed", seed=1), randn(5, seed=2)], {}),
     ],
     "conv2d": lambda: [
         (
@@ -42,6 +43,7 @@ SAMPLES = {
             dict(stride=(2, 1), padding=1, activation="relu"),
         ),
         ([randn(2, 4, 6, 5), randn(6, 2, 3, 3, seed=1)], dict(dilation=2, padding=2, groups=2)),
+        ([images(2, 3, 6, 5), randn(4, 3, 2, 2, seed=1), randn(4, seed=2)], {}),
     ],
     "conv2d_im2col": lambda: [
         (
