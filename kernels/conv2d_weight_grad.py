@@ -73,7 +73,8 @@ it. Which one a call takes, its tile says.
 (On a CPU: `python -m pytest --doctest-modules kernels/conv2d_weight_grad.py`.)
 
 FLOPs: 2*N*P*Q*K*C*R*S, as for the forward. What limits it: as there, tensor cores; it reads x
-shifted by each tap, R*S times out of the cache, and needs enough splits to fill the GPU.
+shifted by each tap, R*S times out of the cache, and needs enough splits to fill the GPU. With few
+channels what limits it is that cache, unless taps share what is read, as the fast kernel has it.
 
 Read first: conv2d.py, conv2d_input_grad.py.
 """
@@ -271,6 +272,24 @@ def conv2d_weight_grad_kernel(
 #
 # Images of fewer than 8 channels are packed first, padding and all, as in conv2d_tma.py.
 #
+# With padding, and up to 85 channels of three taps, pixels side by side are columns. Of 64 filters
+# and 64 channels a tile of one tap is 64x64, for which the L2 cache has to hand out a byte for each
+# 32 FLOPs: it hands out fast enough for a third of what tensor cores do. But in memory the pixels
+# of a row of x are one row of W*C numbers, of which 256 are four pixels, and the taps of a row are
+# next to each other. If x is seen as [N, H, 1, 1, W*C] a box of it, and one of two pixels of dy if
+# that is seen as [P, Q/2, N, 2*K], have six products of 64x64 that are wanted, of eight:
+#
+#                   pixels of x, 64 channels each
+#                  q-1    q     q+1   q+2
+#               +-----+-----+-----+-----+           dweight[a] is the sum of two blocks that are
+#     dy   q    |  a  |  b  |  c  |     |  64       diagonal neighbours: `_diagonal`. The one below
+#          q+1  |     |  a  |  b  |  c  |  64       on the left and the one above on the right are
+#               +-----+-----+-----+-----+           wasted. 85 FLOPs a byte, and x and dy are read
+#                  64    64    64    64             R times, not R*S. Padding is columns of zeros
+#
+# With 128 filters, or where Q is odd, a tile has one pixel of dy, and three blocks of four. Whether
+# pixels are columns follows from the tile's size: `as_neighbours`.
+#
 # The sum is long and the result small: PARTS programs share a tile's sum, each with a float32
 # result of its own, and sum_partials adds those up in order. `fast_tile` weighs how many. Parts are
 # numbered outermost, so that programs which run at one time read the same pixels, and the L2 cache
@@ -283,12 +302,13 @@ def conv2d_weight_grad_kernel(
 #                     registers   shared memory   instructions a step
 #     128x256x64      154, 154      208 KiB          107, 105
 #     in parts        161, 163      224 KiB          110, 107
+#     two pixels      209, 178      208 KiB          107, 105     in parts
 #
 # What it does not do: batches under 16 (most of a step would be zeros), float32, groups, filters
 # that are no multiple of 8, and what TMA cannot read as it is. Those take the kernel above.
 #
 # Non-finite numbers: where a tap is in the padding torch multiplies by zero, and makes NaN of an
-# infinity in dy; here it is left out.
+# infinity in dy; here it is left out, but not to the left and right where pixels are columns.
 
 
 @triton.jit
@@ -347,7 +367,8 @@ def conv2d_weight_grad_tma_kernel(
 
     dy [P, Q, N, K], x and dw [PARTS, K, ROWS, SPAN] are descriptors. A row of dw is one tap, its
     columns are channels; where WINDOWS, it is a row of taps, and its columns are (s, c). So it is
-    where X_STEP: pixels are columns of x, X_FIRST those of the first step, of DY_PIXELS of dy.
+    where X_STEP is not 0: then pixels are columns, of x from X_FIRST + q * X_STEP on, and there are
+    DY_PIXELS of dy.
     """
     BOX_R: tl.constexpr = BLOCK_N // BOX_C  # a tile's columns are so many rows of dw
     blocks_c = tl.cdiv(SPAN, BOX_C)
@@ -518,18 +539,21 @@ def make_plan(
 
 
 def as_neighbours(plan: Plan, tile: dict) -> Plan:
-    """The plan for a tile whose columns hold a row of taps; the same plan if they do not."""
+    """The plan for a tile whose columns hold a row of taps; the same plan if they do not.
+
+    Of one pixel of dy, or of two: if both fill the rows, and the quarters, in which a tile is
+    stored, are a pixel of x each.
+    """
     N, P, Q, K = plan.size
     (rows, C), S = plan.dw, plan.taps_w
     a, b, pad_h, pad_w, dil_h, dil_w = plan.geometry
     m, n = tile["BLOCK_M"], tile["BLOCK_N"]
     (_, H, _, W, _), (sn, sh, _, sw, _) = plan.x
+    dp, dq, dn, _ = plan.dy[1]
     if S == 1 or S * C > n or (b, dil_w, sw) != (1, 1, C) or W * C > conv2d_tma.LARGEST:
         return plan
-    (_, _, _, _), (dp, dq, dn, _) = plan.dy
-    pixels = 1
-    if (2 * K, 4 * C, 4, K) == (m, n, tile["SUBTILES"], dq) and S < 4 and Q % 2 == 0:
-        pixels = 2
+    two = (2 * K, 4 * C, 4) == (m, n, tile["SUBTILES"]) and S < 4 and Q % 2 == 0 and dq == K
+    pixels = 1 + two
     return plan._replace(
         size=(N, P, Q // pixels, K),
         image=(H, Q // pixels),
@@ -623,11 +647,10 @@ class _Layout(NamedTuple):
     """What of a launch follows from its plan and tile: as the launch has it."""
 
     programs: int
+    dy: tuple[tuple, tuple, list]  # sizes, steps and a box
+    x: tuple[tuple, tuple, list]
+    dw: tuple[tuple, tuple, list]
     sizes: tuple[int, ...]
-    dy_box: list[int]
-    x_box: list[int]
-    dw: tuple[tuple, tuple]
-    dw_box: list[int]
     meta: dict
 
 
@@ -639,6 +662,7 @@ def _layout(plan: Plan, items: tuple, sms: int, has_bias: bool) -> _Layout:
     )
     if subtiles not in (1, 2, 4):
         raise ValueError(f"a tile is stored as 1, 2 or 4 of its SUBTILES, got {tile}")
+    plan = as_neighbours(plan, tile)
     N, P, Q, K = plan.size
     rows, span = plan.dw
     box_r, box_c = _box(plan, tile)
@@ -646,13 +670,16 @@ def _layout(plan: Plan, items: tuple, sms: int, has_bias: bool) -> _Layout:
     work = (cdiv(rows, box_r) * cdiv(span, box_c) + has_bias) * blocks_k * parts
     programs = min(work, tile["PROGRAMS_PER_SM"] * sms) if tile["PROGRAMS_PER_SM"] else work
     stored_rows = max(1, box_r // subtiles)
+    dw_box = [1, m // plan.neighbours[0], stored_rows, n // subtiles // stored_rows]
     return _Layout(
         programs,
-        (N, P, Q, K, *plan.image, rows, span, parts),
-        [1, 1, k, m],
-        [k, 1, box_r, 1, box_c],
-        ((parts, K, rows, span), (K * rows * span, rows * span, span, 1)),
-        [1, m // plan.neighbours[0], stored_rows, n // subtiles // stored_rows],
+        (*plan.dy, [1, 1, k, m]),
+        (*plan.x, [k, 1, box_r, 1, box_c]),
+        ((parts, K, rows, span), (K * rows * span, rows * span, span, 1), dw_box),
+        (
+            N, P, Q, K, *plan.image, rows, span, parts,
+            plan.taps_w, *plan.geometry, *plan.neighbours,
+        ),
         dict(
             WINDOWS=plan.windows, HAS_BIAS=has_bias, BOX_C=box_c, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k,
             SUBTILES=subtiles, num_warps=tile["num_warps"], num_stages=tile["num_stages"],
@@ -667,8 +694,7 @@ def conv2d_weight_grad_tma(plan, x, dy, dweight, dbias, tile, padding):
         ValueError: a tile that the kernel cannot have.
     """
     parts = tile["SPLIT_K"]
-    seen = as_neighbours(plan, tile)
-    how = _layout(seen, tuple(tile.items()), device_of(x).sms, dbias is not None)
+    how = _layout(plan, tuple(tile.items()), device_of(x).sms, dbias is not None)
     if plan.folded is not None:
         x = conv2d_tma._packed_image(plan.folded, x, padding)
     out = dweight
@@ -681,9 +707,8 @@ def conv2d_weight_grad_tma(plan, x, dy, dweight, dbias, tile, padding):
             sums = torch.empty(parts, dbias.numel(), dtype=torch.float32, device=x.device)
     launch(
         conv2d_weight_grad_tma_kernel, (how.programs,),
-        descriptor(dy, *seen.dy, how.dy_box), descriptor(x, *seen.x, how.x_box),
-        descriptor(partials, *how.dw, how.dw_box), sums,
-        *how.sizes, seen.taps_w, *seen.geometry, *seen.neighbours, **how.meta,
+        descriptor(dy, *how.dy), descriptor(x, *how.x), descriptor(partials, *how.dw), sums,
+        *how.sizes, **how.meta,
     )  # fmt: skip
     if parts > 1:
         sum_partials(partials, out, *((sums, dbias) if dbias is not None else ()))

@@ -118,7 +118,7 @@ LAYERS = {
 }  # fmt: skip
 
 
-NEIGHBOURS = {  # layers whose rows of taps are the columns of a tile; with 2, a pair of pixels of dy
+NEIGHBOURS = {  # layers, tiles whose columns are a row of taps, and pixels of dy of their rows
     "64 channels": (Conv((32, 64, 3, 4), 64, (3, 3), 1, 1), "128x256x32", 2),
     "33 images": (Conv((33, 64, 2, 4), 64, (3, 3), 1, 1), "128x256x64", 2),
     "an odd row": (Conv((17, 64, 2, 5), 64, (3, 3), 1, 1), "128x256x32", 1),
@@ -133,6 +133,7 @@ NEIGHBOURS = {  # layers whose rows of taps are the columns of a tile; with 2, a
     "40 filters": (Conv((16, 64, 2, 4), 40, (3, 3), 1, 1), "128x256x32", 1),
     "72 channels": (Conv((16, 72, 2, 3), 64, (3, 3), 1, 1), "128x256x32", 1),
     "32 channels": (Conv((16, 32, 2, 4), 64, (3, 3), 1, 1), "128x128x32", 2),
+    "32 filters": (Conv((16, 64, 2, 4), 32, (2, 3), 1, 1), "64x256x32", 2),
     "five taps": (Conv((16, 24, 2, 5), 24, (2, 5), 1, (0, 2)), "64x128x32", 1),
 }  # fmt: skip
 
@@ -559,9 +560,9 @@ def test_plans_are_what_tma_takes(conv):
             assert len(sizes) == len(steps) <= 5 and min(sizes) > 0
             assert steps[-1] == 1 and not any(step % 8 for step in steps[:-1])
         how = module._layout(plan, tuple(tile.items()), 132, False)
-        for box in (how.dy_box, how.x_box, how.dw_box):
+        for box in (how.dy[2], how.x[2], how.dw[2]):
             assert max(box) <= 256 and box[-1] * 2 >= 16
-        (_, box_r, _, box_c) = how.x_box[1:]
+        (_, box_r, _, box_c) = how.x[2][1:]
         assert box_r * box_c == tile["BLOCK_N"]
 
 
@@ -633,7 +634,10 @@ def test_every_tile_compiles_to_the_bars_on_hopper():
     """Whole and in parts, with the bias gradient and in windows, with the installed triton."""
     rows = compiled("sm_90", "--weight-grad")["launches"]
     narrow = sum(tile["BLOCK_M"] == 64 for tile in FAST_TILES[2])
-    assert len(rows) == 1 + 4 * len(FAST_TILES[2]) + 2 * narrow
+    wide = sum(tile["BLOCK_N"] == 256 for tile in FAST_TILES[2])
+    assert len(rows) == 1 + 4 * len(FAST_TILES[2]) + 2 * narrow + 3 * wide
+    assert sum(row["constants"]["DY_PIXELS"] == 2 for row in rows) == 4
+    assert sum(row["constants"]["X_STEP"] > 0 for row in rows) == 3 * wide
     problems = [f"{what} of {describe(row)}: {row}" for row in rows for what in wrong(row, "sm_90")]
     assert not problems, "\n".join(problems)
 
