@@ -73,7 +73,8 @@ it. Which one a call takes, its tile says.
 (On a CPU: `python -m pytest --doctest-modules kernels/conv2d_weight_grad.py`.)
 
 FLOPs: 2*N*P*Q*K*C*R*S, as for the forward. What limits it: as there, tensor cores; it reads x
-shifted by each tap, R*S times out of the cache, and needs enough splits to fill the GPU.
+shifted by each tap, R*S times out of the cache, and needs enough splits to fill the GPU. With few
+channels what limits it is that cache, unless taps share what is read, as the fast kernel has it.
 
 Read first: conv2d.py, conv2d_input_grad.py.
 """
@@ -271,6 +272,24 @@ def conv2d_weight_grad_kernel(
 #
 # Images of fewer than 8 channels are packed first, padding and all, as in conv2d_tma.py.
 #
+# With padding, and up to 85 channels of three taps, pixels side by side are columns. Of 64 filters
+# and 64 channels a tile of one tap is 64x64, for which the L2 cache has to hand out a byte for each
+# 32 FLOPs: it hands out fast enough for a third of what tensor cores do. But in memory the pixels
+# of a row of x are one row of W*C numbers, of which 256 are four pixels, and the taps of a row are
+# next to each other. If x is seen as [N, H, 1, 1, W*C] a box of it, and one of two pixels of dy if
+# that is seen as [P, Q/2, N, 2*K], have six products of 64x64 that are wanted, of eight:
+#
+#                   pixels of x, 64 channels each
+#                  q-1    q     q+1   q+2
+#               +-----+-----+-----+-----+           dweight[a] is the sum of two blocks that are
+#     dy   q    |  a  |  b  |  c  |     |  64       diagonal neighbours: `_diagonal`. The one below
+#          q+1  |     |  a  |  b  |  c  |  64       on the left and the one above on the right are
+#               +-----+-----+-----+-----+           wasted. 85 FLOPs a byte, and x and dy are read
+#                  64    64    64    64             R times, not R*S. Padding is columns of zeros
+#
+# With 128 filters, or where Q is odd, a tile has one pixel of dy, and three blocks of four. Whether
+# pixels are columns follows from the tile's size: `as_neighbours`.
+#
 # The sum is long and the result small: PARTS programs share a tile's sum, each with a float32
 # result of its own, and sum_partials adds those up in order. `fast_tile` weighs how many. Parts are
 # numbered outermost, so that programs which run at one time read the same pixels, and the L2 cache
@@ -283,12 +302,13 @@ def conv2d_weight_grad_kernel(
 #                     registers   shared memory   instructions a step
 #     128x256x64      154, 154      208 KiB          107, 105
 #     in parts        161, 163      224 KiB          110, 107
+#     two pixels      209, 178      208 KiB          107, 105     in parts
 #
 # What it does not do: batches under 16 (most of a step would be zeros), float32, groups, filters
 # that are no multiple of 8, and what TMA cannot read as it is. Those take the kernel above.
 #
 # Non-finite numbers: where a tap is in the padding torch multiplies by zero, and makes NaN of an
-# infinity in dy; here it is left out.
+# infinity in dy; here it is left out, but not to the left and right where pixels are columns.
 
 
 @triton.jit
@@ -326,17 +346,29 @@ def _store_columns(dw, tile, part, k, row, c, AT: tl.constexpr, BOX_C: tl.conste
 
 
 @triton.jit
+def _diagonal(tile, right):
+    """The upper rows of a tile, and added to them the lower ones of the tile to its right."""
+    M: tl.constexpr = tile.shape[0]
+    N: tl.constexpr = tile.shape[1]
+    both = tl.where((tl.arange(0, M) < M // 2)[:, None], tile, right)
+    return tl.sum(tl.reshape(both, (2, M // 2, N)), axis=0)
+
+
+@triton.jit
 def conv2d_weight_grad_tma_kernel(
     dy, x, dw, db_ptr, N, P, Q, K, H, W, ROWS, SPAN, PARTS,
     S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
+    DY_PIXELS: tl.constexpr, X_STEP: tl.constexpr, X_FIRST: tl.constexpr,
     WINDOWS: tl.constexpr, HAS_BIAS: tl.constexpr, BOX_C: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SUBTILES: tl.constexpr,
 ):  # fmt: skip
     """One program computes every tile of dweight, or part of its sum, whose number is its own.
 
     dy [P, Q, N, K], x and dw [PARTS, K, ROWS, SPAN] are descriptors. A row of dw is one tap, its
-    columns are channels; where WINDOWS, it is a row of taps, and its columns are (s, c).
+    columns are channels; where WINDOWS, it is a row of taps, and its columns are (s, c). So it is
+    where X_STEP is not 0: then pixels are columns, of x from X_FIRST + q * X_STEP on, and there are
+    DY_PIXELS of dy.
     """
     BOX_R: tl.constexpr = BLOCK_N // BOX_C  # a tile's columns are so many rows of dw
     blocks_c = tl.cdiv(SPAN, BOX_C)
@@ -373,7 +405,10 @@ def conv2d_weight_grad_tma_kernel(
             acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
             for _ in range(first, last):
                 dy_tile = tl.reshape(dy.load([p, q, n, k]), (BLOCK_K, BLOCK_M))
-                x_box = x.load([n, p * STRIDE_H + h, row - tap, q * STRIDE_W + w, c])
+                if X_STEP > 0:
+                    x_box = x.load([n, p * STRIDE_H + h, 0, 0, q * X_STEP + X_FIRST])
+                else:
+                    x_box = x.load([n, p * STRIDE_H + h, row - tap, q * STRIDE_W + w, c])
                 x_tile = tl.reshape(x_box, (BLOCK_K, BLOCK_N))
                 acc = tl.dot(dy_tile.T, x_tile, acc)  # [BLOCK_M, BLOCK_N]
                 q += 1
@@ -393,10 +428,15 @@ def conv2d_weight_grad_tma_kernel(
                 else:
                     first_quarter, second_quarter = _halves(left)
                     third_quarter, last_quarter = _halves(right)
+                    if DY_PIXELS == 2:  # each quarter is of one pixel of x
+                        first_quarter = _diagonal(first_quarter, second_quarter)
+                        second_quarter = _diagonal(second_quarter, third_quarter)
+                        third_quarter = _diagonal(third_quarter, last_quarter)
                     _store_columns(dw, first_quarter, part, k, row, c, 0, BOX_C)
                     _store_columns(dw, second_quarter, part, k, row, c, WIDTH, BOX_C)
                     _store_columns(dw, third_quarter, part, k, row, c, 2 * WIDTH, BOX_C)
-                    _store_columns(dw, last_quarter, part, k, row, c, 3 * WIDTH, BOX_C)
+                    if DY_PIXELS == 1:
+                        _store_columns(dw, last_quarter, part, k, row, c, 3 * WIDTH, BOX_C)
         elif HAS_BIAS:  # the sum of dy, of one block of filters
             k = (job - tiles) * BLOCK_M
             first, last = _share(P * Q * tl.cdiv(N, BLOCK_K), part, PARTS)
@@ -405,8 +445,11 @@ def conv2d_weight_grad_tma_kernel(
                 p, q, n = step // Q % P, step % Q, step // (P * Q) * BLOCK_K
                 dy_tile = tl.reshape(dy.load([p, q, n, k]), (BLOCK_K, BLOCK_M))
                 total += dy_tile.to(tl.float32)
-            offs_k = k + tl.arange(0, BLOCK_M)
-            db = tl.sum(total, axis=0).to(db_ptr.dtype.element_ty)
+            offs_k = k + tl.arange(0, BLOCK_M // DY_PIXELS)
+            db = tl.sum(total, axis=0)
+            if DY_PIXELS == 2:
+                db = tl.sum(tl.reshape(db, (2, BLOCK_M // 2)), axis=0)
+            db = db.to(db_ptr.dtype.element_ty)
             tl.store(db_ptr + part * K + offs_k, db, mask=offs_k < K)
 
 
@@ -426,6 +469,8 @@ class Plan(NamedTuple):
         geometry: stride, padding and dilation, as the kernel has them.
         windows: whether x is seen as windows.
         folded: the plan by which x is packed first, None if it is read as it is.
+        neighbours: of a tile that has pixels as columns (`as_neighbours`) the kernel's DY_PIXELS,
+            X_STEP and X_FIRST.
     """
 
     size: tuple[int, int, int, int]
@@ -437,6 +482,7 @@ class Plan(NamedTuple):
     geometry: tuple[int, ...]
     windows: bool
     folded: conv2d_tma.Plan | None
+    neighbours: tuple[int, int, int] = (1, 0, 0)
 
 
 UNIT = 8  # elements that TMA steps by: 16 bytes
@@ -492,6 +538,34 @@ def make_plan(
     return Plan((N, P, Q, K), (H, W), dy, x, (R * S, C), S, geometry, False, folded)
 
 
+def as_neighbours(plan: Plan, tile: dict) -> Plan:
+    """The plan for a tile whose columns hold a row of taps; the same plan if they do not.
+
+    Of one pixel of dy, or of two: if both fill the rows, and the quarters, in which a tile is
+    stored, are a pixel of x each.
+    """
+    N, P, Q, K = plan.size
+    (rows, C), S = plan.dw, plan.taps_w
+    a, b, pad_h, pad_w, dil_h, dil_w = plan.geometry
+    m, n = tile["BLOCK_M"], tile["BLOCK_N"]
+    (_, H, _, W, _), (sn, sh, _, sw, _) = plan.x
+    dp, dq, dn, _ = plan.dy[1]
+    if S == 1 or S * C > n or (b, dil_w, sw) != (1, 1, C) or W * C > conv2d_tma.LARGEST:
+        return plan
+    two = (2 * K, 4 * C, 4) == (m, n, tile["SUBTILES"]) and S < 4 and Q % 2 == 0 and dq == K
+    pixels = 1 + two
+    return plan._replace(
+        size=(N, P, Q // pixels, K),
+        image=(H, Q // pixels),
+        dy=((P, Q // pixels, N, pixels * K), (dp, pixels * dq, dn, 1)),
+        x=((N, H, 1, 1, W * C), (sn, sh, sh, sh, 1)),
+        dw=(rows // S, S * C),
+        taps_w=1,
+        geometry=(a, 1, pad_h, 0, dil_h, 1),
+        neighbours=(pixels, pixels * C, -pad_w * C),
+    )
+
+
 def _even(sizes: tuple, steps: tuple) -> int | None:
     """From one pixel to the next, if all of all images lie evenly; None if not, or if it is one."""
     step = expected = None
@@ -525,25 +599,14 @@ def pixels_inside(first: int, size: int, windows: int, stride: int) -> int:
 @functools.lru_cache(maxsize=4096)
 def fast_tile(plan: Plan, sms: int) -> dict:
     """Of FAST_TILES the one, and the parts, with which the busiest SM should be done first."""
-    N, P, Q, K = plan.size
-    rows, span = plan.dw
-    a, b, pad_h, pad_w, dil_h, dil_w = plan.geometry
-    pixels = P * Q
-    if not plan.windows:  # of one tap, on average
-        high, wide = (
-            sum(pixels_inside(tap * dil - pad, size, windows, step) for tap in range(taps))
-            for taps, dil, pad, size, windows, step in (
-                (rows // plan.taps_w, dil_h, pad_h, plan.image[0], P, a),
-                (plan.taps_w, dil_w, pad_w, plan.image[1], Q, b),
-            )
-        )
-        pixels = cdiv(high * wide, rows)
-
     best = None
     for tile in FAST_TILES[2]:
-        box_r, box_c = _box(plan, tile)
+        seen = as_neighbours(plan, tile)
+        N, _, _, K = seen.size
+        rows, span = seen.dw
+        box_r, box_c = _box(seen, tile)
         tiles = cdiv(rows, box_r) * cdiv(span, box_c) * cdiv(K, tile["BLOCK_M"])
-        steps = pixels * cdiv(N, tile["BLOCK_K"])
+        steps = _pixels(seen) * cdiv(N, tile["BLOCK_K"])
         # Whole turns of the GPU, and powers of two; a part has eight steps at least.
         parts = {turns * sms // tiles for turns in range(1, 9)} | {1 << i for i in range(11)}
         for split in sorted(parts - {0}):
@@ -554,6 +617,23 @@ def fast_tile(plan: Plan, sms: int) -> dict:
                 if best is None or clocks < best[0]:
                     best = clocks, tried
     return best[1]
+
+
+def _pixels(plan: Plan) -> int:
+    """Pixels that a tile is summed up over: of one tap, on average."""
+    _, P, Q, _ = plan.size
+    if plan.windows:
+        return P * Q
+    a, b, pad_h, pad_w, dil_h, dil_w = plan.geometry
+    rows = plan.dw[0]
+    high, wide = (
+        sum(pixels_inside(tap * dil - pad, size, windows, step) for tap in range(taps))
+        for taps, dil, pad, size, windows, step in (
+            (rows // plan.taps_w, dil_h, pad_h, plan.image[0], P, a),
+            (plan.taps_w, dil_w, pad_w, plan.image[1], Q, b),
+        )
+    )
+    return cdiv(high * wide, rows)
 
 
 def _box(plan: Plan, tile: dict) -> tuple[int, int]:
@@ -567,11 +647,10 @@ class _Layout(NamedTuple):
     """What of a launch follows from its plan and tile: as the launch has it."""
 
     programs: int
+    dy: tuple[tuple, tuple, list]  # sizes, steps and a box
+    x: tuple[tuple, tuple, list]
+    dw: tuple[tuple, tuple, list]
     sizes: tuple[int, ...]
-    dy_box: list[int]
-    x_box: list[int]
-    dw: tuple[tuple, tuple]
-    dw_box: list[int]
     meta: dict
 
 
@@ -583,6 +662,7 @@ def _layout(plan: Plan, items: tuple, sms: int, has_bias: bool) -> _Layout:
     )
     if subtiles not in (1, 2, 4):
         raise ValueError(f"a tile is stored as 1, 2 or 4 of its SUBTILES, got {tile}")
+    plan = as_neighbours(plan, tile)
     N, P, Q, K = plan.size
     rows, span = plan.dw
     box_r, box_c = _box(plan, tile)
@@ -590,13 +670,16 @@ def _layout(plan: Plan, items: tuple, sms: int, has_bias: bool) -> _Layout:
     work = (cdiv(rows, box_r) * cdiv(span, box_c) + has_bias) * blocks_k * parts
     programs = min(work, tile["PROGRAMS_PER_SM"] * sms) if tile["PROGRAMS_PER_SM"] else work
     stored_rows = max(1, box_r // subtiles)
+    dw_box = [1, m // plan.neighbours[0], stored_rows, n // subtiles // stored_rows]
     return _Layout(
         programs,
-        (N, P, Q, K, *plan.image, rows, span, parts),
-        [1, 1, k, m],
-        [k, 1, box_r, 1, box_c],
-        ((parts, K, rows, span), (K * rows * span, rows * span, span, 1)),
-        [1, m, stored_rows, n // subtiles // stored_rows],
+        (*plan.dy, [1, 1, k, m]),
+        (*plan.x, [k, 1, box_r, 1, box_c]),
+        ((parts, K, rows, span), (K * rows * span, rows * span, span, 1), dw_box),
+        (
+            N, P, Q, K, *plan.image, rows, span, parts,
+            plan.taps_w, *plan.geometry, *plan.neighbours,
+        ),
         dict(
             WINDOWS=plan.windows, HAS_BIAS=has_bias, BOX_C=box_c, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k,
             SUBTILES=subtiles, num_warps=tile["num_warps"], num_stages=tile["num_stages"],
@@ -624,9 +707,8 @@ def conv2d_weight_grad_tma(plan, x, dy, dweight, dbias, tile, padding):
             sums = torch.empty(parts, dbias.numel(), dtype=torch.float32, device=x.device)
     launch(
         conv2d_weight_grad_tma_kernel, (how.programs,),
-        descriptor(dy, *plan.dy, how.dy_box), descriptor(x, *plan.x, how.x_box),
-        descriptor(partials, *how.dw, how.dw_box), sums,
-        *how.sizes, plan.taps_w, *plan.geometry, **how.meta,
+        descriptor(dy, *how.dy), descriptor(x, *how.x), descriptor(partials, *how.dw), sums,
+        *how.sizes, **how.meta,
     )  # fmt: skip
     if parts > 1:
         sum_partials(partials, out, *((sums, dbias) if dbias is not None else ()))

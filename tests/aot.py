@@ -424,6 +424,8 @@ WEIGHT_LAYERS = {  # x, weight, stride and padding
     "3x3": ((64, 128, 28, 28), (256, 128, 3, 3), 1, 1),
     "3x3 at stride 2": ((64, 128, 28, 28), (256, 128, 3, 3), 2, 1),
     "1x1": ((64, 256, 28, 28), (256, 256, 1, 1), 1, 0),
+    "64 channels": ((64, 64, 28, 28), (64, 64, 3, 3), 1, 1),
+    "64 channels, 128 filters": ((64, 64, 28, 28), (128, 64, 3, 3), 1, 1),
     "stem": ((64, 3, 112, 112), (64, 3, 7, 7), 2, 3),
     "stem of stride 1": ((64, 3, 112, 112), (64, 3, 3, 3), 1, 1),
     "16 channels": ((64, 16, 28, 28), (32, 16, 3, 3), 1, 0),
@@ -449,6 +451,12 @@ def report_weight_grad():
             jobs += [
                 (torch.bfloat16, "1x1", parts, False),
                 (torch.bfloat16, "stem of stride 1", parts, True),
+            ]
+        if tile["BLOCK_N"] == 256:  # pixels are columns
+            jobs += [
+                (torch.bfloat16, "64 channels", tile, False),
+                (torch.bfloat16, "64 channels", parts, True),
+                (torch.bfloat16, "64 channels, 128 filters", parts, True),
             ]
     rows = []
     for dtype, layer, tile, bias in jobs:

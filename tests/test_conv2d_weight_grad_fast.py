@@ -17,6 +17,7 @@ from kernels._launch import Device, use_tile
 from kernels.conv2d_weight_grad import (
     FAST_TILES,
     TILES,
+    as_neighbours,
     conv2d_weight_bias_grad,
     conv2d_weight_grad,
     conv2d_weight_grad_tma_kernel,
@@ -103,12 +104,37 @@ LAYERS = {
     "56 channels: three windows of 168": Conv((16, 56, 4, 4), 32, (3, 3)),
     "8 channels of one column": Conv((16, 8, 5, 3), 24, (3, 1)),
     "24 channels, dilation (1, 2): no windows": Conv((16, 24, 4, 6), 24, (2, 2), 1, 0, (1, 2)),
+    # pixels side by side are columns: few channels, and padding
+    "16 channels, padding 1": Conv((17, 16, 4, 5), 24, (3, 3), 1, 1),
+    "16 channels, stride (2, 1), dilation (3, 1)": Conv(
+        (16, 16, 8, 3), 24, (2, 3), (2, 1), (1, 2), (3, 1)
+    ),
     # few channels: packed
     "7x7, stride 2": Conv((16, 3, 9, 8), 72, (7, 7), 2, 3),
     "3x3 of 3 channels": Conv((17, 3, 4, 5), 24, (3, 3), padding=1),
     "3x2 of 5 channels, stride (1, 3)": Conv((16, 5, 4, 7), 24, (3, 2), (1, 3), (0, 1)),
     "4x4, stride 4: patches, each a pixel": Conv((5, 3, 8, 9), 24, (4, 4), 4),
     "5x5 of one channel": Conv((16, 1, 6, 7), 24, (5, 5)),
+}  # fmt: skip
+
+
+NEIGHBOURS = {  # layers, tiles whose columns are a row of taps, and pixels of dy of their rows
+    "64 channels": (Conv((32, 64, 3, 4), 64, (3, 3), 1, 1), "128x256x32", 2),
+    "33 images": (Conv((33, 64, 2, 4), 64, (3, 3), 1, 1), "128x256x64", 2),
+    "an odd row": (Conv((17, 64, 2, 5), 64, (3, 3), 1, 1), "128x256x32", 1),
+    "two taps": (Conv((16, 64, 2, 3), 64, (2, 2)), "128x256x32", 2),
+    "four taps": (Conv((16, 64, 2, 5), 64, (1, 4), 1, (0, 1)), "128x256x32", 1),
+    "images of one pixel": (Conv((16, 64, 1, 1), 64, (3, 2), 1, 1), "128x256x32", 2),
+    "padding larger than the filter": (Conv((16, 64, 2, 1), 64, (3, 3), 1, 4), "128x256x32", 1),
+    "and two pixels of dy": (Conv((16, 64, 2, 2), 64, (3, 3), 1, 4), "128x256x32", 2),
+    "stride (2, 1)": (Conv((16, 64, 5, 4), 64, (3, 3), (2, 1), 1), "128x256x32", 2),
+    "128 filters": (Conv((16, 64, 2, 4), 128, (3, 3), 1, 1), "128x256x32", 1),
+    "136 filters": (Conv((16, 64, 2, 3), 136, (3, 3), 1, 1), "64x256x32", 1),
+    "40 filters": (Conv((16, 64, 2, 4), 40, (3, 3), 1, 1), "128x256x32", 1),
+    "72 channels": (Conv((16, 72, 2, 3), 64, (3, 3), 1, 1), "128x256x32", 1),
+    "32 channels": (Conv((16, 32, 2, 4), 64, (3, 3), 1, 1), "128x128x32", 2),
+    "32 filters": (Conv((16, 64, 2, 4), 32, (2, 3), 1, 1), "64x256x32", 2),
+    "five taps": (Conv((16, 24, 2, 5), 24, (2, 5), 1, (0, 2)), "64x128x32", 1),
 }  # fmt: skip
 
 
@@ -138,6 +164,33 @@ def test_geometry(conv):
 @pytest.mark.parametrize("layer", ["stride 2, an odd image", "16 channels"])
 def test_every_tile(layer, tile):
     check(LAYERS[layer], tile | dict(SPLIT_K=2), torch.float16, bias=True)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("conv, tile, pixels", NEIGHBOURS.values(), ids=NEIGHBOURS)
+def test_neighbours_are_columns(conv, tile, pixels):
+    seen = as_neighbours(plan_of(conv), TILE[tile])
+    assert seen.neighbours == (pixels, pixels * conv.x[1], -conv.lists[1][1] * conv.x[1])
+    check(conv, TILE[tile], torch.bfloat16, weight="contiguous", bias=True)
+    check(conv, TILE[tile] | dict(SPLIT_K=3), torch.float16, bias=True)
+
+
+@pytest.mark.parametrize("where", ["x", "dy"])
+def test_neighbours_in_slices_of_tensors(where):
+    """Pixels with other channels between them are no columns of x; of dy they are no pairs."""
+    conv, _, _ = NEIGHBOURS["64 channels"]
+    x, dy, weight = operands(conv, torch.bfloat16)
+    wide = torch.cat([x, x] if where == "x" else [dy, dy], 1)
+    wide = wide.contiguous(memory_format=torch.channels_last)[:, :64]
+    inputs = (wide, dy, weight) if where == "x" else (x, wide, weight)
+    tile = TILE["128x256x32"]
+    with _launch.record(HOPPER) as events:
+        run(conv, tile, inputs, bias=True)
+    launch = next(e for e in events if getattr(e, "kernel", None) is conv2d_weight_grad_tma_kernel)
+    given = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
+    assert (given["DY_PIXELS"], given["X_STEP"]) == (1, 0 if where == "x" else 64)
+    for got, want in zip(run(conv, tile, inputs, True), wanted(conv, torch.bfloat16), strict=True):
+        assert torch.equal(got, want.to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("tile", FAST_TILES[2], ids=name)
@@ -176,6 +229,7 @@ def test_every_program_does_its_share(per_sm, bias):
         ("16 channels", torch.float16),
         ("7x7, stride 2", torch.bfloat16),
         ("1x1", torch.bfloat16),
+        ("16 channels, padding 1", torch.bfloat16),
     ],
 )
 def test_against_float64(layer, dtype):
@@ -206,12 +260,15 @@ def test_partial_results_are_float32():
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
 @pytest.mark.parametrize("where", ["x", "dy"])
-@pytest.mark.parametrize("layer", ["stride 2, an odd image", "16 channels", "7x7, stride 2"])
+@pytest.mark.parametrize(
+    "layer",
+    ["stride 2, an odd image", "16 channels", "16 channels, padding 1", "7x7, stride 2"],
+)
 def test_nan_and_infinity_go_where_torch_has_them(layer, where, value):
     """In a corner of the last image; and of dy not to taps that are in the padding there.
 
     torch multiplies those with zeros, and so makes NaN of them; here they are left out, but for an
-    image that is packed with its padding.
+    image that is packed with its padding, and to the left and right where pixels are columns.
     """
     conv = LAYERS[layer]
     inputs = operands(conv, torch.float16, randn)
@@ -222,7 +279,8 @@ def test_nan_and_infinity_go_where_torch_has_them(layer, where, value):
     reads = torch.ones_like(wrong, dtype=torch.bool)
     if where == "dy" and conv.x[1] >= 8:
         pad, dil = conv.lists[1], conv.lists[2]
-        for dim in (0, 1):
+        columns = as_neighbours(plan_of(conv), SMALL).neighbours[1] > 0
+        for dim in (0,) if columns else (0, 1):
             taps = torch.arange(conv.taps[dim]) * dil[dim] - pad[dim]
             reads &= (taps >= 0).view((-1, 1) if dim == 0 else (1, -1)).to(reads.device)
     want = torch.where(reads, wrong, want)
@@ -496,15 +554,15 @@ def test_as_many_pixels_as_the_unit_can_count():
 @pytest.mark.parametrize("conv", LAYERS.values(), ids=LAYERS)
 def test_plans_are_what_tma_takes(conv):
     """No size is 0, every step is of 16 bytes, and the last is of one element; likewise a box."""
-    plan = plan_of(conv)
-    for sizes, steps in (plan.dy, plan.x):
-        assert len(sizes) == len(steps) <= 5 and min(sizes) > 0
-        assert steps[-1] == 1 and not any(step % 8 for step in steps[:-1])
     for tile in FAST_TILES[2]:
+        plan = as_neighbours(plan_of(conv), tile)
+        for sizes, steps in (plan.dy, plan.x):
+            assert len(sizes) == len(steps) <= 5 and min(sizes) > 0
+            assert steps[-1] == 1 and not any(step % 8 for step in steps[:-1])
         how = module._layout(plan, tuple(tile.items()), 132, False)
-        for box in (how.dy_box, how.x_box, how.dw_box):
+        for box in (how.dy[2], how.x[2], how.dw[2]):
             assert max(box) <= 256 and box[-1] * 2 >= 16
-        (_, box_r, _, box_c) = how.x_box[1:]
+        (_, box_r, _, box_c) = how.x[2][1:]
         assert box_r * box_c == tile["BLOCK_N"]
 
 
@@ -531,7 +589,9 @@ def test_defaults_follow_the_shape():
     large = default((256, 512, 14, 14), 512, (3, 3), 1, 1)
     assert name(large) == "128x256x64" and 1 < large["SPLIT_K"] < 16
     assert default((32, 512, 14, 14), 512, (3, 3), 1, 1)["BLOCK_K"] == 32
-    assert default((256, 64, 56, 56), 64, (3, 3), 1, 1)["BLOCK_N"] == 64
+    assert name(default((256, 64, 56, 56), 64, (3, 3), 1, 1)) == "128x256x64"  # two pixels by four
+    assert name(default((32, 64, 56, 56), 64, (3, 3), 1, 1)) == "128x256x32"
+    assert default((256, 64, 56, 56), 64, (3, 3), 2, 1)["BLOCK_N"] == 64
     stem = default((32, 3, 224, 224), 64, (7, 7), 2, 3)
     assert (stem["BLOCK_M"], stem["BLOCK_N"]) == (64, 256)  # all 4 x 64 of a window
     one = fast_tile(plan_of(Conv((256, 512, 14, 14), 512, (3, 3), 1, 1)), 1)
@@ -574,7 +634,10 @@ def test_every_tile_compiles_to_the_bars_on_hopper():
     """Whole and in parts, with the bias gradient and in windows, with the installed triton."""
     rows = compiled("sm_90", "--weight-grad")["launches"]
     narrow = sum(tile["BLOCK_M"] == 64 for tile in FAST_TILES[2])
-    assert len(rows) == 1 + 4 * len(FAST_TILES[2]) + 2 * narrow
+    wide = sum(tile["BLOCK_N"] == 256 for tile in FAST_TILES[2])
+    assert len(rows) == 1 + 4 * len(FAST_TILES[2]) + 2 * narrow + 3 * wide
+    assert sum(row["constants"]["DY_PIXELS"] == 2 for row in rows) == 4
+    assert sum(row["constants"]["X_STEP"] > 0 for row in rows) == 3 * wide
     problems = [f"{what} of {describe(row)}: {row}" for row in rows for what in wrong(row, "sm_90")]
     assert not problems, "\n".join(problems)
 
@@ -599,6 +662,8 @@ REAL = {
     "3x3 of 3 channels": Conv((32, 3, 224, 224), 64, (3, 3), 1, 1),
     "16 channels": Conv((64, 16, 26, 26), 32, (3, 3)),
     "dilation 6": Conv((16, 256, 33, 33), 256, (3, 3), 1, 6, 6),
+    "64 channels": Conv((32, 64, 56, 56), 64, (3, 3), 1, 1),
+    "64 channels, 128 filters": Conv((64, 64, 57, 57), 128, (3, 3), 1, 1),
 }
 
 

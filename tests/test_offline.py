@@ -114,6 +114,12 @@ def test_the_work_of_a_weight_gradient():
     # Windows of 3 x 48, of which a tile has two rows of 64; and four rows are computed of three.
     found, flops = work("wgrad", tile, C=16, K=128, padding=0)
     assert found == dict(units=4 * 2, computed_flops=flops * 4 * 64 // (3 * 48))
+    # Pixels are columns: of eight blocks of 64x64 six are taps, or of four blocks three.
+    wide = tile | dict(BLOCK_N=256, PROGRAMS_PER_SM=1)
+    found, flops = work("wgrad", wide, C=64, K=64)
+    assert found["units"] == 4 * 3 and found["computed_flops"] * 6 * 84 == flops * 8 * 82
+    found, flops = work("wgrad", wide, C=64, K=128)
+    assert found["units"] == 4 * 3 and found["computed_flops"] * 3 * 84 == flops * 4 * 82
 
 
 def test_the_launch_that_has_the_tile_is_not_always_the_first():
