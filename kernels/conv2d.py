@@ -402,12 +402,13 @@ def _backward(ctx, dy):
     if ctx.needs_input_grad[0]:
         dx = conv2d_input_grad(dy, weight, ctx.input_size, *geometry)
     sum_dy = dbias is None and ctx.needs_input_grad[2]
-    if ctx.needs_input_grad[1] and sum_dy:  # both read dy
+    if ctx.needs_input_grad[1] and sum_dy and weight.numel():  # both read dy
         dweight, dbias = conv2d_weight_bias_grad(x, dy, weight, *geometry)
-    elif ctx.needs_input_grad[1]:
-        dweight = conv2d_weight_grad(x, dy, weight, *geometry)
-    elif sum_dy:
-        dbias = bias_backward(dy)
+    else:
+        if ctx.needs_input_grad[1]:
+            dweight = conv2d_weight_grad(x, dy, weight, *geometry)
+        if sum_dy:
+            dbias = bias_backward(dy)
     return dx, dweight, dbias if ctx.needs_input_grad[2] else None, None, None, None, None, None
 
 

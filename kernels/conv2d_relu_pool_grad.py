@@ -374,7 +374,8 @@ def conv2d_relu_pool_backward(
     dx = dweight = dbias = dbefore = None
     tile = _unpool_tile(dy, weight.shape[1])
     scatter = tile.get("kernel") == "unpool"
-    if not scatter and wanted[2] and not wanted[1]:  # one fused kernel has both, and needs x
+    both = wanted[1] and weight.numel()  # by one fused kernel, which needs x
+    if not scatter and wanted[2] and not both:
         scatter, tile = True, UNPOOL_DEFAULT[dy.itemsize]
     if scatter:
         pairs = zip(input_size[2:], weight.shape[2:], padding, strict=True)

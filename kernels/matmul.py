@@ -340,7 +340,7 @@ def matmul_reduce_kernel(
     offs = (offs_m * N)[:, None] + offs_n[None, :]
     acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
     for part in tl.range(SPLIT_K, loop_unroll_factor=8):  # so that eight loads are on their way
-        part_ptr = partials_ptr + part * rows.to(tl.int64) * N
+        part_ptr = partials_ptr + part * tl.cast(rows, tl.int64) * N
         acc += tl.load(part_ptr + offs, mask=mask, other=0.0)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0)
@@ -352,7 +352,7 @@ def matmul_reduce_kernel(
         if tl.program_id(1) == 0:
             sums = tl.full((BLOCK_M,), 0.0, tl.float32)
             for part in tl.range(SPLIT_K, loop_unroll_factor=8):
-                part_ptr = row_partials_ptr + part * M.to(tl.int64)
+                part_ptr = row_partials_ptr + part * tl.cast(M, tl.int64)
                 sums += tl.load(part_ptr + offs_m, mask=offs_m < M, other=0.0)
             tl.store(sums_ptr + offs_m, sums.to(sums_ptr.dtype.element_ty), mask=offs_m < M)
 
@@ -569,7 +569,7 @@ def _backward(ctx, dc):
     if c is not None:  # through the ReLU, and the bias gradient in the same pass
         dc, dbias = bias_relu_backward(dc, c)
     elif ctx.needs_input_grad[2]:
-        small = ctx.needs_input_grad[1] and a.shape[1] * dc.shape[1] <= SMALL
+        small = ctx.needs_input_grad[1] and 0 < a.shape[1] * dc.shape[1] <= SMALL
         if small and ctx.in_columns[1]:  # a classifier's, in one pass
             db, dbias = _weight_bias_grad(a, dc)
             db = db.t()

@@ -104,6 +104,11 @@ CASES = {
     "matmul, few tiles": lambda dtype: train(  # where TMA is: K is split
         kernels.matmul, *(torch.empty(s, dtype=dtype) for s in [(128, 8192), (8192, 128), 128])
     ),
+    # Sizes of 1 are constants of a kernel of its own: here of the one that adds the parts up.
+    "matmul, one column": lambda dtype: train(  # and its gradient one row
+        lambda a, w, bias: kernels.matmul(a, w.t(), bias),
+        *(torch.empty(s, dtype=dtype) for s in [(8192, 100), (1, 100), 1]),
+    ),
     # `dtype` is the results'. The last one's operands are not what TMA takes.
     "scaled_matmul, float8": lambda dtype: scaled(torch.float8_e4m3fn, dtype, "NT"),
     "scaled_matmul, int8": lambda dtype: scaled(torch.int8, dtype, "NT"),

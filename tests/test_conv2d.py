@@ -188,7 +188,8 @@ def test_no_channels_are_a_sum_of_nothing():
     """torch returns a tensor without channels here, which no bias could be added to."""
     bias = randn(3)
     inputs, dy = [randn(2, 0, 4, 5), randn(3, 0, 2, 2), bias], randn(2, 3, 3, 4)
-    y, (dx, dweight, dbias) = gradients(conv2d, inputs, dy)
+    with poison():
+        y, (dx, dweight, dbias) = gradients(conv2d, inputs, dy)
     assert torch.equal(y, bias.view(1, 3, 1, 1).expand(2, 3, 3, 4))
     assert dx.shape == (2, 0, 4, 5) and dweight.shape == (3, 0, 2, 2)
     assert_close(dbias, double(dy).sum((0, 2, 3)), dtype=torch.float32, terms=24)

@@ -194,12 +194,14 @@ def test_empty_batch_as_in_torch():
 
 
 def test_no_channels_are_a_sum_of_nothing():
-    bias = randn(3)
-    y, (dx, dweight, _) = gradients(
-        conv2d_relu_pool, [randn(2, 0, 4, 5), randn(3, 0, 2, 2), bias], randn(2, 3, 1, 2)
-    )
+    bias, dy = integers(3, seed=1), integers(2, 3, 1, 2)
+    with poison():
+        y, (dx, dweight, dbias) = gradients(
+            conv2d_relu_pool, [randn(2, 0, 4, 5), randn(3, 0, 2, 2), bias], dy
+        )
     assert torch.equal(y, bias.relu().view(1, 3, 1, 1).expand(2, 3, 1, 2))
     assert dx.shape == (2, 0, 4, 5) and dweight.shape == (3, 0, 2, 2)
+    assert torch.equal(dbias, torch.where(bias > 0, dy.sum((0, 2, 3)), 0))
 
 
 # --- which of the four --------------------------------------------------------------------------

@@ -158,6 +158,16 @@ def test_empty_as_in_torch(M, N, K, with_bias, activation):
         torch.testing.assert_close(got, expected)  # zeros, or sums of dC over a few rows
 
 
+def test_bias_gradient_where_nothing_is_multiplied():
+    """With the weight in columns, as a classifier has it: its two gradients are one pass."""
+    a, bias = randn(6, 0), randn(5, seed=2).requires_grad_()
+    weight = randn(5, 3, seed=1)[:, :0].requires_grad_()
+    with poison():
+        c = matmul(a, weight.t(), bias)
+        dweight, dbias = torch.autograd.grad(c, [weight, bias], torch.ones_like(c))
+    assert dweight.shape == (5, 0) and torch.equal(dbias, torch.full_like(bias, 6))
+
+
 # --- values -------------------------------------------------------------------------------------
 
 
