@@ -293,7 +293,8 @@ def _filled_later(values: torch.Tensor, device: torch.device) -> torch.Tensor:
             "an optimizer's step is captured within kernels.optim.capture, which takes the "
             "arguments of torch.cuda.graph: it fills in the gradients' addresses afterwards"
         )
-    table = torch.empty_like(values, device=device)
+    with torch.cuda.stream(torch.cuda.default_stream(device)):  # which is never captured
+        table = torch.empty_like(values, device=device)
     _captured.append((table, values))
     return table
 
@@ -304,7 +305,9 @@ def capture(graph: "torch.cuda.CUDAGraph", **options: Any) -> Iterator[None]:
 
     A launch of theirs reads a table of addresses. In a capture gradients get new memory, so a table
     has to be made, but a copy from the host would be part of the graph. So tables only get memory
-    in the capture, which the graph keeps, and are filled in behind it.
+    in the capture, which the graph keeps, and are filled in behind it. It is not the graph's own
+    memory: there a table would lie where an activation has been freed, which every replay writes
+    before the table is read.
 
     As for torch's optimizers: take a step or more before, on the stream of the capture (kernels
     are compiled, state is made), and let AdamW be `capturable`. A learning rate that is a number is
