@@ -286,6 +286,11 @@ def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def _beside_the_capture(device: torch.device) -> contextlib.AbstractContextManager:
+    """Within it memory is not the graph's, and the work is done: no default stream is captured."""
+    return torch.cuda.stream(torch.cuda.default_stream(device))
+
+
 def _filled_later(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A table for the step that is being captured, which gets its values when that is over."""
     if _captured is None:
@@ -293,7 +298,7 @@ def _filled_later(values: torch.Tensor, device: torch.device) -> torch.Tensor:
             "an optimizer's step is captured within kernels.optim.capture, which takes the "
             "arguments of torch.cuda.graph: it fills in the gradients' addresses afterwards"
         )
-    with torch.cuda.stream(torch.cuda.default_stream(device)):  # which is never captured
+    with _beside_the_capture(device):
         table = torch.empty_like(values, device=device)
     _captured.append((table, values))
     return table
@@ -320,7 +325,8 @@ def capture(graph: "torch.cuda.CUDAGraph", **options: Any) -> Iterator[None]:
             yield
         for table, values in _captured:
             if values is not None:
-                table.copy_(values)
+                with _beside_the_capture(table.device):
+                    table.copy_(values)  # the host waits for it
         graph.optimizer_tables = [table for table, _ in _captured]  # for as long as it lives
     finally:
         _captured = before
