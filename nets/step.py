@@ -7,7 +7,7 @@
     optimizer        all parameters, their state and their 16-bit copies                        1
     record           the step's loss, the right answers so far, and on to the next step         1
 
-A step of a small network takes a GPU less time than it takes Python to launch it: some 20 kernels
+A step of a small network takes a GPU less time than it takes Python to launch it: some 16 kernels
 of a few microseconds each, beside 10 to 50 microseconds of the host for each. A CUDA graph is the
 way out. A step runs once as it is, on a stream of its own, and so everything is compiled and
 allocated; then the same Python runs again while torch captures what it launches, and does none of
