@@ -37,7 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from kernels import _launch
-from perf import cost, offline, workloads
+from perf import cost, offline, timing, workloads
 from perf import device as devices
 from perf.errors import PerfError
 
@@ -246,6 +246,7 @@ def measured(device: devices.CudaDevice, batch: int, dtype: str) -> dict[str, An
         workloads.forget_compiled()
         with device.stream(), workloads.cudnn_benchmark(True):
             runner = device.prepare([workloads.prepare(w, impl, device.torch_device, 0)])
+            timing.warm(device, runner)
             seconds = sorted(runner.sample() for _ in range(50))[25]
             runner.close()
             gc.collect()
