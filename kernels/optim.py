@@ -439,11 +439,13 @@ class _Optimizer(torch.optim.Optimizer):
             Of each parameter its copy, which requires a gradient; `copies` has them too.
         """
         params = [p for group in self.param_groups for p in group["params"]]
-        self.copies = {p: p.to(dtype, copy=True).requires_grad_() for p in params}
-        for p, copy in self.copies.items():
+        copies = {p: p.to(dtype, copy=True) for p in params}
+        for p, copy in copies.items():
             check_tensors(copy=copy)
             if copy.stride() != p.stride():
                 raise ValueError(f"params of strides {list(p.stride())} cannot be copied")
+            copy.requires_grad_()
+        self.copies = copies
         return self.copies
 
     def zero_grad(self, set_to_none: bool = True) -> None:
