@@ -286,6 +286,11 @@ def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def _beside_the_capture(device: torch.device) -> contextlib.AbstractContextManager:
+    """Within it memory is not the graph's, and the work is done: no default stream is captured."""
+    return torch.cuda.stream(torch.cuda.default_stream(device))
+
+
 def _filled_later(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A table for the step that is being captured, which gets its values when that is over."""
     if _captured is None:
@@ -293,7 +298,8 @@ def _filled_later(values: torch.Tensor, device: torch.device) -> torch.Tensor:
             "an optimizer's step is captured within kernels.optim.capture, which takes the "
             "arguments of torch.cuda.graph: it fills in the gradients' addresses afterwards"
         )
-    table = torch.empty_like(values, device=device)
+    with _beside_the_capture(device):
+        table = torch.empty_like(values, device=device)
     _captured.append((table, values))
     return table
 
@@ -304,7 +310,9 @@ def capture(graph: "torch.cuda.CUDAGraph", **options: Any) -> Iterator[None]:
 
     A launch of theirs reads a table of addresses. In a capture gradients get new memory, so a table
     has to be made, but a copy from the host would be part of the graph. So tables only get memory
-    in the capture, which the graph keeps, and are filled in behind it.
+    in the capture, which the graph keeps, and are filled in behind it. It is not the graph's own
+    memory: there a table would lie where an activation has been freed, which every replay writes
+    before the table is read.
 
     As for torch's optimizers: take a step or more before, on the stream of the capture (kernels
     are compiled, state is made), and let AdamW be `capturable`. A learning rate that is a number is
@@ -317,7 +325,8 @@ def capture(graph: "torch.cuda.CUDAGraph", **options: Any) -> Iterator[None]:
             yield
         for table, values in _captured:
             if values is not None:
-                table.copy_(values)
+                with _beside_the_capture(table.device):
+                    table.copy_(values)  # the host waits for it
         graph.optimizer_tables = [table for table, _ in _captured]  # for as long as it lives
     finally:
         _captured = before

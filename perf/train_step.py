@@ -20,6 +20,7 @@ memory that one takes is read from torch's allocator.
 
 import argparse
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -36,7 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from kernels import _launch
-from perf import cost, offline, workloads
+from perf import cost, offline, timing, workloads
 from perf import device as devices
 from perf.errors import PerfError
 
@@ -233,20 +234,31 @@ def _is_view(func: Any) -> bool:
 
 
 def measured(device: devices.CudaDevice, batch: int, dtype: str) -> dict[str, Any]:
-    """Seconds of a step, and the most memory that it takes, for ours and each peer."""
+    """Seconds of a step, and the most memory that it takes, for ours and each peer.
+
+    The memory is that of the first steps of a second network, where nothing is compiled any more
+    and no algorithm tried out: what that takes for a moment, no step does.
+    """
     w = workloads.Workload("train_step", "step", dtype, "ieee", {"N": batch}, "")
     found = {}
+    workloads.set_precision(w.precision)
     for impl in PEERS:
+        workloads.forget_compiled()
         with device.stream(), workloads.cudnn_benchmark(True):
+            runner = device.prepare([workloads.prepare(w, impl, device.torch_device, 0)])
+            timing.warm(device, runner)
+            seconds = sorted(runner.sample() for _ in range(50))[25]
+            runner.close()
+            gc.collect()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             call = workloads.prepare(w, impl, device.torch_device, 0)
-            runner = device.prepare([call])
-            seconds = sorted(runner.sample() for _ in range(50))[25]
-            runner.close()
+            for _ in range(2):  # the first one makes the optimizer's state
+                call()
+            device.synchronize()
             peak = torch.cuda.max_memory_allocated() - before
+            del call
         found[impl] = {"seconds": seconds, "peak": peak}
-        del call, runner
     return found
 
 

@@ -302,6 +302,7 @@ OPS: dict[str, Op] = {
     "conv_stack": Op({"step": ()}, None, {}, None, None),
 }
 WHOLE = ("train_step", "conv_stack")  # made of what nets composes
+IN_A_GRAPH = ("tilelab", "graph", "compile")  # of a training step on a GPU
 GRADIENTS = ("dgrad", "wgrad", "bwd", "fwdbwd")
 
 
@@ -525,7 +526,7 @@ def _training(w, impl, device, make):
             return losses.mean(), *(p.grad for p in leaves)
 
     else:
-        fast = dict(fused=True, capturable=True) if gpu else {}
+        fast = dict(fused=True, capturable=impl in IN_A_GRAPH) if gpu else {}
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.001, **fast)
         leaves = list(model.parameters())
 
@@ -544,10 +545,18 @@ def _training(w, impl, device, make):
             optimizer.step()
             return loss.detach(), *(p.grad for p in leaves)
 
-    whole = step.Graph(work, place, gpu and impl in ("tilelab", "graph", "compile"))
+    whole = step.Graph(work, torch.cuda.Stream(place) if gpu and impl in IN_A_GRAPH else None)
+    weights = {*model.parameters(), *leaves}
+    untrained = {x: x.detach().clone() for x in weights} if whole.stream else {}
 
     def call():
         _refuse_capture(images)
+        if untrained:  # what is judged is what is timed: a replay, of the first step again
+            whole()
+            with torch.no_grad():
+                for x, before in untrained.items():
+                    x.copy_(before)
+            untrained.clear()
         loss, *grads = whole()
         return loss, *(g.view(s) for g, s in zip(grads, shapes, strict=True))
 

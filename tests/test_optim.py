@@ -781,18 +781,40 @@ def test_a_channels_last_parameter_has_a_channels_last_copy():
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """Captures as a GPU has them: launches are kept and not done, and replayed as they were."""
+    """Captures as a GPU has them: launches are kept and not done, and replayed as they were.
+
+    What is allocated on the stream of the capture lies in the graph's memory, which a replay may
+    overwrite before any launch.
+    """
+    streams = ["outer"]
 
     class Graph:
         def __init__(self):
-            self.launches = []
+            self.launches, self.memory = [], []
 
         def replay(self):
             for kernel, grid, args, meta in self.launches:
+                assert not any(arg is mine for arg in args for mine in self.memory)
                 real(kernel, grid, *args, **meta)
 
     @contextlib.contextmanager
+    def on(stream):
+        streams.append(stream)
+        yield
+        streams.pop()
+
+    def empty_like(x, **options):
+        made = empty(x, **options)
+        if isinstance(streams[-1], Graph):
+            streams[-1].memory.append(made)
+        return made
+
+    @contextlib.contextmanager
     def captured(graph):
+        with on(graph):
+            yield from capturing(graph)
+
+    def capturing(graph):
         monkeypatch.setattr(module, "_capturing", lambda device: True)
         monkeypatch.setattr(
             module,
@@ -803,7 +825,10 @@ def graphs(monkeypatch):
         monkeypatch.setattr(module, "_capturing", lambda device: False)
         monkeypatch.setattr(module, "launch", real)
 
-    real = module.launch
+    real, empty = module.launch, torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", empty_like)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: "default")
     monkeypatch.setattr(torch.cuda, "graph", captured)
     return Graph
 
@@ -984,8 +1009,10 @@ def test_offsets_past_2_to_the_31():
 @pytest.mark.gpu
 @pytest.mark.parametrize("cls, flags", CAPTURABLE.values(), ids=CAPTURABLE)
 def test_a_cuda_graph_is_bit_for_bit_the_same(cls, flags):
-    """Gradients made in the capture, and a learning rate that changes from replay to replay."""
-    torch.cuda.set_sync_debug_mode("error")
+    """Gradients made in the capture, and a learning rate that changes from replay to replay.
+
+    What a step has freed, the graph's memory has room for: a table there would be overwritten.
+    """
     try:
         weights = {}
         for captured in (False, True):
@@ -998,6 +1025,8 @@ def test_a_cuda_graph_is_bit_for_bit_the_same(cls, flags):
             def work(copies=copies, source=source, optimizer=optimizer):
                 for copy, grad in zip(copies.values(), source, strict=True):
                     copy.grad = 2 * grad
+                freed = [torch.full((2**n,), -1, device="cuda") for n in range(5, 12)]
+                del freed
                 optimizer.step()
 
             graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
@@ -1006,14 +1035,15 @@ def test_a_cuda_graph_is_bit_for_bit_the_same(cls, flags):
                     grad.fill_(0.1 * i + step)
                 lr.fill_(0.1 / (1 + step))
                 if captured and step == 1:
-                    torch.cuda.set_sync_debug_mode("default")
                     with capture(graph, stream=stream):
                         work()
+                if step == 1:  # plans, tickets and state have been made
                     torch.cuda.set_sync_debug_mode("error")
                 stream.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(stream):
                     graph.replay() if captured and step else work()
                 torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.set_sync_debug_mode("default")
             weights[captured] = [*params, *copies.values()]
     finally:
         torch.cuda.set_sync_debug_mode("default")

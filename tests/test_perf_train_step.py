@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from perf import cost, train_step
+from perf import cost, readme, train_step
 from perf.__main__ import main
 from perf.train_step import Kept, Ledger, totals
 
@@ -41,6 +41,15 @@ def test_bytes_by_hand(counts):
     # the image, both outputs and their places, logits, and two numbers a row
     kept = 256 * (784 * 2 + 3 * (16 * 169 + 32 * 25) + 20 + 8 + 8)
     assert mine[2] == pytest.approx(kept, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_the_committed_counts_are_those_of_the_code(counts):
+    """README's table is made of them."""
+    committed = json.loads(readme.STEP.read_text())["steps"]
+    (step,) = [step for step in committed if step["batch"] == 256]
+    for name in ("tilelab", "minimum"):  # operators of torch's depend on its version
+        assert step[name] == json.loads(json.dumps(counts[name]))
 
 
 def test_a_ledger_lists_what_launches():

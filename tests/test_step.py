@@ -130,19 +130,17 @@ class Tape:
         self.replays += 1
         self.work()
 
-    def pool(self):
-        return "pool"
-
 
 @pytest.fixture
 def tapes(monkeypatch):
     """TrainSteps with graph=True get Tapes, which this lists, with the pools they asked for."""
-    made, streams = [], iter(range(100))
+    made = []
 
     def watch(train_step):
         @contextlib.contextmanager
         def capture(graph, stream, pool):
-            (owner,) = (g for g in train_step.steps.values() if g.stream is stream)
+            assert all(g.stream is stream for g in train_step.steps.values())
+            owner = next(g for g in train_step.steps.values() if g.graph is None)
             state = train_step.optimizer.state.values()
             tensors = [*train_step.model.parameters(), *train_step.copies.values()]
             tensors += [x for s in state for x in s.values()]
@@ -161,14 +159,14 @@ def tapes(monkeypatch):
 
     class Stream:
         def __init__(self, device):
-            self.number = next(streams)
+            self.device = device
 
         def wait_stream(self, other):
             pass
 
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream("cpu"))
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "shared")
     watch.made = made

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kernels import _launch
+from nets import step
 from perf import shapes, workloads
 from perf.errors import PerfError
 from perf.gate import Gate
@@ -175,6 +176,42 @@ def test_our_training_step_computes_with_copies():
     assert verdict.problem is None
     loss, *grads = prepare(w, "tilelab", DEVICE, 3)()
     assert loss.dtype == torch.float32 and {g.dtype for g in grads} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("impl", ["tilelab", "graph"])
+def test_of_a_step_in_a_graph_a_replay_is_judged(impl, dtype, monkeypatch):
+    """The first call of a graph runs a step and captures; the second replays, of later weights."""
+    made = []
+
+    class Graph:
+        def __init__(self, work, stream):
+            self.work, self.stream, self.results = work, "a stream", []
+            made.append(self)
+
+        def __call__(self):
+            self.results.append(self.work())
+            return self.results[-1]
+
+    monkeypatch.setattr(step, "Graph", Graph)
+    w = tiny("train_step", "step", dtype)
+    call = prepare(w, impl, DEVICE, 3)
+    loss, *grads = call()
+    (graph,) = made
+    (first, *_), replay = graph.results
+    assert loss is replay[0] and torch.equal(loss, first)
+    for grad, judged in zip(grads, replay[1:], strict=True):
+        assert grad.data_ptr() == judged.data_ptr()
+    assert not torch.equal(call()[0], call()[0]) and len(graph.results) == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("impl", ["tilelab", "graph", "compile"])
+def test_a_replay_is_right(impl, dtype):
+    w = tiny("train_step", "step", dtype)
+    gate = Gate(w, DEVICE, seed=3)
+    assert gate.check(prepare(w, impl, DEVICE, 3), impl).problem is None
 
 
 @pytest.mark.slow
