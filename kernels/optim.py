@@ -650,12 +650,12 @@ class AdamW(_Optimizer):
         return state["step"].item(), [*moments, p]
 
     def _ticket(self, group: dict[str, Any], rows: list) -> torch.Tensor | None:
-        """A zero for each row. The kernel leaves them zero."""
+        """A zero for each row, or more. The kernel leaves them zero."""
         if not group["capturable"]:
             return None
-        device = rows[0][0].device
-        if len(self._tickets.get(device, ())) < len(rows):
-            self._tickets[device] = torch.zeros(len(rows), dtype=torch.int32, device=device)
+        device, count = rows[0][0].device, len(group["params"])  # all, or a capture may need more
+        if len(self._tickets.get(device, ())) < count:
+            self._tickets[device] = torch.zeros(count, dtype=torch.int32, device=device)
         if _captured is not None:
             _captured.append((self._tickets[device], None))
         return self._tickets[device]

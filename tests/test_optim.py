@@ -862,6 +862,21 @@ def test_replays_are_steps(cls, flags, graphs):
     assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
 
 
+def test_tickets_are_made_before_a_capture_needs_them():
+    """Of steps that had few gradients: what a capture makes, only a replay would set to zero."""
+    params = parameters(torch.float32, [(4,), (5,), (6,)])
+    optimizer = AdamW(params, capturable=True)
+    made = []
+    for p in params:
+        set_gradients([p], 0)
+        optimizer.step()
+        optimizer.zero_grad()
+        made.append(optimizer._tickets[p.device])
+    set_gradients(params, 1)
+    optimizer.step()
+    assert all(t is made[0] for t in [*made, optimizer._tickets[params[0].device]])
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="there the real thing is tested")
 def test_what_cannot_be_captured(graphs, monkeypatch):
     params = parameters(torch.float32)
