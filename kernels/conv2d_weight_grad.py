@@ -670,17 +670,16 @@ def _layout(plan: Plan, items: tuple, sms: int, has_bias: bool) -> _Layout:
     work = (cdiv(rows, box_r) * cdiv(span, box_c) + has_bias) * blocks_k * parts
     programs = min(work, tile["PROGRAMS_PER_SM"] * sms) if tile["PROGRAMS_PER_SM"] else work
     stored_rows = max(1, box_r // subtiles)
-    dw_box = [1, m // plan.neighbours[0], stored_rows, n // subtiles // stored_rows]
+    pixels, x_step, x_first = plan.neighbours
+    dw_box = [1, m // pixels, stored_rows, n // subtiles // stored_rows]
     return _Layout(
         programs,
         (*plan.dy, [1, 1, k, m]),
         (*plan.x, [k, 1, box_r, 1, box_c]),
         ((parts, K, rows, span), (K * rows * span, rows * span, span, 1), dw_box),
-        (
-            N, P, Q, K, *plan.image, rows, span, parts,
-            plan.taps_w, *plan.geometry, *plan.neighbours,
-        ),
+        (N, P, Q, K, *plan.image, rows, span, parts, plan.taps_w, *plan.geometry),
         dict(
+            DY_PIXELS=pixels, X_STEP=x_step, X_FIRST=x_first,
             WINDOWS=plan.windows, HAS_BIAS=has_bias, BOX_C=box_c, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k,
             SUBTILES=subtiles, num_warps=tile["num_warps"], num_stages=tile["num_stages"],
         ),
