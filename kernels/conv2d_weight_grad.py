@@ -272,9 +272,9 @@ def conv2d_weight_grad_kernel(
 #
 # Images of fewer than 8 channels are packed first, padding and all, as in conv2d_tma.py.
 #
-# With padding, and up to 85 channels of three taps, pixels side by side are columns. Of 64 filters
+# With padding, and up to 80 channels of three taps, pixels side by side are columns. Of 64 filters
 # and 64 channels a tile of one tap is 64x64, for which the L2 cache has to hand out a byte for each
-# 32 FLOPs: it hands out fast enough for a third of what tensor cores do. But in memory the pixels
+# 32 FLOPs, and it can for a third of what tensor cores do, by estimate. But in memory the pixels
 # of a row of x are one row of W*C numbers, of which 256 are four pixels, and the taps of a row are
 # next to each other. If x is seen as [N, H, 1, 1, W*C] a box of it, and one of two pixels of dy if
 # that is seen as [P, Q/2, N, 2*K], have six products of 64x64 that are wanted, of eight:
