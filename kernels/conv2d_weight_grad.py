@@ -297,7 +297,8 @@ def conv2d_weight_grad_kernel(
 # products are left out: dy is in the cache for it, too.
 #
 # What triton 3.6.0 and 3.9.0 make of it for sm_90, bfloat16, a 3x3 layer; not run. Where a tile has
-# several rows of taps, x goes through registers on its way to the tensor cores: up to 152.
+# several rows of taps, x goes through registers on its way to the tensor cores: up to 152, and the
+# next box of x is asked for when the product is done. An SM's other program has to fill the time.
 #
 #                     registers   shared memory   instructions a step
 #     128x256x64      154, 154      208 KiB          107, 105
@@ -441,7 +442,8 @@ def conv2d_weight_grad_tma_kernel(
             k = (job - tiles) * BLOCK_M
             first, last = _share(P * Q * tl.cdiv(N, BLOCK_K), part, PARTS)
             total = tl.full((BLOCK_K, BLOCK_M), 0.0, tl.float32)
-            for step in range(first, last):
+            # A loop without a product is pipelined only where it is told to be.
+            for step in tl.range(first, last, num_stages=4):
                 p, q, n = step // Q % P, step % Q, step // (P * Q) * BLOCK_K
                 dy_tile = tl.reshape(dy.load([p, q, n, k]), (BLOCK_K, BLOCK_M))
                 total += dy_tile.to(tl.float32)
@@ -488,7 +490,9 @@ class Plan(NamedTuple):
 UNIT = 8  # elements that TMA steps by: 16 bytes
 FEW_IMAGES = 16  # below this more than half of a step of 32 images would be zeros
 FEW_CHANNELS = 64  # below this a tile has the taps of whole windows, if it can
-STEP_CLOCKS = 20  # of a step, to wait for its barrier: an estimate, by which equal tiles differ
+# Estimates, in clocks: of a step, to wait for its barrier, by which equal tiles differ; and of a
+# load, where nothing else is done meanwhile but by the SM's other program.
+STEP_CLOCKS, LOAD_CLOCKS = 20, 1000
 PLAIN = (1, 1, 0, 0, 1, 1)  # stride, padding and dilation of a tap that is at every pixel
 
 
@@ -597,7 +601,7 @@ def pixels_inside(first: int, size: int, windows: int, stride: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def fast_tile(plan: Plan, sms: int) -> dict:
+def fast_tile(plan: Plan, sms: int, has_bias: bool = False) -> dict:
     """Of FAST_TILES the one, and the parts, with which the busiest SM should be done first."""
     best = None
     for tile in FAST_TILES[2]:
@@ -605,7 +609,8 @@ def fast_tile(plan: Plan, sms: int) -> dict:
         N, _, _, K = seen.size
         rows, span = seen.dw
         box_r, box_c = _box(seen, tile)
-        tiles = cdiv(rows, box_r) * cdiv(span, box_c) * cdiv(K, tile["BLOCK_M"])
+        blocks = cdiv(rows, box_r) * cdiv(span, box_c) + has_bias  # the sum of dy is one more
+        tiles = blocks * cdiv(K, tile["BLOCK_M"])
         steps = _pixels(seen) * cdiv(N, tile["BLOCK_K"])
         # Whole turns of the GPU, and powers of two; a part has eight steps at least.
         parts = {turns * sms // tiles for turns in range(1, 9)} | {1 << i for i in range(11)}
@@ -613,7 +618,11 @@ def fast_tile(plan: Plan, sms: int) -> dict:
             if split == 1 or split * 8 <= steps:
                 tried = tile | dict(SPLIT_K=split)
                 clocks = busiest_sm(tried, tiles, steps, K * rows * span, 2, sms)
-                clocks += STEP_CLOCKS * cdiv(tiles * split, sms) * cdiv(steps, split)
+                turns = cdiv(tiles * split, sms)
+                beside = max(1, min(turns, tile["PROGRAMS_PER_SM"]))  # programs of an SM
+                # Several rows of taps pass through registers, and then no load is ahead.
+                waits = LOAD_CLOCKS // beside if box_r > 1 else STEP_CLOCKS
+                clocks += waits * turns * cdiv(steps, split)
                 if best is None or clocks < best[0]:
                     best = clocks, tried
     return best[1]
@@ -741,7 +750,7 @@ def _weight_grad(x, dy, weight, stride, padding, dilation, groups, with_bias):
     if plan is not None:
         kernels = ("pointer", "tma")
         if device_of(x) is not INTERPRETER:
-            default = {2: fast_tile(plan, device_of(x).sms)}
+            default = {2: fast_tile(plan, device_of(x).sms, with_bias)}
     tile = choose_tile("conv2d_weight_grad", x.dtype, default, kernels, K=M, M=K, N=R * S * C)
     if "kernel" in tile:
         conv2d_weight_grad_tma(plan, x, dy, dweight, dbias, tile, padding)

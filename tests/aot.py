@@ -254,8 +254,9 @@ def compile_launch(launch):
     assembly = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
     row["tensor_cores"] = sorted(set(re.findall(TENSOR_CORES, assembly)))
     row["dots"] = compiled.asm["ttir"].count("tt.dot ")
-    before, _, _ = compiled.asm["ttgir"].rpartition("scf.for")  # the innermost, which is the last
+    before, _, last = compiled.asm["ttgir"].rpartition("scf.for")  # the innermost, or the last one
     row["ahead"] = "async_tma_copy_global_to_local" in before  # loads of TMA for later steps
+    row["waits"] = "init_barrier" in last.partition("scf.yield")[0]  # for each load as it asks
     return row | {"hash": compiled.hash}
 
 

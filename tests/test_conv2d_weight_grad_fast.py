@@ -591,10 +591,22 @@ def test_defaults_follow_the_shape():
     assert name(default((256, 64, 56, 56), 64, (3, 3), 1, 1)) == "128x256x64"  # two pixels by four
     assert name(default((32, 64, 56, 56), 64, (3, 3), 1, 1)) == "128x256x32"
     assert default((256, 64, 56, 56), 64, (3, 3), 2, 1)["BLOCK_N"] == 64
+    # All 4 x 64 of a window, and two programs an SM; of few images a row of taps, whose loads are
+    # ahead.
+    stem = default((256, 3, 224, 224), 64, (7, 7), 2, 3)
+    assert (stem["BLOCK_M"], stem["BLOCK_N"], stem["SPLIT_K"]) == (64, 256, 264)
     stem = default((32, 3, 224, 224), 64, (7, 7), 2, 3)
-    assert (stem["BLOCK_M"], stem["BLOCK_N"]) == (64, 256)  # all 4 x 64 of a window
+    assert (stem["BLOCK_M"], stem["BLOCK_N"], stem["SPLIT_K"]) == (64, 64, 33)
     one = fast_tile(plan_of(Conv((256, 512, 14, 14), 512, (3, 3), 1, 1)), 1)
     assert one["SPLIT_K"] == 1
+
+
+def test_the_sum_of_dy_is_work_that_the_parts_make_room_for():
+    """It is one more job for each block of filters: of 44 parts of three jobs, 33 of four."""
+    plan = plan_of(Conv((256, 64, 56, 56), 64, (3, 3), 1, 1))
+    plain, more = fast_tile(plan, 132), fast_tile(plan, 132, has_bias=True)
+    assert name(plain) == name(more) == "128x256x64"
+    assert (plain["SPLIT_K"], more["SPLIT_K"]) == (44, 33)
 
 
 # --- compiled -------------------------------------------------------------------------------------
@@ -619,6 +631,7 @@ def wrong(row, target):
             "operands": row["operands"] != "shared",
             "serialised": row["serialised"],
             "loads a step ahead": not row["ahead"],
+            "loads of the sum of dy": row["constants"]["HAS_BIAS"] and row["waits"],
             "loop": row["loop_instructions"] > (160 if row["constants"]["WINDOWS"] else 120),
             # As many programs as the tile says: of each 1 KiB is the system's.
             "an SM's shared memory": (row["shared"] + 1024) * per_sm > 228 * 1024,
