@@ -17,7 +17,7 @@ OPS = (
     *("matmul", "matmul_bias_relu", "scaled_matmul", "bias_relu", "softmax", "cross_entropy"),
     *("max_pool2d", "sgd", "adamw"),
 )
-CONVOLUTIONS = ("conv2d", "conv2d_bias_relu", "conv2d_relu_pool")
+CONVOLUTIONS = ("conv2d", "conv2d_bias_relu", "conv2d_relu_pool", "conv_stack", "train_step")
 CONV_LAYER = "resnet50.layer3.1.conv2 n256"  # 3x3, 256 channels of 14 x 14 pixels
 
 
@@ -53,6 +53,14 @@ def conv_tiles(path: Path = PREDICTED) -> str:
     lesson, fast = (importlib.import_module(f"kernels.{m}") for m in ("conv2d", "conv2d_tma"))
     rows = [row for row in _rows(path, "conv2d") if row["shape_name"] == CONV_LAYER]
     tiles = [*lesson.RUNGS, _largest(lesson.TILES), *fast.FAST_TILES[2]]
+    return _tiles(rows, tiles, "operands from", f"predicted for {CONV_LAYER.split('.', 1)[1]}")
+
+
+def gradient_tiles(mode: str, path: Path = PREDICTED) -> str:
+    """The same of a gradient, "dgrad" or "wgrad", for the same layer: its kernel for Hopper."""
+    lesson = {"dgrad": "conv2d_tma", "wgrad": "conv2d_weight_grad"}[mode]
+    tiles = importlib.import_module(f"kernels.{lesson}").FAST_TILES[2]
+    rows = [row for row in _rows(path, "conv2d", mode) if row["shape_name"] == CONV_LAYER]
     return _tiles(rows, tiles, "operands from", f"predicted for {CONV_LAYER.split('.', 1)[1]}")
 
 
@@ -96,10 +104,10 @@ def _largest(tiles: list[dict]) -> dict:
     return max((t for t in tiles if "kernel" not in t), key=_elements_of_a_step)
 
 
-def _rows(path: Path, op: str) -> list[tried.Row]:
-    """The rows of an operator forward in 16 bits that were compiled to the end."""
+def _rows(path: Path, op: str, mode: str = "fwd") -> list[tried.Row]:
+    """The rows of an operator in 16 bits that were compiled to the end."""
     _, rows = tried.read([path], note=lambda text: None)
-    about = op, "fwd", "bfloat16"
+    about = op, mode, "bfloat16"
     mine = [row for row in rows if (row["op"], row["mode"], row["dtype"]) == about]
     return [row for row in mine if row.get("predicted_tflops")]
 
@@ -109,6 +117,7 @@ def _elements_of_a_step(tile: dict) -> int:
 
 
 if __name__ == "__main__":
-    tables = fast_tiles(), speeds(), conv_tiles(), speeds(ops=CONVOLUTIONS), training_step()
+    tables = [fast_tiles(), speeds(), conv_tiles(), gradient_tiles("dgrad")]
+    tables += [gradient_tiles("wgrad"), speeds(ops=CONVOLUTIONS), training_step()]
     for table in tables:
         print(f"{table}\n")

@@ -16,6 +16,8 @@ def test_the_tables_are_those_of_the_committed_results():
     assert readme.fast_tiles() in README
     assert readme.speeds() in README
     assert readme.conv_tiles() in README
+    assert readme.gradient_tiles("dgrad") in README
+    assert readme.gradient_tiles("wgrad") in README
     assert readme.speeds(ops=readme.CONVOLUTIONS) in README
     assert readme.training_step() in README
 
@@ -58,6 +60,19 @@ def test_the_table_of_tiles_of_convolutions(results):
     assert lines[4].startswith("| `tma 256x128x64 w8 s3` | 168 | 0 | 210 KiB | 64x256x16 | shared")
     assert lines[4].endswith("| TMA | 77 | 702 TFLOP/s |")
     assert lines[2].count("|") == lines[0].count("|") == lines[1].count("|")
+
+
+@pytest.mark.parametrize("mode, lesson", [("dgrad", "conv2d_tma"), ("wgrad", "conv2d_weight_grad")])
+def test_the_tables_of_tiles_of_gradients(mode, lesson, tmp_path):
+    """Of the mode alone: a tile of the forward is one of its input gradient, too."""
+    tiles = importlib.import_module(f"kernels.{lesson}").FAST_TILES[2]
+    layer = perf_rows.conv("resnet50.layer3.1.conv2", 256, 256, 14, 256, 3)
+    rows = [row(layer, tiles[1], mode=mode), row(layer, tiles[0], mode=mode, registers=99)]
+    rows.append(row(layer, tiles[0]))
+    path = perf_rows.write(tmp_path / "r.jsonl", perf_rows.header(False), *rows)
+    lines = readme.gradient_tiles(mode, path).splitlines()
+    assert len(lines) == 4 and "| 99 |" in lines[2] and "| 168 |" in lines[3]
+    assert "| 99 |" not in readme.conv_tiles(path)
 
 
 def test_the_table_of_a_training_step(tmp_path):
