@@ -184,7 +184,7 @@ def provenance(shown: Sequence[Workload]) -> str:
         _some({dtype_text(w.dtype, w.precision) for w in shown}),
         _some({f"{w.op} {w.mode}" for w in shown}),
         days[0] + (f" to {days[-1]}" if days[-1] != days[0] else "") if days else "",
-        f"commit {_some(commits)}" if commits else "",
+        f"commit {_some(commits, most=2)}" if commits else "",
         "hot cache" if any(w.cache == "hot" for w in shown) else "",
     ]
     return " · ".join(filter(None, parts))

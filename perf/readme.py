@@ -17,7 +17,7 @@ OPS = (
     *("matmul", "matmul_bias_relu", "scaled_matmul", "bias_relu", "softmax", "cross_entropy"),
     *("max_pool2d", "sgd", "adamw"),
 )
-CONVOLUTIONS = ("conv2d", "conv2d_bias_relu", "conv2d_relu_pool", "conv_stack", "train_step")
+CONVOLUTIONS = ("conv2d", "conv2d_bias_relu", "conv2d_relu_pool")
 CONV_LAYER = "resnet50.layer3.1.conv2 n256"  # 3x3, 256 channels of 14 x 14 pixels
 
 
@@ -57,11 +57,16 @@ def conv_tiles(path: Path = PREDICTED) -> str:
 
 
 def gradient_tiles(mode: str, path: Path = PREDICTED) -> str:
-    """The same of a gradient, "dgrad" or "wgrad", for the same layer: its kernel for Hopper."""
+    """The same of a gradient, "dgrad" or "wgrad", for the same layer: its kernel for Hopper.
+
+    First the tile that a call takes, where that has its sum in parts.
+    """
     lesson = {"dgrad": "conv2d_tma", "wgrad": "conv2d_weight_grad"}[mode]
     tiles = importlib.import_module(f"kernels.{lesson}").FAST_TILES[2]
     rows = [row for row in _rows(path, "conv2d", mode) if row["shape_name"] == CONV_LAYER]
-    return _tiles(rows, tiles, "operands from", f"predicted for {CONV_LAYER.split('.', 1)[1]}")
+    chosen = [row["tile"] for row in rows if row.get("default") and row["tile"] not in tiles]
+    layer = CONV_LAYER.split(".", 1)[1]
+    return _tiles(rows, [*chosen, *tiles], "operands from", f"predicted for {layer}")
 
 
 def training_step(path: Path = STEP) -> str:
