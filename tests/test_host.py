@@ -11,11 +11,10 @@ from perf.host import _child, _imports, _run, measure
 
 LIMIT = 10.0  # us a call for checks, the tile look-up and descriptors together
 LIMITS = {"matmul": LIMIT, "conv2d": 11.0}  # whose geometry is checked and planned besides
-# The limit holds on a machine where plain Python takes this long for `yardstick` (us). On a faster
-# one it stays. On a slower one it grows, and by more than that: what makes Python wait for memory
-# costs a call more than it costs a loop.
+# The limit holds on a machine where plain Python takes this long for `yardstick` (us). On a slower
+# one it grows as much; on a faster one it stays.
 YARDSTICK = 2.8
-TRIES = 3  # in other minutes: a machine that others use is slow for a while
+TRIES = 5  # some seconds apart: a machine that others use is slow for a while
 CHILD = """
 import json
 from perf import host
@@ -45,7 +44,7 @@ def test_checks_and_tile_look_up_are_cheap(op):
         yardstick, least = calls(attempt)
         assert least[f"{op}: descriptors"] > 0.5
         cost = sum(least.get(f"{op}: {part}", 0.0) for part in parts)
-        limit = LIMITS[op] * max(1.0, yardstick / YARDSTICK) ** 1.5
+        limit = LIMITS[op] * max(1.0, yardstick / YARDSTICK)
         if cost <= limit:
             return
     pytest.fail(f"{cost:.1f} us, where {limit:.1f} are allowed")
