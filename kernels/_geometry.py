@@ -97,9 +97,18 @@ def as_pixels(x, stride, padding, groups):
     sn, sc, sh, sw = x.stride()
     if groups > 1 or any(s != 1 for s in stride) or any(padding) or not x.numel():
         return None
-    if (H > 1 and W > 1 and sh != W * sw) or (
-        N > 1 and H * W > 1 and sn != H * W * (sw if W > 1 else sh)
-    ):
-        return None
-    step = sw if W > 1 else sh if H > 1 else sn
-    return x.as_strided((N * H * W, C), (step, sc))
+    step = even_step((N, H, W), (sn, sh, sw))
+    return None if step is None else x.as_strided((N * H * W, C), (step, sc))
+
+
+def even_step(sizes: tuple[int, ...], steps: tuple[int, ...]) -> int | None:
+    """From one element to the next, if all of them, in this order, lie evenly; None if not."""
+    step = expected = None
+    for size, s in zip(reversed(sizes), reversed(steps), strict=True):
+        if size > 1:
+            if step is None:
+                step = s
+            elif s != expected:
+                return None
+            expected = s * size
+    return steps[0] if step is None else step

@@ -72,7 +72,7 @@ from kernels._launch import (
 from kernels.bias_relu import bias_backward, bias_relu_backward
 from kernels.conv2d_depthwise import conv2d_depthwise, is_depthwise
 from kernels.conv2d_input_grad import conv2d_input_grad
-from kernels.conv2d_tma import choices, conv2d_tma, plan_for
+from kernels.conv2d_tma import choices, conv2d_tma, fast_tile, plan_for
 from kernels.conv2d_weight_grad import conv2d_weight_bias_grad, conv2d_weight_grad
 from kernels.matmul import matmul_into
 
@@ -347,7 +347,10 @@ def _conv2d(
 
     can = ("pointer", *(tile["kernel"] for tile in RUNGS)) if op == "conv2d" else ("pointer",)
     plan = plan_for(x, weight, stride, padding, dilation, groups, precision)
-    default, can = choices(plan, x, FLAT_DEFAULT if flat else DEFAULT, can)
+    default, can = choices(
+        plan, x, FLAT_DEFAULT if flat else DEFAULT, can,
+        lambda sms: fast_tile(plan, x.itemsize, sms),
+    )  # fmt: skip
     tile = choose_tile(op, x.dtype, default, can, M=M, N=K, K=R * S * C if flat else C)
     rung = tile.get("kernel", "flat" if flat else "pointer")
     if rung == "tma":

@@ -82,7 +82,6 @@ import triton.language as tl
 
 from kernels._geometry import as_pixels, empty_channels_last
 from kernels._launch import (
-    INTERPRETER,
     cdiv,
     choose_tile,
     descriptor,
@@ -96,6 +95,7 @@ from kernels.conv2d_tma import (
     FAST_TILES,
     LARGEST,
     Plan,
+    choices,
     filters_as_they_lie,
     folded_plan,
     packed_filter,
@@ -592,17 +592,6 @@ def _layout(plan: Plan, items: tuple, sms: int, item: int, packed: bool) -> _Lay
     )  # fmt: skip
 
 
-def _choices(plan: Plan | None, dy, relu: bool = False):
-    """What `choose_tile` is to choose from, with a plan and without."""
-    if plan is None:
-        return DEFAULT, ("pointer",)
-    device = device_of(dy)
-    if device is INTERPRETER:
-        return DEFAULT, ("pointer", "tma")
-    item = dy.element_size()
-    return {item: fast_tile(plan, item, device.sms, relu)}, ("pointer", "tma")
-
-
 @torch.library.custom_op("tilelab::conv2d_input_grad", mutates_args=())
 def conv2d_input_grad(
     dy: torch.Tensor,
@@ -617,17 +606,21 @@ def conv2d_input_grad(
     dx = empty_channels_last(input_size, dy)
     (N, _, H, W), (_, C, R, S), (_, K, P, Q) = input_size, weight.shape, dy.shape
     precision = dot_precision(dy.dtype, torch.backends.cudnn.conv)
-    plan = plan_for(dy, weight, input_size, stride, padding, dilation, groups, precision)
     pixels = as_pixels(dy, stride, padding, groups) if R * S == 1 else None
+    plan = None
+    if pixels is None or precision == "tf32":
+        plan = plan_for(dy, weight, input_size, stride, padding, dilation, groups, precision)
     # A filter of one pixel: a matmul. For TF32, which wants its columns packed, only if it must.
-    if pixels is not None and (plan is None or precision != "tf32"):
+    if pixels is not None and plan is None:
         rows = dx.permute(0, 2, 3, 1).view(N * H * W, C)
         matmul_into(rows, pixels, weight.view(K, C), None, None, precision)
         return dx
 
     K //= groups
     M = N * cdiv(H, stride[0]) * cdiv(W, stride[1])  # pixels of the largest class
-    default, kernels = _choices(plan, dy)
+    default, kernels = choices(
+        plan, dy, DEFAULT, ("pointer",), lambda sms: fast_tile(plan, dy.itemsize, sms)
+    )
     tile = choose_tile("conv2d_input_grad", dy.dtype, default, kernels, M=M, N=C, K=K)
     if "kernel" in tile:
         conv2d_input_grad_tma(plan, dy, weight, None, dx, None, tile, precision, padding)
@@ -666,7 +659,9 @@ def conv2d_input_grad_relu(
     if plan is not None and plan.fold is None:
         (N, C, H, W), K = x.shape, dy.shape[1]
         M = N * cdiv(H, stride[0]) * cdiv(W, stride[1])
-        default, kernels = _choices(plan, dy, relu=True)
+        default, kernels = choices(
+            plan, dy, DEFAULT, ("pointer",), lambda sms: fast_tile(plan, dy.itemsize, sms, True)
+        )
         tile = choose_tile("conv2d_input_grad_relu", dy.dtype, default, kernels, M=M, N=C, K=K)
         if "kernel" in tile:
             dz, dbias = torch.empty_like(x), dy.new_empty(C)

@@ -27,8 +27,8 @@ Its gradients are a lesson of their own: conv2d_relu_pool_grad.py.
 Memory-bound for small C and K: e(|x| + |y|) + |y| bytes forward, against e(|x| + 4|z| + |y|) of
 three kernels, with |z| = 4|y|.
 
-Read first: conv2d.py. Source: the fusion is the one every inference engine
-does; keeping the place as a byte instead of z is what makes it pay in training.
+Read first: conv2d.py. Source: the fusion is the one every inference engine does; keeping the place
+as a byte instead of z is what makes it pay in training.
 """
 
 import torch
@@ -38,7 +38,7 @@ import triton.language as tl
 from kernels._geometry import check_conv2d, empty_channels_last, output_size
 from kernels._launch import autocast, cdiv, choose_tile, dot_precision, launch
 from kernels.conv2d_relu_pool_grad import conv2d_relu_pool_backward
-from kernels.conv2d_tma import choices, conv2d_tma, first_of_largest, plan_for
+from kernels.conv2d_tma import choices, conv2d_tma, fast_tile, first_of_largest, plan_for
 
 
 def reference(x, weight, bias=None, padding=0):
@@ -147,7 +147,9 @@ def _conv2d_relu_pool(
     patch = (R + 1) * (S + 1) * C
     precision = dot_precision(x.dtype, torch.backends.cudnn.conv)
     plan = plan_for(x, weight, (1, 1), padding, (1, 1), 1, precision, pool=True)
-    default, can = choices(plan, x, DEFAULT, ("pointer",), pool=True)
+    default, can = choices(
+        plan, x, DEFAULT, ("pointer",), lambda sms: fast_tile(plan, x.itemsize, sms, pool=True)
+    )
     tile = choose_tile("conv2d_relu_pool", x.dtype, default, can, M=M, N=K, K=patch)
     if "kernel" in tile:  # the convolution's kernel, with this epilogue
         conv2d_tma(plan, x, weight, bias, "relu", y, tile, precision, padding, place)

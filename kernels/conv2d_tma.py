@@ -51,6 +51,7 @@ loop over taps; space to depth for a first layer is Google's, of ResNet-50 in ML
 
 import functools
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -460,12 +461,15 @@ def fast_tile(plan: Plan, item: int, sms: int, pool: bool = False) -> dict:
     return min(_possible(plan, item, pool), key=clocks)
 
 
-def choices(plan: Plan | None, x, default: dict, kernels: tuple, pool: bool = False):
-    """What `choose_tile` is to choose from, `default` and `kernels`, if there may be a plan too."""
+def choices(plan, x, default: dict, kernels: tuple, fast: Callable[[int], dict]):
+    """What `choose_tile` is to choose from, `default` and `kernels`, if there may be a plan too.
+
+    `fast` returns the plan's own choice, for so many SMs. A gradient's plan will do.
+    """
     if plan is None:
         return default, kernels
     if device_of(x) is not INTERPRETER:
-        default = {x.itemsize: fast_tile(plan, x.itemsize, device_of(x).sms, pool)}
+        default = {x.itemsize: fast(device_of(x).sms)}
     return default, (*kernels, "tma")
 
 
@@ -488,7 +492,7 @@ PACK_TILE = dict(BLOCK_M=64, BLOCK_N=16, num_warps=4)
 PACK_FILTER_TILE = dict(BLOCK_M=16, BLOCK_N=64, num_warps=4)
 
 
-def _packed_image(plan, x, padding):
+def packed_image(plan, x, padding):
     """Return x [N, C, H, W] as the plan has it: folded, padded, channels last."""
     size, _ = plan.x
     out = torch.empty(size, dtype=x.dtype, device=x.device)
@@ -539,7 +543,7 @@ def conv2d_tma(plan, x, weight, bias, activation, y, tile, precision, padding, p
     sms, split = device_of(x).sms, tile["SPLIT_K"]
     how = _layout(plan, tuple(tile.items()), sms, x.element_size(), pool, packed_w)
     if plan.fold is not None:
-        x = _packed_image(plan, x, padding)
+        x = packed_image(plan, x, padding)
     if packed_w:
         weight = packed_filter(plan, how.w[0], weight)
     out = y

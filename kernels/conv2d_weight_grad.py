@@ -87,8 +87,8 @@ import triton
 import triton.language as tl
 
 from kernels import conv2d_tma
+from kernels._geometry import even_step
 from kernels._launch import (
-    INTERPRETER,
     cdiv,
     choose_tile,
     descriptor,
@@ -514,19 +514,17 @@ def make_plan(
             folded = conv2d_tma.folded_plan(x_size, (K, C, R, S), stride, P, Q, UNIT)
         if folded is None:
             return None
-        (_, H, W, C), (sn, sh, sw, sc) = folded.x
+        (_, H, W, C), steps = folded.x[0], folded.x[1][:3]
         (R, S), geometry = folded.taps, folded.geometry
     else:
-        sn, sc, sh, sw = (s if n > 1 else C for n, s in zip(x_size, x_steps, strict=True))
-    dn, dk, dp, dq = (s if n > 1 else K for n, s in zip(dy_size, dy_steps, strict=True))
-    # Channels last, and no two elements in one place.
-    if C % UNIT or sc != 1 or any(s % UNIT or s < C for s in (sn, sh, sw)):
+        steps = conv2d_tma.pixel_steps(x_size, x_steps, UNIT)
+    dy_steps = conv2d_tma.pixel_steps(dy_size, dy_steps, UNIT)
+    if C % UNIT or steps is None or dy_steps is None:
         return None
-    if dk != 1 or any(s % UNIT or s < K for s in (dn, dp, dq)):
-        return None
+    (sn, sh, sw), (dn, dp, dq) = steps, dy_steps
 
     if (R, S) == (1, 1) and geometry[:4] == PLAIN[:4]:  # as many images of one pixel
-        step_x, step_dy = _even((N, H, W), (sn, sh, sw)), _even((N, P, Q), (dn, dp, dq))
+        step_x, step_dy = even_step((N, H, W), steps), even_step((N, P, Q), dy_steps)
         if step_x and step_dy:
             N, H, W, P, Q = N * P * Q, 1, 1, 1, 1
             sn, dn, dp, dq = step_x, step_dy, K, K
@@ -568,19 +566,6 @@ def as_neighbours(plan: Plan, tile: dict) -> Plan:
         geometry=(a, 1, pad_h, 0, dil_h, 1),
         neighbours=(pixels, pixels * C, -pad_w * C),
     )
-
-
-def _even(sizes: tuple, steps: tuple) -> int | None:
-    """From one pixel to the next, if all of all images lie evenly; None if not, or if it is one."""
-    step = expected = None
-    for size, s in zip(reversed(sizes), reversed(steps), strict=True):
-        if size > 1:
-            if step is None:
-                step = s
-            elif s != expected:
-                return None
-            expected = s * size
-    return step
 
 
 def plan_for(x, dy, taps, stride, padding, dilation, groups) -> Plan | None:
@@ -704,7 +689,7 @@ def conv2d_weight_grad_tma(plan, x, dy, dweight, dbias, tile, padding):
     parts = tile["SPLIT_K"]
     how = _layout(plan, tuple(tile.items()), device_of(x).sms, dbias is not None)
     if plan.folded is not None:
-        x = conv2d_tma._packed_image(plan.folded, x, padding)
+        x = conv2d_tma.packed_image(plan.folded, x, padding)
     out = dweight
     if plan.folded is not None or not dweight.is_contiguous(memory_format=torch.channels_last):
         out = torch.empty(plan.size[3], *plan.dw, dtype=x.dtype, device=x.device)
@@ -746,11 +731,9 @@ def _weight_grad(x, dy, weight, stride, padding, dilation, groups, with_bias):
     K //= groups
     M = N * P * Q
     plan = plan_for(x, dy, (R, S), stride, padding, dilation, groups)
-    default, kernels = DEFAULT, ("pointer",)
-    if plan is not None:
-        kernels = ("pointer", "tma")
-        if device_of(x) is not INTERPRETER:
-            default = {2: fast_tile(plan, device_of(x).sms, with_bias)}
+    default, kernels = conv2d_tma.choices(
+        plan, x, DEFAULT, ("pointer",), lambda sms: fast_tile(plan, sms, with_bias)
+    )
     tile = choose_tile("conv2d_weight_grad", x.dtype, default, kernels, K=M, M=K, N=R * S * C)
     if "kernel" in tile:
         conv2d_weight_grad_tma(plan, x, dy, dweight, dbias, tile, padding)

@@ -37,7 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from kernels import _launch
-from perf import cost, offline, timing, workloads
+from perf import cost, offline, results, timing, workloads
 from perf import device as devices
 from perf.errors import PerfError
 
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
             step["measured"] = measured(device, step["batch"], dtype)
         print(text(step))
     if args.json:
-        args.json.write_text(json.dumps({"steps": steps}, indent=1) + "\n")
+        results.write_whole(args.json, (json.dumps({"steps": steps}, indent=1) + "\n").encode())
         print(f"written to {args.json}")
     return 0
 
@@ -212,7 +212,7 @@ def entry(event: Any) -> tuple[str, int]:
         width, places = UPDATED[name]
         rows = next(arg for arg in event.args if isinstance(arg, list))
         moved += sum(_size(t) for place in places for t in rows[place::width])
-    return f"{name}", moved
+    return name, moved
 
 
 def _size(x: torch.Tensor) -> int:
