@@ -181,16 +181,20 @@ def conv2d_weight_grad_kernel(
     mask_n = offs_n < R * S * C
     x_cols = r * DIL_H * stride_xh + s * DIL_W * stride_xw + c * stride_xc
     first = tl.program_id(2).to(tl.int64) * CHUNK
-    last = tl.minimum(first + CHUNK, tl.cast(N, tl.int64) * P * Q)
+    pixels = tl.minimum(N * tl.cast(P, tl.int64) * Q - first, CHUNK).to(tl.int32)
+    first_q = (first % Q).to(tl.int32)  # from here on 32 bits do: they divide much faster than 64
+    first_p = (first // Q % P).to(tl.int32)
+    first_n = first // Q // P
 
     total = tl.full((BLOCK_M, BLOCK_K), 0.0, tl.float32)  # of dy, for the bias
     acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
-    for pixel in range(first, last, BLOCK_K):
-        offs_k = pixel + tl.arange(0, BLOCK_K).to(tl.int64)
-        mask_k = offs_k < last
-        q = offs_k % Q
-        p = offs_k // Q % P
-        n = offs_k // Q // P
+    for pixel in range(0, pixels, BLOCK_K):
+        offs_k = pixel + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < pixels
+        rows = first_p + (first_q + offs_k) // Q
+        q = ((first_q + offs_k) % Q).to(tl.int64)
+        p = (rows % P).to(tl.int64)
+        n = first_n + rows // P
         dy_cols = n * stride_dyn + p * stride_dyp + q * stride_dyq
         dy_ptrs = dy_ptr + (offs_m * stride_dyk)[:, None] + dy_cols[None, :]
         dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
@@ -229,7 +233,7 @@ def conv2d_weight_grad_kernel(
 # --- The fast kernel ------------------------------------------------------------------------------
 #
 # A step of the kernel above loads BLOCK_K pixels that lie side by side, of which each tap wants
-# others: all threads make addresses and masks, 1,093 instructions a step of 128x256x64, in which
+# others: all threads make addresses and masks, 1,095 instructions a step of 128x256x64, in which
 # the tensor cores are busy for 1,024 clocks. Since Hopper (sm_90) a GPU has the tensor memory
 # accelerator to make them (conv2d_tma.py introduces it), if what a step needs is a box of a tensor.
 # So what a step sums up are not the pixels of an image but the images of the batch, at one pixel:

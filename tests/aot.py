@@ -279,10 +279,10 @@ def report(dtypes, cases=CASES, only=None, tile=None):
 
 
 def chosen_by(module, events):
-    """The names under which the kernels of `module` were given their tiles."""
+    """The names under which the kernels of `module` were given tiles like those of its TILES."""
     names, pending = set(), []
     for event in events:
-        if isinstance(event, _launch.Choice):
+        if isinstance(event, _launch.Choice) and event.op != "matmul_reduce":  # no BLOCK_K
             pending.append(event.op)
         elif pending:
             if event.kernel.__module__ == module.__name__:
