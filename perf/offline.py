@@ -33,7 +33,7 @@ import torch
 
 import kernels  # before triton: it decides between interpreter and compiler
 from kernels import _launch
-from kernels.conv2d_weight_grad import pixels_inside
+from kernels.conv2d_weight_grad_tma import pixels_inside
 
 # isort: split
 import triton

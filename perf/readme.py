@@ -61,7 +61,7 @@ def gradient_tiles(mode: str, path: Path = PREDICTED) -> str:
 
     First the tile that a call takes, where that has its sum in parts.
     """
-    lesson = {"dgrad": "conv2d_tma", "wgrad": "conv2d_weight_grad"}[mode]
+    lesson = {"dgrad": "conv2d_tma", "wgrad": "conv2d_weight_grad_tma"}[mode]
     tiles = importlib.import_module(f"kernels.{lesson}").FAST_TILES[2]
     rows = [row for row in _rows(path, "conv2d", mode) if row["shape_name"] == CONV_LAYER]
     chosen = [row["tile"] for row in rows if row.get("default") and row["tile"] not in tiles]

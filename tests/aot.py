@@ -285,7 +285,7 @@ def chosen_by(module, events):
         if isinstance(event, _launch.Choice) and event.op != "matmul_reduce":  # no BLOCK_K
             pending.append(event.op)
         elif pending:
-            if event.kernel.__module__ == module.__name__:
+            if event.kernel.__module__.removesuffix("_tma") == module.__name__:
                 names.add(pending[-1])
             pending = []
     return names
@@ -397,7 +397,7 @@ def report_input_grad():
     lesson = importlib.import_module("kernels.conv2d_input_grad")
     set_precision("tf32")
     jobs = []
-    for item, tiles in lesson.FAST_TILES.items():
+    for item, tiles in importlib.import_module("kernels.conv2d_tma").FAST_TILES.items():
         dtype = torch.bfloat16 if item == 2 else torch.float32
         for tile in tiles if "tma" in DEVICE.kernels else []:
             small = tile["BLOCK_M"] * tile["BLOCK_N"] <= 128 * 128
@@ -444,8 +444,9 @@ def report_weight_grad():
     In parts the result is float32, and needs more room. Few channels go through registers.
     """
     lesson = importlib.import_module("kernels.conv2d_weight_grad")
-    jobs = [(torch.float16, "3x3", lesson.FAST_TILES[2][0], False)]
-    for tile in lesson.FAST_TILES[2]:
+    fast = importlib.import_module("kernels.conv2d_weight_grad_tma")
+    jobs = [(torch.float16, "3x3", fast.FAST_TILES[2][0], False)]
+    for tile in fast.FAST_TILES[2]:
         parts = tile | dict(SPLIT_K=4)
         jobs += [
             (torch.bfloat16, "3x3", tile, False),
@@ -476,8 +477,8 @@ def report_weight_grad():
             fn(x, images(N, K, P, Q, dtype=dtype), weight, *geometry)
         about = {"case": layer, "dtype": str(dtype)[6:], "tile": tile}
         launches = [e for e in events if isinstance(e, _launch.Launch)]
-        fast = [e for e in launches if e.kernel is lesson.conv2d_weight_grad_tma_kernel]
-        rows += [about | compile_launch(launch) for launch in fast]
+        launches = [e for e in launches if e.kernel is fast.conv2d_weight_grad_tma_kernel]
+        rows += [about | compile_launch(launch) for launch in launches]
     return rows
 
 

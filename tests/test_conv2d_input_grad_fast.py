@@ -15,10 +15,9 @@ import torch
 from kernels import _launch
 from kernels._launch import Device, use_tile
 from kernels.bias_relu import bias_relu_backward
-from kernels.conv2d_input_grad import (
-    TILES,
-    conv2d_input_grad,
-    conv2d_input_grad_relu,
+from kernels.conv2d_input_grad import TILES, conv2d_input_grad, conv2d_input_grad_relu
+from kernels.conv2d_input_grad_tma import (
+    _taps_of_classes,
     conv2d_input_grad_tma_kernel,
     fast_tile,
     make_plan,
@@ -475,7 +474,7 @@ def test_classes_with_most_taps_come_first(stride, dilation):
     for taps in range(1, 8):
         reached = [sum((h - r * dilation) % stride == 0 for r in range(taps))
                    for h in range(stride)]  # fmt: skip
-        assert module._taps_of_classes(taps, stride, dilation) == sorted(reached, reverse=True)
+        assert _taps_of_classes(taps, stride, dilation) == sorted(reached, reverse=True)
 
 
 @pytest.mark.parametrize("relu", [False, True])

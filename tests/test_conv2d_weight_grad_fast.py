@@ -1,7 +1,7 @@
 """The weight gradient's kernel for TMA: it agrees with float64, and is chosen where it can be.
 
 Here it runs in the interpreter, or on this machine's GPU. What it compiles to is held to its bars
-at the end. And what both kernels of the lesson can do besides: the bias gradient, atomics.
+at the end. And what both kernels can do besides: the bias gradient, atomics.
 """
 
 import functools
@@ -14,12 +14,12 @@ import torch
 
 from kernels import _launch, conv2d
 from kernels._launch import Device, use_tile
-from kernels.conv2d_weight_grad import (
+from kernels.conv2d_tma import LARGEST
+from kernels.conv2d_weight_grad import TILES, conv2d_weight_bias_grad, conv2d_weight_grad
+from kernels.conv2d_weight_grad_tma import (
     FAST_TILES,
-    TILES,
+    _layout,
     as_neighbours,
-    conv2d_weight_bias_grad,
-    conv2d_weight_grad,
     conv2d_weight_grad_tma_kernel,
     fast_tile,
     make_plan,
@@ -545,7 +545,7 @@ def test_plans_are_those_of_the_lesson():
 
 
 def test_as_many_pixels_as_the_unit_can_count():
-    width = module.conv2d_tma.LARGEST // 16
+    width = LARGEST // 16
     assert plan_of(Conv((16, 8, 1, width), 8, (1, 3), padding=(0, 1))) is not None
     assert plan_of(Conv((16, 8, 1, width + 1), 8, (1, 3), padding=(0, 1))) is None
 
@@ -558,7 +558,7 @@ def test_plans_are_what_tma_takes(conv):
         for sizes, steps in (plan.dy, plan.x):
             assert len(sizes) == len(steps) <= 5 and min(sizes) > 0
             assert steps[-1] == 1 and not any(step % 8 for step in steps[:-1])
-        how = module._layout(plan, tuple(tile.items()), 132, False)
+        how = _layout(plan, tuple(tile.items()), 132, False)
         for box in (how.dy[2], how.x[2], how.dw[2]):
             assert max(box) <= 256 and box[-1] * 2 >= 16
         (_, box_r, _, box_c) = how.x[2][1:]

@@ -150,6 +150,9 @@ def test_a_lesson_may_be_two_files():
     for op in ("conv2d", "conv2d_flat", "conv2d_grouped"):
         found = offline.lesson_tiles(op, "kernels.conv2d_tma", 2)
         assert found == (fast.FAST_TILES[2], conv.TILES, conv.RUNGS)
+    for op in ("conv2d_input_grad", "conv2d_weight_grad"):
+        slow, fast = (importlib.import_module(f"kernels.{op}{end}") for end in ("", "_tma"))
+        assert offline.lesson_tiles(op, fast.__name__, 2) == (fast.FAST_TILES[2], slow.TILES, [])
     assert offline.lesson_tiles("conv2d", "kernels.conv2d", 4) == ([], conv.TILES, conv.RUNGS)
     assert offline.lesson_tiles("conv2d", "kernels.conv2d_tma", 1)[0] == []
     rungs = {tile.get("kernel") for tile in offline.describe(CONV)["lesson"]}

@@ -62,7 +62,9 @@ def test_the_table_of_tiles_of_convolutions(results):
     assert lines[2].count("|") == lines[0].count("|") == lines[1].count("|")
 
 
-@pytest.mark.parametrize("mode, lesson", [("dgrad", "conv2d_tma"), ("wgrad", "conv2d_weight_grad")])
+@pytest.mark.parametrize(
+    "mode, lesson", [("dgrad", "conv2d_tma"), ("wgrad", "conv2d_weight_grad_tma")]
+)
 def test_the_tables_of_tiles_of_gradients(mode, lesson, tmp_path):
     """Of the mode alone: a tile of the forward is one of its input gradient, too."""
     tiles = importlib.import_module(f"kernels.{lesson}").FAST_TILES[2]
