@@ -446,7 +446,8 @@ def report_weight_grad():
     lesson = importlib.import_module("kernels.conv2d_weight_grad")
     fast = importlib.import_module("kernels.conv2d_weight_grad_tma")
     jobs = [(torch.float16, "3x3", fast.FAST_TILES[2][0], False)]
-    for tile in fast.FAST_TILES[2]:
+    deep = [tile for tile in fast.FAST_TILES[2] if tile["BLOCK_K"] == 64]
+    for tile in fast.FAST_TILES[2] if DEVICE.capability == 90 else deep:  # the others are alike
         parts = tile | dict(SPLIT_K=4)
         jobs += [
             (torch.bfloat16, "3x3", tile, False),

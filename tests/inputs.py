@@ -68,9 +68,14 @@ def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
 
 
 def double(*tensors: Any) -> Any:
-    """The float64 twins, for the reference; what is no floating tensor stays as it is."""
+    """The float64 twins, for the reference; what is no floating tensor stays as it is.
+
+    Contiguous: some of torch's own gradients refuse other layouts (slow_conv2d of a weight's).
+    """
     twins = [
-        x.detach().double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        x.detach().double().contiguous()
+        if isinstance(x, torch.Tensor) and x.is_floating_point()
+        else x
         for x in tensors
     ]
     return twins[0] if len(twins) == 1 else twins

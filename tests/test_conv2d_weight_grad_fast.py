@@ -657,7 +657,7 @@ def test_every_tile_compiles_to_the_bars_on_hopper():
 @pytest.mark.slow
 def test_every_tile_compiles_for_the_next_gpu():
     rows = compiled("sm_100", "--weight-grad")["launches"]
-    assert len(rows) > 4 * len(FAST_TILES[2])
+    assert len(rows) > 4 * sum(tile["BLOCK_K"] == 64 for tile in FAST_TILES[2])
     problems = [f"{what} of {describe(row)}" for row in rows for what in wrong(row, "sm_100")]
     assert not problems, "\n".join(problems)
 
