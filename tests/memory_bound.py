@@ -180,7 +180,8 @@ def bulk(ttir):
     return {(kind, at): (n, size) for kind, at, n, size, _ in found if n == most}
 
 
-LINE = r"\s*\.loc\s+\d+\s+(\d+)(?:.*inlined_at\s+\d+\s+(\d+))?"  # its own, its caller's
+# Its own line and its caller's: `inlined_at 1 106 9`, with older tritons `// .. @[ file.py:106:9 ]`
+LINE = r"\s*\.loc\s+\d+\s+(\d+)(?:.*(?:inlined_at\s+\d+\s+|@\[ [^:]*:)(\d+))?"
 
 
 def widths(ptx):
