@@ -287,6 +287,12 @@ def splits(programs: int, steps: int) -> int:
     return 1 if INTERPRET else max(1, min(512 // max(programs, 1), steps // 8))
 
 
+def persistent(tile: dict, work: int, sms: int) -> int:
+    """How many programs go through `work` tiles: PROGRAMS_PER_SM on each SM; of 0, one a tile."""
+    per_sm = tile["PROGRAMS_PER_SM"]
+    return min(work, per_sm * sms) if per_sm else work
+
+
 def cdiv(a: int, b: int) -> int:
     """`a / b` rounded up; `triton.cdiv` spends 2 us on the same, since kernels may call it too."""
     return -(-a // b)

@@ -42,17 +42,17 @@ Read first: conv2d_input_grad.py, conv2d_tma.py.
 import functools
 import itertools
 import math
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from kernels._launch import cdiv, choose_tile, descriptor, device_of, launch
+from kernels._launch import cdiv, choose_tile, descriptor, device_of, launch, persistent
 from kernels._rows import sum_partials
 from kernels.conv2d_tma import (
     FAST_TILES,
     LARGEST,
+    Layout,
     Plan,
     filters_as_they_lie,
     folded_plan,
@@ -354,28 +354,13 @@ def conv2d_input_grad_tma(plan, dy, weight, x, dx, dbias, tile, precision, paddi
         sum_partials(sums, dbias)
     if split > 1:
         N, H, W, C = plan.size
-        reduce_parts(out, None, None, dx, N * H * W, C, how.images // split * H * W, split)
+        reduce_parts(out, None, None, dx, N * H * W, C, how.out[0][0] // split * H * W, split)
     if plan.fold is not None:
         _unfold(plan, dx, result, padding)
 
 
-class _Layout(NamedTuple):
-    """What of a launch follows from its plan and tile: as the launch has it."""
-
-    programs: int
-    boxes: int
-    images: int
-    sizes: tuple[int, ...]
-    box: list[int]
-    w: tuple[tuple, tuple]
-    w_box: list[int]
-    out: tuple[tuple, tuple]
-    out_box: list[int]
-    meta: dict
-
-
 @functools.lru_cache(maxsize=4096)
-def _layout(plan: Plan, items: tuple, sms: int, item: int, packed: bool) -> _Layout:
+def _layout(plan: Plan, items: tuple, sms: int, item: int, packed: bool) -> Layout:
     tile = dict(items)
     (N, H, W, C), K = plan.size, plan.x[0][3]
     m, n, k, split = (tile[x] for x in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT_K"))
@@ -386,15 +371,14 @@ def _layout(plan: Plan, items: tuple, sms: int, item: int, packed: bool) -> _Lay
     tn, th, tw = pixel_box(N, rows, columns, m)
     boxes_n = cdiv(N, tn)
     boxes = boxes_n * cdiv(rows, th) * cdiv(columns, tw) * a * b
-    work = boxes * cdiv(C, n) * split
-    programs = min(work, tile["PROGRAMS_PER_SM"] * sms) if tile["PROGRAMS_PER_SM"] else work
     images = N if split == 1 else split * boxes_n * tn
     out, out_box = ((images, H, W, C), (H * W * C, W * C, C, 1)), [tn, th, tw, n]
     if a * b > 1:
         out = (images, rows, a, columns, b * C), (H * W * C, a * W * C, W * C, b * C, 1)
         out_box = [tn, th, 1, tw, n]
-    return _Layout(
-        programs, boxes, images, (N, rows, columns, C, K), [tn, th, tw, k],
+    return Layout(
+        persistent(tile, boxes * cdiv(C, n) * split, sms), boxes,
+        (N, rows, columns, C, K), [tn, th, tw, k],
         packed_filters(C, plan.w[0][0], K, 16 // item) if packed else plan.w,
         [1, n, k] if packed else [1, k, n], out, out_box,
         dict(

@@ -59,7 +59,15 @@ import triton
 import triton.language as tl
 
 from kernels._geometry import output_size
-from kernels._launch import INTERPRETER, cdiv, choose_tile, descriptor, device_of, launch
+from kernels._launch import (
+    INTERPRETER,
+    cdiv,
+    choose_tile,
+    descriptor,
+    device_of,
+    launch,
+    persistent,
+)
 from kernels.matmul import busiest_sm, reduce_parts
 
 
@@ -563,10 +571,11 @@ def conv2d_tma(plan, x, weight, bias, activation, y, tile, precision, padding, p
         reduce_parts(out, bias, activation, y, N * P * Q, K, how.out[0][0] // split * P * Q, split)
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
     """What of a launch follows from its plan and tile: as the launch has it."""
 
     programs: int
+    boxes: int
     sizes: tuple[int, ...]
     box: list[int]
     w: tuple[tuple, tuple]
@@ -577,7 +586,7 @@ class _Layout(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def _layout(plan: Plan, items: tuple, sms: int, item: int, pool: bool, packed_w: bool) -> _Layout:
+def _layout(plan: Plan, items: tuple, sms: int, item: int, pool: bool, packed_w: bool) -> Layout:
     tile = dict(items)
     N, P, Q, K = plan.size
     m, n, k, split = (tile[x] for x in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT_K"))
@@ -592,13 +601,13 @@ def _layout(plan: Plan, items: tuple, sms: int, item: int, pool: bool, packed_w:
         scale, P, Q = 2, P // 2 * 2, Q // 2 * 2  # the last row or column may have no partner
     tn, tp, tq = pixel_box(N, P, Q, m, pool)
     boxes_n = cdiv(N, tn)
-    work = boxes_n * cdiv(P, tp) * cdiv(Q, tq) * cdiv(K, n) * split
-    programs = min(work, tile["PROGRAMS_PER_SM"] * sms) if tile["PROGRAMS_PER_SM"] else work
+    boxes = boxes_n * cdiv(P, tp) * cdiv(Q, tq)
     x_size = plan.x[0]
     rows, columns = P // scale, Q // scale
     images = N if split == 1 else split * boxes_n * tn
-    return _Layout(
-        programs,
+    return Layout(
+        persistent(tile, boxes * cdiv(K, n) * split, sms),
+        boxes,
         (N, P, Q, K, x_size[-1] // plan.geometry[1], w[0][2], *(plan.grouped or (1, 0))),
         [tn, tp, tq, k] if len(x_size) == 4 else [tn, tp, 1, tq, k],
         w, [1, n, k],

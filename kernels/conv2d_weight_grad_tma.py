@@ -95,7 +95,7 @@ import triton.language as tl
 
 from kernels import conv2d_tma
 from kernels._geometry import even_step
-from kernels._launch import cdiv, descriptor, device_of, launch
+from kernels._launch import cdiv, descriptor, device_of, launch, persistent
 from kernels._rows import sum_partials
 from kernels.matmul import busiest_sm
 
@@ -482,12 +482,11 @@ def _layout(plan: Plan, items: tuple, sms: int, has_bias: bool) -> _Layout:
     box_r, box_c = _box(plan, tile)
     blocks_k = cdiv(K, m)
     work = (cdiv(rows, box_r) * cdiv(span, box_c) + has_bias) * blocks_k * parts
-    programs = min(work, tile["PROGRAMS_PER_SM"] * sms) if tile["PROGRAMS_PER_SM"] else work
     stored_rows = max(1, box_r // subtiles)
     pixels, x_step, x_first = plan.neighbours
     dw_box = [1, m // pixels, stored_rows, n // subtiles // stored_rows]
     return _Layout(
-        programs,
+        persistent(tile, work, sms),
         (*plan.dy, [1, 1, k, m]),
         (*plan.x, [k, 1, box_r, 1, box_c]),
         ((parts, K, rows, span), (K * rows * span, rows * span, span, 1), dw_box),

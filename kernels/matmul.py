@@ -64,6 +64,7 @@ from kernels._launch import (
     dot_precision,
     into_chunks,
     launch,
+    persistent,
     splits,
     tma_rows,
 )
@@ -436,8 +437,8 @@ def _matmul_tma(operands, bias, activation, c, tile, precision):
     tile = tile.copy()
     specialize = tile.pop("kernel") == "tma_ws"
     m, n, k, split = (tile[x] for x in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT_K"))
-    work, per_sm = cdiv(M, m) * cdiv(N, n) * split, tile.pop("PROGRAMS_PER_SM")
-    programs = min(work, per_sm * device_of(c).sms) if per_sm else work
+    programs = persistent(tile, cdiv(M, m) * cdiv(N, n) * split, device_of(c).sms)
+    del tile["PROGRAMS_PER_SM"]
     rows = cdiv(M, m) * m
     out = c
     if split > 1:

@@ -56,6 +56,7 @@ from kernels._launch import (
     descriptor,
     device_of,
     launch,
+    persistent,
     tma_rows,
 )
 from kernels.matmul import FLOPS_16, L2_BYTES, TILE_CLOCKS
@@ -286,9 +287,10 @@ def _scaled_matmul_tma(operands, scales, strides, bias, c, ends, tile):
     if c.dtype == torch.float32:  # twice the shared memory for the result: a stage makes room
         tile |= dict(SUBTILES=2, num_stages=min(tile["num_stages"], 3))
     m, n, k = (tile[x] for x in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
-    work, per_sm = cdiv(M, m) * cdiv(N, n), tile.pop("PROGRAMS_PER_SM")
+    programs = persistent(tile, cdiv(M, m) * cdiv(N, n), device_of(c).sms)
+    del tile["PROGRAMS_PER_SM"]
     launch(
-        scaled_matmul_tma_kernel, (min(work, per_sm * device_of(c).sms) if per_sm else work,),
+        scaled_matmul_tma_kernel, (programs,),
         descriptor(a, a_shape, (a_step, 1), [m, k]),
         descriptor(b, b_shape, (b_step, 1), [n, k]),
         *scales, bias, descriptor(c, c.shape, (N, 1), [m, n // tile["SUBTILES"]]), M, N, K,

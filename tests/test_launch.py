@@ -25,6 +25,7 @@ from kernels._launch import (
     dot_precision,
     launch,
     pair,
+    persistent,
     read_tuned,
     refuse_broken_versions,
     splits,
@@ -475,6 +476,13 @@ def test_interpreter_tiles_stay_within_the_limits(M, N, K):
     assert all(b >= 16 and b & (b - 1) == 0 for b in (m, n, k))
     assert m * n <= 2**20, "Triton's limit for one tensor"
     assert max(m * k, k * n) <= 2**18, "what the cache holds"
+
+
+@pytest.mark.parametrize(
+    "per_sm, work, programs", [(1, 500, 132), (2, 500, 264), (2, 9, 9), (0, 500, 500)]
+)
+def test_persistent(per_sm, work, programs):
+    assert persistent(dict(PROGRAMS_PER_SM=per_sm), work, sms=132) == programs
 
 
 def test_splits(monkeypatch):
