@@ -54,6 +54,7 @@ from kernels.conv2d_tma import (
     LARGEST,
     Layout,
     Plan,
+    corner_of,
     filters_as_they_lie,
     folded_plan,
     packed_filter,
@@ -100,10 +101,8 @@ def conv2d_input_grad_tma_kernel(
     UP: tl.constexpr = DIL_H // GCD_H  # and from its output to the next one's
     LEFT: tl.constexpr = DIL_W // GCD_W
     blocks_c = tl.cdiv(C, BLOCK_N)
-    blocks_i = tl.cdiv(ROWS, TILE_H)
-    blocks_j = tl.cdiv(COLUMNS, TILE_W)
     blocks_k = tl.cdiv(K, BLOCK_K)
-    boxes = tl.cdiv(N, TILE_N) * blocks_i * blocks_j
+    boxes = tl.cdiv(N, TILE_N) * tl.cdiv(ROWS, TILE_H) * tl.cdiv(COLUMNS, TILE_W)
     tiles = boxes * blocks_c * SPLIT_K  # of a class
 
     # Every second turn runs backwards through the programs; the last one has fewer tiles.
@@ -122,13 +121,7 @@ def conv2d_input_grad_tma_kernel(
             t = within // width
         c = tile % blocks_c * BLOCK_N
         box = tile // blocks_c
-        part = 0
-        if SPLIT_K > 1:
-            part = box // boxes
-            box = box % boxes
-        j = box % blocks_j * TILE_W
-        i = box // blocks_j % blocks_i * TILE_H
-        n = box // blocks_j // blocks_i * TILE_N
+        part, n, i, j = corner_of(box, N, ROWS, COLUMNS, TILE_N, TILE_H, TILE_W, SPLIT_K)
         if STRIDE_W > 1:  # not into the next pixel's: the last two blocks may share channels
             c = tl.minimum(c, C - BLOCK_N)
         a, r0, taps_r, up = _class_of(t // STRIDE_W, R, STRIDE_H, PAD_H, DIL_H, GCD_H)

@@ -104,6 +104,25 @@ FAST_TILES = {
 
 
 @triton.jit
+def corner_of(
+    box, N, P, Q, TILE_N: tl.constexpr, TILE_P: tl.constexpr, TILE_Q: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+):  # fmt: skip
+    """Of box number `box`: which part of the sum it has, and its first image, row and column."""
+    blocks_p = tl.cdiv(P, TILE_P)
+    blocks_q = tl.cdiv(Q, TILE_Q)
+    part = 0
+    if SPLIT_K > 1:
+        boxes = tl.cdiv(N, TILE_N) * blocks_p * blocks_q
+        part = box // boxes
+        box = box % boxes
+    q = box % blocks_q * TILE_Q
+    p = box // blocks_q % blocks_p * TILE_P
+    n = box // blocks_q // blocks_p * TILE_N
+    return part, n, p, q
+
+
+@triton.jit
 def conv2d_tma_kernel(
     x, w, bias_ptr, y, place, N, P, Q, K, C, SPAN, K_GROUP, C_GROUP, stride_bias,
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
@@ -126,24 +145,15 @@ def conv2d_tma_kernel(
     FIRST_H: tl.constexpr = UP * STRIDE_H - PAD_H
     FIRST_W: tl.constexpr = LEFT * STRIDE_W - PAD_W
     blocks_k = tl.cdiv(K, BLOCK_N)
-    blocks_p = tl.cdiv(P, TILE_P)
-    blocks_q = tl.cdiv(Q, TILE_Q)
     blocks_c = tl.cdiv(SPAN, BLOCK_K)
-    boxes = tl.cdiv(N, TILE_N) * blocks_p * blocks_q
+    boxes = tl.cdiv(N, TILE_N) * tl.cdiv(P, TILE_P) * tl.cdiv(Q, TILE_Q)
     steps = R * S * blocks_c
     part_steps = tl.cdiv(steps, SPLIT_K)
 
     for work in tl.range(tl.program_id(0), boxes * blocks_k * SPLIT_K, tl.num_programs(0)):
         # Which filters of which pixels: those that share their pixels run side by side.
         k = work % blocks_k * BLOCK_N
-        box = work // blocks_k
-        part = 0
-        if SPLIT_K > 1:
-            part = box // boxes
-            box = box % boxes
-        q = box % blocks_q * TILE_Q
-        p = box // blocks_q % blocks_p * TILE_P
-        n = box // blocks_q // blocks_p * TILE_N
+        part, n, p, q = corner_of(work // blocks_k, N, P, Q, TILE_N, TILE_P, TILE_Q, SPLIT_K)
         first_c = 0
         if GROUPED:
             first_c = k // K_GROUP * C_GROUP
