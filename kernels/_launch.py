@@ -287,6 +287,19 @@ def splits(programs: int, steps: int) -> int:
     return 1 if INTERPRET else max(1, min(512 // max(programs, 1), steps // 8))
 
 
+def tma_tile(
+    m: int, n: int, k: int, warps: int, stages: int, *, per_sm: int, kernel: str = "tma", **own: int
+) -> dict[str, Any]:
+    """A tile of a kernel for TMA: BLOCK_M, BLOCK_N and BLOCK_K, `per_sm` programs on each SM.
+
+    `own` is what only some kernels have. Of `per_sm`, see `persistent`.
+    """
+    return dict(
+        kernel=kernel, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, **own,
+        PROGRAMS_PER_SM=per_sm, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+
 def persistent(tile: dict, work: int, sms: int) -> int:
     """How many programs go through `work` tiles: PROGRAMS_PER_SM on each SM; of 0, one a tile."""
     per_sm = tile["PROGRAMS_PER_SM"]

@@ -67,17 +67,11 @@ from kernels._launch import (
     device_of,
     launch,
     persistent,
+    tma_tile,
 )
 from kernels.matmul import busiest_sm, reduce_parts
 
-
-def _fast(m, n, k, warps, stages, per_sm):
-    """A tile: `m` pixels, `n` filters, `k` channels; `per_sm`: persistent programs an SM."""
-    return dict(
-        kernel="tma", BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, SPLIT_K=1, PROGRAMS_PER_SM=per_sm,
-        num_warps=warps, num_stages=stages,
-    )  # fmt: skip
-
+_fast = functools.partial(tma_tile, SPLIT_K=1)  # pixels x filters x channels
 
 # By bytes an element. Compiled for sm_90 with triton 3.6.0 and 3.9.0: no spills, wgmma from shared
 # memory, 128 or 256 pixels wide, loads begun a step ahead or more, at most 115 instructions a step.

@@ -95,18 +95,11 @@ import triton.language as tl
 
 from kernels import conv2d_tma
 from kernels._geometry import even_step
-from kernels._launch import cdiv, descriptor, device_of, launch, persistent
+from kernels._launch import cdiv, descriptor, device_of, launch, persistent, tma_tile
 from kernels._rows import sum_partials
 from kernels.matmul import busiest_sm
 
-
-def _fast(m, n, k, warps, stages, subtiles, per_sm):
-    """A tile: `m` filters, `n` columns, `k` images; `per_sm`: persistent programs an SM."""
-    return dict(
-        kernel="tma", BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, SPLIT_K=1, SUBTILES=subtiles,
-        PROGRAMS_PER_SM=per_sm, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
-
+_fast = functools.partial(tma_tile, SPLIT_K=1)  # filters x columns x images
 
 # By bytes an element. Compiled for sm_90 with triton 3.6.0 and 3.9.0: no spills, wgmma as wide as
 # the tile, both operands from shared memory, loads begun a step ahead or more.
@@ -114,20 +107,20 @@ FAST_TILES = {
     2: [
         # the most reuse that the registers hold. The float32 result of a part leaves in quarters,
         # through 32 KiB, which leaves room for a fourth stage
-        _fast(128, 256, 64, 8, 4, subtiles=4, per_sm=1),
+        _fast(128, 256, 64, 8, 4, SUBTILES=4, per_sm=1),
         # two programs an SM: one multiplies while the other stores
-        _fast(128, 128, 64, 8, 3, subtiles=4, per_sm=2),
+        _fast(128, 128, 64, 8, 3, SUBTILES=4, per_sm=2),
         # 64 filters or 64 channels (the first stage of a ResNet): nothing of the tile is padding
-        _fast(64, 256, 64, 4, 2, subtiles=4, per_sm=2),
-        _fast(64, 128, 64, 4, 4, subtiles=2, per_sm=2),
-        _fast(128, 64, 64, 8, 4, subtiles=2, per_sm=2),
-        _fast(64, 64, 64, 4, 4, subtiles=1, per_sm=2),
+        _fast(64, 256, 64, 4, 2, SUBTILES=4, per_sm=2),
+        _fast(64, 128, 64, 4, 4, SUBTILES=2, per_sm=2),
+        _fast(128, 64, 64, 8, 4, SUBTILES=2, per_sm=2),
+        _fast(64, 64, 64, 4, 4, SUBTILES=1, per_sm=2),
         # batches of 32: half the images a step, and about twice the stages
-        _fast(128, 256, 32, 8, 7, subtiles=4, per_sm=1),
-        _fast(128, 128, 32, 8, 6, subtiles=4, per_sm=2),
-        _fast(64, 256, 32, 4, 4, subtiles=4, per_sm=2),
-        _fast(64, 128, 32, 4, 7, subtiles=2, per_sm=2),
-        _fast(64, 64, 32, 4, 8, subtiles=1, per_sm=2),
+        _fast(128, 256, 32, 8, 7, SUBTILES=4, per_sm=1),
+        _fast(128, 128, 32, 8, 6, SUBTILES=4, per_sm=2),
+        _fast(64, 256, 32, 4, 4, SUBTILES=4, per_sm=2),
+        _fast(64, 128, 32, 4, 7, SUBTILES=2, per_sm=2),
+        _fast(64, 64, 32, 4, 8, SUBTILES=1, per_sm=2),
     ],
 }
 

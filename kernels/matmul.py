@@ -67,6 +67,7 @@ from kernels._launch import (
     persistent,
     splits,
     tma_rows,
+    tma_tile,
 )
 from kernels.bias_relu import bias_backward, bias_relu_backward
 
@@ -94,15 +95,7 @@ TILES = [
 ]
 DEFAULT = {2: TILES[0], 4: TILES[1]}
 
-
-def _fast(m, n, k, warps, stages, subtiles=1, per_sm=1, specialize=False):
-    """A tile of the second kernel. `per_sm`: persistent programs an SM; 0 is one for each tile."""
-    return dict(
-        kernel="tma_ws" if specialize else "tma", BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, GROUP_M=8,
-        SUBTILES=subtiles, SPLIT_K=1, PROGRAMS_PER_SM=per_sm, num_warps=warps,
-        num_stages=stages,
-    )  # fmt: skip
-
+_fast = functools.partial(tma_tile, per_sm=1, GROUP_M=8, SUBTILES=1, SPLIT_K=1)
 
 # By bytes an element. Compiled for sm_90 with triton 3.6.0 and 3.9.0, 16-bit operands in all four
 # layouts: no spills, wgmma from shared memory as wide as the tile, at most 100 instructions a step.
@@ -110,20 +103,20 @@ FAST_TILES = {
     2: [
         # the most reuse that the registers hold; half the tile at a time through the epilogue
         # leaves room for a fourth stage
-        _fast(128, 256, 64, 8, 4, subtiles=2),
+        _fast(128, 256, 64, 8, 4, SUBTILES=2),
         _fast(128, 256, 64, 8, 3),  # the same with the whole tile at once
-        _fast(128, 256, 64, 4, 3, specialize=True),  # four warps load, two groups of four multiply
+        _fast(128, 256, 64, 4, 3, kernel="tma_ws"),  # four warps load, two groups of four multiply
         # two programs an SM: one multiplies while the other stores
-        _fast(128, 128, 64, 8, 3, subtiles=2, per_sm=2),
-        _fast(128, 128, 128, 4, 3, specialize=True),  # fewer, longer steps
+        _fast(128, 128, 64, 8, 3, SUBTILES=2, per_sm=2),
+        _fast(128, 128, 128, 4, 3, kernel="tma_ws"),  # fewer, longer steps
         # small grids: four times the tiles, and two programs an SM; with split-K even more
-        _fast(64, 128, 64, 4, 4, subtiles=2, per_sm=2),
-        _fast(64, 256, 64, 4, 3, subtiles=2),  # few rows: the columns stream through
+        _fast(64, 128, 64, 4, 4, SUBTILES=2, per_sm=2),
+        _fast(64, 256, 64, 4, 3, SUBTILES=2),  # few rows: the columns stream through
     ],
     4: [  # TF32, both operands contiguous along K; a step of 32 is as many bytes
-        _fast(128, 256, 32, 8, 3, subtiles=2),
+        _fast(128, 256, 32, 8, 3, SUBTILES=2),
         _fast(128, 128, 32, 8, 3),
-        _fast(64, 128, 32, 4, 4, subtiles=2, per_sm=2),
+        _fast(64, 128, 32, 4, 4, SUBTILES=2, per_sm=2),
     ],
 }
 

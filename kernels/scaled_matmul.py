@@ -58,6 +58,7 @@ from kernels._launch import (
     launch,
     persistent,
     tma_rows,
+    tma_tile,
 )
 from kernels.matmul import FLOPS_16, L2_BYTES, TILE_CLOCKS
 
@@ -85,14 +86,7 @@ TILES = [
 ]
 DEFAULT = {1: TILES[0]}
 
-
-def _fast(m, n, k, warps, stages, subtiles, per_sm):
-    """A tile of the second kernel, with `per_sm` persistent programs an SM."""
-    return dict(
-        kernel="tma", BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, GROUP_M=8, SUBTILES=subtiles,
-        PROGRAMS_PER_SM=per_sm, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
-
+_fast = functools.partial(tma_tile, GROUP_M=8)
 
 # By bytes an element. Compiled for sm_90, both dtypes, with triton 3.6.0 and 3.9.0 (not run): no
 # spills, both operands from shared memory, wgmma as wide as the tile in float8 and 64x128 in int8,
@@ -100,12 +94,12 @@ def _fast(m, n, k, warps, stages, subtiles, per_sm):
 FAST_TILES = {
     1: [
         # the most reuse that the registers hold; in halves through the epilogue, for a fourth stage
-        _fast(128, 256, 128, 8, 4, subtiles=2, per_sm=1),
-        _fast(128, 256, 128, 8, 3, subtiles=1, per_sm=1),  # the same with the whole tile at once
-        _fast(128, 128, 128, 8, 4, subtiles=1, per_sm=1),  # more tiles
+        _fast(128, 256, 128, 8, 4, SUBTILES=2, per_sm=1),
+        _fast(128, 256, 128, 8, 3, SUBTILES=1, per_sm=1),  # the same with the whole tile at once
+        _fast(128, 128, 128, 8, 4, SUBTILES=1, per_sm=1),  # more tiles
         # two programs an SM: one multiplies while the other stores
-        _fast(128, 128, 128, 8, 3, subtiles=2, per_sm=2),
-        _fast(64, 128, 128, 4, 4, subtiles=1, per_sm=2),  # small grids: four times the tiles
+        _fast(128, 128, 128, 8, 3, SUBTILES=2, per_sm=2),
+        _fast(64, 128, 128, 4, 4, SUBTILES=1, per_sm=2),  # small grids: four times the tiles
     ],
 }
 
