@@ -118,19 +118,37 @@ def _child(call: str, **env: str) -> dict[str, dict[str, Any]]:
     return _run(f"import json\nfrom perf import host\nprint(json.dumps(host._{call}))", **env)
 
 
-def _entry(samples: list[float], unit: str, what: str) -> dict[str, Any]:
-    return dict(value=statistics.median(samples), unit=unit, what=what, least=min(samples))
+def _entry(
+    samples: list[float], unit: str, what: str, without: list[float] | None = None
+) -> dict[str, Any]:
+    """The median and the least; or what is left of both `without` a part, measured by itself."""
+    value, least = (max(0.0, of(samples) - of(without or [0.0])) for of in (statistics.median, min))
+    return dict(value=value, unit=unit, what=what, least=least)
 
 
 def _microseconds(fn: Callable[[], Any], repeats: int) -> list[float]:
     """CPU time of one call, `repeats` times, each over as many calls as take 10 ms."""
-    for _ in range(20):
-        fn()
-    number, taken = 1, 0
-    while taken < 10_000_000:
-        number *= 2
-        taken = _cpu_time(fn, number)
-    return [_cpu_time(fn, number) / number / 1000 for _ in range(repeats)]
+    return _in_turn(repeats, (fn, contextlib.nullcontext))[0]
+
+
+def _in_turn(repeats: int, *fns: tuple[Callable[[], Any], Callable]) -> list[list[float]]:
+    """The same of several, each within its context, in rounds: a slow while is a while of all."""
+    numbers = []
+    for fn, within in fns:
+        with within():
+            for _ in range(20):
+                fn()
+            number, taken = 1, 0
+            while taken < 10_000_000:
+                number *= 2
+                taken = _cpu_time(fn, number)
+        numbers.append(number)
+    samples: list[list[float]] = [[] for _ in fns]
+    for _ in range(repeats):
+        for (fn, within), number, found in zip(fns, numbers, samples, strict=True):
+            with within():
+                found.append(_cpu_time(fn, number) / number / 1000)
+    return samples
 
 
 def _cpu_time(fn: Callable[[], Any], number: int) -> int:
@@ -317,32 +335,32 @@ def _call_parts(fn: Callable, inputs: tuple, table: dict, repeats: int) -> dict[
         torch.autograd.grad(fn(*leaves), wanted, dy)
 
     _fill(table, choices + _inside(train)[0])
-    call = _microseconds(lambda: fn(*inputs), repeats)
-    result = op(*args)
-    with mock.patch.object(torch.library.CustomOpDef, "__call__", lambda self, *args: result):
-        checks = _microseconds(lambda: fn(*inputs), repeats)
-    op_call = _microseconds(lambda: op(*args), repeats)
-    body = _microseconds(lambda: op._init_fn(*args), repeats)
-    look_up = _microseconds(_look_ups(choices), repeats)
-    forward = _microseconds(lambda: fn(*leaves), repeats)
-    whole = _microseconds(train, repeats)
+    result, plain = op(*args), contextlib.nullcontext
+    without_op = functools.partial(
+        mock.patch.object, torch.library.CustomOpDef, "__call__", lambda self, *args: result
+    )
+    call, checks, op_call, body, look_up, forward, whole = _in_turn(
+        repeats,
+        (lambda: fn(*inputs), plain),
+        (lambda: fn(*inputs), without_op),
+        (lambda: op(*args), plain),
+        (lambda: op._init_fn(*args), plain),
+        (_look_ups(choices), plain),
+        (lambda: fn(*leaves), plain),
+        (train, plain),
+    )
     return {
-        part: _entry(samples, "us", what)
-        for part, samples, what in [
+        part: _entry(samples, "us", what, *without)
+        for part, samples, what, *without in [
             ("call", call, "from the Python call to the launch, with no gradient asked for"),
             ("checks", checks, "of it, all but the custom op: checks and autocast"),
             ("tile look-up", look_up, f"of it, in a tuned table of {ENTRIES} shapes"),
-            ("dispatch", _less(op_call, body), "of it, torch.library.custom_op"),
-            ("rest", _less(body, look_up), "of it, the result's memory, strides and grid"),
+            ("dispatch", op_call, "of it, torch.library.custom_op", body),
+            ("rest", body, "of it, the result's memory, strides and grid", look_up),
             ("call with gradients", forward, "the same call, of tensors that require gradients"),
-            ("backward", _less(whole, forward), "autograd and all ops of it, each to its launch"),
+            ("backward", whole, "autograd and all ops of it, each to its launch", forward),
         ]
     }
-
-
-def _less(whole: list[float], part: list[float]) -> list[float]:
-    """What is left of `whole` without `part`, which was measured by itself."""
-    return [max(0.0, w - statistics.median(part)) for w in whole]
 
 
 def _inside(fn: Callable, *inputs: Any) -> tuple[list[tuple], Any, tuple]:

@@ -1,5 +1,6 @@
 """perf/host.py, and the bound on what the kernels' checks and tile look-ups may cost."""
 
+import contextlib
 import functools
 import json
 
@@ -53,12 +54,15 @@ def test_checks_and_tile_look_up_are_cheap(op):
 @pytest.mark.parametrize("op", ["matmul", "conv2d"])
 def test_the_parts_make_the_call(op):
     """None of them is nothing, and together they are the whole: within what a repeat varies."""
-    _, least = calls()
-    parts = [least[f"{op}: {part}"] for part in ("checks", "tile look-up", "dispatch", "rest")]
-    assert all(part > 0.5 for part in parts)
-    assert 0.6 < sum(parts) / least[f"{op}: call"] < 1.4
-    assert least[f"{op}: call with gradients"] > least[f"{op}: call"]
-    assert least[f"{op}: backward"] > least[f"{op}: call"]
+    for attempt in range(TRIES):
+        _, least = calls(attempt)
+        parts = [least[f"{op}: {part}"] for part in ("checks", "tile look-up", "dispatch", "rest")]
+        assert all(part > 0.5 for part in parts)
+        call = least[f"{op}: call"]
+        more = least[f"{op}: call with gradients"], least[f"{op}: backward"]
+        if 0.6 < sum(parts) / call < 1.4 and min(more) > call:
+            return
+    pytest.fail(f"parts of {parts} us, a call of {call}, with gradients and backward {more}")
 
 
 def test_a_slow_look_up_would_be_seen():
@@ -120,6 +124,20 @@ def test_a_process_that_fails_is_one_line():
 def test_microseconds_are_of_one_call(monkeypatch):
     monkeypatch.setattr(host, "_cpu_time", lambda fn, number: number * 3000)  # ns
     assert host._microseconds(lambda: None, 4) == [3.0] * 4
+
+
+def test_several_are_measured_in_rounds(monkeypatch):
+    order = []
+    monkeypatch.setattr(host, "_cpu_time", lambda fn, number: order.append(fn()) or 2e7 * number)
+    fns = [(lambda name=name: name, contextlib.nullcontext) for name in "ab"]
+    assert host._in_turn(3, *fns) == [[2e4] * 3] * 2
+    assert "".join(order) == "ab" + "ab" * 3
+
+
+def test_what_is_left_without_a_part():
+    """Medians without the part's median, least without its least: not one without the other."""
+    left = host._entry([9.0, 7.0, 20.0], "us", "", without=[2.0, 5.0, 3.0])
+    assert (left["value"], left["least"]) == (9.0 - 3.0, 7.0 - 2.0)
 
 
 def test_the_readme_has_the_committed_measurement():
