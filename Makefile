@@ -13,13 +13,13 @@ help:  ## this list
 	@echo '  PYTHON=python3.12 makes the environments with another Python, 3.11 or newer (make clean first)'
 
 train: .venv/.ready  ## train the demo network on real digits and write what it learned to runs/
-	.venv/bin/python -m nets.train $(ARGS)
+	.venv/bin/tilelab train $(ARGS)
 
 sweep: .venv/.ready  ## time every tile of a kernel (with no GPU: compile and predict) and say why
-	.venv/bin/python -m perf sweep $(or $(ARGS),matmul)
+	.venv/bin/tilelab sweep $(or $(ARGS),matmul)
 
 gpu: .venv/.ready  ## all that needs a GPU: tests, ceilings, sweeps, training; goes on where it was ended
-	.venv/bin/python -m perf gpu $(ARGS)
+	.venv/bin/tilelab gpu $(ARGS)
 
 test: .venv/.ready  ## run the tests, kernels interpreted on the CPU (no GPU needed)
 	.venv/bin/python -m pytest $(IN_PARALLEL) -m "not gpu" $(ARGS)
@@ -71,8 +71,8 @@ test test-oldest: export TRITON_INTERPRET := 1
 
 PIP = $(@D)/bin/python -m pip --disable-pip-version-check
 
-# torch first and alone, at the version of constraints.txt, so that nothing else chooses its build. Then
-# the project, built by the setuptools that torch has brought.
+# torch and the build tool first, at the versions of constraints.txt, so that nothing else chooses
+# torch's build. Then the project.
 define install
 @command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found:" \
 	"install Python 3.11 or newer, or name yours: make PYTHON=/path/to/python3" >&2; exit 1; }
@@ -84,6 +84,6 @@ define install
 @test -e $@ || { echo "making $(@D), once: a minute or two, and the downloads"; \
 	$(PYTHON) -m venv --clear $(@D); }
 @rm -f $@
-$(PIP) install -c constraints.txt $$(grep '^torch==' constraints.txt)
+$(PIP) install -c constraints.txt $$(grep -E '^(torch|hatchling)==' constraints.txt)
 $(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
 endef

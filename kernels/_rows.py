@@ -19,8 +19,7 @@ import itertools
 import torch
 import triton
 import triton.language as tl
-
-from kernels._launch import cdiv, choose_tile, launch
+from tilelab.kernels._launch import cdiv, choose_tile, launch
 
 # Of partial results there are few columns and many rows where they make the gradient of a bias, and
 # the other way round where they make that of a weight.

@@ -38,8 +38,7 @@ gradient).
 import torch
 import triton
 import triton.language as tl
-
-from kernels._launch import (
+from tilelab.kernels._launch import (
     autocast,
     cdiv,
     check_shape,
@@ -48,7 +47,7 @@ from kernels._launch import (
     into_chunks,
     launch,
 )
-from kernels._rows import as_rows, row_offsets, sum_partials
+from tilelab.kernels._rows import as_rows, row_offsets, sum_partials
 
 
 def reference(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

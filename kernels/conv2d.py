@@ -60,21 +60,20 @@ import functools
 import torch
 import triton
 import triton.language as tl
-
-from kernels._geometry import as_pixels, check_conv2d, empty_channels_last, output_size
-from kernels._launch import (
+from tilelab.kernels._geometry import as_pixels, check_conv2d, empty_channels_last, output_size
+from tilelab.kernels._launch import (
     autocast,
     cdiv,
     choose_tile,
     dot_precision,
     launch,
 )
-from kernels.bias_relu import bias_backward, bias_relu_backward
-from kernels.conv2d_depthwise import conv2d_depthwise, is_depthwise
-from kernels.conv2d_input_grad import conv2d_input_grad
-from kernels.conv2d_tma import choices, conv2d_tma, fast_tile, plan_for
-from kernels.conv2d_weight_grad import conv2d_weight_bias_grad, conv2d_weight_grad
-from kernels.matmul import matmul_into
+from tilelab.kernels.bias_relu import bias_backward, bias_relu_backward
+from tilelab.kernels.conv2d_depthwise import conv2d_depthwise, is_depthwise
+from tilelab.kernels.conv2d_input_grad import conv2d_input_grad
+from tilelab.kernels.conv2d_tma import choices, conv2d_tma, fast_tile, plan_for
+from tilelab.kernels.conv2d_weight_grad import conv2d_weight_bias_grad, conv2d_weight_grad
+from tilelab.kernels.matmul import matmul_into
 
 
 def reference(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, activation=None):

@@ -51,7 +51,7 @@ a = (h + pad) mod stride (and b, of w); class a has no tap unless g divides it, 
 **Check it.** The loss is linear in x, so a step of 1 in a pixel must change it by that pixel's dx:
 
     >>> import torch
-    >>> from kernels import conv2d
+    >>> from tilelab.kernels import conv2d
     >>> weight = torch.tensor([1.0, 10.0, 100.0]).view(1, 1, 1, 3)       # a, b, c
     >>> dy = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 1, 4)
     >>> conv2d_input_grad(dy, weight, [1, 1, 1, 4], [1, 1], [0, 1], [1, 1], 1).flatten()
@@ -77,13 +77,12 @@ import math
 import torch
 import triton
 import triton.language as tl
-
-from kernels._geometry import as_pixels, empty_channels_last
-from kernels._launch import cdiv, choose_tile, dot_precision, launch
-from kernels.bias_relu import bias_relu_backward
-from kernels.conv2d_input_grad_tma import conv2d_input_grad_tma, fast_tile, plan_for
-from kernels.conv2d_tma import choices
-from kernels.matmul import matmul_into
+from tilelab.kernels._geometry import as_pixels, empty_channels_last
+from tilelab.kernels._launch import cdiv, choose_tile, dot_precision, launch
+from tilelab.kernels.bias_relu import bias_relu_backward
+from tilelab.kernels.conv2d_input_grad_tma import conv2d_input_grad_tma, fast_tile, plan_for
+from tilelab.kernels.conv2d_tma import choices
+from tilelab.kernels.matmul import matmul_into
 
 TILES = [
     # the default, as in conv2d.py

@@ -46,10 +46,9 @@ import math
 import torch
 import triton
 import triton.language as tl
-
-from kernels._launch import cdiv, choose_tile, descriptor, device_of, launch, persistent
-from kernels._rows import sum_partials
-from kernels.conv2d_tma import (
+from tilelab.kernels._launch import cdiv, choose_tile, descriptor, device_of, launch, persistent
+from tilelab.kernels._rows import sum_partials
+from tilelab.kernels.conv2d_tma import (
     FAST_TILES,
     LARGEST,
     Layout,
@@ -62,7 +61,7 @@ from kernels.conv2d_tma import (
     pixel_box,
     pixel_steps,
 )
-from kernels.matmul import busiest_sm, reduce_parts
+from tilelab.kernels.matmul import busiest_sm, reduce_parts
 
 
 @triton.jit

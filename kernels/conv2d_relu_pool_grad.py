@@ -44,13 +44,20 @@ Read first: conv2d_relu_pool.py, conv2d_input_grad.py, conv2d_weight_grad.py.
 import torch
 import triton
 import triton.language as tl
-
-from kernels._geometry import empty_channels_last
-from kernels._launch import INTERPRET, cdiv, choose_tile, dot_precision, into_chunks, launch, splits
-from kernels._rows import sum_partials
-from kernels.bias_relu import PROGRAMS, bias_relu_backward
-from kernels.conv2d_input_grad import conv2d_input_grad, conv2d_input_grad_relu
-from kernels.conv2d_weight_grad import conv2d_weight_grad
+from tilelab.kernels._geometry import empty_channels_last
+from tilelab.kernels._launch import (
+    INTERPRET,
+    cdiv,
+    choose_tile,
+    dot_precision,
+    into_chunks,
+    launch,
+    splits,
+)
+from tilelab.kernels._rows import sum_partials
+from tilelab.kernels.bias_relu import PROGRAMS, bias_relu_backward
+from tilelab.kernels.conv2d_input_grad import conv2d_input_grad, conv2d_input_grad_relu
+from tilelab.kernels.conv2d_weight_grad import conv2d_weight_grad
 
 TILES = [
     # input gradient: the accumulator has 4 * BLOCK_N columns, and four warps would spill; in

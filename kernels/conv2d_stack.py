@@ -34,15 +34,14 @@ Read first: conv2d.py, conv2d_input_grad.py, conv2d_relu_pool_grad.py.
 from typing import Any, NamedTuple
 
 import torch
-
-from kernels._geometry import check_conv2d
-from kernels._launch import autocast
-from kernels.bias_relu import bias_relu_backward
-from kernels.conv2d import _conv2d
-from kernels.conv2d_input_grad import conv2d_input_grad, conv2d_input_grad_relu
-from kernels.conv2d_relu_pool import _conv2d_relu_pool, check_pooled
-from kernels.conv2d_relu_pool_grad import conv2d_relu_pool_backward
-from kernels.conv2d_weight_grad import conv2d_weight_grad
+from tilelab.kernels._geometry import check_conv2d
+from tilelab.kernels._launch import autocast
+from tilelab.kernels.bias_relu import bias_relu_backward
+from tilelab.kernels.conv2d import _conv2d
+from tilelab.kernels.conv2d_input_grad import conv2d_input_grad, conv2d_input_grad_relu
+from tilelab.kernels.conv2d_relu_pool import _conv2d_relu_pool, check_pooled
+from tilelab.kernels.conv2d_relu_pool_grad import conv2d_relu_pool_backward
+from tilelab.kernels.conv2d_weight_grad import conv2d_weight_grad
 
 
 class Layer(NamedTuple):

@@ -57,9 +57,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-
-from kernels._geometry import output_size
-from kernels._launch import (
+from tilelab.kernels._geometry import output_size
+from tilelab.kernels._launch import (
     INTERPRETER,
     cdiv,
     choose_tile,
@@ -69,7 +68,7 @@ from kernels._launch import (
     persistent,
     tma_tile,
 )
-from kernels.matmul import busiest_sm, reduce_parts
+from tilelab.kernels.matmul import busiest_sm, reduce_parts
 
 _fast = functools.partial(tma_tile, SPLIT_K=1)  # pixels x filters x channels
 

@@ -58,7 +58,7 @@ call takes, its tile says.
 **Check it.** The loss is linear in the weights too: a step of 1 in one must change it by dweight.
 
     >>> import torch
-    >>> from kernels import conv2d
+    >>> from tilelab.kernels import conv2d
     >>> x = torch.tensor([1.0, 10.0, 100.0, 1000.0]).view(1, 1, 1, 4)
     >>> dy = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 1, 4)
     >>> weight = torch.randn(1, 1, 1, 3)
@@ -82,11 +82,10 @@ Read first: conv2d.py, conv2d_input_grad.py.
 import torch
 import triton
 import triton.language as tl
-
-from kernels._launch import cdiv, choose_tile, dot_precision, into_chunks, launch, splits
-from kernels._rows import sum_partials
-from kernels.conv2d_tma import choices
-from kernels.conv2d_weight_grad_tma import conv2d_weight_grad_tma, fast_tile, plan_for
+from tilelab.kernels._launch import cdiv, choose_tile, dot_precision, into_chunks, launch, splits
+from tilelab.kernels._rows import sum_partials
+from tilelab.kernels.conv2d_tma import choices
+from tilelab.kernels.conv2d_weight_grad_tma import conv2d_weight_grad_tma, fast_tile, plan_for
 
 TILES = [
     # the default: with few channels, addresses and masks take the registers

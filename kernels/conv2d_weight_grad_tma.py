@@ -92,12 +92,11 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-
-from kernels import conv2d_tma
-from kernels._geometry import even_step
-from kernels._launch import cdiv, descriptor, device_of, launch, persistent, tma_tile
-from kernels._rows import sum_partials
-from kernels.matmul import busiest_sm
+from tilelab.kernels import conv2d_tma
+from tilelab.kernels._geometry import even_step
+from tilelab.kernels._launch import cdiv, descriptor, device_of, launch, persistent, tma_tile
+from tilelab.kernels._rows import sum_partials
+from tilelab.kernels.matmul import busiest_sm
 
 _fast = functools.partial(tma_tile, SPLIT_K=1)  # filters x columns x images
 

@@ -46,10 +46,16 @@ Read first: softmax.py. Sources: Milakov and Gimelshein, Online normalizer calcu
 import torch
 import triton
 import triton.language as tl
-
-from kernels._launch import cdiv, check_choice, check_device, check_tensors, launch, reduction_dtype
-from kernels._rows import as_rows, row_offsets
-from kernels.softmax import LOG2_E, LOWEST, TILES, group, row_tile  # noqa: F401  the same tiles
+from tilelab.kernels._launch import (
+    cdiv,
+    check_choice,
+    check_device,
+    check_tensors,
+    launch,
+    reduction_dtype,
+)
+from tilelab.kernels._rows import as_rows, row_offsets
+from tilelab.kernels.softmax import LOG2_E, LOWEST, TILES, group, row_tile  # noqa: F401  the same tiles
 
 
 def reference(logits, target, ignore_index=-100, label_smoothing=0.0, reduction="mean"):

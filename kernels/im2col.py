@@ -28,16 +28,23 @@ Simard, High Performance Convolutional Neural Networks for Document Processing (
 import torch
 import triton
 import triton.language as tl
-
-from kernels._geometry import (
+from tilelab.kernels._geometry import (
     check_conv2d,
     check_geometry,
     check_groups,
     empty_channels_last,
     output_size,
 )
-from kernels._launch import autocast, cdiv, check_shape, check_tensors, choose_tile, launch, pair
-from kernels.matmul import matmul
+from tilelab.kernels._launch import (
+    autocast,
+    cdiv,
+    check_shape,
+    check_tensors,
+    choose_tile,
+    launch,
+    pair,
+)
+from tilelab.kernels.matmul import matmul
 
 
 def reference(x, kernel_size, stride=1, padding=0, dilation=1, groups=1):

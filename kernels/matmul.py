@@ -50,8 +50,7 @@ import functools
 import torch
 import triton
 import triton.language as tl
-
-from kernels._launch import (
+from tilelab.kernels._launch import (
     INTERPRETER,
     autocast,
     cdiv,
@@ -69,7 +68,7 @@ from kernels._launch import (
     tma_rows,
     tma_tile,
 )
-from kernels.bias_relu import bias_backward, bias_relu_backward
+from tilelab.kernels.bias_relu import bias_backward, bias_relu_backward
 
 
 def reference(a, b, bias=None, activation=None):
@@ -224,7 +223,7 @@ def matmul_kernel(
 #   + subtiles, 4 stages      209, 176      224 KiB          90, 89                8
 #   + warp specialisation     168, 168      208 KiB          64, 65                8 + 4 that load
 #
-# All of them are predicted to take as long at 8192 (perf/predict.py: as long as the tensor cores
+# All of them are predicted to take as long at 8192 (perf/compiler/prediction.py: as long as the tensor cores
 # take), since the model knows nothing of latency, and latency is what each rung hides.
 #
 # What is missing against cuBLAS: clusters. Two SMs at one block column could read B once between

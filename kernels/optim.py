@@ -64,8 +64,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-
-from kernels._launch import check_tensors, choose_tile, launch, stream_of
+from tilelab.kernels._launch import check_tensors, choose_tile, launch, stream_of
 
 
 def sgd_reference(p, grad, m, lr, momentum=0, dampening=0, weight_decay=0, nesterov=False):

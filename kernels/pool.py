@@ -48,9 +48,8 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-
-from kernels._geometry import empty_channels_last, output_size
-from kernels._launch import cdiv, check_shape, check_tensors, choose_tile, launch, pair
+from tilelab.kernels._geometry import empty_channels_last, output_size
+from tilelab.kernels._launch import cdiv, check_shape, check_tensors, choose_tile, launch, pair
 
 
 def reference(x, kernel_size, stride=None, padding=0):

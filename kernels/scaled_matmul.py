@@ -22,7 +22,7 @@ reaches 2^31), and the sum is rounded to float32 once. A product of two float8_e
 float32, but Hopper's tensor cores do not add in full float32: they align 32 products and the sum so
 far to the largest of these, and keep about 14 bits (as DeepSeek-V3 reports, 2024, with errors up to
 2% at K = 4096; not measured here). So a product loses up to 2^-13 of the partial sum. Of random
-signs that makes some 2^-13 sqrt(K) of the largest result, and tests/tolerance.py allows twice that;
+signs that makes some 2^-13 sqrt(K) of the largest result, and tests/tools/tolerance.py allows twice that;
 of one sign it adds up, to 2^-13 K at worst. cuBLAS sums like this where torch._scaled_mm is asked
 for use_fast_accum=True. The cure, to move the sum to a second accumulator every 128 products
 (`max_num_imprecise_acc=128`), costs registers: compiled for sm_90 it spills at 128x256, and at
@@ -43,8 +43,7 @@ import functools
 import torch
 import triton
 import triton.language as tl
-
-from kernels._launch import (
+from tilelab.kernels._launch import (
     DTYPES,
     INTERPRETER,
     cdiv,
@@ -60,7 +59,7 @@ from kernels._launch import (
     tma_rows,
     tma_tile,
 )
-from kernels.matmul import FLOPS_16, L2_BYTES, TILE_CLOCKS
+from tilelab.kernels.matmul import FLOPS_16, L2_BYTES, TILE_CLOCKS
 
 EIGHT_BIT = (torch.float8_e4m3fn, torch.int8)
 

@@ -47,9 +47,8 @@ import math
 import torch
 import triton
 import triton.language as tl
-
-from kernels._launch import cdiv, check_tensors, choose_tile, launch, reduction_dtype
-from kernels._rows import as_rows, row_offsets
+from tilelab.kernels._launch import cdiv, check_tensors, choose_tile, launch, reduction_dtype
+from tilelab.kernels._rows import as_rows, row_offsets
 
 
 def reference(x: torch.Tensor, dim: int = -1) -> torch.Tensor:

@@ -129,14 +129,9 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        """Print one line, not the usage as well."""
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
-
-
-def parser() -> argparse.ArgumentParser:
-    """Return the command line's parser; flags that were not given are absent from its result."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a run; those that were not given are absent from what is parsed."""
+    parser.argument_default = argparse.SUPPRESS
     default = {field.name: field.default for field in fields(Config)}
     recipe = {  # the defaults that depend on the optimizer, in words
         name: " and ".join(
@@ -144,13 +139,11 @@ def parser() -> argparse.ArgumentParser:
         )
         for name in ("lr", "weight_decay")
     }
-    parse = _Parser(
-        prog="nets.train",
-        argument_default=argparse.SUPPRESS,
-        description="Train a network by Triton kernels on images of digits, clothes, "
-        "... With no flags: the demo, 3 epochs on 4,000 MNIST digits.",
+    parser.description = (
+        "Train a network by Triton kernels on images of digits, clothes, ... "
+        "With no flags: the demo, 3 epochs on 4,000 MNIST digits."
     )
-    data = parse.add_argument_group("data")
+    data = parser.add_argument_group("data")
     data.add_argument(
         "--dataset",
         metavar="NAME|FOLDER",
@@ -174,7 +167,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="use at most N training and N held-out images (default: all)",
     )
-    train = parse.add_argument_group("training")
+    train = parser.add_argument_group("training")
     train.add_argument(
         "--model",
         choices=MODELS,
@@ -243,7 +236,7 @@ def parser() -> argparse.ArgumentParser:
         help="replay each step from a CUDA graph, with the same losses, or launch its kernels one "
         "by one (default: a graph on a GPU, but for float16)",
     )
-    run = parse.add_argument_group("the run's folder")
+    run = parser.add_argument_group("the run's folder")
     run.add_argument(
         "--out",
         metavar="FOLDER",
@@ -260,4 +253,3 @@ def parser() -> argparse.ArgumentParser:
         "(default: the newest good checkpoint in --out, or in the last of its default folders)",
     )
     again.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
-    return parse

@@ -25,7 +25,7 @@ On the way back the convolutions are one stack (conv2d_stack.py): no ReLU and no
 is a pass for its own sake.
 
 From an image in channels_last to the logits no layer converts what another has written, and no
-weight is transposed (layers.py); tests/test_layouts.py counts the conversions, and finds none.
+weight is transposed (layers.py); tests/nets/test_layouts.py counts the conversions, and finds none.
 
 What limits them, for 224 x 224 images in 16-bit: of an image VGG16 asks for 30.9 GFLOPs, 30.5 of
 them in 3x3 convolutions of 64 channels and more, which do hundreds of FLOPs a byte: tensor cores.

@@ -23,9 +23,7 @@ state_dict copies into that memory, and so its values may lie in any order.
 import itertools
 
 import torch
-from torch import Tensor, nn
-
-from kernels import (
+from tilelab.kernels import (
     bias_relu,
     conv2d,
     conv2d_im2col,
@@ -36,7 +34,8 @@ from kernels import (
     max_pool2d,
     softmax,
 )
-from kernels.conv2d_stack import Layer
+from tilelab.kernels.conv2d_stack import Layer
+from torch import Tensor, nn
 
 
 def _check_activation(activation):

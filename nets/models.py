@@ -18,7 +18,7 @@ The same seed gives all four forms the same initial weights, and a state_dict of
 other, so a network trained here can be used where only PyTorch is installed.
 
 Images are channels_last from the input to the last convolution's output, and the linear layer reads
-them so: no layer converts what another has written. tests/test_layouts.py counts.
+them so: no layer converts what another has written. tests/nets/test_layouts.py counts.
 """
 
 from torch import Tensor, nn

@@ -32,13 +32,12 @@ from collections.abc import Callable
 import torch
 import triton
 import triton.language as tl
+from tilelab.kernels import cross_entropy
+from tilelab.kernels._launch import cdiv, choose_tile, launch
+from tilelab.kernels.optim import capture
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Optimizer
-
-from kernels import cross_entropy
-from kernels._launch import cdiv, choose_tile, launch
-from kernels.optim import capture
 
 BATCH_TILE = dict(BLOCK_M=512, num_warps=4)  # pixels: enough programs for 64 digits, too
 RECORD_ELEMENTS = 4096  # logits at a time, by eight warps

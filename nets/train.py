@@ -1,4 +1,4 @@
-"""Train a network on images with our kernels: `python -m nets.train`, or `fit` from Python.
+"""Train a network on images with our kernels: `tilelab train`, or `fit` from Python.
 
 The recipe: AdamW, a short linear warm-up and then a linear decay of the learning rate, images
 shifted by up to a pixel, no other tricks. The same flags and seed give the same losses, bit for
@@ -14,27 +14,27 @@ Under --out a run leaves config.json (flags, data, versions), metrics.jsonl (a l
 checkpoint-NNN.pt (after each epoch; 000 is the untrained network) and four pictures.
 """
 
+import argparse
 import json
 import math
 import platform
 import shlex
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from tilelab.kernels import SGD, AdamW, cross_entropy, softmax
+from tilelab.kernels._launch import INTERPRET
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from kernels import SGD, AdamW, cross_entropy, softmax
-from kernels._launch import INTERPRET
-
 from . import checkpoint as ckpt
 from . import data as datasets
-from .config import DTYPES, WARMUP, Config, ConfigError, check_same, parser
+from .config import DTYPES, WARMUP, Config, ConfigError, check_same
 from .files import numbered, write_whole
 from .models import build
 from .step import TrainStep
@@ -475,9 +475,10 @@ def default_folder(out: Path, latest: bool) -> Path:
     return (last or out) if latest else free
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 2 for a user's error, 130 for Ctrl-C."""
-    given = vars(parser().parse_args(argv))
+def run(args: argparse.Namespace) -> int:
+    """Train as the command line says; return 0, 2 for a user's error, 130 for Ctrl-C."""
+    names = {field.name for field in fields(Config)} | {"resume", "overwrite"}
+    given = {name: value for name, value in vars(args).items() if name in names}
     resume, overwrite = given.pop("resume", None), given.pop("overwrite", False)
     state = out = None
     try:
@@ -497,7 +498,7 @@ def main(argv: list[str] | None = None) -> int:
         saved = ckpt.find(out) if out else []
         print("\nstopped; the last checkpoint is", saved[0] if saved else "none", file=sys.stderr)
         if saved:
-            command = f"python -m nets.train --resume {shlex.quote(str(out))}"
+            command = f"tilelab train --resume {shlex.quote(str(out))}"
             print("continue with:", command, file=sys.stderr)
         return 130
     except (ConfigError, datasets.DataError, ckpt.CheckpointError) as error:
@@ -507,9 +508,5 @@ def main(argv: list[str] | None = None) -> int:
         reason = reason or str(error)
     except torch.OutOfMemoryError:
         reason = f"the GPU's memory is too small for --batch-size {config.batch_size}"
-    print(f"nets.train: error: {reason}", file=sys.stderr)
+    print(f"error: {reason}", file=sys.stderr)
     return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

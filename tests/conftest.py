@@ -1,8 +1,8 @@
 """What every test has, without asking. The tools that a test imports are beside this file:
 
-    from tests.tolerance import assert_close           is it right, and could the test have failed?
-    from tests.inputs import randn, double, gradients  seeded inputs in every layout, and gradients
-    from tests.poison import poison                    reads and writes out of bounds
+    from tests.tools.tolerance import assert_close           is it right, and could the test have failed?
+    from tests.tools.inputs import randn, double, gradients  seeded inputs in every layout, and gradients
+    from tests.tools.poison import poison                    reads and writes out of bounds
 
 The same tests run on the CPU (`make test` forces Triton's interpreter) and, where torch sees a GPU
 and TRITON_INTERPRET is not set, compiled on the GPU: they take their device from the `device`
@@ -20,7 +20,7 @@ import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from tests.inputs import DEVICE  # noqa: E402
+from tests.tools.inputs import DEVICE  # noqa: E402
 
 # An interpreted kernel takes milliseconds: few examples, and no deadline for the first of them.
 hypothesis.settings.register_profile(

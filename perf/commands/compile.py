@@ -1,0 +1,277 @@
+"""`python -m perf compile`: every tile compiled for GPUs that need not be here, and predicted.
+
+For each target one results file, whose rows have registers, spills, shared memory, occupancy and
+what limits it, tensor-core instructions, widths of loads, length of the main loop, waves, padding,
+and the predicted time. Nothing is run. `--explain` says in words what one tile does.
+"""
+
+import argparse
+import concurrent.futures
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from tilelab.nets.files import numbered
+from tilelab.perf.commands import arguments
+from tilelab.perf.compiler import aot
+from tilelab.perf.compiler.prediction import predict, refused
+from tilelab.perf.errors import PerfError
+from tilelab.perf.report import explanation
+from tilelab.perf.rows import ranking, results
+from tilelab.perf.work import gpus
+from tilelab.perf.work.workloads import Workload
+from tqdm import tqdm
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `perf compile`."""
+    arguments.add_arguments(parser)
+    parser.add_argument(
+        "-t",
+        "--target",
+        default="sm_90",
+        help=f"of {', '.join(gpus.TARGETS)}, or GPUs: {', '.join(gpus.GPUS)} (default: sm_90)",
+    )
+    parser.add_argument("--out", type=pathlib.Path, help="folder (default: runs/compile)")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with --out, or the newest default folder"
+    )
+    parser.add_argument(
+        "--top", type=arguments.positive, default=10, help="tiles to print a problem (default: 10)"
+    )
+    parser.add_argument(
+        "--explain", action="store_true", help="say in words what one tile does, and show its loop"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compile what the arguments say, for each target. Returns the exit status."""
+    chosen = [gpus.find(text) for text in args.target.split(",")]
+    chosen = list({gpu.name: gpu for gpu in chosen}.values())  # sm_90 and h200 are one
+    work = arguments.workloads(args)
+    if args.explain:
+        return _explain(work, args, chosen)
+    folder = out_folder(args, "compile")
+    with aot.Compilers(args.workers) as compilers:
+        for gpu in chosen:
+            compile_all(work, gpu, compilers, folder / f"{label(gpu)}.jsonl", args)
+    return 0
+
+
+def out_folder(args: argparse.Namespace, name: str) -> pathlib.Path:
+    """Where the results go: --out, or a new runs/<name>[-n]; with --resume the newest of these."""
+    default = pathlib.Path("runs") / name
+    free, last = numbered(default, pathlib.Path.exists)
+    if not args.resume:
+        if args.out is None:
+            return free
+        if any(args.out.glob("*.jsonl")):
+            raise PerfError(f"{args.out} has results: go on with --resume, or choose another")
+        return args.out
+    found = args.out or last
+    if found is None or not found.is_dir():
+        raise PerfError(f"nothing to resume: there is no {found or default}")
+    return found
+
+
+def label(gpu: gpus.GPU) -> str:
+    """What a GPU is called in results: its target, if it is the one that stands for that."""
+    return gpu.target if gpus.find(gpu.target) is gpu else gpu.name
+
+
+def compile_all(
+    work: list[Workload],
+    gpu: gpus.GPU,
+    compilers: aot.Compilers,
+    path: pathlib.Path,
+    args: argparse.Namespace,
+) -> list[dict]:
+    """Compile every tile of all work for one GPU into a results file; print what came of it."""
+    if args.tiles == "default":
+        raise PerfError("--tiles default needs the GPU whose tuned table it is about")
+    fields = {"gpu": f"{label(gpu)} (compiled)", "target": gpu.target}
+    print(f"{gpu.target}: compiled, not run; times are predictions for the {gpu.title}")
+    rows = []
+    with results.Writer(path, arguments.header(fields, False, args)) as writer:
+        todo = Todo(work, args.axis, compilers, writer, gpu.target, which=args.tiles)
+        rows += todo.done
+        with tqdm(total=len(todo), unit="tile", desc=gpu.target, disable=None) as bar:
+            for row in compile_rows(todo.jobs, gpu.target, gpu, compilers):
+                row["status"] = "predicted" if row["status"] == "ok" else row["status"]
+                writer.write(stored(row))
+                rows.append(row)
+                bar.update()
+    found = by_work(rows)
+    for w in work:
+        print("\n" + table(found[results.workload(w._asdict())], args.top))
+    print(f"\n{len(rows)} tiles in {path}")
+    return rows
+
+
+class Todo:
+    """The tiles still to do, as (workload, row fields): one of each workload in turn.
+
+    Args:
+        work: the workloads.
+        axes: what `-a` says.
+        compilers: to ask for the tiles there are.
+        writer: of the file that may have some already.
+        target: what they are compiled for; "" where they are interpreted.
+        attempts: the stage, or stage and cache, of a row that makes a tile done.
+        which: as `--tiles` says.
+
+    Attributes:
+        jobs: so ordered that a sweep which is cut short has tried as many tiles of each workload.
+        done: rows that the file already had, of today's sources.
+    """
+
+    def __init__(
+        self,
+        work: list[Workload],
+        axes: list[str],
+        compilers: aot.Compilers,
+        writer: results.Writer,
+        target: str,
+        attempts: Sequence[dict] = ({"stage": "compile"},),
+        which: str = "all",
+    ) -> None:
+        asked = [compilers.submit("describe", w, None, target) for w in work]
+        lists, self.done = [], []
+        for w, future in zip(work, asked, strict=True):
+            described = future.result()
+            if described.get("failed"):
+                raise PerfError(f"{w.op} {w.mode} {w.name}: {described['failed']}")
+            base = arguments.identity(w, aot.source_hash(w))
+            jobs = []
+            if which == "default":
+                tiles = arguments.default_tile(described, w)
+            else:
+                tiles = arguments.tiles(described, axes, which == "lesson")
+            for tile in tiles:
+                default = tile == described.get("tile")
+                fields = base | {"impl": "tilelab", "tile": tile, "default": default}
+                fields["lesson"] = tile in described.get("lesson", ())  # to sort by; not stored
+                known = [writer.find(fields | attempt, base["source"]) for attempt in attempts]
+                known = [row for row in known if row and row["status"] != "skipped"]
+                if known:
+                    self.done += known
+                else:
+                    jobs.append((w, fields))
+            lists.append(jobs)
+        longest = max(map(len, lists), default=0)
+        self.jobs = [jobs[i] for i in range(longest) for jobs in lists if i < len(jobs)]
+
+    def __len__(self) -> int:
+        return len(self.jobs)
+
+
+def compile_rows(
+    jobs: Iterable[tuple[Workload, dict]],
+    target: str,
+    gpu: gpus.GPU | None,
+    compilers: aot.Compilers,
+) -> Iterator[dict]:
+    """Compile, and yield rows as they are ready: status ok, pruned (with the reason) or error.
+
+    What is left when the caller stops asking is not compiled.
+    """
+    waiting = {compilers.submit("compile", w, row["tile"], target): row for w, row in jobs}
+    try:
+        for future in concurrent.futures.as_completed(list(waiting)):
+            yield finish(waiting.pop(future) | future.result(), gpu)
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def finish(row: dict, gpu: gpus.GPU | None) -> dict:
+    """A compiled tile's row: with its prediction (of a known GPU), and whether to run it."""
+    row = row | {"stage": "compile", "status": "ok", "time": arguments.now()}
+    if gpu is not None and not row.get("failed"):
+        row |= predict(row, gpu)
+    reason = refused(row)
+    if reason:
+        row |= {"status": "error" if row.get("failed") else "pruned", "reason": reason}
+    return row
+
+
+def stored(row: dict) -> dict:
+    """The part of a row that the results file keeps; the rest served the prediction."""
+    return {name: value for name, value in row.items() if name in results.ROW}
+
+
+def by_work(rows: Iterable[dict]) -> dict[tuple, list[dict]]:
+    """The rows of each workload, by what `results.workload` says of them, or of `w._asdict()`."""
+    found: dict[tuple, list[dict]] = {}
+    for row in rows:
+        found.setdefault(results.workload(row), []).append(row)
+    return found
+
+
+COLUMNS = {  # of the table: heading, and how a row fills it
+    "tile": lambda r: ranking.tile_text(r["tile"]),
+    "registers": lambda r: r.get("registers"),
+    "spills": lambda r: r.get("spills"),
+    "shared": lambda r: r.get("shared"),
+    "occupancy": lambda r: f"{r['occupancy']:.0%} {r['limit']}" if "occupancy" in r else "",
+    "tensor cores": lambda r: r.get("tensor_core") or "-",
+    "load": lambda r: r.get("load_bytes"),
+    "loop": lambda r: r.get("loop_instructions"),
+    "waves": lambda r: f"{r['waves']:.2f}" if "waves" in r else "",
+    "padding": lambda r: f"{r['padding']:.2f}" if "padding" in r else "",
+    "us": lambda r: f"{r['predicted_s'] * 1e6:.1f}" if "predicted_s" in r else "",
+    "TFLOP/s": lambda r: f"{r['predicted_tflops']:.0f}" if "predicted_tflops" in r else "",
+    "bound": lambda r: r.get("bound", ""),
+}
+
+
+def table(rows: list[dict], top: int) -> str:
+    """The fastest tiles of one workload as predicted, and how many were not worth running."""
+    first = rows[0]
+    good = [row for row in rows if row["status"] in ("ok", "predicted")]
+    good.sort(key=lambda row: row["predicted_s"])
+    title = f"{first['op']} {first['mode']} {first['dtype']} {first['precision']}, "
+    title += f"{first['shape_name']}, predicted"
+    if first["tile"] is None:
+        if not good:
+            return f"{title}: {first['reason']}"
+        row = good[0]
+        return f"{title}: {row['predicted_s'] * 1e6:.1f} us, {row['launches']} launches"
+    cells = [list(COLUMNS)]
+    cells += [[_text(fill(row)) for fill in COLUMNS.values()] for row in good[:top]]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [title]
+    for line in cells:
+        lines.append("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip())
+    refusals: dict[str, int] = {}
+    for row in rows:
+        if row["status"] in ("pruned", "error"):
+            what = row["reason"].split(":")[0] if row["status"] == "error" else row["reason"]
+            what = "spills registers" if what.startswith("spills") else what
+            refusals[what] = refusals.get(what, 0) + 1
+    lines += [f"not worth running: {n} x {what}" for what, n in refusals.items()]
+    return "\n".join(lines)
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def _explain(work: list[Workload], args: argparse.Namespace, chosen: list[gpus.GPU]) -> int:
+    w = work[0]
+    with aot.Compilers(1) as compilers:
+        for gpu in chosen:
+            described = compilers.submit("describe", w, None, gpu.target).result()
+            if described.get("failed"):
+                raise PerfError(described["failed"])
+            tile = arguments.tiles(described, args.axis)[0]
+            if tile is None:
+                raise PerfError(f"{w.op} has no tile of its own to explain")
+            fields = arguments.identity(w, aot.source_hash(w)) | {"impl": "tilelab", "tile": tile}
+            compiled = compilers.submit("compile", w, tile, gpu.target).result()
+            row = finish(fields | compiled, gpu)
+            print(explanation.words(row, gpu))
+            if not row.get("failed"):
+                loop = compilers.submit("annotate", w, tile, gpu.target).result()
+                print(explanation.annotated(loop))
+    return 0

@@ -1,0 +1,504 @@
+"""`python -m perf gpu`: everything that needs a GPU, in order of value, in the time there is.
+
+    make gpu                                 1500 s, into perf/results/<gpu>/
+    make gpu ARGS="--budget 600"             a shorter window; the next call goes on
+    make gpu ARGS="--list"                   what there is to do, what is done, and the shares
+    make gpu ARGS="--only sweep,report"
+    make gpu ARGS="--dry-run"                the whole path on the CPU, in a minute
+
+The steps are in perf/commands/gpu_tasks.py: are the kernels right here, the GPU's ceilings, sweeps against every
+peer, the same again with the tuned table, training, pictures and the log. Each is a process of its
+own, so a GPU context that breaks takes one step along. What a step has finished is in its files,
+and which steps are done is in programme.json, written whole before and after each: Ctrl-C, kill -9
+and the end of the budget cost what was under way, and the next call goes on there. A step whose
+sources have changed since (kernels, the tuned table) is done again.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from tilelab.kernels import _launch
+from tilelab.perf.commands import arguments
+from tilelab.perf.commands.gpu_tasks import GROUPS, ROOT, Outcome, Step, steps
+from tilelab.perf.errors import PerfError
+from tilelab.perf.rows import results
+
+BUDGET = 1500.0  # s
+OVERTIME = 60.0  # s beyond its share that a step may take: to finish the race it is in
+PATIENCE = 10.0  # s that a process has to stop by itself
+ATTEMPTS = 3  # at a sweep that a broken GPU ended: it goes on behind the tile that broke it
+GOES_ON = "--resume goes on behind it"  # how such a sweep ends its last line
+LATE = "ran out of time"
+PROBE = (
+    "import json; from perf import device, plan; "
+    "print(json.dumps(device.here().header() | {'versions': plan.versions()}))"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `perf gpu`."""
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=BUDGET,
+        metavar="SECONDS",
+        help="for the whole call, shared by weight among what is left (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--out", type=pathlib.Path, help="folder, to go on in as well (default: perf/results/<gpu>)"
+    )
+    parser.add_argument("--only", metavar="STEP,...", help=f"steps, or of {', '.join(GROUPS)}")
+    parser.add_argument("--list", action="store_true", help="say what there is to do, and stop")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="the whole path on the CPU, kernels interpreted, a little of each (default --out: a "
+        "new temporary folder)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what is left, as long as there is time. Returns the exit status: 1 if something failed."""
+    began = time.monotonic()
+    if not args.budget > 0:
+        raise PerfError(f"--budget must be positive, got {args.budget:g}")
+    if args.out and args.out.exists() and not args.out.is_dir():
+        raise PerfError(f"--out {args.out} is a file: it takes a folder")
+    nowhere = pathlib.Path()
+    groups = {s.name: s.group for s in steps(nowhere, "none", args.dry_run, nowhere)}
+    names = only(args.only, groups)
+    about = here(args, {groups[name] for name in names})
+    out = folder(args, about["gpu"])
+    to = (out.parent if out.parent == ROOT / "perf" / "results" else out) / "log.jsonl"
+    every = steps(out, about["gpu"], args.dry_run, to)
+    programme = Programme(out, every, names, args.budget, about, environment(args.dry_run), began)
+    if args.list:
+        print(programme.table())
+        return 0
+    return programme.run()
+
+
+def only(text: str | None, groups: dict[str, str]) -> set[str]:
+    """The names of the steps that --only leaves.
+
+    Args:
+        text: of the command line; None: all of them.
+        groups: the group of each step.
+
+    Raises:
+        PerfError: a name of neither a step nor a group.
+    """
+    words = list(GROUPS) if text is None else text.split(",")
+    for word in words:
+        if word not in {*groups, *GROUPS}:
+            known = f"{', '.join(GROUPS)}, or one of {', '.join(groups)}"
+            raise PerfError(f"unknown step {word!r}: there are {known}")
+    return {name for name, group in groups.items() if name in words or group in words}
+
+
+# -- where this is -------------------------------------------------------------------------------
+
+
+def here(args: argparse.Namespace, groups: set[str]) -> dict[str, Any]:
+    """The GPU, its driver and the versions: what may not change between two calls.
+
+    Raises:
+        PerfError: there is no GPU and something needs one, or it does not start.
+    """
+    if args.dry_run:
+        return {"gpu": "interpreter", "driver": None, "versions": arguments.versions()}
+    known = load(args.out) if args.out else None
+    if args.list or groups == {"report"}:  # reads and draws, on any machine
+        if known:
+            return {name: known.get(name) for name in ("gpu", "driver", "versions")}
+        if groups == {"report"} and not torch.cuda.is_available():
+            raise PerfError("no GPU here: --only report needs the --out of what was measured")
+    if not torch.cuda.is_available():
+        if args.list:
+            return {"gpu": "<gpu>", "driver": None, "versions": arguments.versions()}
+        raise PerfError(
+            "torch sees no GPU here: `make test` runs the tests and `make sweep` compiles and "
+            "predicts without one; `make gpu ARGS=--dry-run` tries this command"
+        )
+    if _launch.INTERPRET:
+        raise PerfError("TRITON_INTERPRET=1 asks for the CPU: unset it, or give --dry-run")
+    return probe()
+
+
+def probe() -> dict[str, Any]:
+    """Ask a process of its own, since a context in this one would disturb what is measured.
+
+    Raises:
+        PerfError: the GPU does not start.
+    """
+    command = [sys.executable, "-c", PROBE]
+    try:
+        asked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        found = json.loads(asked.stdout.splitlines()[-1])
+    except (subprocess.TimeoutExpired, IndexError, ValueError) as error:
+        raise PerfError("the GPU does not start: `python -m perf doctor` says more") from error
+    return {name: found[name] for name in ("gpu", "driver", "versions")}
+
+
+def folder(args: argparse.Namespace, gpu: str) -> pathlib.Path:
+    """Where everything goes, as an absolute path."""
+    if args.out:
+        return args.out.resolve()
+    if args.dry_run and not args.list:  # never into the checkout
+        return pathlib.Path(tempfile.mkdtemp(prefix="tilelab-dry-run-"))
+    return ROOT / "perf" / "results" / _launch.tuned_path(gpu).stem
+
+
+def environment(dry: bool) -> dict[str, str]:
+    """Of the steps' processes."""
+    found = {"PYTHONUNBUFFERED": "1", "OPENBLAS_NUM_THREADS": "1"}
+    if dry:
+        found |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    return os.environ | found
+
+
+# -- what is done --------------------------------------------------------------------------------
+
+
+def load(out: pathlib.Path) -> dict[str, Any] | None:
+    """What programme.json says; None where there is none.
+
+    Raises:
+        PerfError: for a file that cannot be read, or is something else.
+    """
+    path = out / "programme.json"
+    try:
+        state = json.loads(path.read_text())
+        valid = isinstance(state["steps"], dict) and isinstance(state["gpu"], str)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise PerfError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError):
+        valid = False
+    if not valid:
+        raise PerfError(f"{path} is damaged: remove it, and what was measured is kept and found")
+    return state
+
+
+class Programme:
+    """The steps on one GPU, and what is known of them.
+
+    Args:
+        out: the folder.
+        every: the steps, the most valuable first.
+        names: of those that are asked for.
+        budget: s, for all of them.
+        about: of `here`.
+        environment: of the steps' processes.
+        began: when the budget's clock started, by time.monotonic.
+
+    Raises:
+        PerfError: `out` is about another GPU, driver, torch or triton.
+    """
+
+    def __init__(
+        self,
+        out: pathlib.Path,
+        every: list[Step],
+        names: set[str],
+        budget: float,
+        about: dict[str, Any],
+        environment: dict[str, str],
+        began: float | None = None,
+    ) -> None:
+        self.out, self.every, self.environment = out, every, environment
+        self.steps = [step for step in every if step.name in names]
+        self.budget, self.began = budget, time.monotonic() if began is None else began
+        known = load(out)
+        self._check_same(known or about, about)
+        self.state = about | {"steps": known["steps"] if known else {}}
+        self.records: dict[str, dict] = self.state["steps"]
+
+    def _check_same(self, old: dict[str, Any], new: dict[str, Any]) -> None:
+        """As a results file would, but before anything has begun."""
+        facts = [
+            {"gpu": about["gpu"], "driver": about["driver"]}
+            | {name: about["versions"].get(name) for name in ("torch", "triton")}
+            for about in (old, new)
+        ]
+        for name, was in facts[0].items():
+            now = facts[1][name]
+            if was != now:
+                raise PerfError(
+                    f"{self.out} is about {name} {was!r}, this is {now!r}: they do not belong "
+                    "together, choose another --out"
+                )
+
+    # --- the budget ------------------------------------------------------------------------------
+
+    def left(self) -> float:
+        """Seconds of the budget that are left."""
+        return self.began + self.budget - time.monotonic()
+
+    def done(self, step: Step) -> bool:
+        """Whether it was finished, with the sources as they are now."""
+        record = self.records.get(step.name, {})
+        return record.get("status") == "done" and record.get("source") == step.source()
+
+    # --- doing it --------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Do what is left; print the summary however it ends. Returns the exit status."""
+        with _one_at_a_time(self.out), _termination_interrupts():
+            interrupted = False
+            try:
+                for i, step in enumerate(self.steps):
+                    if not self.done(step):
+                        self._step(step, self.steps[i + 1 :])
+            except KeyboardInterrupt:
+                interrupted = True
+            self._save()
+            print(f"\n{self.summary()}")
+            print(f"{self.out}: the next call with this --out goes on" if self._unfinished()
+                  else f"{self.out}: everything is done")  # fmt: skip
+        mine = [self.records.get(step.name, {}) for step in self.steps]
+        failed = any(r.get("status") == "failed" or r.get("failures") for r in mine)
+        return 130 if interrupted else int(failed)
+
+    def _step(self, step: Step, later: list[Step]) -> None:
+        """Do one step, in its share of what is left; record what came of it."""
+        seconds, most = share(step, [s for s in later if not self.done(s)], self.left())
+        old, source = self.records.get(step.name, {}), step.source()
+        if old.get("source") != source:
+            old = {}
+        command = step.command(seconds) if seconds >= step.least else None
+        if command is None:  # with no source: what is fresh is still to be removed
+            self._record(step, old | {"status": LATE, "came": old.get("came", "not begun")})
+            return
+        for path in step.fresh if not old else ():
+            path.unlink(missing_ok=True)
+        print(f"{step.name}: {seconds:.0f} s of {self.left():.0f}", flush=True)
+        record = {"status": "interrupted", "source": source, "seconds": None, "came": ""}
+        record |= {
+            **arguments.commit(),
+            "versions": self.state["versions"],
+            "when": arguments.now(),
+        }
+        self._record(step, record)  # all that a kill -9 leaves
+        start, log = time.monotonic(), self.out / "logs" / f"{step.name}.log"
+        limit = min(seconds + OVERTIME, max(most - PATIENCE, 0.5 * most))
+        try:
+            record["status"] = self._attempts(command, log, limit)
+        finally:  # interrupted, too
+            record["seconds"] = round(time.monotonic() - start, 1)
+            self._finish(step, record, log)
+
+    def _finish(self, step: Step, record: dict, log: pathlib.Path) -> None:
+        """Read what a step has left, keep it, and say how it went."""
+        with _note_errors(step):
+            if step.keep:
+                step.keep()
+        outcome = Outcome("its results cannot be read")
+        with _note_errors(step):
+            outcome = step.outcome()
+        if record["status"] == "done" and not outcome.complete:
+            record["status"] = LATE
+        self._record(step, record | {"came": outcome.text, "failures": list(outcome.failures)})
+        print(f"  {record['status']} in {record['seconds']:.0f} s: {outcome.text}", flush=True)
+        if record["status"] == "failed":
+            end = "\n".join(f"    {line[:200]}" for line in last(log))
+            print(f"  the end of {log}:\n{end}", flush=True)
+
+    def _attempts(self, command: list[str], log: pathlib.Path, seconds: float) -> str:
+        """Run a command, and again if it says that it would go on. Returns the status."""
+        end = time.monotonic() + seconds
+        for _ in range(ATTEMPTS):
+            status = execute(command, log, end - time.monotonic(), self.environment)
+            if status != "failed" or not any(line.endswith(GOES_ON) for line in last(log)):
+                break
+        return status
+
+    def _record(self, step: Step, record: dict) -> None:
+        self.records[step.name] = record
+        self._save()
+
+    def _save(self) -> None:
+        results.write_whole(self.out / "summary.md", f"{self.summary()}\n".encode())
+        text = json.dumps(self.state, indent=1)
+        results.write_whole(self.out / "programme.json", f"{text}\n".encode())
+
+    # --- saying it -------------------------------------------------------------------------------
+
+    def _unfinished(self) -> bool:
+        return any(self.records.get(s.name, {}).get("status") != "done" for s in self.every)
+
+    def summary(self) -> str:
+        """Markdown: the tests that failed, then what came of each step."""
+        versions = self.state["versions"]
+        about = [f"driver {self.state['driver']}"] if self.state["driver"] else []
+        about += [f"{name} {versions[name]}" for name in ("torch", "triton")]
+        commits = {r["commit"][:7] for r in self.records.values() if r.get("commit")}
+        about += [f"commit {', '.join(sorted(commits))}"] if commits else []
+        lines = [f"# The GPU programme on {self.state['gpu']}", "", "; ".join(about), ""]
+        failures = [f for record in self.records.values() for f in record.get("failures") or ()]
+        if failures:
+            lines += [f"**{len(failures)} tests failed:**", ""]
+            lines += [f"- `{name}`" for name in failures[:20]]
+            lines += [f"- and {len(failures) - 20} more"] if len(failures) > 20 else []
+            lines += [""]
+        lines += ["| step | status | s | what came of it |", "|---|---|---|---|"]
+        for step in self.every:
+            record = self.records.get(step.name, {})
+            seconds = record.get("seconds")
+            words = [step.name, record.get("status", "not begun")]
+            words += ["" if seconds is None else f"{seconds:.0f}", record.get("came", "")]
+            lines.append(f"| {' | '.join(words)} |")
+        return "\n".join(lines)
+
+    def table(self) -> str:
+        """What `--list` prints: each step with its share, if each takes all of its own."""
+        lines, left = [f"{'step':24} {'group':9} {'share':>7}  status"], self.budget
+        todo = [step for step in self.steps if not self.done(step)]
+        for step in self.steps:
+            record = self.records.get(step.name, {})
+            status = record.get("status", "to do")
+            if step in todo:
+                status = "to do again" if status == "done" else status
+                seconds, _ = share(step, todo[todo.index(step) + 1 :], left)
+                words = f"{seconds:.0f} s" if seconds >= step.least else "-"
+                left -= seconds if seconds >= step.least else 0.0
+            else:
+                words = "done"
+            came = f": {record['came']}" if record.get("came") else ""
+            lines.append(f"{step.name:24} {step.group:9} {words:>7}  {status}{came}")
+        return "\n".join(lines)
+
+
+def share(step: Step, later: list[Step], left: float) -> tuple[float, float]:
+    """How long a step may take of what is left, s: its share, and the most.
+
+    Its even share, by weight; or what it needs at least, though others of its group, which are
+    worth less, then get nothing. Other groups are left theirs, and the pictures and the log of what
+    was measured what they need.
+    """
+    total = sum(other.weight for other in (step, *later))
+    others = [other for other in later if other.group != step.group]
+    report = sum(other.least for other in others if other.group == "report")
+    rest = sum(other.weight for other in others if other.group != "report")
+    most = left - report - left * rest / total
+    return min(max(step.least, left * step.weight / total), most), most
+
+
+# -- processes -----------------------------------------------------------------------------------
+
+
+def execute(
+    command: list[str], log: pathlib.Path, seconds: float, environment: dict[str, str]
+) -> str:
+    """Run a command with its output in a file, and stop it when its time is over.
+
+    Returns:
+        The status: done, failed, or ran out of time.
+
+    Raises:
+        KeyboardInterrupt: this was interrupted; the process has been stopped by then.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "wb") as file:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=file,
+            stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_in_the_child,
+        )  # fmt: skip
+        try:
+            return "failed" if process.wait(max(0.0, seconds)) else "done"
+        except subprocess.TimeoutExpired:
+            return LATE
+        finally:
+            _stop(process)
+
+
+_prctl = ctypes.CDLL(None).prctl
+
+
+def _in_the_child() -> None:
+    """End with the programme, kill -9 included (Linux); and hear its SIGINT.
+
+    What a shell runs in the background ignores that signal, and so would what it begins.
+    """
+    _prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _stop(process: subprocess.Popen) -> None:
+    """Ask it to stop, as Ctrl-C would; then make it, and what it has begun."""
+    try:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            process.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@contextlib.contextmanager
+def _termination_interrupts() -> Iterator[None]:
+    """SIGTERM, which `timeout` and batch systems send, is as Ctrl-C."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _one_at_a_time(out: pathlib.Path) -> Iterator[None]:
+    """Make the folder, and hold it against another programme.
+
+    Raises:
+        PerfError: one is at work there, or the folder cannot be made.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        held = os.open(out, os.O_RDONLY)
+    except OSError as error:
+        raise PerfError(f"cannot write {out}: {error.strerror}") from error
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise PerfError(f"another programme is at work in {out}") from error
+    finally:
+        os.close(held)
+
+
+@contextlib.contextmanager
+def _note_errors(step: Step) -> Iterator[None]:
+    """What cannot be read or saved of one step must not end the others."""
+    try:
+        yield
+    except PerfError as error:
+        print(f"  {step.name}: {error}", flush=True)
+
+
+def last(log: pathlib.Path, count: int = 8) -> list[str]:
+    """The last lines of a log."""
+    try:
+        return log.read_text(errors="replace").strip().splitlines()[-count:]
+    except OSError:
+        return []

@@ -1,0 +1,508 @@
+"""`python -m perf sweep`: time every tile, and every peer, and say which is best and why.
+
+The order of things, for all workloads and then for each:
+
+    compile     every tile in parallel processes; what spills, does not fit or misses the tensor
+                cores is pruned, and reported as pruned
+    gate        a wrong result is reported as wrong and never ranked (perf/clock/correctness.py)
+    screen      about 20 ms each
+    final       the eight fastest, the default and every peer, in a race of rounds (perf/clock/timing.py)
+
+Each row is in the file as soon as it is known, and `--resume` goes on from there. With no GPU the
+first step is all there is; then this is `perf compile`, and says so.
+"""
+
+import argparse
+import contextlib
+import gc
+import pathlib
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from tilelab.perf.clock import devices, timing
+from tilelab.perf.clock.correctness import Gate
+from tilelab.perf.commands import arguments
+from tilelab.perf.commands import compile as compiling
+from tilelab.perf.commands.compile import Todo, by_work, compile_rows, stored
+from tilelab.perf.compiler import aot
+from tilelab.perf.errors import PerfError
+from tilelab.perf.report import diagnosis, tuned_table
+from tilelab.perf.rows import ranking, results, stats
+from tilelab.perf.work import gpus, workloads
+from tilelab.perf.work.workloads import OPS, PEERS, Workload
+from tqdm import tqdm
+
+FINALISTS = 8
+SLOW = 2.0  # a tile this much slower than the best of its screening is no finalist
+COMPILE_SHARE = 0.4  # of a time budget
+SCREEN_SHARE = 0.6  # of what is left for a workload
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `perf sweep`."""
+    arguments.add_arguments(parser)
+    parser.add_argument(
+        "--peers", default="torch", help=f"all, none, or of {', '.join(PEERS)} (default: torch)"
+    )
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="for everything together")
+    parser.add_argument("--out", type=pathlib.Path, help="folder (default: runs/sweep)")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with --out, or the newest default folder"
+    )
+    parser.add_argument(
+        "--save-tuned", action="store_true", help="let the kernels use the winners from now on"
+    )
+    parser.add_argument("--energy", action="store_true", help="joules of the finalists: 5 s each")
+    parser.add_argument("--hot", action="store_true", help="one set of inputs: the cache is hot")
+    parser.add_argument("--seed", type=int, default=0, help="of inputs and order (default: 0)")
+    parser.add_argument("--no-plots", action="store_true", help="write the results file alone")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="the whole path on the CPU, kernels interpreted: for tiny shapes, times mean nothing",
+    )
+    parser.add_argument(
+        "-t", "--target", default="sm_90", help="what to predict for without a GPU (default: sm_90)"
+    )
+    parser.add_argument(
+        "--top", type=arguments.positive, default=5, help="tiles to print a problem (default: 5)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Sweep what the arguments say. Returns the exit status."""
+    if args.budget is not None and not args.budget > 0:
+        raise PerfError(f"--budget must be positive, got {args.budget:g}")
+    if args.tiles == "default" and args.axis:
+        raise PerfError("--tiles default is one tile: -a has nothing to choose from")
+    work = arguments.workloads(args)
+    peers(args.peers)  # an error in them comes first
+    device = devices.here()
+    if args.dry_run and device.target is not None:
+        raise PerfError("--dry-run where there is a GPU needs TRITON_INTERPRET=1 before `python`")
+    if device.target is None and args.save_tuned:
+        raise PerfError("--save-tuned saves what a GPU has measured: there is none here")
+    if device.target is None and not args.dry_run:
+        print("No GPU here: tiles are compiled and predicted, not timed (perf compile).")
+        args.explain = False
+        folder = compiling.out_folder(args, "sweep")
+        gpu = gpus.find(args.target)
+        path = folder / f"{compiling.label(gpu)}.jsonl"
+        with aot.Compilers(args.workers) as compilers:
+            compiling.compile_all(work, gpu, compilers, path, args)
+        finish_up(path, args)
+        return 0
+    folder = compiling.out_folder(args, "sweep")
+    path = folder / "results.jsonl"
+    with (
+        aot.Compilers(args.workers) as compilers,
+        results.Writer(path, arguments.header(device.header(), True, args)) as writer,
+    ):
+        Sweep(device, work, args, compilers, writer).run()
+    finish_up(path, args)
+    return 0
+
+
+def finish_up(path: pathlib.Path, args: argparse.Namespace) -> None:
+    """Print who won and why the others lost, save what was asked for, draw the pictures."""
+    headers, rows = ranking.read([path])
+    if any(row["measured"] for row in rows):
+        print("\n" + diagnosis.leaderboard(rows, args.top))
+    print("\n" + diagnosis.format_table(diagnosis.table(rows)))
+    if args.save_tuned:
+        print(f"tuned table: {tuned_table.save(rows)}")
+    if not args.no_plots:
+        from tilelab.perf.report import html_page
+
+        page = path.parent / "report.html"
+        html_page.write(headers, rows, page)
+        print(f"\nThe page with every picture: {page}")
+    print(f"The results: {path}")
+
+
+class Sweep:
+    """One sweep on one device.
+
+    Args:
+        device: of perf/clock/devices.py, or a simulated one.
+        work: the workloads.
+        args: of the command line.
+        compilers: to compile with.
+        writer: of the results file.
+    """
+
+    def __init__(
+        self,
+        device: Any,
+        work: list[Workload],
+        args: argparse.Namespace,
+        compilers: aot.Compilers,
+        writer: results.Writer,
+    ) -> None:
+        self.device, self.work, self.args = device, work, args
+        self.compilers, self.writer = compilers, writer
+        self.gpu = ranking.known_gpu(device.name)
+        # The limits and rates that decide what is pruned: of this GPU, or of the target's standard.
+        self.model = self.gpu or gpus.GPUS.get(gpus.TARGETS.get(device.target))
+        self.peers = peers(args.peers)
+        self.rng = random.Random(args.seed)
+        self.began = device.now()
+
+    def run(self) -> None:
+        """Do it all; what is finished is in the file whenever this ends."""
+        compiled = by_work(self._compile())
+        with self.device.stream(), workloads.cudnn_benchmark(True):
+            for i, w in enumerate(self.work):
+                mine = compiled.get(results.workload(w._asdict()), [])
+                share = None
+                if self.args.budget:
+                    left = self.began + self.args.budget - self.device.now()
+                    share = left / (len(self.work) - i)
+                    if left <= 0:
+                        self._skip(mine, "the time budget ran out")
+                        continue
+                workloads.set_precision(w.precision)
+                self._measure(w, mine, share)
+
+    def _left(self, share: float) -> float | None:
+        """The clock's time when this share of the budget is spent; None without a budget."""
+        return self.began + share * self.args.budget if self.args.budget else None
+
+    # --- compile ---------------------------------------------------------------------------------
+
+    def _compile(self) -> list[dict]:
+        """Compile everything; return a row for each tile that is worth running, or was run."""
+        # Hot in a cold sweep: inputs too small to rotate.
+        caches = ("hot",) if self.args.hot else ("cold", "hot")
+        attempts = [{"stage": "screen", "cache": cache} for cache in caches]
+        attempts.append({"stage": "compile"})
+        args, target = self.args, self.device.target
+        todo = Todo(
+            self.work, args.axis, self.compilers, self.writer, target or "", attempts, args.tiles
+        )
+        rows = list(todo.done)
+        if target is None:  # the interpreter: nothing to compile for
+            return rows + [fields | {"stage": "compile", "status": "ok"} for _, fields in todo.jobs]
+        deadline = self._left(COMPILE_SHARE)
+        done = set()
+        with tqdm(total=len(todo), unit="tile", desc="compile", disable=None) as bar:
+            for row in compile_rows(todo.jobs, target, self.model, self.compilers):
+                bar.update()
+                rows.append(row)
+                done.add(results.key(row))
+                if row["status"] != "ok":
+                    self.writer.write(stored(row))
+                if deadline is not None and self.device.now() > deadline:
+                    break
+        late = [fields | {"stage": "compile"} for _, fields in todo.jobs]
+        late = [row for row in late if results.key(row) not in done]
+        self._skip(late, "not compiled: the time budget ran out")
+        return rows
+
+    def _skip(self, rows: list[dict], reason: str) -> None:
+        for row in rows:
+            if "median_s" not in row and row.get("status", "ok") == "ok":
+                row = row | {"status": "skipped", "reason": reason, "time": arguments.now()}
+                self.writer.write(stored(row))
+
+    # --- measure ---------------------------------------------------------------------------------
+
+    def _measure(self, w: Workload, compiled: list[dict], share: float | None) -> None:
+        """Screen and race one workload."""
+        new = any(row["stage"] == "compile" and row["status"] == "ok" for row in compiled)
+        if self._has_final(w) and not new:
+            return
+        until = None if share is None else self.device.now() + share
+        try:
+            gate = Gate(w, self.device.torch_device, self._seed())
+            sets = self._sets(w)
+            calls = [self._call(w, "tilelab", self._seed()) for _ in range(sets.count)]
+        except Exception as e:
+            self._broken(devices.first_line(e))
+            self._failed(w, "tilelab", None, "screen", f"cannot be set up: {devices.first_line(e)}")
+            return
+        cache = "cold" if sets.cold and not self.args.hot else "hot"
+        screened = self._screen(w, compiled, gate, calls, cache, share)
+        del gate  # large: float64
+        self._final(w, screened, calls, cache, share, until)
+        del calls
+        gc.collect()
+
+    def _sets(self, w: Workload) -> timing.Sets:
+        if self.args.hot:
+            return timing.Sets(1, False)
+        # A launch of our optimizers finds the addresses of 64 sets on the GPU, and copies others.
+        most = 64 if w.mode == "step" else 512
+        sets = timing.sets_needed(w.bytes, self.device.l2, most)
+        fits = max(1, int(0.4 * self.device.memory_free() // max(w.bytes, 1)))
+        return sets if sets.count <= fits else timing.Sets(1, False)
+
+    def _seed(self) -> int:
+        return self.rng.randrange(2**31)
+
+    def _call(self, w: Workload, impl: str, seed: int) -> Callable[[], tuple]:
+        call = workloads.prepare(w, impl, self.device.torch_device, seed)
+        call.impl, call.workload, call.tile = impl, w, None
+        return call
+
+    def _warm(self, runner: Any, share: float | None) -> None:
+        """Up to 5 s of work before timing; of a small budget a twentieth."""
+        most = 5.0 if share is None else min(5.0, 0.05 * share)
+        timing.warm(self.device, runner, steady=min(1.0, most), most=most)
+
+    def _screen(self, w, compiled, gate, calls, cache, share) -> list[dict]:
+        """Gate and time each tile that compiling has left; return the rows that are right."""
+        until = None if share is None else self.device.now() + SCREEN_SHARE * share
+        name = f"{w.op} {w.mode} {w.name}"
+        rows = [row for row in compiled if row.get("stage") == "screen" and row["status"] == "ok"]
+        todo = [row for row in compiled if row.get("stage") == "compile" and row["status"] == "ok"]
+        # In case the time is not enough: the default first, the lesson's tiles, what looks best.
+        todo.sort(
+            key=lambda r: (not r["default"], not r.get("lesson"), r.get("predicted_s") or 0.0)
+        )
+        checked, warm = None, False
+        for i, row in enumerate(tqdm(todo, unit="tile", desc=name, disable=None, leave=False)):
+            if until is not None and self.device.now() > until:
+                self._skip(todo[i:], "not timed: the time budget ran out")
+                break
+            row = row | {"stage": "screen", "cache": cache, "time": arguments.now()}
+            try:
+                if checked is None or w.mode == "step":  # a second step would have other results
+                    checked = self._call(w, "tilelab", gate.seed)
+                verdict = gate.check(with_tile(checked, row["tile"]))
+                row |= {"error": verdict.error, "tolerance": verdict.tolerance}
+                if verdict.problem:
+                    row |= {"status": "wrong", "reason": verdict.problem}
+                else:
+                    with self._runner([with_tile(call, row["tile"]) for call in calls], cache) as r:
+                        if not warm:
+                            self._warm(r, share)
+                            warm = True
+                        row |= self._timed(w, timing.screen(self.device, r), r)
+            except Exception as e:
+                self._broken(devices.first_line(e), row)
+                row |= {"status": "error", "reason": devices.first_line(e)}
+            self.writer.write(stored(row))
+            if row["status"] == "ok":
+                rows.append(row)
+        return rows
+
+    def _final(self, w, screened, calls, cache, share, until) -> None:
+        """Race the fastest tiles and the peers."""
+        screened.sort(key=lambda row: row["median_s"])
+        best = screened[:FINALISTS]
+        best = [row for row in best if row["median_s"] <= SLOW * best[0]["median_s"]]
+        default = [row for row in screened if row["default"] and row not in best]
+        entries = {
+            ranking.tile_text(row["tile"]) or "tilelab": row | {"stage": "final"}
+            for row in best + default
+        }
+        with contextlib.ExitStack() as stack:
+            runners = {}
+            for name, row in list(entries.items()):
+                tiled = [with_tile(call, row["tile"]) for call in calls]
+                try:
+                    runners[name] = stack.enter_context(self._runner(tiled, cache))
+                except Exception as e:  # all of them at once may be too much for the memory
+                    self._broken(devices.first_line(e), entries.pop(name))
+                    self._failed(w, "tilelab", row["tile"], "final", devices.first_line(e))
+            if set(self.peers) - {"torch"}:
+                workloads.forget_compiled()
+            for peer in self._peers_of(w):
+                row = arguments.identity(w, None) | {"impl": peer, "tile": None, "stage": "final"}
+                try:
+                    with warnings.catch_warnings():  # of what a peer's compiler finds worth saying
+                        warnings.simplefilter("ignore")
+                        peer_calls = [self._call(w, peer, self._seed()) for _ in calls]
+                        runners[peer] = stack.enter_context(self._runner(peer_calls, cache))
+                    entries[peer] = row | {"status": "ok"}
+                except Exception as e:
+                    self._broken(devices.first_line(e), row)
+                    self._failed(w, peer, None, "final", devices.first_line(e))
+            if not runners:
+                return
+            self._warm(next(iter(runners.values())), share)
+            race = f"{arguments.now()} {self._seed():08x}"
+            timed = timing.race(self.device, runners, self.rng, self._rules(), until)
+            for name, result in timed.items():
+                if result.error:
+                    self._broken(result.error, entries[name])
+            verdicts = self._recheck(w, entries)
+            for name, result in timed.items():
+                row = entries[name] = entries[name] | {"race": race, "time": arguments.now()}
+                error, tolerance, problem = verdicts[name]
+                row |= {"error": error, "tolerance": tolerance}
+                if result.samples:
+                    row |= self._timed(w, result.samples, runners[name])
+                    row |= {
+                        "noisy": result.noisy,
+                        "throttled": len(result.throttled),
+                        "throttle_reasons": result.reasons,
+                        "clock_mhz": result.clock_mhz,
+                    }
+                    row["reason"] = result.note
+                if result.error:
+                    row |= {"status": "error", "reason": result.error}
+                elif problem:
+                    status = "wrong" if error is not None else "error"
+                    row |= {"status": status, "reason": f"after timing: {problem}"}
+                self.writer.write(stored(row))
+            if self.args.energy:
+                self._energy(entries, runners, until)
+
+    def _energy(self, entries, runners, until) -> None:
+        """Joules of what was raced: its rows, which the file has by now, are written again."""
+        for name, row in entries.items():
+            if row["status"] != "ok" or (until is not None and self.device.now() >= until):
+                continue
+            try:
+                joules = timing.energy(self.device, runners[name])
+            except Exception as e:
+                self._broken(devices.first_line(e), row)
+                continue
+            if joules is not None:
+                self.writer.write(stored(row | {"joules": joules}))
+
+    def _rules(self) -> timing.Rules:
+        if self.device.target is None:  # a dry run: a few rounds show that it works
+            return timing.Rules(rounds=6, seconds=0.0, most=5.0, precision=1.0)
+        return timing.Rules()
+
+    def _recheck(self, w: Workload, entries: dict[str, dict]) -> dict[str, tuple]:
+        """Every finalist once more, on inputs that nobody has seen."""
+        try:
+            gate = Gate(w, self.device.torch_device, self._seed())
+        except Exception as e:
+            self._broken(devices.first_line(e))
+            return dict.fromkeys(entries, (None, None, devices.first_line(e)))
+        verdicts = {}
+        for name, row in entries.items():
+            try:
+                call = self._call(w, row["impl"], gate.seed)
+                verdicts[name] = gate.check(with_tile(call, row["tile"]), row["impl"])
+            except Exception as e:
+                self._broken(devices.first_line(e), row)
+                verdicts[name] = (None, None, devices.first_line(e))
+        return verdicts
+
+    @contextlib.contextmanager
+    def _runner(self, calls: list, cache: str) -> Iterator[Any]:
+        runner = self.device.prepare(calls, cache)
+        try:
+            yield runner
+        finally:
+            runner.close()
+
+    def _timed(self, w: Workload, samples: list[float], runner: Any) -> dict[str, Any]:
+        """The row fields that follow from samples."""
+        s = stats.summary(samples)
+        seconds = s["median"]
+        share = None
+        if self.gpu is not None:
+            peak = self.gpu.peak(gpus.kind(w.dtype, w.precision))
+            share = max(w.flops / peak, w.bytes / self.gpu.bandwidth) / seconds
+        return {
+            "status": "ok",
+            "samples_s": list(samples),
+            "median_s": seconds,
+            "q25_s": s["q25"],
+            "q75_s": s["q75"],
+            "low_s": s["low"],
+            "high_s": s["high"],
+            "rounds": len(samples),
+            "timer": runner.timer,
+            "timer_reason": runner.reason,
+            "late": runner.late,
+            "cache": runner.cache,
+            "tflops": w.flops / seconds / 1e12,
+            "gbps": w.bytes / seconds / 1e9,
+            "peak_share": share,
+            "clock_mhz": self.device.clock_mhz(),
+        }
+
+    # --- what was done, and what went wrong ------------------------------------------------------
+
+    def _has_final(self, w: Workload) -> bool:
+        """Whether the file already has the race of this workload, as it would be run today."""
+        source, about = aot.source_hash(w), results.workload(w._asdict())
+        raced = {
+            row["impl"]
+            for row in self.writer.rows
+            if row["stage"] == "final"
+            and results.workload(row) == about
+            and row.get("source") in (None, source)
+            and (row.get("cache") != "cold" or not self.args.hot)
+        }
+        return raced >= {"tilelab", *self._peers_of(w)}
+
+    def _peers_of(self, w: Workload) -> list[str]:
+        return [peer for peer in self.peers if workloads.offers(peer, w)]
+
+    def _failed(self, w: Workload, impl: str, tile: dict | None, stage: str, reason: str) -> None:
+        source = aot.source_hash(w) if impl == "tilelab" else None
+        row = arguments.identity(w, source) | {"impl": impl, "tile": tile, "stage": stage}
+        self.writer.write(
+            stored(row | {"status": "error", "reason": reason, "time": arguments.now()})
+        )
+
+    def _broken(self, what: str, row: dict | None = None) -> None:
+        """Stop if the GPU itself no longer works; out of memory and the like are only a row.
+
+        Args:
+            what: the error.
+            row: of whose it is. A tile's becomes one of a screening that failed, even if that was
+                in a race: so `--resume` goes on without this tile.
+        """
+        try:
+            self.device.synchronize()
+        except Exception as e:
+            if row is not None:
+                stage = "screen" if row["impl"] == "tilelab" else "final"
+                failed = {
+                    "stage": stage,
+                    "status": "error",
+                    "reason": what,
+                    "time": arguments.now(),
+                }
+                self.writer.write(stored(row | failed))
+            raise PerfError(
+                f"the GPU failed ({what}) and this process cannot use it any more: what was "
+                "finished is in the results file, --resume goes on behind it"
+            ) from e
+        gc.collect()
+
+
+def with_tile(call: Callable[[], tuple], tile: dict | None) -> Callable[[], tuple]:
+    """`call`, with this tile for the kernel that is swept (None: as it is)."""
+    if tile is None:
+        return call
+    from tilelab.kernels import _launch
+
+    names = OPS[call.workload.op].modes[call.workload.mode]
+
+    def tiled() -> tuple:
+        with contextlib.ExitStack() as stack:
+            for name in names:
+                stack.enter_context(_launch.use_tile(name, tile))
+            return call()
+
+    tiled.inputs, tiled.impl, tiled.workload = call.inputs, call.impl, call.workload
+    tiled.tile = tile
+    return tiled
+
+
+def peers(text: str) -> list[str]:
+    """The peers that `text` names.
+
+    Raises:
+        PerfError: an unknown one.
+    """
+    if text == "none":
+        return []
+    names = list(PEERS) if text == "all" else text.split(",")
+    for name in names:
+        if name not in PEERS:
+            raise PerfError(f"unknown peer {name!r}: there are all, none, {', '.join(PEERS)}")
+    return names

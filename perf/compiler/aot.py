@@ -1,0 +1,508 @@
+"""Compiles for GPUs that are not here, and says what came of it: what `perf compile` tabulates.
+
+Nobody lists the arguments of kernels here. A workload is called as a user would call it, on empty
+CPU tensors, while `kernels._launch.record` lists what would have been launched; and that is
+compiled by Triton's own JIT, which is made to believe in a GPU of the wanted target. So what is
+compiled is what a GPU would be asked to run, and a sweep on a real one finds it in Triton's cache.
+
+A process is either interpreter or compiler (kernels/_launch.py), so the compiler runs in worker
+processes: `python -m tilelab.perf.compiler.aot` reads one job a line and answers with one line. They work side
+by side, and one that crashes takes only its own job along.
+"""
+
+import ast
+import concurrent.futures
+import contextlib
+import functools
+import hashlib
+import importlib
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import pkgutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from typing import Any, NamedTuple
+
+import torch
+from tilelab.kernels import _launch
+from tilelab.kernels.conv2d_weight_grad_tma import pixels_inside
+
+from tilelab import kernels  # before triton: it decides between interpreter and compiler
+
+# isort: split
+import triton
+from tilelab.perf.compiler import machine_code
+from tilelab.perf.errors import PerfError
+from tilelab.perf.rows import results
+from tilelab.perf.work import gpus, workloads
+from tilelab.perf.work.workloads import OPS, Workload
+from triton.backends.compiler import GPUTarget
+
+TIMEOUT_S = 300  # for one kernel: the compiler hangs
+MOST_WORKERS = 32  # unless asked for: each is a process that has imported torch
+ENVIRONMENT = {  # of the processes that compile; they see no GPU, and so take none of its memory
+    "TRITON_INTERPRET": "0",
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "HIP_VISIBLE_DEVICES": "",
+}
+
+
+def gpu_target(target: str) -> GPUTarget:
+    """Triton's description of "sm_90" or "gfx942"."""
+    if target.startswith("gfx"):
+        return GPUTarget("hip", target, 64)
+    return GPUTarget("cuda", int(target.removeprefix("sm_").rstrip("a")), 32)
+
+
+# -------------------------------------------------------------------------------------------------
+# What a call would launch.
+# -------------------------------------------------------------------------------------------------
+
+
+def device(target: str) -> _launch.Device:
+    """What the kernels would find on a GPU of this target; "" is none in particular."""
+    if target not in gpus.TARGETS:
+        return _launch.ANY_GPU
+    capability = int(target.removeprefix("sm_")) if target.startswith("sm_") else 0
+    return _launch.Device(capability, gpus.GPUS[gpus.TARGETS[target]].sms)
+
+
+class Trace(NamedTuple):
+    """The launches of one call; `main` is the one whose tile is swept, as `choice` says."""
+
+    launches: list[_launch.Launch]
+    main: _launch.Launch | None
+    choice: _launch.Choice | None
+
+    @property
+    def tile_op(self) -> str | None:
+        """The name by which `choose_tile` knows the tile."""
+        return self.choice.op if self.choice else None
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What the tile covers."""
+        return self.choice.sizes if self.choice else {}
+
+    @property
+    def moved(self) -> int:
+        """Bytes that the launches read and write, if each touches its tensors once."""
+        return sum(_bytes(launch.args) for launch in self.launches)
+
+
+def trace(w: Workload, tile: dict | None, target: str = "") -> Trace:
+    """What `w` launches with this tile (None: the default). Nothing is launched or compiled."""
+    with _launch.record(device(target)):
+        call = workloads.prepare(w, "tilelab", "cpu", None)
+    with contextlib.ExitStack() as stack:
+        if tile is not None:
+            for name in OPS[w.op].modes[w.mode]:
+                stack.enter_context(_launch.use_tile(name, tile))
+        events = stack.enter_context(_launch.record(device(target)))
+        call()
+    launches = [event for event in events if isinstance(event, _launch.Launch)]
+    for i, event in enumerate(events):
+        if isinstance(event, _launch.Choice) and event.op in OPS[w.op].modes[w.mode]:
+            return Trace(launches, _launch_of(events[i:]), event)
+    return Trace(launches, None, None)
+
+
+def _launch_of(events: list) -> _launch.Launch | None:
+    """The launch that the first of the events, a choice, was made for; others may come between.
+
+    Packing, say: each choice is followed by its launch, and whatever has both between them.
+    """
+    waiting = 0
+    for event in events:
+        waiting += 1 if isinstance(event, _launch.Choice) else -1
+        if waiting == 0:
+            return event
+    return None
+
+
+def _bytes(args: tuple) -> int:
+    storages = {}
+    for t in _launch.tensors_of(args):
+        size = t.numel() * t.element_size()
+        storages[t.data_ptr()] = max(size, storages.get(t.data_ptr(), 0))
+    return sum(storages.values())
+
+
+def describe(w: Workload, target: str = "") -> dict:
+    """What there is to choose: the kernel's name, what it divides, its default, its lesson's tiles.
+
+    {"tile_op": None} for work that has no tile of its own. "kernels" are those that can do it.
+    """
+    t = trace(w, None, target)
+    if t.main is None:
+        return {"tile_op": None}
+    default, kinds = t.choice.tile, t.choice.kernels
+    itemsize = w.torch_dtype.itemsize
+    fast, alike, rungs = lesson_tiles(t.tile_op, t.main.kernel.fn.__module__, itemsize)
+    if len(kinds) == 1:
+        alike = [tile for tile in alike if tile.keys() == default.keys()]
+    lesson = [t for t in (*fast, *alike, *rungs) if t.get("kernel", "pointer") in kinds]
+    return {
+        "tile_op": t.tile_op,
+        "sizes": t.sizes,
+        "tile": default,
+        "lesson": lesson,
+        "kernels": kinds,
+        "itemsize": itemsize,
+    }
+
+
+def lesson_tiles(tile_op: str, module: str, itemsize: int) -> tuple[list, list, list]:
+    """FAST_TILES (of this itemsize), TILES and RUNGS of a lesson, each where it has them.
+
+    A lesson may be two files: that of the kernel, and the one named as `choose_tile` is asked, up
+    to what it adds for a special case ("conv2d_grouped").
+    """
+    files = [importlib.import_module(module)]
+    names = [f"tilelab.kernels.{tile_op}", f"tilelab.kernels.{tile_op.rpartition('_')[0]}"]
+    first_of = next((n for n in names if n[-1] != "." and importlib.util.find_spec(n)), module)
+    if first_of != module:
+        files.append(importlib.import_module(first_of))
+
+    def first(name: str, missing: Any) -> Any:
+        return next((getattr(file, name) for file in files if hasattr(file, name)), missing)
+
+    return first("FAST_TILES", {}).get(itemsize, []), first("TILES", []), first("RUNGS", [])
+
+
+# -------------------------------------------------------------------------------------------------
+# Compile and read.
+# -------------------------------------------------------------------------------------------------
+
+
+class _Driver:
+    """Stands in for the GPU's driver: Triton's JIT asks it what to compile for."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+        self.device = str(target)  # a kernel keeps what it has compiled by device
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return self.device
+
+    def get_current_stream(self, device: Any) -> int:
+        return 0
+
+    def set_current_device(self, device: Any) -> None:
+        pass
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def compile_for(target: str) -> None:
+    """From now on Triton's JIT compiles for `target`, in this process, which must be a compiler."""
+    if _launch.INTERPRET:
+        raise RuntimeError("this process interprets: set TRITON_INTERPRET=0 before it starts")
+    triton.runtime.driver.set_active(_Driver(gpu_target(target)))
+
+
+def compile_launch(launch: _launch.Launch) -> Any:
+    """Triton's CompiledKernel of a recorded launch, for the target of `compile_for`."""
+    args = [
+        torch.empty(len(arg), dtype=torch.int64) if isinstance(arg, list) else arg
+        for arg in launch.args
+    ]
+    return launch.kernel.warmup(*args, grid=launch.grid, **launch.meta)
+
+
+# By Triton's hash, since many shapes share a kernel. Disassembling takes as long as compiling, so
+# what came of it is kept on the disk, too.
+_analyses: dict[str, dict] = {}
+
+
+def analyse(compiled: Any) -> dict:
+    """What perf/compiler/machine_code.py reads off the machine code, and the shared memory of a program in bytes."""
+    if compiled.hash not in _analyses:
+        folder = pathlib.Path(triton.knobs.cache.dir) / f"tilelab-{_reader()}"
+        path = folder / f"{compiled.hash}.json"
+        try:
+            analysis = json.loads(path.read_text())
+        except (OSError, ValueError):  # not there
+            if "cubin" in compiled.asm:
+                analysis = machine_code.analyse_cubin(compiled.asm["cubin"])
+            else:
+                analysis = machine_code.analyse_amdgcn(compiled.asm["amdgcn"])
+            results.write_whole(path, json.dumps(analysis).encode())
+        _analyses[compiled.hash] = analysis | {"shared": compiled.metadata.shared}
+    return _analyses[compiled.hash]
+
+
+@functools.cache
+def _reader() -> str:
+    """Which version of sass.py has read the code: the name of its folder beside Triton's cache."""
+    return hashlib.sha256(pathlib.Path(machine_code.__file__).read_bytes()).hexdigest()[:12]
+
+
+def compile_job(w: Workload, tile: dict | None, target: str) -> dict:
+    """Trace and compile one call; return the row fields that follow, with "failed" if it fails."""
+    started = time.perf_counter()
+    workloads.set_precision(w.precision)
+    t = trace(w, tile, target)
+    row = {
+        "tile_op": t.tile_op,
+        "sizes": t.sizes,
+        "launches": len(t.launches),
+        "moved": t.moved,
+    }
+    compile_for(target)
+    for launch in t.launches:
+        if launch is not t.main:
+            compile_launch(launch)
+    if t.main is not None:
+        try:
+            compiled = compile_launch(t.main)
+        except Exception as e:
+            first = next((s for s in str(e).splitlines() if s.strip()), "")
+            return row | {"failed": f"does not compile: {type(e).__name__}: {first}"[:500]}
+        row |= analyse(compiled)
+        row |= {
+            "kernel": t.main.kernel.__name__,
+            "programs": math.prod(t.main.grid),
+            "threads": compiled.metadata.num_warps * compiled.metadata.target.warp_size,
+            **work_of_boxes(t.main),
+        }
+    return row | {"compile_s": time.perf_counter() - started}
+
+
+def work_of_boxes(launch: _launch.Launch) -> dict[str, int]:
+    """What a convolution computes that loads by TMA: whole tiles, and all that they add.
+
+    Packed channels, block-diagonal groups, the border of the last boxes: all of that is in what the
+    launch is given. So is what a weight gradient leaves out, taps in the padding.
+
+    Returns:
+        "units", how many tiles and parts of them there are, and "computed_flops"; {} if it is no
+        such launch.
+    """
+    given = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.meta
+    work = _TILES_AND_STEPS.get(launch.kernel.__name__)
+    if work is None:
+        return {}
+    tiles, steps, parts, pixels = work(given)
+    step = 2 * pixels * given["BLOCK_N"] * given["BLOCK_K"]
+    return {"units": tiles * parts, "computed_flops": steps * step}
+
+
+def _boxes(given: dict, extents: str, tiles: str) -> tuple[int, int]:
+    """How many boxes cover the pixels, and the pixels of one."""
+    sizes = [given[f"TILE_{x}"] for x in tiles.split()]
+    return (
+        math.prod(_launch.cdiv(given[x], n) for x, n in zip(extents.split(), sizes, strict=True)),
+        math.prod(sizes),
+    )
+
+
+def _forward_work(given: dict) -> tuple[int, int, int, int]:
+    boxes, pixels = _boxes(given, "N P Q", "N P Q")
+    tiles = boxes * _launch.cdiv(given["K"], given["BLOCK_N"])
+    steps = given["R"] * given["S"] * _launch.cdiv(given["SPAN"], given["BLOCK_K"])
+    return tiles, tiles * steps, given["SPLIT_K"], pixels
+
+
+def _input_grad_work(given: dict) -> tuple[int, int, int, int]:
+    """Of the classes of pixels each has taps of its own, and all together have each tap once."""
+    boxes, pixels = _boxes(given, "N ROWS COLUMNS", "N H W")
+    tiles = boxes * _launch.cdiv(given["C"], given["BLOCK_N"])
+    steps = given["R"] * given["S"] * _launch.cdiv(given["K"], given["BLOCK_K"])
+    classes = given["STRIDE_H"] * given["STRIDE_W"]
+    return tiles * classes, tiles * steps, given["SPLIT_K"], pixels
+
+
+def _weight_grad_work(given: dict) -> tuple[int, int, int, int]:
+    """A step is BLOCK_K images at one pixel, of those where the tap is inside."""
+    rows, taps_w = given["ROWS"], given["S"]
+    blocks = _launch.cdiv(given["K"], given["BLOCK_M"])
+    blocks *= _launch.cdiv(given["SPAN"], given["BOX_C"])
+    if given["WINDOWS"]:  # a tile has several rows of taps, and all their pixels are inside
+        rows = _launch.cdiv(rows, given["BLOCK_N"] // given["BOX_C"])
+        pixels = rows * given["P"] * given["Q"]
+    else:
+        high, wide = (
+            sum(
+                pixels_inside(
+                    tap * given[f"DIL_{x}"] - given[f"PAD_{x}"], given[x], given[outputs],
+                    given[f"STRIDE_{x}"],
+                )
+                for tap in range(taps)
+            )
+            for x, outputs, taps in (("H", "P", rows // taps_w), ("W", "Q", taps_w))
+        )  # fmt: skip
+        pixels = high * wide
+    steps = blocks * pixels * _launch.cdiv(given["N"], given["BLOCK_K"])
+    return rows * blocks, steps, given["PARTS"], given["BLOCK_M"]
+
+
+_TILES_AND_STEPS = {  # of a kernel's launch: tiles, steps of all of them, parts of one, its rows
+    "conv2d_tma_kernel": _forward_work,
+    "conv2d_input_grad_tma_kernel": _input_grad_work,
+    "conv2d_weight_grad_tma_kernel": _weight_grad_work,
+}
+
+
+def annotated_loop(w: Workload, tile: dict | None, target: str) -> list[tuple[str, int, str]]:
+    """The main loop as (source file, line, instruction), for NVIDIA targets."""
+    workloads.set_precision(w.precision)
+    compile_for(target)
+    main = trace(w, tile, target).main
+    if main is None:
+        return []
+    compiled = compile_launch(main)
+    loop = machine_code.annotate(compiled.asm["cubin"]) if "cubin" in compiled.asm else []
+    # Triton's cache goes by the text of a kernel: it may have the path of another checkout.
+    own = main.kernel.fn.__code__.co_filename
+    name = pathlib.Path(own).name
+    return [(own if pathlib.Path(f).name == name else f, n, text) for f, n, text in loop]
+
+
+# -------------------------------------------------------------------------------------------------
+# Worker processes.
+# -------------------------------------------------------------------------------------------------
+
+
+class Compilers:
+    """Worker processes that compile. Use as a context manager; `submit` returns a Future of a dict.
+
+    Args:
+        workers: how many; None for one a core.
+    """
+
+    def __init__(self, workers: int | None = None) -> None:
+        self.workers = workers or min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+        self._threads = concurrent.futures.ThreadPoolExecutor(self.workers)
+        self._local = threading.local()
+        self._processes: list[subprocess.Popen] = []
+        self._logs = tempfile.TemporaryDirectory(prefix="perf-compile-")
+
+    def __enter__(self) -> "Compilers":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for process in self._processes:
+            process.kill()
+            process.wait()
+        self._threads.shutdown(wait=True)
+        self._logs.cleanup()
+
+    def submit(self, what: str, w: Workload, tile: dict | None, target: str):
+        """Ask for "describe", "compile" (`compile_job`) or "annotate" (`annotated_loop`)."""
+        return self._threads.submit(self._work, [what, list(w), tile, target])
+
+    def _work(self, job: list) -> Any:
+        process = getattr(self._local, "process", None)
+        if process is None or process.poll() is not None:
+            process = self._local.process = self._start()
+        watchdog = threading.Timer(TIMEOUT_S, process.kill)
+        watchdog.start()
+        try:
+            process.stdin.write(json.dumps(job) + "\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        finally:
+            watchdog.cancel()
+        if answer:
+            return json.loads(answer)
+        code = process.wait()
+        log = pathlib.Path(process.log).read_text(errors="replace").strip().splitlines()
+        tail = log[-1] if log else "it said nothing"
+        return {"failed": f"the compiler process ended with {code}: {tail}"[:500]}
+
+    def _start(self) -> subprocess.Popen:
+        log = tempfile.NamedTemporaryFile(dir=self._logs.name, delete=False)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tilelab.perf.compiler.aot"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            cwd=pathlib.Path(__file__).parents[2],
+            env=os.environ | ENVIRONMENT,
+        )
+        log.close()
+        process.log = log.name
+        self._processes.append(process)
+        return process
+
+
+def source_hash(w: Workload) -> str:
+    """A hash of the sources that a call of `w` runs: rows of different ones must not be mixed.
+
+    The operator's own file and every file of kernels/ that it imports, as they are on disk.
+    """
+    return _source_hash(w.op)
+
+
+FILES = {  # of operators that are not called as their lesson is
+    "matmul_bias_relu": "matmul",
+    "conv2d_bias_relu": "conv2d",
+    "conv2d_im2col": "im2col",
+    "col2im": "im2col",
+    "max_pool2d": "pool",
+    "sgd": "optim",
+    "adamw": "optim",
+}
+
+
+@functools.cache
+def _source_hash(op: str) -> str:
+    folder = pathlib.Path(kernels.__file__).parent
+    modules = {m.name for m in pkgutil.iter_modules([str(folder)])}
+    todo = sorted(modules) if op in workloads.WHOLE else [FILES.get(op, op)]
+    seen: dict[str, str] = {}
+    while todo:
+        name = todo.pop()
+        if name in seen:
+            continue
+        seen[name] = (folder / f"{name}.py").read_text()
+        for node in ast.walk(ast.parse(seen[name])):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+                "tilelab.kernels."
+            ):
+                todo.append(node.module.split(".")[2])
+    if op in workloads.WHOLE:
+        for path in sorted((folder.parent / "nets").glob("*.py")):
+            seen[f"nets.{path.stem}"] = path.read_text()
+    text = "\0".join(f"{name}\0{seen[name]}" for name in sorted(seen))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _serve() -> None:
+    """Answer jobs until stdin ends. What the compiler prints goes to stderr."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        what, w, tile, target = json.loads(line)
+        try:
+            if what == "describe":
+                answer = describe(Workload(*w), target)
+            else:
+                do = {"compile": compile_job, "annotate": annotated_loop}[what]
+                answer = do(Workload(*w), tile, target)
+        except PerfError as e:
+            answer = {"failed": str(e)}
+        except Exception as e:
+            answer = {"failed": f"{type(e).__name__}: {e}"[:500]}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,187 @@
+"""How long a tile should take, by what compiling has shown: a model to be held to measurements.
+
+    time = max(tensor, issue, L2, memory) + launches * 2.5 us
+
+    tensor   FLOPs * padding / (peak * wave efficiency)
+    issue    instructions of the main loop, over all warps, at one a clock on four schedulers an SM;
+             of a depthwise convolution also those before it, which are as many as some steps of it
+    L2       what the programs of a product read: (BLOCK_M + BLOCK_N) * BLOCK_K elements a step
+    memory   bytes that its launches read and write, each tensor once, over the bandwidth; at least
+             the bytes that the mathematics asks for
+
+padding is what the tiles compute over what was asked for; of a convolution by boxes of pixels, all
+that its launch computes, packed channels and zeros between groups too. Without tensor cores the
+peak is that of FMAs, which the loop's instructions then have to feed. wave efficiency: the GPU is
+done when its busiest SM is, and that has ceil(programs / SMs) of them:
+programs / (SMs * ceil(programs / SMs)).
+Of a persistent kernel, whose programs are as many as fit, it is the tiles that they go through.
+How many an SM has at a time does not matter to its rate, only to how well loads are hidden.
+
+It knows nothing of latency: not of loads that nothing hides in a short loop, nor of the first loads
+and the last stores of a program. So it is a lower bound on the time, more often than not.
+"""
+
+import math
+
+from tilelab.perf.compiler.occupancy import occupancy
+from tilelab.perf.work.gpus import GPU, kind
+
+LAUNCH_S = 2.5e-6  # assumed: from the end of one kernel to the start of the next, in a CUDA graph
+# Assumed: bytes that L2 hands to an SM in a clock. NVIDIA's A100 whitepaper states 5,120 bytes a
+# clock in all, for 108 SMs; AMD's CDNA3 comes to about as many for each of its compute units.
+L2_BYTES_PER_CLOCK = 48
+SCHEDULERS = 4  # of an SM, each of which issues one warp's instruction a clock
+
+
+def padding(sizes: dict[str, int], tile: dict[str, int]) -> float:
+    """What the tiles cover over what there is: at least 1."""
+    covered = 1.0
+    for name, size in sizes.items():
+        block = tile.get(f"BLOCK_{name}")
+        if block and size:
+            covered *= math.ceil(size / block) * block / size
+    return covered
+
+
+def loop_warps(tile: dict) -> int:
+    """How many warps run the main loop: with warp specialisation two groups of `num_warps`."""
+    return tile["num_warps"] * (2 if tile.get("kernel") == "tma_ws" else 1)
+
+
+def units(row: dict) -> int:
+    """Pieces of equal work that programs are given: one each, unless they are persistent."""
+    tile = row["tile"]
+    if not tile.get("PROGRAMS_PER_SM"):
+        return row["programs"]
+    if "units" in row:
+        return row["units"]
+    blocks = [math.ceil(row["sizes"][k] / tile[f"BLOCK_{k}"]) for k in ("M", "N")]
+    return math.prod(blocks) * tile.get("SPLIT_K", 1)
+
+
+def tile_op(row: dict) -> str:
+    """Whose tile a row's is: the operator's that it names, or that of one which it calls."""
+    return row.get("tile_op") or row["op"]
+
+
+def extra_work(op: str, shape: dict[str, int]) -> float:
+    """FLOPs of our algorithm over those of the mathematics: the fused block's padded filter.
+
+    `op` is the one whose tile it is: of a wide block the gradients are the plain convolution's.
+    """
+    if op.startswith(
+        "conv2d_relu_pool"
+    ):  # four places of one (R+1) x (S+1) patch, seen as one filter
+        R, S = shape["R"], shape["S"]
+        return (R + 1) * (S + 1) / (R * S)
+    return 1.0
+
+
+def is_product(tile: dict) -> bool:
+    """Whether the tile is of a product, that a kernel adds up step by step."""
+    return "BLOCK_K" in tile or tile.get("kernel") == "direct"
+
+
+def step_flops(op: str, tile: dict[str, int]) -> int:
+    """FLOPs of one step of a product's main loop.
+
+    The fused block has four accumulators, but for the kernel whose BLOCK_M counts what is pooled.
+    """
+    fused = op.startswith("conv2d_relu_pool") and "kernel" not in tile
+    accumulators = 4 if fused else 1
+    return 2 * tile["BLOCK_M"] * tile["BLOCK_N"] * tile["BLOCK_K"] * accumulators
+
+
+def predict(row: dict, gpu: GPU) -> dict:
+    """The row fields that follow from a compiled tile's own: occupancy, waves, padding, time.
+
+    Args:
+        row: with op, mode, shape, dtype, precision, tile, sizes, flops, moved, launches, programs,
+            threads and what perf/compiler/machine_code.py reads off the machine code; with computed_flops and units
+            where the launch says them (perf/compiler/aot.py) and sizes and tile would not. For a whole
+            training step there is no tile, and only its bytes and launches count.
+        gpu: for which.
+    """
+    if row.get("tile") is None:
+        memory = _memory(row, gpu)
+        peak = gpu.peak(kind(row["dtype"], row["precision"]))
+        times = {"memory": memory, "compute": row["flops"] / peak}
+        return _finish(row, times, gpu)
+
+    fits = occupancy(gpu.target, row["threads"], row["registers"], row["shared"])
+    at_once = gpu.sms * max(fits.blocks, 1)
+    waves = row["programs"] / at_once
+    pieces = units(row)
+    found = {
+        "occupancy": fits.fraction,
+        "blocks_per_sm": fits.blocks,
+        "limit": fits.limit,
+        "waves": waves,
+        "wave_efficiency": pieces / (gpu.sms * math.ceil(pieces / gpu.sms)),
+        "padding": row["computed_flops"] / row["flops"]
+        if "computed_flops" in row
+        else padding(row["sizes"], row["tile"]) * extra_work(tile_op(row), row["shape"]),
+    }
+    if fits.blocks == 0:
+        return found
+    times = {"memory": _memory(row, gpu)}
+    work = row["flops"] * found["padding"]
+    unit = kind(row["dtype"], row["precision"]) if row.get("tensor_core") else "fp32"
+    peak = gpu.peak(unit) or gpu.peak("fp32")
+    times["compute"] = work / (peak * found["wave_efficiency"])
+    tile = row["tile"]
+    if is_product(tile):
+        tile = {"BLOCK_M": 1, "BLOCK_N": 1, "BLOCK_K": 1} | tile
+        work /= found["wave_efficiency"]
+        step = step_flops(tile_op(row), tile)
+        clocks = gpu.sms * gpu.clock_mhz * 1e6
+        itemsize = {"float32": 4, "float8_e4m3fn": 1, "int8": 1}.get(row["dtype"], 2)
+        loaded = (tile["BLOCK_M"] + tile["BLOCK_N"]) * tile["BLOCK_K"] * itemsize
+        times["l2"] = work / step * loaded / (L2_BYTES_PER_CLOCK * clocks)
+        if tile.get("kernel") == "direct":  # its loop may be unrolled: what an iteration multiplies
+            step = 2 * row["threads"] * (row.get("loop_mix") or {}).get("float", 0)
+        if row.get("loop_instructions") and step:
+            instructions = row["loop_instructions"] * loop_warps(tile)
+            times["issue"] = work / step * instructions / (SCHEDULERS * clocks)
+    elif "PATCH_P" in tile:
+        loop, clocks = row.get("loop_instructions") or 0, gpu.sms * gpu.clock_mhz * 1e6
+        steps = padding(row["sizes"], tile) * math.prod(row["sizes"].values())
+        steps /= tile["BLOCK_M"] * tile["BLOCK_N"]
+        issued = (row["instructions"] - loop) * row["programs"] + loop * steps
+        issued *= tile["num_warps"] / found["wave_efficiency"]
+        times["issue"] = issued / (SCHEDULERS * clocks)
+    return found | _finish(row, times, gpu)
+
+
+def _memory(row: dict, gpu: GPU) -> float:
+    # Tensors that are updated in place are moved twice: an optimizer's minimum knows, `moved` not.
+    return max(row["moved"], row["bytes"]) / gpu.bandwidth
+
+
+def _finish(row: dict, times: dict[str, float], gpu: GPU) -> dict:
+    bound = max(times, key=times.get)
+    launching = LAUNCH_S * row["launches"]
+    seconds = times[bound] + launching
+    return {
+        "predicted_s": seconds,
+        "predicted_tflops": row["flops"] / seconds / 1e12,
+        "predicted_gbps": row["bytes"] / seconds / 1e9,
+        "bound": "launch" if launching > times[bound] else bound,
+    }
+
+
+def refused(row: dict) -> str | None:
+    """Why a tile is not worth a GPU's time, from what compiling it has shown; None if it is."""
+    if row.get("failed"):
+        return row["failed"]
+    if row.get("tile") is None:
+        return None
+    if row.get("blocks_per_sm") == 0:
+        return row["limit"]
+    if row.get("spills"):
+        return f"spills {row['spills']} bytes a thread"
+    product = "BLOCK_K" in row["tile"] and row["tile"].get("kernel") != "direct"
+    ieee = row["dtype"] == "float32" and row["precision"] == "ieee"
+    if product and not ieee and not row.get("tensor_core"):
+        return "no tensor cores"
+    return None

@@ -1,0 +1,361 @@
+"""Two results files of the same workloads: what became faster or slower, and is it certain?
+
+    python -m perf compare before.jsonl after.jsonl
+
+For every workload that both files have, the ratio of the times B / A: above 1, B takes longer. Its
+95% interval comes from the samples of both (stats.unpaired_ratio). With a margin of 2%:
+
+    SAME      the whole interval lies within 0.98 ... 1.02
+    SLOWER    the whole interval lies above 1, and the ratio is above 1.02
+    FASTER    the whole interval lies below 1, and the ratio is below 0.98
+    UNSURE    everything else, and every row that is noisy or was throttled: measure again
+
+A power cap is not counted as throttling here: large products run into it in every round of every
+run, and the clock that it leaves is part of how fast they are.
+
+The interval knows how the samples of each run spread. It does not know what changed between the
+runs besides the kernels: the room was warmer, the memory lay elsewhere. The peers show that, since
+their code did not change: if they drifted by 3%, so did the machine, and 3% of ours mean nothing.
+"""
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from tilelab.perf.errors import PerfError
+from tilelab.perf.rows import ranking, results, stats
+
+VERDICTS = ("SLOWER", "FASTER", "SAME", "UNSURE")
+MARGIN = 0.02
+
+
+class Comparison(NamedTuple):
+    """One line of a comparison.
+
+    Attributes:
+        a, b: the rows that were compared.
+        ratio: time of b over time of a; None if b has no right result.
+        low: of the ratio's 95% interval.
+        high: its other end.
+        verdict: one of VERDICTS.
+        source: of the kernels, "same" or "changed"; "" for peers, and where it is not known.
+        note: what to know besides.
+    """
+
+    a: dict
+    b: dict
+    ratio: float | None
+    low: float | None
+    high: float | None
+    verdict: str
+    source: str
+    note: str
+
+    @property
+    def ours(self) -> bool:
+        """Whether this is about our kernels, and not about a peer."""
+        return self.a["impl"] == "tilelab"
+
+
+def compare(
+    a_rows: list[dict], b_rows: list[dict], margin: float = MARGIN, every_tile: bool = False
+) -> list[Comparison]:
+    """Compare rows as results.read gives them; the worst first.
+
+    Finalists are compared, or what was only screened where there is none; predictions with
+    predictions. What only one of both has is left out, with one exception: where a has a right
+    result and b tried and has none, that is the worst of all.
+
+    Args:
+        a_rows: before.
+        b_rows: after.
+        margin: what counts as the same, 0.02 for 2%.
+        every_tile: compare tile by tile, instead of the best tile of each workload.
+    """
+    a_best, b_best = _best(a_rows, every_tile), _best(b_rows, every_tile)
+    b_failed = {_subject(row, every_tile): row for row in b_rows if _failed(row)}
+    found = []
+    for subject, a in a_best.items():
+        if subject in b_best:
+            found.append(_compared(a, b_best[subject], margin))
+        elif subject in b_failed:
+            b = b_failed[subject]
+            reason = f"{b['status']} in B: {b.get('reason') or 'no reason given'}"
+            found.append(Comparison(a, b, None, None, None, "UNSURE", _source(a, b), reason))
+    return sorted(found, key=lambda c: -math.inf if c.ratio is None else -c.ratio)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `python -m perf compare`."""
+    parser.add_argument("a", help="results before")
+    parser.add_argument("b", help="results after")
+    parser.add_argument(
+        "--margin",
+        type=float,
+        default=100 * MARGIN,
+        metavar="PERCENT",
+        help="differences up to this are none (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--every-tile",
+        action="store_true",
+        help="compare tile by tile, not the best tile of each workload",
+    )
+    parser.add_argument(
+        "--fail-on",
+        choices=("slower", "unsure"),
+        help="exit with 1 if a kernel of ours is slower or has no right result any more; unsure: "
+        "or if that is not certain",
+    )
+    parser.add_argument(
+        "--anyway",
+        action="store_true",
+        help="compare two GPUs, or predictions with measurements",
+    )
+
+
+def run(args: argparse.Namespace, out: Callable[[str], Any] = print) -> int:
+    """Compare two files and print what came of it.
+
+    Returns:
+        The exit status: 1 if --fail-on found something, otherwise 0.
+
+    Raises:
+        PerfError: for files that cannot be read, do not belong beside each other, or have nothing
+            in common.
+    """
+    if not 0 <= args.margin < 100:
+        raise PerfError(f"--margin must be from 0 to 100 percent, got {args.margin:g}")
+    a, b = results.read(args.a, out), results.read(args.b, out)
+    differences = _about(args.a, a, args.b, b, args.anyway)
+    found = compare(a.rows, b.rows, args.margin / 100, args.every_tile)
+    if not found:
+        raise PerfError(f"{args.a} and {args.b} have no right result of one workload in common")
+    out(f"A: {args.a}, {differences[0]}")
+    out(f"B: {args.b}, {differences[1]}")
+    for line in differences[2:]:
+        out(line)
+    out("")
+    out(format_table(found))
+    out("")
+    out(summary(found))
+    return int(failed(found, args.fail_on))
+
+
+def failed(found: list[Comparison], fail_on: str | None) -> bool:
+    """Return whether --fail-on is to fail; peers do not count."""
+    ours = [c for c in found if c.ours]
+    if fail_on is None:
+        return False
+    bad = ("SLOWER",) if fail_on == "slower" else ("SLOWER", "UNSURE")
+    return any(c.verdict in bad or c.ratio is None for c in ours)
+
+
+def format_table(found: list[Comparison]) -> str:
+    """Return an aligned table, our kernels first and then the peers."""
+    head = ("verdict", "B / A", "95% interval", "A", "B", "source", "what", "tile", "note")
+    lines = [head, *(_cells(c) for c in found if c.ours)]
+    peers = [_cells(c) for c in found if not c.ours]
+    if peers:
+        lines += [("",) * len(head), ("peers",) + ("",) * (len(head) - 1), *peers]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    text = []
+    for line in lines:
+        cells = [
+            cell.rjust(width) if 1 <= i <= 4 else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        text.append("  ".join(cells).rstrip())
+    return "\n".join(text)
+
+
+def summary(found: list[Comparison]) -> str:
+    """Return a few lines: verdicts, the mean ratio, the sources, and the drift of the peers."""
+    ours = [c for c in found if c.ours]
+    peers = [c.ratio for c in found if not c.ours and c.ratio is not None]
+    counts = [f"{sum(c.verdict == verdict for c in ours)} {verdict}" for verdict in VERDICTS]
+    line = f"tilelab: {', '.join(counts)}"
+    ratios = [c.ratio for c in ours if c.ratio is not None]
+    if ratios:
+        line += f"; geometric mean of B / A {stats.geomean(ratios):.3f}"
+    lost = len(ours) - len(ratios)
+    if lost:
+        line += f"; {lost} with no right result in B"
+    lines = [line]
+    sources = [c.source for c in ours]
+    if "changed" in sources or "same" in sources:
+        line = f"kernel source: changed in {sources.count('changed')}, same in "
+        line += f"{sources.count('same')} of {len(ours)}"
+        slower = sum(c.verdict == "SLOWER" and c.source == "same" for c in ours)
+        if slower:
+            line += f"; {slower} SLOWER with the same source: the machine or the compiler"
+        lines.append(line)
+    if peers:
+        lines.append(
+            f"peers: drifted by {100 * (stats.geomean(peers) - 1):+.1f}% (geometric mean of "
+            f"{len(peers)}, from {100 * (min(peers) - 1):+.1f}% to {100 * (max(peers) - 1):+.1f}%)"
+        )
+    else:
+        lines.append("peers: none in both files, so a drift of the machine would not be seen")
+    return "\n".join(lines)
+
+
+# -------------------------------------------------------------------------------------------------
+# Which rows, and what they say
+# -------------------------------------------------------------------------------------------------
+
+
+def _subject(row: dict, every_tile: bool) -> tuple:
+    """Return what is compared: a workload and an implementation, perhaps with its tile."""
+    tile = row.get("tile")
+    tile = tuple(sorted(tile.items())) if every_tile and tile else None
+    return *results.workload(row), row["impl"], row.get("cache") or "cold", tile
+
+
+def _seconds(row: dict) -> float | None:
+    """Return the time of a row that is right, measured or predicted."""
+    if row["status"] == "ok" and row["stage"] != "compile":
+        return row.get("median_s")
+    return row.get("predicted_s") if row["status"] == "predicted" else None
+
+
+def _failed(row: dict) -> bool:
+    return row["status"] in ("wrong", "error")
+
+
+def _best(rows: list[dict], every_tile: bool) -> dict[tuple, dict]:
+    """Return the row to compare of each subject: the fastest finalist, or else the fastest."""
+    best: dict[tuple, dict] = {}
+    for row in rows:
+        if not _seconds(row):
+            continue
+        subject = _subject(row, every_tile)
+        if subject not in best or _rank(row) < _rank(best[subject]):
+            best[subject] = row
+    return best
+
+
+def _rank(row: dict) -> tuple[bool, bool, float]:
+    return row["status"] == "predicted", row["stage"] != "final", _seconds(row)
+
+
+def _compared(a: dict, b: dict, margin: float) -> Comparison:
+    ratio, low, high = _ratio(a, b)
+    verdict = _verdict(ratio, low, high, margin)
+    notes = []
+    for name, row in (("A", a), ("B", b)):
+        if row["status"] == "predicted":
+            notes.append(f"{name} predicted")
+            continue
+        if row.get("noisy"):
+            notes.append(f"{name} noisy")
+        if row.get("throttled"):
+            why = ", ".join(row.get("throttle_reasons") or ["no reason given"])
+            notes.append(f"{name} throttled in {row['throttled']} rounds: {why}")
+        if row["stage"] == "screen":
+            notes.append(f"{name} only screened")
+        if row.get("noisy") or (row.get("throttled") and not _only_power(row)):
+            verdict = "UNSURE"
+    if low is None:
+        notes.append("no samples: no interval")
+    if a.get("tile") != b.get("tile"):
+        notes.append(f"tile in A: {ranking.tile_text(a.get('tile'))}")
+    return Comparison(a, b, ratio, low, high, verdict, _source(a, b), ", ".join(notes))
+
+
+def _only_power(row: dict) -> bool:
+    return (row.get("throttle_reasons") or []) == ["power cap"]
+
+
+def _ratio(a: dict, b: dict) -> tuple[float, float | None, float | None]:
+    """Return b / a and its interval, which is exact for predictions and None without samples."""
+    if a.get("samples_s") and b.get("samples_s") and "predicted" not in (a["status"], b["status"]):
+        return stats.unpaired_ratio(b["samples_s"], a["samples_s"])
+    ratio = _seconds(b) / _seconds(a)
+    exact = a["status"] == b["status"] == "predicted"
+    return (ratio, ratio, ratio) if exact else (ratio, None, None)
+
+
+def _verdict(ratio: float, low: float | None, high: float | None, margin: float) -> str:
+    if low is None:
+        return "UNSURE"
+    if 1 - margin <= low and high <= 1 + margin:
+        return "SAME"
+    if low > 1 and ratio > 1 + margin:
+        return "SLOWER"
+    if high < 1 and ratio < 1 - margin:
+        return "FASTER"
+    return "UNSURE"
+
+
+def _source(a: dict, b: dict) -> str:
+    if a["impl"] != "tilelab" or not (a.get("source") and b.get("source")):
+        return ""
+    return "same" if a["source"] == b["source"] else "changed"
+
+
+# -------------------------------------------------------------------------------------------------
+# Text
+# -------------------------------------------------------------------------------------------------
+
+
+def _about(a_path, a, b_path, b, anyway: bool) -> list[str]:
+    """Return a line on A, one on B, and lines on what differs; refuse what must not be compared."""
+    (a_gpu, a_measured), (b_gpu, b_measured) = _one_gpu(a_path, a), _one_gpu(b_path, b)
+    warnings = []
+    if a_gpu != b_gpu:
+        warnings.append(f"these are two GPUs, {a_gpu} and {b_gpu}")
+    if a_measured != b_measured:
+        warnings.append(f"{a_path if a_measured else b_path} is measured, the other is predicted")
+    if warnings and not anyway:
+        raise PerfError(f"{'; '.join(warnings)}: compare them with --anyway, if you must")
+    if not a_measured and not b_measured:
+        warnings.append("predicted, not measured: nothing was timed")
+    old, new = a.headers[-1], b.headers[-1]
+    pairs = {"driver": (old.get("driver"), new.get("driver"))}
+    for name in ("torch", "triton", "cuda", "cudnn"):
+        pairs[name] = old["versions"].get(name), new["versions"].get(name)
+    changed = [f"{name} {x} -> {y}" for name, (x, y) in pairs.items() if x != y]
+    if changed:
+        warnings.append(f"besides the kernels, these differ: {', '.join(changed)}")
+    return [_run(old), _run(new), *(f"note: {text}" for text in warnings)]
+
+
+def _one_gpu(path, found: results.Results) -> tuple[str, bool]:
+    """Return the GPU of a file and whether it was measured, which must be one."""
+    kinds = {(header["gpu"], header["measured"]) for header in found.headers}
+    if not kinds:
+        raise PerfError(f"no results in {path}: it is empty")
+    if len(kinds) != 1:
+        gpus = ", ".join(sorted({gpu for gpu, _ in kinds}))
+        raise PerfError(f"{path} has results of several kinds ({gpus}): compare one at a time")
+    return kinds.pop()
+
+
+def _run(header: dict) -> str:
+    commit = header.get("commit")
+    commit = f"commit {commit[:12]}" if commit else "no commit"
+    dirty = " and changes" if header.get("dirty") else ""
+    return f"{header['gpu']}, {commit}{dirty}, {header['created']}"
+
+
+def _cells(c: Comparison) -> tuple[str, ...]:
+    ratio = "-" if c.ratio is None else f"{c.ratio:.3f}"
+    interval = "-" if c.low is None else f"{c.low:.3f} ... {c.high:.3f}"
+    a, b = c.a, c.b
+    shape = a.get("shape_name") or ranking.shape_text(a["shape"])
+    dtype = ranking.dtype_text(a["dtype"], a["precision"])
+    what = f"{a['op']} {a['mode']} {dtype}, {shape}"
+    if (a.get("cache") or "cold") != "cold":
+        what += f", {a['cache']} cache"
+    tile = ranking.tile_text(b.get("tile")) if c.ours else a["impl"]
+    times = _time(_seconds(a)), _time(_seconds(b))
+    return (c.verdict, ratio, interval, *times, c.source, what, tile, c.note)
+
+
+def _time(seconds: float | None) -> str:
+    if not seconds:
+        return "-"
+    scale, unit = (1, "s") if seconds >= 1 else (1e3, "ms") if seconds >= 1e-3 else (1e6, "us")
+    return f"{seconds * scale:.4g} {unit}"

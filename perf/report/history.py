@@ -1,0 +1,256 @@
+"""`python -m perf log`: version, prediction and measurement, a line for each set of shapes.
+
+    python -m perf log results.jsonl                                  a table, on the screen
+    python -m perf log results.jsonl --to perf/results/log.jsonl      and kept
+
+A results file has a row for every tile. An entry of the log has what remains of a set of them: how
+fast our best tile was predicted to be and was, and how it did against the fastest peer. With an
+entry for each commit, the log shows what a change brought, and whether the model can be trusted.
+
+Means are geometric. What was not measured, or not predicted, is null: "–" in the table.
+"""
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tilelab.perf.errors import PerfError
+from tilelab.perf.rows import ranking, results, stats
+from tilelab.perf.rows.ranking import Workload
+
+Entry = dict[str, Any]
+KEY = ("gpu", "commit", "op", "mode", "dtype", "shapes", "note")
+FIELDS = {  # in the order in which an entry has them: what they mean
+    "gpu": "as in results files: a device, or `sm_90 (compiled)`",
+    "commit": "of this repository, seven digits; `+` where the working tree differed from it",
+    "op": "operator",
+    "mode": "as in results files",
+    "dtype": "`tf32` for float32 with such products",
+    "shapes": "the set: `square`, `resnet50 n32`; `sizes` where they were given one by one",
+    "note": "of the results file; null if it has none",
+    "count": "number of shapes",
+    "unit": "of the two speeds: TFLOP/s of products, GB/s of the rest",
+    "predicted": "speed of our best tile by the model, mean over the shapes",
+    "measured": "speed of our best tile, mean over the shapes",
+    "measured_over_predicted": "mean over the shapes that have both",
+    "ratio": "speed over that of the fastest peer, mean; above 1 ours is faster",
+    "worst": "the least of these ratios",
+    "worst_shape": "and whose it is",
+    "compared": "number of shapes that have such a ratio",
+    "failed": "shapes in which none of our tiles gave a right result in time",
+    "time": "of the newest row: ISO 8601, UTC",
+    "versions": "of torch and triton",
+}
+
+
+def entries(path: str | Path) -> list[Entry]:
+    """The entries of one results file, in the order of its rows.
+
+    Raises:
+        PerfError: as `ranking.read` does.
+    """
+    headers, rows = ranking.read([path])
+    newest = max(headers, key=lambda header: header["created"])
+    versions = {name: newest["versions"].get(name) for name in ("torch", "triton")}
+    sets: dict[tuple, list[Workload]] = {}
+    for w in chosen(rows):
+        about = w.gpu, w.op, w.mode, ranking.dtype_text(w.dtype, w.precision), w.family or "sizes"
+        sets.setdefault(about, []).append(w)
+    common = {"note": newest.get("note") or None, "versions": versions}
+    return [_entry(about, common, of) for about, of in sets.items()]
+
+
+def chosen(rows: Iterable[ranking.Row]) -> list[Workload]:
+    """The workloads of rows, each shape once: with a cold cache, or the other if that has none.
+
+    Work that was not tried is left out; work in which every tile failed is not.
+    """
+    once: dict[tuple, Workload] = {}
+    for w in ranking.workloads(rows):
+        about = w.gpu, w.measured, w.op, w.mode, w.dtype, w.precision, tuple(w.shape.items())
+        failed = any(row["status"] in ("wrong", "error") for row in w.tiles)
+        if (w.best or w.best_peer or failed) and _claim(w) > _claim(once.get(about)):
+            once[about] = w
+    return list(once.values())
+
+
+def _claim(w: Workload | None) -> tuple:
+    """Which of a hot and a cold workload counts: the one that was measured, then the cold one."""
+    if w is None:
+        return ()
+    return _median(w.best) is not None, w.best_peer is not None, w.cache == "cold"
+
+
+def _entry(about: tuple, common: Entry, work: Sequence[Workload]) -> Entry:
+    """One set of shapes as an entry."""
+    gpu, op, mode, dtype, shapes = about
+    best = [w.best for w in work if w.best]
+    both = [row for row in best if row.get("predicted_s") and _median(row)]
+    compared = ratios(work)
+    worst, whose = min(compared, key=lambda pair: pair[0], default=(None, None))
+    newest = max(
+        (row for w in work for row in (*w.tiles, *w.peers)), key=lambda r: r.get("time") or ""
+    )
+    found = {
+        "gpu": gpu,
+        "op": op,
+        "mode": mode,
+        "dtype": dtype,
+        "shapes": shapes,
+        "count": len(work),
+        "unit": ranking.unit(op),
+        "predicted": _mean(ranking.speed(row, row.get("predicted_s") or 0.0) for row in best),
+        "measured": _mean(ranking.speed(row, _median(row) or 0.0) for row in best),
+        "measured_over_predicted": _mean(row["predicted_s"] / _median(row) for row in both),
+        "ratio": _mean(ratio for ratio, _ in compared),
+        "worst": _short(worst),
+        "worst_shape": whose and whose.name,
+        "compared": len(compared),
+        "failed": sum(w.best is None for w in work),
+        "time": newest.get("time"),
+        "commit": newest["commit"] or None,
+        **common,
+    }
+    return {name: found[name] for name in FIELDS}
+
+
+def ratios(work: Iterable[Workload]) -> list[tuple[float, Workload]]:
+    """How many times as fast ours is as the fastest peer, of each workload that can tell."""
+    able = [w for w in work if _median(w.best) and w.best_peer]
+    return [(ranking.paired(w.best, w.best_peer)[0], w) for w in able]
+
+
+def _median(row: ranking.Row | None) -> float | None:
+    """Measured seconds, unlike `ranking.seconds`."""
+    return row.get("median_s") if row else None
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    values = [value for value in values if value]
+    return _short(stats.geomean(values)) if values else None
+
+
+def _short(value: float | None) -> float | None:
+    """Six digits: the rest is noise, and would make every line another one."""
+    return None if value is None else float(f"{value:.6g}")
+
+
+# -- the file ------------------------------------------------------------------------------------
+
+
+def append(path: Path, new: Iterable[Entry]) -> int:
+    """Add entries to a log, those of a key and numbers that it has already left out.
+
+    The file is written whole: it is as before or complete, whenever this is interrupted.
+
+    Args:
+        path: of the log; begun if it is missing.
+        new: entries.
+
+    Returns:
+        How many were added.
+
+    Raises:
+        PerfError: if the log is damaged, or cannot be read or written.
+    """
+    old = read(path)
+    known = {_identity(entry) for entry in old}
+    added = list({_identity(e): e for e in new if _identity(e) not in known}.values())
+    if added:
+        lines = (json.dumps(entry) + "\n" for entry in (*old, *added))
+        results.write_whole(path, "".join(lines).encode())
+    return len(added)
+
+
+def read(path: Path) -> list[Entry]:
+    """The entries of a log; none of a file that is not there.
+
+    Raises:
+        PerfError: for a line that is no entry, or a file that cannot be read.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        raise PerfError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from error
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            entry = None
+        if not isinstance(entry, dict) or not entry.keys() >= set(KEY):
+            raise PerfError(
+                f"{path}, line {number}: damaged: not an entry of perf/report/history.py"
+            )
+        found.append(entry)
+    return found
+
+
+def _identity(entry: Entry) -> str:
+    """Key and numbers. When it was measured again is no news if the numbers are the same."""
+    return json.dumps([entry.get(name) for name in FIELDS if name != "time"], sort_keys=True)
+
+
+# -- the table -----------------------------------------------------------------------------------
+
+COLUMNS = {  # heading: how an entry fills it
+    "GPU": lambda e: e["gpu"],
+    "commit": lambda e: e["commit"] or "–",
+    "operator": lambda e: f"{e['op']} {e['mode']}",
+    "dtype": lambda e: e["dtype"],
+    "shapes": lambda e: f"{e['shapes']} ({e['count']})",
+    "predicted": lambda e: _speed(e, "predicted"),
+    "measured": lambda e: _speed(e, "measured"),
+    "measured / predicted": lambda e: _times(e["measured_over_predicted"], ""),
+    "against the best peer": lambda e: _times(e["ratio"]),
+    "worst": lambda e: f"{_times(e['worst'])} {e['worst_shape'] or ''}".rstrip(),
+    "no result": lambda e: str(e["failed"] or ""),
+    "note": lambda e: e["note"] or "",
+}
+
+
+def _speed(entry: Entry, name: str) -> str:
+    value = entry[name]
+    return "–" if value is None else f"{ranking.number_text(value)} {entry['unit']}"
+
+
+def _times(value: float | None, sign: str = "x") -> str:
+    return "–" if value is None else f"{value:.2f}{sign}"
+
+
+def markdown(shown: Iterable[Entry]) -> str:
+    """The entries as a Markdown table."""
+    lines = [list(COLUMNS), ["---"] * len(COLUMNS)]
+    lines += [[fill(e).replace("|", "\\|") for fill in COLUMNS.values()] for e in shown]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+# -- command line --------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add which files to log, and whereto."""
+    parser.add_argument("results", nargs="+", metavar="FILE", help="results files (JSON lines)")
+    parser.add_argument(
+        "--to", type=Path, metavar="LOG", help="append to this log (perf/results/log.jsonl)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table, and append to the log if there is one.
+
+    Raises:
+        PerfError: for files that cannot be read or written.
+    """
+    found = [entry for path in args.results for entry in entries(path)]
+    if not found:
+        raise PerfError("nothing to log: nothing has a time, measured or predicted")
+    print(markdown(found))
+    if args.to:
+        added = append(args.to, found)
+        print(f"\n{args.to}: {added} added, {len(found) - added} of {len(found)} known")
+    return 0

@@ -1,0 +1,184 @@
+"""Saves the winners of a sweep where the kernels look their tiles up: kernels/tuned/<gpu>.json.
+
+A table is merged, not replaced: entries of other shapes stay. It has one entry a line, in an order
+that does not change, so that its history can be read:
+
+    {
+    "gpu": "NVIDIA H200",
+    "note": "...",
+    "tiles": [
+    {"op": "conv2d", "dtype": "bfloat16", "sizes": {...}, "tile": {...}, "tflops": 512.3, ...},
+    {"op": "matmul", "dtype": "bfloat16", "sizes": {...}, "tile": {...}, "tflops": 640.1, ...}
+    ]
+    }
+
+kernels/_launch.py reads op, dtype, sizes and tile. The rest says where the entry comes from.
+"""
+
+import importlib.metadata
+import json
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+from tilelab.perf.errors import PerfError
+from tilelab.perf.rows.results import write_whole
+from tilelab.perf.work.workloads import OPS
+
+NOTE = "written by perf/report/tuned_table.py from the rows of a sweep; read by kernels/_launch.py"
+
+
+def save(
+    rows: Iterable[dict],
+    folder: str | pathlib.Path | None = None,
+    predicted: bool = False,
+    gpu: str | None = None,
+    triton: str | None = None,
+) -> pathlib.Path:
+    """Merge the best tile of each op, dtype and sizes into the table of a GPU.
+
+    A finalist comes before a tile that was only screened, a cold cache before a hot one, and then
+    the shorter time counts. Where several workloads look up one entry (filters of 3x3 and 1x1), it
+    gets the tile of the one that takes longest; where float32 was measured with and without TF32,
+    the tile without, which fits both.
+
+    An entry that an operator's own sweep has made is not replaced by a guest's: a 1x1 convolution
+    is a matmul, and looks its tile up as one, but with B transposed; conv2d_bias_relu looks up
+    conv2d's. A guest's entry says by whom it was measured ("by"), and fills what is free.
+
+    Args:
+        rows: as `results.read` gives them, of one GPU.
+        folder: of the tables; kernels/tuned unless it is given.
+        predicted: take predicted rows where nothing was measured. They are marked in the file, and
+            never take the place of what was measured.
+        gpu: the device's name as torch gives it, for rows that name none (predicted ones).
+        triton: the version that compiled the rows; the one installed unless it is given.
+
+    Returns:
+        The path of the table.
+
+    Raises:
+        PerfError: no rows to save, rows of several GPUs, or a table that cannot be read or written.
+    """
+    from tilelab.kernels import _launch
+
+    usable = [row for row in rows if _usable(row, predicted)]
+    if not usable:
+        raise PerfError("no row has a tile to save: that takes tiles of ours, timed on a GPU")
+    name = _device(usable, gpu)
+    path = _launch.tuned_path(name, pathlib.Path(folder) if folder is not None else None)
+    triton = triton or importlib.metadata.version("triton")
+    new = [_entry(row, triton) for row in _winners(usable)]
+    try:
+        old = [entry for entries in _launch.read_tuned(path).values() for entry in entries]
+        _write(path, name, _merged(old, new))
+    except (ValueError, OSError) as error:
+        raise PerfError(f"the tuned table was not saved: {error}") from error
+    _launch.forget_tuned()
+    return path
+
+
+def _device(rows: list[dict], gpu: str | None) -> str:
+    """The one device of the rows. Predicted ones may be of a target, `sm_90 (compiled)`."""
+    measured = {row["gpu"] for row in rows if row["status"] == "ok"}
+    others = {row["gpu"] for row in rows} - measured - {gpu}
+    names = measured | ({gpu} if gpu else set())
+    if len(names) > 1 or len(others) > 1:
+        raise PerfError(f"a tuned table is of one GPU, got {', '.join(sorted(names | others))}")
+    if not names:
+        raise PerfError("predicted rows name no device: say which with gpu=, as torch names it")
+    return names.pop()
+
+
+def _usable(row: dict, predicted: bool) -> bool:
+    """A tile of ours that was timed on a GPU, or, if they are wanted, predicted."""
+    if row.get("impl") != "tilelab" or not all(row.get(k) for k in ("tile", "tile_op", "sizes")):
+        return False
+    if row["status"] == "predicted":
+        return predicted and bool(row.get("predicted_s"))
+    timed = row["status"] == "ok" and row["stage"] in ("screen", "final")
+    return timed and bool(row.get("median_s")) and row["gpu"] != "interpreter"
+
+
+def _seconds(row: dict) -> float:
+    return row["predicted_s"] if row["status"] == "predicted" else row["median_s"]
+
+
+def _identity(entry: dict) -> tuple:
+    """What `choose_tile` looks up; also the order of the entries in the file."""
+    return entry["op"], entry["dtype"], tuple(sorted(entry["sizes"].items()))
+
+
+def _winners(rows: list[dict]) -> list[dict]:
+    """The best row of each workload, and of the workloads that share an entry the longest one."""
+
+    def rank(row: dict) -> tuple:
+        return (
+            row["status"] == "predicted",
+            row["stage"] != "final",
+            row.get("cache") == "hot",
+            _seconds(row),
+            json.dumps(row["tile"], sort_keys=True),
+        )
+
+    best: dict[tuple, dict] = {}
+    for row in rows:
+        shape = json.dumps(row.get("shape"), sort_keys=True)
+        key = _identity(row | {"op": row["tile_op"]})
+        workload = (*key, row["op"], row.get("mode"), shape, row.get("precision"))
+        if workload not in best or rank(row) < rank(best[workload]):
+            best[workload] = row
+
+    def claim(item: tuple[tuple, dict]) -> tuple:
+        workload, row = item
+        other = row.get("precision") == "tf32"
+        return (*rank(row)[:3], _is_guest(row), other, -_seconds(row), str(workload))
+
+    winners: dict[tuple, dict] = {}
+    for workload, row in sorted(best.items(), key=claim):
+        winners.setdefault(workload[:3], row)
+    return list(winners.values())
+
+
+def _is_guest(row: dict) -> bool:
+    """Whether it looks up the tiles of another operator, that may have been measured itself."""
+    return row["op"] != row["tile_op"] and row["tile_op"] in OPS
+
+
+def _entry(row: dict, triton: str) -> dict[str, Any]:
+    entry = dict(op=row["tile_op"], dtype=row["dtype"], sizes=row["sizes"], tile=row["tile"])
+    if _is_guest(row):
+        entry["by"] = row["op"]
+    if row["status"] == "predicted":
+        entry["predicted"] = True
+        prefix = "predicted_"
+    else:
+        prefix = ""
+    unit = "tflops" if row.get("bound") == "compute" else "gbps"
+    if row.get(prefix + unit):
+        entry[prefix + unit] = float(f"{row[prefix + unit]:.4g}")
+    if row["stage"] == "screen":
+        entry["stage"] = "screen"
+    entry["predicted_on" if prefix else "measured"] = (row.get("time") or "")[:10] or None
+    return entry | dict(source=row.get("source"), triton=triton)
+
+
+def _merged(old: list[dict], new: list[dict]) -> list[dict]:
+    entries = {_identity(entry): entry for entry in old}
+    for entry in new:
+        before = entries.get(_identity(entry), {"predicted": True, "by": None})
+        # Less is worth more: measured, and by the operator itself.
+        if _worth(entry) <= _worth(before):
+            entries[_identity(entry)] = entry
+    return [entries[key] for key in sorted(entries)]
+
+
+def _worth(entry: dict) -> tuple[bool, bool]:
+    return bool(entry.get("predicted")), "by" in entry
+
+
+def _write(path: pathlib.Path, gpu: str, entries: list[dict]) -> None:
+    """The whole file or, if that fails, what was there."""
+    tiles = ",\n".join(json.dumps(entry) for entry in entries)
+    head = f'"gpu": {json.dumps(gpu)},\n"note": {json.dumps(NOTE)}'
+    write_whole(path, f'{{\n{head},\n"tiles": [\n{tiles}\n]\n}}\n'.encode())

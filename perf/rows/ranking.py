@@ -1,0 +1,261 @@
+"""What was tried, sorted into workloads, and how numbers are written: for tables and figures.
+
+A results file has a row for every stage that a tile reached. Here they become one row a tile, and
+the tiles and peers of one operator, mode, dtype and shape on one GPU become a `Workload`.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tilelab.perf.errors import PerfError
+from tilelab.perf.rows import results, stats
+from tilelab.perf.work import gpus
+
+Row = dict[str, Any]
+
+PRODUCTS = {
+    "matmul",
+    "matmul_bias_relu",
+    "scaled_matmul",
+    "conv2d",
+    "conv2d_bias_relu",
+    "conv2d_im2col",
+    "conv2d_relu_pool",
+    "train_step",
+    "conv_stack",
+}
+STAGES = results.STAGES
+SHORT = {"num_warps": "w", "num_stages": "s", "GROUP_M": "g"}  # in the text of a tile
+SHORT_UNLESS_1 = {"SUBTILES": "e", "SPLIT_K": "k", "PROGRAMS_PER_SM": "p"}
+_NAME = re.compile(r"([\w-]+)[. ]([^ =]+)(?: ([^ =]+))?")  # as perf/work/shapes.py makes them
+
+
+def read(
+    paths: Iterable[str | Path], note: Callable[[str], Any] = print
+) -> tuple[list[dict[str, Any]], list[Row]]:
+    """Read results files: their headers, and their rows, each with the commit it was made with.
+
+    Raises:
+        PerfError: as `results.read` does, and if there is no row at all.
+    """
+    paths = list(paths)
+    headers, rows = map(_printable, results.read_all(paths, note))
+    if not rows:
+        raise PerfError(f"no results in {', '.join(map(str, paths))}: not one row")
+    return headers, rows
+
+
+def _printable(value: Any) -> Any:
+    """The same JSON with a space for every control character, which no page or SVG may have."""
+    if isinstance(value, str):
+        return re.sub(r"[\x00-\x1f\x7f-\x9f\ufffe\uffff\ud800-\udfff]", " ", value)
+    if isinstance(value, list):
+        return [_printable(item) for item in value]
+    if isinstance(value, dict):
+        return {_printable(key): _printable(item) for key, item in value.items()}
+    return value
+
+
+class Workload(NamedTuple):
+    """Everything that was tried for one operator, mode, dtype and shape on one GPU.
+
+    `tiles` has one row per tile of tilelab, of its last stage and completed by the earlier ones;
+    `peers` the last row of every other implementation.
+    """
+
+    gpu: str
+    measured: bool
+    op: str
+    mode: str
+    dtype: str
+    precision: str
+    shape: dict[str, int]
+    name: str
+    cache: str
+    tiles: list[Row]
+    peers: list[Row]
+
+    @property
+    def best(self) -> Row | None:
+        """The fastest tile: of the finals, else of the screened, else of the predicted."""
+        return best_tile(self.tiles)
+
+    @property
+    def family(self) -> str:
+        """The set of shapes that it belongs to: "resnet50 n32", "square"; "" of a plain range."""
+        parts = _NAME.fullmatch(self.name)
+        return " ".join(filter(None, parts.group(1, 3))) if parts else ""
+
+    @property
+    def label(self) -> str:
+        """Its name within the family: "layer1.0.conv2", "4096"."""
+        parts = _NAME.fullmatch(self.name)
+        return parts[2] if parts else self.name
+
+    @property
+    def best_peer(self) -> Row | None:
+        """The fastest row of the other implementations, if any has a time."""
+        return best_tile(self.peers)
+
+    @property
+    def title(self) -> str:
+        """Operator, mode and dtype, as "conv2d dgrad, bfloat16"."""
+        return f"{self.op} {self.mode}, {dtype_text(self.dtype, self.precision)}"
+
+
+def workloads(rows: Iterable[Row]) -> list[Workload]:
+    """Sort rows into workloads.
+
+    Operators, GPUs and families of shapes come in the order of their first rows; within a family
+    the sizes and layers come in order, whichever was finished first.
+    """
+    tried: dict[tuple, dict[tuple, Row]] = defaultdict(dict)
+    for row in rows:
+        cache = row.get("cache") or "cold"
+        group = tried[row["gpu"], row["measured"], results.workload(row), cache]
+        attempt = (row["impl"], tuple(sorted((row.get("tile") or {}).items())))
+        group[attempt] = _later(group.get(attempt), row)
+    found = []
+    for (gpu, measured, (op, mode, dtype, precision, _), cache), group in tried.items():
+        first = next(iter(group.values()))
+        shape = first["shape"]
+        name = first.get("shape_name") or shape_text(shape)
+        about = gpu, measured, op, mode, dtype, precision, shape, name, cache
+        mine = [row for row in group.values() if row["impl"] == "tilelab"]
+        others = [row for row in group.values() if row["impl"] != "tilelab"]
+        found.append(Workload(*about, mine, others))
+    firsts: dict[tuple, int] = {}
+    for w in found:
+        firsts.setdefault(_group(w), len(firsts))
+    return sorted(found, key=lambda w: (firsts[_group(w)], _natural(w.label)))
+
+
+def _group(w: Workload) -> tuple:
+    return w.gpu, w.measured, w.op, w.mode, w.dtype, w.precision, w.cache, w.family
+
+
+def _natural(text: str) -> list[tuple[int, int, str]]:
+    """To sort texts with the numbers in them as numbers: "layer2" before "layer10"."""
+    parts = re.findall(r"\d+|\D+", text)
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
+
+
+def _later(old: Row | None, new: Row) -> Row:
+    """The row of the later stage, with what only the earlier one knows (its registers, say)."""
+    if old is None:
+        return new
+    if STAGES.index(old["stage"]) > STAGES.index(new["stage"]):
+        old, new = new, old
+    return {**old, **{field: value for field, value in new.items() if value is not None}}
+
+
+def best_tile(tiles: Iterable[Row]) -> Row | None:
+    """The fastest row of the latest stage that any of them reached, or None if none has a time."""
+    return min(filter(ran, tiles), key=rank, default=None)
+
+
+def ran(row: Row) -> bool:
+    """It gave the right result, or nothing speaks against it offline, and it has a time."""
+    return row["status"] in ("ok", "predicted") and seconds(row) is not None
+
+
+def rank(row: Row) -> tuple:
+    """To sort tiles that `ran`: finals, then screened, then predicted ones; fast ones first."""
+    return (row.get("median_s") is None, row["stage"] != "final", seconds(row))
+
+
+def seconds(row: Row) -> float | None:
+    """Seconds a call: the measured median, else what was predicted, else None."""
+    return row.get("median_s") or row.get("predicted_s")
+
+
+def speed(row: Row, time: float | None = None) -> float | None:
+    """TFLOP/s of a product, GB/s of anything else, in `time` or in the row's own seconds."""
+    time = seconds(row) if time is None else time
+    if not time:
+        return None
+    return row["flops"] / time / 1e12 if row["op"] in PRODUCTS else row["bytes"] / time / 1e9
+
+
+def unit(op: str) -> str:
+    """Of `speed`."""
+    return "TFLOP/s" if op in PRODUCTS else "GB/s"
+
+
+def paired(row: Row, other: Row) -> tuple[float, float | None, float | None]:
+    """How many times as fast `row` is as `other`, with its 95% interval.
+
+    Rows of one race were timed in the same rounds: the ratio is that of each round. Without a race
+    in common it is the ratio of the medians, and the interval is (None, None).
+    """
+    a, b = other.get("samples_s") or [], row.get("samples_s") or []
+    if row.get("race") and row.get("race") == other.get("race") and len(a) == len(b) >= 3:
+        return stats.paired_ratio(a, b)
+    return seconds(other) / seconds(row), None, None
+
+
+def paired_text(row: Row, best: Row | None) -> str:
+    """`paired` as text, "0.98x [0.975, 0.984]"; "" where nothing has a time."""
+    if best is None or row is best:
+        return "" if best is None else "1.00x"
+    ratio, low, high = paired(row, best)
+    return f"{ratio:.2f}x" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
+
+
+def tile_text(tile: dict[str, int] | None) -> str:
+    """A tile in short: "128x256x64 w8 s3 g8" (blocks; warps, stages, GROUP_M).
+
+    Of other kernels, "tma 128x256x64 w8 s4 g8 e2 k4 p2": halves of the tile in the epilogue, parts
+    of K, programs an SM (0: one a tile). What is 1 is left out.
+    """
+    if not tile:
+        return ""
+    blocks = block_names(tile)
+    words = [tile["kernel"]] if "kernel" in tile else []
+    words += ["x".join(str(tile[name]) for name in blocks)] if blocks else []
+    words += [f"{letter}{tile[name]}" for name, letter in SHORT.items() if name in tile]
+    words += [f"{x}{tile[name]}" for name, x in SHORT_UNLESS_1.items() if tile.get(name, 1) != 1]
+    known = {"kernel", *blocks, *SHORT, *SHORT_UNLESS_1}
+    words += [f"{k}={v}" for k, v in tile.items() if k not in known]
+    return " ".join(words)
+
+
+def block_names(tile: dict[str, int]) -> list[str]:
+    """The block sizes of a tile: BLOCK_M, BLOCK_N and BLOCK_K, then others."""
+    first = ["BLOCK_M", "BLOCK_N", "BLOCK_K"]
+    others = sorted(name for name in tile if name.startswith("BLOCK_") and name not in first)
+    return [name for name in first if name in tile] + others
+
+
+def shape_text(shape: dict[str, int]) -> str:
+    """A shape in short: "M=4096 N=4096 K=4096"."""
+    return " ".join(f"{k}={v}" for k, v in shape.items())
+
+
+def dtype_text(dtype: str, precision: str) -> str:
+    """The dtype, or "tf32" where float32 products are rounded to it."""
+    return "tf32" if (dtype, precision) == ("float32", "tf32") else dtype
+
+
+def time_text(value: float | None) -> str:
+    """Seconds with a unit that suits them: "12.3 µs"."""
+    if value is None:
+        return "–"
+    for scale, name in ((1, "s"), (1e-3, "ms"), (1e-6, "µs")):
+        if value >= scale:
+            return f"{value / scale:.3g} {name}" if value < 1000 * scale else f"{value:.0f} s"
+    return f"{value / 1e-9:.3g} ns"
+
+
+def number_text(value: float) -> str:
+    """Three digits at least, with no exponent: "1.23", "12.3", "123", "1,234"."""
+    return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"
+
+
+def known_gpu(name: str) -> gpus.GPU | None:
+    """What is known of a row's "gpu" ("NVIDIA H200", "h100 (compiled)"), if anything."""
+    name = name.partition(" (")[0]
+    return gpus.GPUS.get(gpus.TARGETS.get(name, name)) or gpus.find_device(name)

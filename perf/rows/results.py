@@ -1,0 +1,552 @@
+"""Results files: what a sweep writes and every other command reads. Version 1 of the schema.
+
+JSON lines. A header says on what, with what and when; the rows after it say what was tried and what
+came of it. Each row is one line, in the file as soon as it is known:
+
+    {"kind": "header", "schema": 1, "gpu": "NVIDIA H200", "versions": {...}, ...}
+    {"kind": "row", "op": "matmul", "mode": "fwd", "tile": {...}, "stage": "screen", ...}
+    {"kind": "row", ...}
+    {"kind": "header", ...}                                      the sweep was stopped and resumed
+    {"kind": "row", ...}
+
+A process that is killed can leave half a line at the end, and nothing worse: `read` leaves it out,
+`Writer` cuts it off before it goes on, and both say so. Damage anywhere else is an error.
+
+The tables HEADER and ROW are the schema. They are what is checked when a line is written or read,
+and what README.md prints.
+"""
+
+import fcntl
+import gzip
+import json
+import os
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tilelab.perf.errors import PerfError
+
+SCHEMA = 1
+
+
+class Field(NamedTuple):
+    """A field of a line.
+
+    Attributes:
+        type: "int", "float" (or an int), "str", "bool", "[float]", "[str]"; a tuple of the strings
+            it may be; or "{str: X}", a dict of X, where "any" is a number, bool, str or null.
+        meaning: in words, with the unit.
+        required: it may not be missing or null.
+    """
+
+    type: str | tuple[str, ...]
+    meaning: str
+    required: bool = False
+
+
+KINDS = ("header", "row")
+MODES = ("fwd", "dgrad", "wgrad", "bwd", "fwdbwd", "step")
+IMPLEMENTATIONS = ("tilelab", "torch", "graph", "compile", "inductor")
+STAGES = ("compile", "screen", "final")
+OPERANDS = ("shared", "registers", "tensor memory")
+BOUNDS = ("compute", "memory", "l2", "issue", "launch")
+STATUSES = ("ok", "wrong", "error", "pruned", "skipped", "predicted")
+
+HEADER = {
+    "kind": Field(("header",), "", True),
+    "schema": Field("int", "version of this schema, 1", True),
+    "created": Field("str", "when the writing began: ISO 8601, UTC", True),
+    "command": Field("[str]", "the command line"),
+    "gpu": Field("str", "device name; `interpreter`; or `sm_90 (compiled)`, never run", True),
+    "target": Field("str", "what the kernels were compiled for: `sm_90`, `gfx942`"),
+    "measured": Field("bool", "false: compiled and predicted, nothing was timed", True),
+    "driver": Field("str", "version of the GPU's driver"),
+    "clocks_mhz": Field("{str: any}", "MHz at the start: `sm`, `memory`, and the limit `sm_max`"),
+    "power_limit_w": Field("float", "W"),
+    "versions": Field(
+        "{str: any}", "of python, torch, triton, numpy, cuda, cudnn and tilelab", True
+    ),
+    "commit": Field("str", "of this repository"),
+    "dirty": Field("bool", "the working tree differed from the commit"),
+    "host": Field("{str: any}", "`cpu` (its name) and `cores`"),
+    "seed": Field("int", "of the inputs and of the order within the rounds"),
+    "note": Field("str", "what the user wants to remember"),
+}
+
+ROW = {
+    "kind": Field(("row",), "", True),
+    # what
+    "op": Field("str", "operator", True),
+    "mode": Field(MODES, "forward; gradient of x, of the weight, of all; both ways; a step", True),
+    "dtype": Field("str", "`float32`, `float16`, `bfloat16`, `float8_e4m3fn` or `int8`", True),
+    "precision": Field(("ieee", "tf32"), "of float32 products", True),
+    "shape": Field("{str: int}", "sizes, with the keys of perf/work/shapes.py", True),
+    "shape_name": Field("str", "for people: `resnet50.layer2.0.conv2 n32`"),
+    "impl": Field(IMPLEMENTATIONS, "ours, or one of the peers", True),
+    "tile": Field(
+        "{str: any}",
+        "block sizes, `num_warps`, `num_stages`; `kernel`, where it is not for the one through "
+        "pointers; null for peers",
+    ),
+    "default": Field("bool", "the tile that `choose_tile` would take here with no tuned table"),
+    "tile_op": Field("str", "under which name `choose_tile` looks the tile up"),
+    "sizes": Field("{str: int}", "M, N, K that the tile divides"),
+    "stage": Field(STAGES, "only compiled; timed briefly; timed in rounds with the best", True),
+    "status": Field(
+        STATUSES,
+        "`predicted`: no GPU was there; `ok` of stage `screen`: timed, but no finalist",
+        True,
+    ),
+    "reason": Field("str", "why it is not ok, one line"),
+    "source": Field("str", "hash of the kernel's source"),
+    "time": Field("str", "when the row was written: ISO 8601, UTC"),
+    # how much work
+    "flops": Field("int", "floating-point operations that the mathematics asks for"),
+    "bytes": Field("int", "bytes that must be read and written at least"),
+    "moved": Field("int", "bytes that its launches read and write at least, intermediates counted"),
+    "launches": Field("int", "kernels launched"),
+    "kernel": Field("str", "name of the one whose tile it is"),
+    "programs": Field("int", "blocks of its launch"),
+    "threads": Field("int", "of a block"),
+    # what the compiler made of it
+    "compile_s": Field("float", "s to compile"),
+    "registers": Field("int", "a thread"),
+    "spills": Field("int", "bytes a thread, in local memory for want of registers"),
+    "shared": Field("int", "bytes of shared memory a block"),
+    "tensor_core": Field("str", "widest tensor-core instruction of the main loop"),
+    "tensor_cores_in_loop": Field("int", "tensor-core instructions in the main loop"),
+    "serialised": Field("bool", "each wgmma waits for the one before"),
+    "operands": Field(OPERANDS, "where the tensor cores of sm_90 and sm_100 have A from"),
+    "load_bytes": Field("int", "bytes of the narrowest load of the main loop, a thread"),
+    "store_bytes": Field("int", "bytes of the narrowest store, a thread"),
+    "tma": Field("bool", "loads by the tensor memory accelerator"),
+    "loop_instructions": Field("int", "instructions of the main loop"),
+    "loop_mix": Field("{str: int}", "the same by group: `tensor core`, `load`, `integer`, ..."),
+    # how it fits the GPU
+    "occupancy": Field("float", "warps resident on an SM, of all it could hold: 0 to 1"),
+    "blocks_per_sm": Field("int", "blocks resident on an SM"),
+    "limit": Field("str", "what limits them: `registers`, `shared memory`, `warps`, `blocks`"),
+    "waves": Field("float", "blocks of the launch, over those that run at once"),
+    "wave_efficiency": Field("float", "programs / (SMs x those of the busiest SM): 0 to 1"),
+    "padding": Field("float", "work in whole tiles, over the work asked for: 1 or more"),
+    "bound": Field(BOUNDS, "what the prediction says it waits for (perf/compiler/prediction.py)"),
+    "predicted_s": Field("float", "s a call, predicted"),
+    "predicted_tflops": Field("float", "10^12 FLOPs a second, predicted"),
+    "predicted_gbps": Field("float", "10^9 bytes a second, predicted: bytes / predicted_s"),
+    # what was measured
+    "samples_s": Field("[float]", "s a call, one a round, in the order of the rounds"),
+    "median_s": Field("float", "s a call, median of the samples"),
+    "q25_s": Field("float", "s, lower quartile"),
+    "q75_s": Field("float", "s, upper quartile"),
+    "low_s": Field("float", "s, low end of the median's 95% bootstrap interval"),
+    "high_s": Field("float", "s, its high end"),
+    "rounds": Field("int", "rounds timed"),
+    "race": Field("str", "rows of one race were timed in the same rounds: samples pair by index"),
+    "noisy": Field("bool", "the interval had not become narrow when the time was up"),
+    "throttled": Field("int", "rounds in which the GPU lowered its clock"),
+    "throttle_reasons": Field("[str]", "why: `power cap` is usual for large products"),
+    "timer": Field(("graph", "events", "host"), "CUDA graph, CUDA events, or the host's clock"),
+    "timer_reason": Field("str", "why a short call is not in a graph"),
+    "late": Field("int", "samples that may hold time of the host"),
+    "cache": Field(("cold", "hot"), "are the inputs in the L2 cache?"),
+    "clock_mhz": Field("float", "MHz, SM clock while it was timed"),
+    "joules": Field("float", "J a call"),
+    "tflops": Field("float", "10^12 FLOPs a second: flops / median_s"),
+    "gbps": Field("float", "10^9 bytes a second: bytes / median_s"),
+    "peak_share": Field("float", "of the peak that binds, compute or bandwidth: 0 to 1"),
+    "error": Field("float", "relative norm of the difference to a float64 reference"),
+    "tolerance": Field("float", "the largest error that is right"),
+}
+
+ATTACHED = ("gpu", "measured", "commit")  # what readers give a row of its header
+MUST_AGREE = ("gpu", "measured", "driver", "versions.torch", "versions.triton")
+_HEADER_START = b'{"kind": "header"'
+
+
+class Results(NamedTuple):
+    """What files hold: their headers, and their rows, each with ATTACHED of its own header."""
+
+    headers: list[dict]
+    rows: list[dict]
+
+
+# -------------------------------------------------------------------------------------------------
+# Rows and what identifies them
+# -------------------------------------------------------------------------------------------------
+
+
+def key(row: dict) -> tuple:
+    """Return what was tried, hashable: rows of one file with the same key are the same attempt."""
+    tile, cache = row.get("tile"), row.get("cache") or "cold"
+    return *workload(row), row["impl"], tile and _items(tile), row["stage"], cache
+
+
+def workload(row: dict) -> tuple:
+    """Return what was computed, hashable: rows with the same workload are competitors."""
+    return row["op"], row["mode"], row["dtype"], row["precision"], _items(row["shape"])
+
+
+def _items(sizes: dict) -> tuple:
+    return tuple(sorted(sizes.items()))
+
+
+# -------------------------------------------------------------------------------------------------
+# Reading
+# -------------------------------------------------------------------------------------------------
+
+
+def read(
+    path: str | Path, note: Callable[[str], Any] = print, all_sources: bool = False
+) -> Results:
+    """Read a results file, or what a killed sweep has left of it.
+
+    Of rows with the same key the last one counts. Of the rows of an operator's mode on a GPU only
+    those of the newest kernel source are kept: numbers of kernels that are gone do not belong
+    beside those of today's. Rows without a source (peers) stay.
+
+    Args:
+        path: of the file; packed by gzip if it ends with .gz.
+        note: called with a line of text for everything that is left out.
+        all_sources: keep the rows of older sources too.
+
+    Raises:
+        PerfError: for a file that is missing, of another schema, or damaged before its end.
+    """
+    return read_all([path], note, all_sources)
+
+
+def read_all(
+    paths: Iterable[str | Path], note: Callable[[str], Any] = print, all_sources: bool = False
+) -> Results:
+    """Read several results files as one; what is last and newest is decided among all of them.
+
+    Raises:
+        PerfError: as `read` does.
+    """
+    paths, headers, rows = list(paths), [], []
+    for path in paths:
+        lines, _, torn = _parse(path, _content(path))
+        if torn:
+            note(f"{path}: left out the unfinished last line, {len(torn)} bytes of a killed run")
+        for line in lines:
+            if line["kind"] == "header":
+                headers.append(line)
+            else:
+                rows.append(_attached(line, headers[-1]))
+    if len(paths) > 1:  # sorting is stable: where times are equal or missing, the order stays
+        rows.sort(key=lambda row: row.get("time") or "")
+    last = {}
+    for row in rows:
+        identity = row["gpu"], row["measured"], row.get("source"), key(row)
+        last.pop(identity, None)  # so that it comes at the end again, as in the file
+        last[identity] = row
+    rows = list(last.values())
+    if not all_sources:
+        rows = _newest(rows, lambda text: note(f"{', '.join(map(str, paths))}: {text}"))
+    return Results(headers, rows)
+
+
+def _attached(row: dict, header: dict) -> dict:
+    """Return the row with what readers want to know of its header.
+
+    Its "commit" has seven digits, and a "+" where the working tree differed from it.
+    """
+    commit = (header.get("commit") or "")[:7] + ("+" if header.get("dirty") else "")
+    return {**row, "gpu": header["gpu"], "measured": header["measured"], "commit": commit}
+
+
+def _newest(rows: list[dict], note: Callable[[str], Any]) -> list[dict]:
+    """Return the rows of the newest kernel sources, and those without a source; oldest first."""
+
+    def subject(row):
+        return row["gpu"], row["measured"], row["op"], row["mode"]
+
+    newest = {subject(row): row["source"] for row in rows if row.get("source")}
+    kept, old = [], Counter()
+    for row in rows:
+        if row.get("source") in (None, newest.get(subject(row))):
+            kept.append(row)
+        else:
+            old[f"{row['op']} {row['mode']}"] += 1
+    if old:
+        counts = ", ".join(f"{name}: {count}" for name, count in old.items())
+        note(f"left out rows of older kernel sources ({counts})")
+    return kept
+
+
+def _content(path: str | Path) -> bytes:
+    try:
+        content = Path(path).read_bytes()
+        return gzip.decompress(content) if Path(path).suffix == ".gz" else content
+    except (OSError, EOFError, zlib.error) as error:
+        why = getattr(error, "strerror", None) or error
+        raise PerfError(f"cannot read {path}: {why}") from error
+
+
+def _parse(path: str | Path, content: bytes) -> tuple[list[dict], int, bytes]:
+    """Return the checked lines, the length of what they take, and the torn rest.
+
+    A line without an end that is a whole JSON object lacks nothing but the line feed: the brace
+    that closes an object is its last character.
+    """
+    *ended, last = content.split(b"\n")
+    lines = []
+    for number, text in enumerate(ended, start=1):
+        lines.append(_line(f"{path}, line {number}", text, first=not lines))
+    try:
+        whole = isinstance(json.loads(last), dict)
+    except ValueError:
+        whole = False
+    if whole:
+        lines.append(_line(f"{path}, line {len(lines) + 1}", last, first=not lines))
+    torn = b"" if whole else last
+    if not lines and torn[: len(_HEADER_START)] != _HEADER_START[: len(torn)]:
+        raise PerfError(f"{path} is not a results file: it does not begin with a header")
+    return lines, len(content) - len(torn), torn
+
+
+def _line(place: str, text: bytes, first: bool) -> dict:
+    """Return one line as a dict, or raise what is wrong with it."""
+    try:
+        line = json.loads(text)
+        kind = line["kind"]
+    except (ValueError, KeyError, TypeError) as error:
+        if first:
+            raise PerfError(f"{place}: not a results file: it begins with no header") from error
+        raise PerfError(f"{place}: damaged: not a line of JSON with a kind") from error
+    if kind == "header":
+        if line.get("schema") != SCHEMA:
+            raise PerfError(
+                f"{place}: schema {line.get('schema')}, but this version of tilelab knows "
+                f"schema {SCHEMA}"
+            )
+        problem = _problem(line, HEADER)
+    elif kind == "row" and not first:
+        problem = _problem(line, ROW)
+    elif first:
+        raise PerfError(f"{place}: not a results file: it begins with no header")
+    else:
+        problem = f"kind is {kind!r}, not {' or '.join(KINDS)}"
+    if problem:
+        raise PerfError(f"{place}: damaged: {problem}")
+    return line
+
+
+def _problem(line: dict, fields: dict[str, Field]) -> str | None:
+    """Return what is wrong with the types of a line. Unknown fields are a newer version's."""
+    for name, field in fields.items():
+        value = line.get(name)
+        if value is None:
+            if field.required:
+                return f"{name} is missing"
+        elif not _is(value, field.type):
+            shown = repr(value) if len(repr(value)) < 60 else f"{repr(value)[:57]}..."
+            return f"{name} must be {_type_name(field.type)}, got {shown}"
+    return None
+
+
+def _is(value: Any, kind: str | tuple[str, ...]) -> bool:
+    """Return whether a value that JSON gave is of this kind."""
+    if isinstance(kind, tuple):
+        return value in kind if isinstance(value, str) else False
+    if kind.startswith("["):
+        return isinstance(value, list) and all(_is(item, kind[1:-1]) for item in value)
+    if kind.startswith("{"):
+        item_kind = kind.removeprefix("{str: ").removesuffix("}")
+        return isinstance(value, dict) and all(_is(item, item_kind) for item in value.values())
+    if kind == "any":
+        return value is None or isinstance(value, int | float | str)
+    types = {"int": int, "float": int | float, "str": str, "bool": bool}[kind]
+    return isinstance(value, types) and (kind == "bool" or not isinstance(value, bool))
+
+
+def _type_name(kind: str | tuple[str, ...]) -> str:
+    return kind if isinstance(kind, str) else " or ".join(kind)
+
+
+# -------------------------------------------------------------------------------------------------
+# Writing
+# -------------------------------------------------------------------------------------------------
+
+
+class Writer:
+    """Appends to a results file, new or begun: a header now, then rows as they are known.
+
+    Each row is one write of a whole line, flushed to the disk before `write` returns. A process
+    that dies loses the row it was writing and no other; the next Writer cuts that off and goes on.
+    One process at a time can write to a file.
+
+    Args:
+        path: of the file; its folder is made.
+        header: of HEADER's fields; "kind" and "schema" are filled in.
+        note: called with a line of text if something was cut off.
+
+    Attributes:
+        rows: those that the file had, of every source, each with ATTACHED.
+
+    Raises:
+        PerfError: if the file is not a results file or is damaged before its end; if it is of
+            another GPU, driver, torch or triton; if another process is writing to it; or if it
+            cannot be written.
+    """
+
+    def __init__(self, path: str | Path, header: dict, note: Callable[[str], Any] = print) -> None:
+        self.path = Path(path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        except OSError as error:
+            raise PerfError(f"cannot write {path}: {error.strerror}") from error
+        try:
+            self._lock()
+            self._resume(header, note)
+            self._append({**header, "kind": "header", "schema": SCHEMA}, HEADER)
+        except BaseException:
+            self.close()
+            raise
+
+    def write(self, row: dict) -> None:
+        """Append one row of ROW's fields; "kind" is filled in.
+
+        Numbers may be NumPy's. One that is not finite is written as null: JSON has none.
+
+        Raises:
+            PerfError: for an unknown field or a wrong type, or if the file cannot be written. The
+                file is then as it was before.
+        """
+        self._append({**row, "kind": "row"}, ROW)
+
+    def find(self, row: dict, source: str | None = None) -> dict | None:
+        """Return the row that the file already had for the same attempt, or None.
+
+        Args:
+            row: anything that `key` takes.
+            source: if given, only a row of this kernel source counts.
+        """
+        return self._done.get((key(row), source))
+
+    def close(self) -> None:
+        """Close the file. Everything is on the disk already."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise PerfError(f"another process is writing to {self.path}") from error
+        except OSError:  # a file system without locks
+            pass
+
+    def _resume(self, header: dict, note: Callable[[str], Any]) -> None:
+        """Check what the file holds, cut off a torn line, and remember the rows."""
+        content = _content(self.path)
+        lines, length, torn = _parse(self.path, content)
+        self.rows: list[dict] = []
+        self._done: dict[tuple, dict] = {}
+        about = {}
+        for line in lines:
+            if line["kind"] == "header":
+                about = line
+                self._check_same(line, header)
+                continue
+            row = _attached(line, about)
+            self.rows.append(row)
+            self._done[key(row), None] = self._done[key(row), row.get("source")] = row
+        if torn:
+            os.ftruncate(self._file, length)
+            note(f"{self.path}: cut off the unfinished last line, {len(torn)} bytes")
+        elif lines and not content.endswith(b"\n"):
+            self._write(b"\n")
+
+    def _check_same(self, old: dict, new: dict) -> None:
+        for name in MUST_AGREE:
+            was, now = _get(old, name), _get(new, name)
+            if was != now:
+                raise PerfError(
+                    f"{self.path} has results of {name} {was!r}, this is {now!r}: they do not "
+                    "belong in one file, choose another"
+                )
+
+    def _append(self, line: dict, fields: dict[str, Field]) -> None:
+        line = {"kind": line["kind"], **line}
+        unknown = sorted(line.keys() - fields.keys() - set(ATTACHED))
+        if unknown:
+            raise PerfError(f"no such field in the schema of results: {', '.join(unknown)}")
+        text = json.dumps({name: line[name] for name in fields if name in line}, default=_plain)
+        # What is not finite becomes null here, and what was a tuple or of NumPy becomes JSON's.
+        line = json.loads(text, parse_constant=lambda _: None)
+        problem = _problem(line, fields)
+        if problem:
+            raise PerfError(f"a result that does not fit the schema: {problem}")
+        self._write(json.dumps(line).encode() + b"\n")
+
+    def _write(self, data: bytes) -> None:
+        """Append all of the data or, if that fails, nothing."""
+        before = os.fstat(self._file).st_size
+        try:
+            written = os.write(self._file, data)
+            while written < len(data):  # a full disk takes a part, and then raises
+                written += os.write(self._file, data[written:])
+            os.fsync(self._file)
+        except BaseException as error:
+            os.ftruncate(self._file, before)
+            if isinstance(error, OSError):
+                raise PerfError(f"cannot write {self.path}: {error.strerror}") from error
+            raise
+
+
+def _plain(value: Any) -> Any:
+    """Return a NumPy number as Python's, for json."""
+    if hasattr(value, "item"):
+        return value.item()
+    raise PerfError(f"a result must be plain data, got {type(value).__name__}")
+
+
+def _get(header: dict, name: str) -> Any:
+    """Return a field, or one within a field: "versions.torch"."""
+    for part in name.split("."):
+        header = (header or {}).get(part)
+    return header
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write any file, its folder too, so that nobody ever sees half of it (nets/files.py).
+
+    Raises:
+        PerfError: if it cannot be written.
+    """
+    from tilelab.nets import files  # reading results needs nothing but perf
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_whole(path, content)
+    except OSError as error:
+        raise PerfError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+# -------------------------------------------------------------------------------------------------
+# The schema in words
+# -------------------------------------------------------------------------------------------------
+
+
+def markdown(fields: dict[str, Field]) -> str:
+    """Return the table of README.md for HEADER or ROW."""
+    lines = ["| field | type | meaning |", "|---|---|---|"]
+    for name, field in fields.items():
+        if name == "kind":
+            continue
+        choice = isinstance(field.type, tuple)
+        kind = ", ".join(f"`{value}`" for value in field.type) if choice else f"`{field.type}`"
+        required = "" if field.required else " or null"
+        lines.append(f"| `{name}` | {kind}{required} | {field.meaning} |")
+    return "\n".join(lines)

@@ -1,0 +1,783 @@
+"""conv2d_relu_pool: the demo network's block in one kernel, and its gradients, each alone."""
+
+import importlib
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+from tilelab.kernels import _launch, bias_relu, conv2d, conv2d_relu_pool
+from tilelab.kernels._launch import use_tile
+from tilelab.kernels.conv2d_relu_pool import TILES, reference
+
+from tests.tools.convolutions import every_dtype, far_apart, integers
+from tests.tools.inputs import (
+    DEVICE,
+    DTYPES,
+    INTERPRET,
+    LAYOUTS,
+    double,
+    gradients,
+    laid_out,
+    randn,
+)
+from tests.tools.poison import poison
+from tests.tools.tolerance import assert_close
+
+module = importlib.import_module("tilelab.kernels.conv2d_relu_pool")
+gradient = importlib.import_module("tilelab.kernels.conv2d_relu_pool_grad")
+WEIGHT_LAYOUTS = ["contiguous", "channels_last", "transposed", "sliced", "expanded"]  # [1] is KRSC
+OPS = ["conv2d_relu_pool", "conv2d_relu_pool_input_grad", "conv2d_relu_pool_weight_grad"]
+SMALL = dict(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, num_warps=4, num_stages=2)
+
+
+def make(shape, filters, taps, padding=0, dtype=torch.float32, *, x="contiguous",
+         weight="contiguous", dy="contiguous", values=randn):  # fmt: skip
+    """x, weight, bias and dy in these layouts."""
+    w = (filters, shape[1], *taps)
+    y = reference(torch.empty(shape, device="meta"), torch.empty(w, device="meta"), None, padding)
+    return (
+        laid_out(values(*shape, dtype=dtype), x),
+        laid_out(values(*w, dtype=dtype, seed=1), weight),
+        values(filters, dtype=dtype, seed=2).abs(),  # so that most windows live
+        laid_out(values(*y.shape, dtype=dtype, seed=3), dy),
+    )
+
+
+def call(padding=0, fn=conv2d_relu_pool, bias=True):
+    return lambda x, w, b=None: fn(x, w, b if bias else None, padding)
+
+
+def check(shape, filters, taps, padding=0, dtype=torch.float32, *, bias=True, **layouts):
+    """y, dx, dweight and dbias, in poison, against float64.
+
+    The places of the maxima are those of float64, unless two values of a window are equal but for
+    their rounding: with the seeds of these tests none are.
+    """
+    *inputs, dy = make(shape, filters, taps, padding, dtype, **layouts)
+    inputs = inputs[: 3 if bias else 2]
+    with poison() as p:
+        y, grads = gradients(call(padding), [p(t) for t in inputs], p(dy))
+    y64, grads64 = gradients(call(padding, reference), double(*inputs), double(dy))
+    N, K, P, Q = y.shape
+    R, S = taps
+    teeth = "expanded" not in layouts.values()
+    terms = dict(y=R * S * shape[1] + 1, dx=K * R * S, dw=N * P * Q, db=N * P * Q)
+    for (name, n), got, want in zip(terms.items(), [y, *grads], [y64, *grads64], strict=False):
+        assert_close(got, want, dtype=dtype, terms=n, name=name, teeth=teeth)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert grads[0].is_contiguous(memory_format=torch.channels_last)
+    assert grads[1].stride() == torch.empty_like(inputs[1]).stride()
+    return y, grads
+
+
+# --- shapes, each for a reason ------------------------------------------------------------------
+
+SHAPES = {  # x, filters, taps, padding
+    "one window, one tap": ((1, 1, 2, 2), 1, (1, 1), 0),
+    "one window": ((1, 1, 4, 4), 1, (3, 3), 0),
+    "one window a batch": ((19, 2, 4, 4), 3, (3, 3), 0),
+    "the demo's first block, small": ((2, 1, 12, 12), 16, (3, 3), 0),
+    "the demo's second block, small": ((2, 16, 9, 9), 32, (3, 3), 0),
+    "one filter": ((2, 5, 8, 6), 1, (3, 3), 1),
+    "17 filters, 17 channels": ((1, 17, 6, 8), 17, (3, 3), 1),
+    "15 channels": ((1, 15, 7, 6), 9, (3, 2), 0),
+    "130 channels": ((1, 130, 4, 6), 5, (2, 2), 0),
+    "130 filters": ((1, 3, 6, 4), 130, (2, 2), 0),
+    "1x1": ((2, 5, 6, 8), 7, (1, 1), 0),
+    "1x1, a frame of padding": ((2, 5, 6, 8), 7, (1, 1), 1),
+    "2x2": ((2, 3, 7, 9), 4, (2, 2), 0),
+    "2x5": ((2, 3, 7, 9), 4, (2, 5), 0),
+    "5x2": ((2, 3, 9, 7), 4, (5, 2), 0),
+    "5x5, padding 2": ((1, 3, 8, 6), 4, (5, 5), 2),
+    "1x3": ((2, 3, 4, 8), 5, (1, 3), 0),
+    "3x1": ((2, 3, 8, 4), 5, (3, 1), 0),
+    "4x4": ((2, 3, 9, 8), 5, (4, 4), 1),
+    "7x7, as large as x": ((2, 2, 8, 8), 5, (7, 7), 0),
+    "an odd row is dropped": ((2, 3, 7, 8), 5, (3, 3), 0),
+    "an odd column is dropped": ((2, 3, 8, 7), 5, (3, 3), 0),
+    "both are dropped": ((2, 3, 7, 7), 5, (3, 3), 0),
+    "both are dropped, padding 1": ((2, 3, 7, 9), 5, (3, 3), 1),
+    "padding 1, even": ((2, 3, 8, 8), 5, (3, 3), 1),
+    "padding 2: a rim of more bias": ((2, 3, 7, 6), 5, (3, 3), 2),
+    "padding 3 of 2x2: windows of padding alone": ((1, 3, 4, 5), 5, (2, 2), 3),
+    "padding (2, 0)": ((2, 3, 5, 8), 5, (3, 3), (2, 0)),
+    "padding (0, 1)": ((2, 3, 8, 5), 5, (3, 3), (0, 1)),
+    "padding makes it fit": ((2, 3, 2, 2), 5, (3, 3), 1),
+    "one row of windows": ((2, 3, 4, 20), 5, (3, 3), 0),
+    "one column of windows": ((2, 3, 20, 4), 5, (3, 3), 0),
+}
+CORE = ["one window", "17 filters, 17 channels", "2x5", "5x5, padding 2", "padding (2, 0)"]
+assert set(CORE) <= set(SHAPES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape, filters, taps, padding",
+    [pytest.param(*s, id=k, marks=[pytest.mark.core] * (k in CORE)) for k, s in SHAPES.items()],
+)
+def test_shapes(shape, filters, taps, padding, dtype):
+    check(shape, filters, taps, padding, dtype)
+
+
+@pytest.mark.parametrize("taps", [(1, 1), (2, 5), (5, 2), (3, 3)], ids="{0[0]}x{0[1]}".format)
+@pytest.mark.parametrize("padding", [0, 1, 2, (0, 2), (1, 0)], ids="padding {}".format)
+@pytest.mark.parametrize("height", [6, 7], ids=["even", "odd"])
+def test_every_pixel_meets_every_tap(height, padding, taps):
+    """In integers, exactly: the patch of a window, the quads of dx and the shifts of dweight."""
+    *inputs, dy = make((2, 2, height, 7), 3, taps, padding, values=integers)
+    y, grads = gradients(call(padding), inputs, dy)
+    y64, grads64 = gradients(call(padding, reference), double(*inputs), double(dy))
+    for got, want in zip([y, *grads], [y64, *grads64], strict=True):
+        assert torch.equal(got.double(), want) and want.any()
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_bias(bias, dtype):
+    check((2, 3, 7, 8), 5, (3, 3), 1, dtype, bias=bias)
+
+
+@pytest.mark.parametrize("bias", ["sliced", "offset", "expanded"])
+def test_layouts_of_the_bias(bias):
+    x, weight, b, _ = make((2, 3, 7, 8), 5, (3, 3))
+    b = laid_out(b, bias)
+    y64 = reference(*double(x, weight, b))
+    assert_close(conv2d_relu_pool(x, weight, b), y64, dtype=torch.float32, terms=28)
+
+
+def test_an_int_means_the_same_as_a_pair():
+    x, weight, bias, _ = make((2, 3, 7, 8), 5, (3, 3), 1)
+    want = conv2d_relu_pool(x, weight, bias, 1)
+    for padding in [(1, 1), [1, 1]]:
+        assert torch.equal(conv2d_relu_pool(x, weight, bias, padding), want)
+    assert torch.equal(conv2d_relu_pool(x=x, weight=weight, bias=bias, padding=1), want)
+
+
+@pytest.mark.core
+def test_it_is_the_three_kernels_it_is_made_of():
+    """Exactly, in integers: convolution, bias and ReLU by our own kernels, then a maximum."""
+    x, weight, bias, _ = make((2, 3, 9, 8), 5, (3, 3), 1, values=integers)
+    z = bias_relu(conv2d(x, weight, padding=1), bias)
+    want = z[:, :, :8, :8].reshape(2, 5, 4, 2, 4, 2).amax((3, 5))
+    assert torch.equal(conv2d_relu_pool(x, weight, bias, 1), want)
+
+
+# --- layouts ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight", WEIGHT_LAYOUTS)
+@pytest.mark.parametrize("x", LAYOUTS)
+def test_layouts(x, weight):
+    check((2, 3, 7, 8), 5, (3, 2), 1, x=x, weight=weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dy", LAYOUTS)
+def test_layouts_of_the_output_gradient(dy, dtype):
+    check((2, 3, 7, 8), 5, (2, 3), 1, dtype, dy=dy)
+
+
+def test_gradient_of_a_sum_is_expanded():
+    """`.sum().backward()` hands down one number with strides 0."""
+    *inputs, dy = make((2, 3, 7, 8), 5, (3, 3))
+    ones = torch.ones_like(dy)
+    leaves = [t.requires_grad_() for t in inputs]
+    conv2d_relu_pool(*leaves).sum().backward()
+    _, want = gradients(reference, double(*inputs), double(ones))
+    for name, got, expected in zip(["dx", "dweight"], leaves, want, strict=False):
+        assert_close(got.grad, expected, dtype=torch.float32, terms=45, name=name)
+
+
+# --- nothing to do ------------------------------------------------------------------------------
+
+
+@pytest.mark.core
+def test_empty_batch_as_in_torch():
+    *inputs, dy = make((0, 3, 7, 8), 5, (3, 3))
+    y, grads = gradients(conv2d_relu_pool, inputs, dy)
+    want, want_grads = gradients(reference, inputs, dy)
+    for got, expected in zip([y, *grads], [want, *want_grads], strict=True):
+        assert torch.equal(got, expected)  # empty, or zeros
+
+
+def test_no_channels_are_a_sum_of_nothing():
+    bias, dy = integers(3, seed=1), integers(2, 3, 1, 2)
+    with poison():
+        y, (dx, dweight, dbias) = gradients(
+            conv2d_relu_pool, [randn(2, 0, 4, 5), randn(3, 0, 2, 2), bias], dy
+        )
+    assert torch.equal(y, bias.relu().view(1, 3, 1, 1).expand(2, 3, 1, 2))
+    assert dx.shape == (2, 0, 4, 5) and dweight.shape == (3, 0, 2, 2)
+    assert torch.equal(dbias, torch.where(bias > 0, dy.sum((0, 2, 3)), 0))
+
+
+# --- which of the four --------------------------------------------------------------------------
+
+
+def window(*values, dtype=torch.float32):
+    """One window of four values, a filter of one tap, a bias of 0."""
+    x = torch.tensor(values, dtype=dtype, device=DEVICE).view(1, 1, 2, 2)
+    return [x, torch.ones(1, 1, 1, 1, dtype=dtype, device=DEVICE), x.new_zeros(1)]
+
+
+@every_dtype
+@pytest.mark.parametrize(
+    "values, place",
+    [
+        ((4, 3, 2, 1), 0),
+        ((3, 4, 2, 1), 1),
+        ((3, 2, 4, 1), 2),
+        ((3, 2, 1, 4), 3),
+        ((1, 1, 1, 1), 0),
+        ((0, 1, 1, 1), 1),
+        ((0, 0, 1, 1), 2),
+        ((2, 1, 2, 2), 0),
+        ((1, 2, 1, 2), 1),
+        ((1, 2, 2, 1), 1),
+        ((-1, -2, -3, 1), 3),
+        ((0, 0, 0, 0), None),
+        ((-1, -2, -3, -4), None),
+        ((-1, 0, -1, 0), None),
+        ((-0.0, -1, -0.0, 0.0), None),
+    ],
+    ids=str,
+)
+def test_the_gradient_goes_to_the_first_of_the_largest_if_it_is_positive(values, place, dtype):
+    """As in torch: of several that are equal, the first; at exactly 0, ReLU passes nothing on."""
+    inputs = window(*values, dtype=dtype)
+    dy = torch.full((1, 1, 1, 1), 5.0, dtype=dtype, device=DEVICE)
+    y, (dx, dweight, dbias) = gradients(conv2d_relu_pool, inputs, dy)
+    y64, grads64 = gradients(reference, double(*inputs), double(dy))
+    want = [5.0 * (i == place) for i in range(4)]
+    assert dx.flatten().tolist() == grads64[0].flatten().tolist() == want
+    assert y.item() == y64.item() == max(0, *values)
+    assert dweight.item() == grads64[1].item() == (0 if place is None else 5 * values[place])
+    assert dbias.item() == grads64[2].item() == (0 if place is None else 5)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ties_of_whole_windows(dtype):
+    """Few different integers: most windows have a tie, and many have their maximum at 0."""
+    *inputs, dy = make((3, 2, 9, 8), 5, (3, 2), 1, dtype)
+    inputs = [integers(*t.shape, dtype=dtype, seed=i, low=-1, high=1) for i, t in enumerate(inputs)]
+    dy = integers(*dy.shape, dtype=dtype, seed=5)
+    z = torch.nn.functional.conv2d(*double(*inputs), padding=1)[..., :8, :8]
+    z = z.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4)
+    ties = (z == z.amax(4, keepdim=True)).sum(4) > 1
+    assert ties.double().mean() > 0.2 and (z.amax(4) == 0).any() and (z.amax(4) < 0).any()
+    y, grads = gradients(call(1), inputs, dy)
+    y64, grads64 = gradients(call(1, reference), double(*inputs), double(dy))
+    for got, want in zip([y, *grads], [y64, *grads64], strict=True):
+        assert torch.equal(got.double(), want)
+
+
+@every_dtype
+def test_dead_windows_have_exactly_no_gradient(dtype):
+    """All of them negative: y, and every gradient, is 0, whatever dy is."""
+    *inputs, dy = make((2, 3, 7, 8), 5, (3, 3), 1, dtype)
+    inputs[2].fill_(-1000)
+    dy.flatten()[::3] = torch.inf  # a dead output passes no infinity on, as in torch
+    with poison() as p:
+        y, grads = gradients(call(1), [p(t) for t in inputs], p(dy))
+    for t in (y, *grads):
+        assert not t.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_gradient_is_zero_exactly_where_it_is_in_float64(dtype):
+    *inputs, dy = make((3, 2, 9, 10), 3, (2, 2), 0, dtype)
+    inputs[2] -= 3  # half of the windows are dead
+    y, (dx, _, _) = gradients(conv2d_relu_pool, inputs, dy)
+    y64, (dx64, _, _) = gradients(reference, double(*inputs), double(dy))
+    assert torch.equal(y == 0, y64 == 0) and 0.2 < (y == 0).double().mean() < 0.8
+    assert torch.equal(dx == 0, dx64 == 0) and 0.2 < (dx == 0).double().mean() < 0.8
+
+
+def test_the_place_is_found_before_rounding():
+    """Outputs that are equal once rounded to 16 bits are not tied: the larger gets the gradient."""
+    x, _, bias = window(1.0, 1.0, 1.0, 1.0, dtype=torch.bfloat16)
+    x = torch.cat([x, x.new_tensor([0.0, 0.0, 2**-7, 0.0]).view(1, 1, 2, 2)], dim=1)
+    weight = x.new_tensor([1.0, 0.25]).view(1, 2, 1, 1)  # 1 + 2^-9 is 1 in bfloat16
+    y, (dx, _, _) = gradients(
+        conv2d_relu_pool, [x, weight, bias], torch.ones_like(x[:, :1, :1, :1])
+    )
+    assert y.item() == 1
+    assert dx[0, 0].flatten().tolist() == [0, 0, 1, 0]
+
+
+# --- values -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_float32_accumulation(dtype):
+    """2048 + 1 is 2048 in fp16, and 256 + 1 is 256 in bf16: such a sum would stand still there."""
+    x = torch.ones(1, 1024, 3, 3, dtype=dtype, device=DEVICE)
+    y, (_, dweight) = gradients(
+        conv2d_relu_pool, [x, torch.ones_like(x[:, :, :2, :2])], torch.ones_like(x[:, :1, :1, :1])
+    )
+    assert y.item() == 4096 and dweight.eq(1).all()
+    x = torch.ones(1, 1, 128, 128, dtype=dtype, device=DEVICE)
+    one = torch.ones_like(x[:, :, :1, :1])
+    _, (_, dweight, dbias) = gradients(
+        conv2d_relu_pool, [x, one, one.flatten()], torch.ones_like(x[:, :, :64, :64])
+    )
+    assert dweight.item() == dbias.item() == 4096
+
+
+@every_dtype
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+def test_nan_and_infinity_stay_within_the_windows_whose_patch_has_them(value, dtype):
+    """As the docstring says: all four outputs of a window see all pixels of its patch.
+
+    So a NaN is where torch has it. An infinity is what torch has there, or NaN.
+    """
+    x, weight, bias, _ = make((3, 17, 9, 8), 18, (3, 2), 1, dtype)
+    x[0, 0, 0, 0], x[-1, -1, 4, 5] = value, value
+    y = conv2d_relu_pool(x, weight, bias, 1)
+    touched = reference(*double(torch.where(x.isfinite(), x, torch.nan), weight, bias), 1).isnan()
+    y64 = reference(*double(x, weight, bias), 1)
+    assert 0 < touched.sum() < y64.numel() / 4
+    assert_close(y, torch.where(touched & y.isnan(), torch.nan, y64), dtype=dtype, terms=103)
+
+
+@every_dtype
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("where", ["bias", "dy"])
+def test_nan_and_infinity_of_the_bias_and_of_dy(where, value, dtype):
+    *inputs, dy = make((2, 17, 9, 8), 18, (3, 2), 1, dtype)
+    if where == "bias":
+        inputs[2][3] = value
+    else:
+        dy[0, 0, 0, 0], dy[-1, -1, 2, 3] = value, value
+    y, (dx, dweight, dbias) = gradients(call(1), inputs, dy)
+    y64, (dx64, dweight64, dbias64) = gradients(call(1, reference), double(*inputs), double(dy))
+    assert_close(y, y64, dtype=dtype, terms=103, name="y")
+    terms = 2 * 4 * 4
+    if where == "dy":
+        assert_close(dweight, dweight64, dtype=dtype, terms=terms, name="dweight")
+        touched = torch.zeros(2, 1, 9, 8, dtype=torch.bool, device=DEVICE)
+        touched[0, :, :3, :3] = touched[-1, :, 3:7, 5:] = True  # the quads of their patches
+        assert not dx64[~touched.expand_as(dx64)].isnan().any()
+        dx64 = torch.where(touched & dx.isnan(), torch.nan, dx64)
+        assert_close(dx, dx64, dtype=dtype, terms=108, name="dx")
+    assert_close(dbias, dbias64, dtype=dtype, terms=terms, name="dbias")
+
+
+# --- gradients asked for one by one -------------------------------------------------------------
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("wanted", ["x", "weight", "bias", "x weight", "x bias", "weight bias"])
+def test_only_the_gradients_that_are_wanted(wanted):
+    *inputs, dy = make((2, 3, 7, 8), 5, (3, 3), 1)
+    inputs = dict(zip(["x", "weight", "bias"], inputs, strict=True))
+    grads = {}
+    for dtype, fn in [(torch.float32, conv2d_relu_pool), (torch.float64, reference)]:
+        leaves = {k: v.detach().to(dtype) for k, v in inputs.items()}
+        for k in wanted.split():
+            leaves[k].requires_grad_()
+        fn(**leaves, padding=1).backward(dy.to(dtype))
+        grads[dtype] = {k: v.grad for k, v in leaves.items()}
+    for k, terms in dict(x=45, weight=24, bias=24).items():
+        got, want = grads[torch.float32][k], grads[torch.float64][k]
+        if k in wanted.split():
+            assert_close(got, want, dtype=torch.float32, terms=terms, name=k)
+        else:
+            assert got is None
+
+
+def test_no_gradients_no_graph():
+    x, weight, bias, _ = make((2, 3, 7, 8), 5, (3, 3))
+    assert not conv2d_relu_pool(x, weight, bias).requires_grad
+    with torch.no_grad():
+        assert not conv2d_relu_pool(x.requires_grad_(), weight, bias).requires_grad
+
+
+def test_two_blocks_in_a_row():
+    """As in the demo network: the second block's dx is the first one's dy."""
+    x, w1, b1, _ = make((2, 1, 14, 14), 4, (3, 3))
+    _, w2, b2, dy = make((2, 4, 6, 6), 5, (3, 3))
+
+    def two(fn):
+        return lambda x, w1, b1, w2, b2: fn(fn(x, w1, b1), w2, b2)
+
+    inputs = [x, w1, b1, w2, b2]
+    y, grads = gradients(two(conv2d_relu_pool), inputs, dy)
+    y64, grads64 = gradients(two(reference), double(*inputs), double(dy))
+    assert_close(y, y64, dtype=torch.float32, terms=37, roundings=2)
+    for name, got, want in zip(["dx", "dw1", "db1", "dw2", "db2"], grads, grads64, strict=True):
+        teeth = name != "dw2"  # few windows live
+        assert_close(got, want, dtype=torch.float32, terms=72, roundings=4, name=name, teeth=teeth)
+
+
+# --- tiles and split sums -----------------------------------------------------------------------
+
+
+def tile_id(tile):
+    return "x".join(str(tile[f"BLOCK_{d}"]) for d in "MNK")
+
+
+@every_dtype
+@pytest.mark.parametrize(
+    "op, tile", [(op, tile) for op in OPS for tile in (TILES if op == OPS[0] else gradient.TILES)],
+    ids=lambda v: v if isinstance(v, str) else tile_id(v),
+)  # fmt: skip
+def test_every_tile_alone(op, tile, dtype):
+    """A tile and a remainder along each dimension that this kernel blocks."""
+    M, N, K = (tile[f"BLOCK_{d}"] for d in "MNK")
+    if op == OPS[0]:  # windows x filters, over the patch
+        shape, filters = (1, K // 6 + 1, 4, M + 6), N + 3
+    elif op == OPS[1]:  # quads x channels, over filters
+        shape, filters = (1, N + 3, 4, M + 6), K + 3
+    else:  # filters x patch, over windows
+        shape, filters = (1, N // 6 + 1, 4, K + 6), M + 3
+    with use_tile(op, tile):
+        check(shape, filters, (2, 1), 0, dtype)
+
+
+@every_dtype
+@pytest.mark.parametrize("parts", [1, 2, 3, 5, 6], ids="{} parts".format)
+def test_split_sum(parts, dtype, monkeypatch):
+    """96 windows in 6 steps of 16: equal parts, a shorter last one, one step each."""
+    monkeypatch.setattr(gradient, "splits", lambda programs, steps: parts)
+    with use_tile(OPS[2], {**SMALL, "BLOCK_N": 64}):
+        check((2, 3, 14, 18), 5, (3, 3), 0, dtype)
+
+
+@pytest.mark.parametrize("weight", WEIGHT_LAYOUTS)
+@pytest.mark.parametrize("taps", [(1, 1), (2, 5), (5, 2), (3, 3)], ids="{0[0]}x{0[1]}".format)
+def test_partial_results_lie_as_the_weight_does(taps, weight, monkeypatch):
+    """Each part holds four sums, shifted against each other: in any layout of the weight."""
+    monkeypatch.setattr(gradient, "splits", lambda programs, steps: 2)
+    with use_tile(OPS[2], {**SMALL, "BLOCK_N": 64}):
+        check((2, 3, 9, 10), 5, taps, 0, weight=weight)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@every_dtype
+def test_the_same_bits_twice(dtype, parts, monkeypatch):
+    monkeypatch.setattr(gradient, "splits", lambda programs, steps: parts)
+    *inputs, dy = make((2, 3, 14, 18), 5, (3, 3), 1, dtype)
+    with use_tile(OPS[2], {**SMALL, "BLOCK_N": 64}):
+        first, second = (gradients(call(1), inputs, dy) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert all(torch.equal(g, h) for g, h in zip(first[1], second[1], strict=True))
+
+
+@pytest.mark.parametrize("taps", [(1, 1), (2, 5), (3, 3)], ids="{0[0]}x{0[1]}".format)
+def test_many_small_tiles(taps):
+    with use_tile(OPS[0], SMALL), use_tile(OPS[1], SMALL), use_tile(OPS[2], SMALL):
+        check((2, 3, 8, 11), 18, taps, 1)
+
+
+# --- the other way back: dy scattered, and the convolution's own gradients ----------------------
+
+UNPOOL = dict(kernel="unpool", BLOCK_M=16, BLOCK_N=16, num_warps=4)
+H100 = _launch.Device(90, sms=132)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape, filters, taps, padding",
+    [pytest.param(*s, id=k, marks=[pytest.mark.core] * (k in CORE)) for k, s in SHAPES.items()],
+)
+def test_scattered(shape, filters, taps, padding, dtype):
+    with use_tile("unpool", UNPOOL):
+        check(shape, filters, taps, padding, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(6, 8), (7, 8), (6, 9), (7, 9)], ids="{0[0]}x{0[1]}".format)
+def test_each_element_is_scattered_to_its_place_once(size, dtype):
+    """Exactly; in poison, where what is not written is NaN. Of an odd size the last is zero."""
+    (P, Q), (N, K) = size, (3, 19)
+    dy = randn(N, K, P // 2, Q // 2, dtype=dtype)
+    place = torch.randint(5, dy.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    window = torch.nn.functional.one_hot(place, 5)[..., :4] * double(dy)[..., None]
+    want = torch.zeros(N, K, P, Q, dtype=torch.float64, device=DEVICE)
+    for i in range(4):
+        want[:, :, i // 2 : P // 2 * 2 : 2, i % 2 : Q // 2 * 2 : 2] = window[..., i]
+    place = laid_out(place.to(torch.uint8), "channels_last")
+    with poison() as p:
+        dz, db = gradient._unpool(p(dy), p(place), size, True, UNPOOL)
+    assert torch.equal(dz.double(), want)
+    assert dz.is_contiguous(memory_format=torch.channels_last)
+    assert_close(db, want.sum((0, 2, 3)), dtype=dtype, terms=N * P * Q // 4)
+
+
+@every_dtype
+@pytest.mark.parametrize("tile", gradient.UNPOOL_TILES, ids=lambda t: f"{t['BLOCK_N']} channels")
+def test_every_tile_of_the_scatter_alone(tile, dtype):
+    """A tile and a remainder along both dimensions."""
+    with use_tile("unpool", tile):
+        check((1, 2, 4, 2 * tile["BLOCK_M"] + 6), tile["BLOCK_N"] + 3, (2, 1), 0, dtype)
+
+
+@pytest.mark.parametrize("programs", [1, 2, 3, 1024])
+def test_the_scatter_in_chunks(programs, monkeypatch):
+    """80 windows, in 5 tiles of 16: in chunks of 5, 3, 2 and 1."""
+    monkeypatch.setattr(gradient, "PROGRAMS", programs)
+    with use_tile("unpool", UNPOOL):
+        check((2, 3, 12, 17), 5, (3, 3), 0)
+
+
+@pytest.mark.parametrize("dy", LAYOUTS)
+def test_layouts_of_what_is_scattered(dy, monkeypatch):
+    """And with windows counted in 64 bits."""
+    monkeypatch.setattr(gradient, "MOST_INT32", 0)
+    with use_tile("unpool", UNPOOL):
+        check((2, 3, 7, 8), 5, (2, 3), 1, dy=dy)
+
+
+@every_dtype
+def test_dead_windows_scatter_nothing(dtype):
+    """Not even an infinity, and both ways give the same bits twice."""
+    *inputs, dy = make((2, 3, 7, 8), 5, (3, 3), 1, dtype)
+    inputs[2].fill_(-1000)
+    dy.flatten()[::3] = torch.inf
+    with use_tile("unpool", UNPOOL):
+        results = [gradients(call(1), inputs, dy)[1] for _ in range(2)]
+        for first, second in zip(*results, strict=True):
+            assert not first.any() and torch.equal(first, second)
+
+
+@pytest.mark.parametrize("wanted", ["x", "weight", "bias", "x weight", "x bias", "weight bias"])
+def test_only_the_gradients_that_are_wanted_of_a_scatter(wanted):
+    with use_tile("unpool", UNPOOL):
+        test_only_the_gradients_that_are_wanted(wanted)
+
+
+def launched(C, K, wanted, device=H100, dtype=torch.bfloat16):
+    """The kernels of the backward of a layer, in order."""
+    x, weight, bias = (
+        torch.empty(size, dtype=dtype).requires_grad_(name in wanted.split())
+        for name, size in dict(x=(8, C, 32, 32), weight=(K, C, 3, 3), bias=(K,)).items()
+    )
+    x, weight = (t.to(memory_format=torch.channels_last) for t in (x, weight))
+    with _launch.record(device):
+        y = conv2d_relu_pool(x, weight, bias, 1)
+    with _launch.record(device) as events:
+        y.backward(torch.empty_like(y))
+    kernels = [e.kernel.__name__ for e in events if isinstance(e, _launch.Launch)]
+    return [name.removeprefix("conv2d_").removesuffix("_kernel") for name in kernels]
+
+
+@pytest.mark.skipif(not INTERPRET, reason="records on CPU tensors")
+def test_wide_layers_scatter_and_the_demo_does_not(monkeypatch):
+    """And a tile forces either way."""
+    monkeypatch.setattr(gradient, "INTERPRET", False)
+    fused = ["relu_pool_input_grad", "relu_pool_weight_grad", "sum_partials"]
+    for C, K in [(1, 16), (16, 32), (16, 512), (512, 16)]:
+        assert launched(C, K, "x weight bias") == fused
+    for C, K in [(32, 32), (64, 64), (512, 512)]:
+        for device in (H100, _launch.Device(80, sms=108)):
+            names = launched(C, K, "x weight bias", device)
+            assert names[:2] == ["unpool", "sum_partials"] and not set(names) & set(fused[:2])
+    assert "sum_partials" not in launched(64, 64, "x")
+    assert launched(1, 16, "bias") == ["unpool", "sum_partials"]
+    with use_tile("unpool", gradient.FUSED):
+        assert launched(64, 64, "x weight bias") == fused
+    with use_tile("unpool", UNPOOL):
+        assert launched(1, 16, "x weight")[0] == "unpool"
+
+
+@pytest.mark.parametrize("scatter", [True, False], ids=["scattered", "fused"])
+def test_the_gradient_before_a_relu(scatter):
+    """With `relu`, x is a ReLU's output: its zeros let nothing through, and columns are summed."""
+    x, weight, bias, dy = make((2, 18, 8, 6), 5, (3, 3), 1, values=integers)
+    x = laid_out(x.relu(), "channels_last")
+    place = torch.ops.tilelab.conv2d_relu_pool(x, weight, bias, [1, 1])[1]
+    args = dy, place, x, weight, list(x.shape), [1, 1], [True, True, True]
+    with use_tile("unpool", UNPOOL if scatter else gradient.FUSED):
+        dx, *_, none = gradient.conv2d_relu_pool_backward(*args, False)
+        dz, *_, dbefore = gradient.conv2d_relu_pool_backward(*args, True)
+    assert none.numel() == 0 and (x == 0).any() and dx[x == 0].any()
+    assert torch.equal(dz, torch.where(x > 0, dx, 0.0))
+    assert torch.equal(dbefore, dz.sum((0, 2, 3)))
+
+
+# --- out of bounds: every check above is made in poison, and this is the rest -------------------
+
+
+@every_dtype
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "offset"])
+@pytest.mark.parametrize("padding", [0, 2])
+def test_nothing_is_read_or_written_out_of_bounds(padding, layout, dtype):
+    layouts = dict(x=layout, weight=layout, dy=layout)
+    *inputs, dy = make((2, 3, 7, 8), 5, (2, 3), padding, dtype, **layouts)
+    with poison() as p:
+        gradients(call(padding), [p(t) for t in inputs], p(dy))
+
+
+# --- offsets past 2^31 elements, on any machine -------------------------------------------------
+
+
+@pytest.mark.skipif(not INTERPRET, reason="on a GPU the tensors are as large as that, see below")
+@pytest.mark.parametrize("dim", range(4), ids=["n", "channels", "height", "width"])
+@pytest.mark.parametrize("which", ["x", "dy"])
+def test_offsets_past_2_to_the_31_along(which, dim, tmp_path):
+    *inputs, dy = make((2, 5, 8, 9), 3, (3, 2), 1, torch.float16)
+    want, want_grads = gradients(call(1), inputs, dy)
+    if which == "x":
+        inputs[0] = far_apart(inputs[0], dim, tmp_path / "x")
+    else:
+        dy = far_apart(dy, dim, tmp_path / "dy")
+    y, grads = gradients(call(1), inputs, dy)
+    for got, expected in zip([y, *grads], [want, *want_grads], strict=True):
+        assert torch.equal(got, expected)
+
+
+# --- anything else ------------------------------------------------------------------------------
+
+
+@st.composite
+def blocks(draw):
+    """Any x, filters, taps and padding that give one window at least."""
+    taps = draw(st.integers(1, 5)), draw(st.integers(1, 5))
+    padding = draw(st.integers(0, 3)), draw(st.integers(0, 3))
+    size = [
+        draw(st.integers(least, least + 9))
+        for least in (max(1, r + 1 - 2 * pad) for r, pad in zip(taps, padding, strict=True))
+    ]
+    C, K = (draw(st.sampled_from([1, 2, 3, 16, 17, 20])) for _ in "ck")
+    return (draw(st.integers(1, 3)), C, *size), K, taps, padding
+
+
+@hypothesis.given(
+    block=blocks(), dtype=st.sampled_from(DTYPES), x=st.sampled_from(LAYOUTS),
+    weight=st.sampled_from(WEIGHT_LAYOUTS), dy=st.sampled_from(LAYOUTS), bias=st.booleans(),
+)  # fmt: skip
+def test_any_block(block, dtype, x, weight, dy, bias):
+    """In small integers: exact but for the rounding of the results, ties included."""
+    *inputs, grad = make(*block, dtype, x=x, weight=weight, dy=dy, values=integers)
+    inputs = inputs[: 3 if bias else 2]
+    padding = block[3]
+    with poison() as p:
+        y, grads = gradients(call(padding), [p(t) for t in inputs], p(grad))
+    y64, grads64 = gradients(call(padding, reference), double(*inputs), double(grad))
+    for got, want in zip([y, *grads], [y64, *grads64], strict=True):
+        assert got.dtype == dtype
+        assert torch.equal(got, want.to(dtype))
+
+
+# --- wrong input --------------------------------------------------------------------------------
+
+X, W, B = torch.ones(2, 4, 5, 6), torch.ones(6, 4, 3, 2), torch.ones(6)
+WRONG = {
+    "x is a list": (([[1.0]], W), TypeError, "x must be a torch.Tensor, got list"),
+    "weight is None": ((X, None), TypeError, "weight must be a torch.Tensor, got NoneType"),
+    "bias is a number": ((X, W, 1.0), TypeError, "bias must be a torch.Tensor, got float"),
+    "integers": ((X.int(), W.int()), TypeError, "x must be float32, .*, got int32"),
+    "float64": ((X.double(), W.double()), TypeError, "x must be .*, got float64"),
+    "dtypes differ": ((X, W.half()), TypeError, r"weight .* x \(float32\), got float16"),
+    "bias dtype": ((X, W, B.bfloat16()), TypeError, r"bias .* x \(float32\), got bfloat16"),
+    "sparse": ((X.to_sparse(), W), TypeError, "x must be .*strided.*, got torch.sparse_coo"),
+    "devices differ": ((X, W.to("meta")), TypeError, "weight must be on .* like x, got meta"),
+    "x without batch": ((X[0], W), ValueError, r"x must .*\[N, C, H, W\], got \[4, 5, 6\]"),
+    "weight of 3": ((X, W[0]), ValueError, r"weight .*, R, S\], got \[4, 3, 2\]"),
+    "channels differ": ((X, W[:, 1:]), ValueError, r"weight .* x \[2, 4, .*, got \[6, 3, 3, 2\]"),
+    "bias too short": ((X, W, B[1:]), ValueError, r"bias .*\[K\] with K=6, got \[5\]"),
+    "bias a column": ((X, W, B[:, None]), ValueError, r"bias .* with K=6, got \[6, 1\]"),
+    "padding=-1": ((X, W, B, -1), ValueError, r"padding must be at least 0, got \(-1, -1\)"),
+    "padding=0.5": ((X, W, B, 0.5), TypeError, "padding must be an int .*, got 0.5"),
+    "padding='same'": ((X, W, B, "same"), TypeError, "padding must be an int .*, got 'same'"),
+    "padding of 3": ((X, W, B, (1, 1, 1)), TypeError, r"padding must .*, got \(1, 1, 1\)"),
+    "padding=None": ((X, W, B, None), TypeError, "padding must be .*, got None"),
+    "filter too high": ((X[:, :, :2], W), ValueError, "weight .*height is 3 taps .* 2 pixels"),
+    "an empty filter": ((X, W[:, :, :0]), ValueError, "weight must have .* 0 taps"),
+    "one row to pool": ((X[:, :, :3], W), ValueError, r"x must .* 2x2 .*got \[2, 4, 3, 6\]"),
+    "one column to pool": ((X[..., :2], W), ValueError, r"x must .* 2x2 .*got \[2, 4, 5, 2\]"),
+}
+
+
+@pytest.mark.parametrize("args, error, message", WRONG.values(), ids=WRONG)
+def test_wrong_input_is_refused_before_any_launch(args, error, message, monkeypatch):
+    def launched(*args, **kwargs):
+        raise RuntimeError("launched")
+
+    monkeypatch.setattr(module, "launch", launched)
+    args = [
+        t.to(DEVICE) if isinstance(t, torch.Tensor) and t.device.type != "meta" else t for t in args
+    ]
+    with pytest.raises(error, match=message):
+        conv2d_relu_pool(*args)
+
+
+def test_meta_tensors_give_the_shape():
+    y = conv2d_relu_pool(X.to("meta"), W.to("meta"), B.to("meta"), 1)
+    assert y.device.type == "meta" and y.shape == (2, 6, 2, 3)
+
+
+# --- on a GPU, at real sizes --------------------------------------------------------------------
+
+REAL = {
+    "the demo's first block": ((512, 1, 28, 28), 16, (3, 3), 0),
+    "the demo's second block": ((512, 16, 13, 13), 32, (3, 3), 0),
+    "CIFAR": ((256, 3, 32, 32), 64, (3, 3), 1),
+    "5x5, odd": ((64, 24, 57, 55), 40, (5, 5), 2),
+    "VGG16, conv1_2": ((8, 64, 224, 224), 64, (3, 3), 1),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape, filters, taps, padding", REAL.values(), ids=REAL)
+def test_real_sizes(shape, filters, taps, padding, dtype):
+    """In integers: among millions of windows some are tied but for rounding, in random numbers."""
+    values = dict(values=integers, x="channels_last")
+    *inputs, dy = make(shape, filters, taps, padding, dtype, **values)
+    y, grads = gradients(call(padding), inputs, dy)
+    y64, grads64 = gradients(call(padding, reference), double(*inputs), double(dy))
+    for got, want in zip([y, *grads], [y64, *grads64], strict=True):
+        assert want.abs().max() < 2**24  # exact in float32
+        assert torch.equal(got, want.to(dtype))
+
+
+@pytest.mark.gpu
+def test_tf32_follows_torchs_switch():
+    *inputs, dy = make((8, 16, 28, 28), 32, (3, 3), 1)
+    y64 = reference(*double(*inputs), 1)
+    close = dict(dtype=torch.float32, terms=145)
+    torch.backends.cudnn.conv.fp32_precision = "tf32"  # and matmul's is off
+    y = conv2d_relu_pool(*inputs, 1)
+    assert_close(y, y64, tf32=True, **close)
+    with pytest.raises(AssertionError, match="error"):
+        assert_close(y, y64, **close)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "shape, filters, padding",
+    [((9, 1, 8192, 8192), 64, 1), ((9, 64, 2048, 2048), 4, 0)],
+    ids=["y", "x"],
+)
+def test_offsets_past_2_to_the_31(shape, filters, padding):
+    """Only the last rows of dy are not zero: y, dx and dweight of the last image, at its end."""
+    free = torch.cuda.mem_get_info()[0] / 2**30
+    if free < 60:
+        pytest.skip(f"needs 60 GiB of GPU memory, {free:.1f} are free")
+    dtype = torch.float16
+    x = torch.empty(shape, device="cuda", dtype=dtype, memory_format=torch.channels_last)
+    x.random_(-2, 3)
+    weight = integers(filters, shape[1], 3, 3, dtype=dtype, seed=1)
+    rows = 64  # of windows at the end, and the pixels that they read
+    y = call(padding)(x, weight)
+    assert max(x.numel(), y.numel()) > 2**31
+    dy = torch.zeros_like(y)
+    del y
+    dy[-1, :, -rows:] = integers(*dy[-1, :, -rows:].shape, dtype=dtype, seed=2)
+    y, (dx, dweight) = gradients(call(padding), [x, weight], dy)
+
+    first = 2 * (dy.shape[2] - rows) - padding
+    pixels = torch.nn.functional.pad(x[-1:, :, first:], (padding, padding, 0, padding))
+    y64, (dx64, dweight64) = gradients(
+        reference, double(pixels, weight), double(dy[-1:, :, -rows:])
+    )
+    assert torch.equal(y[-1:, :, -rows:], y64.to(dtype))
+    assert torch.equal(dweight, dweight64.to(dtype))
+    dx64 = dx64[:, :, : shape[2] - first, padding : padding + shape[3]]
+    assert torch.equal(dx[-1:, :, first:], dx64.to(dtype))
+    assert not dx[:-1].any() and not dx[-1, :, :first].any()

@@ -1,0 +1,526 @@
+"""matmul: forward, each gradient, every tile, every layout, and what it refuses."""
+
+import importlib
+import time
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+from tilelab.kernels import matmul
+from tilelab.kernels._launch import launch, use_tile
+from tilelab.kernels.matmul import TILES, reference
+
+from tests.tools.inputs import DEVICE, DTYPES, INTERPRET, double, gradients, laid_out, randn
+from tests.tools.poison import poison
+from tests.tools.tolerance import assert_close
+
+
+def integers(*shape, dtype, seed=0, low=-3, high=3):
+    """Small integers: every product and sum of them is exact, so ReLU's sign is never in doubt."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(low, high + 1, shape, generator=generator)
+    return x.to(device=DEVICE, dtype=dtype)
+
+
+def check(
+    M, N, K, dtype, *, a="contiguous", b="contiguous", dc="contiguous", bias=None, activation=None,
+    tf32=False,
+):  # fmt: skip
+    """Forward and all gradients against float64; `a`, `b`, `dc` and `bias` name layouts."""
+    inputs = [randn(M, K, dtype=dtype, layout=a), randn(K, N, dtype=dtype, layout=b, seed=1)]
+    if bias is not None:
+        inputs.append(randn(N, dtype=dtype, layout=bias, seed=2))
+    rest = [None] * (3 - len(inputs)) + [activation]
+    dy = randn(M, N, dtype=dtype, layout=dc, seed=3)
+
+    c, grads = gradients(lambda *xs: matmul(*xs, *rest), inputs, dy)
+    c64, grads64 = gradients(lambda *xs: reference(*xs, *rest), double(*inputs), double(dy))
+
+    close = dict(dtype=dtype, tf32=tf32)
+    assert_close(c, c64, terms=K + 1, name="c", teeth=a != "expanded", **close)  # equal rows
+    assert c.is_contiguous()
+    # Equal rows of dC make equal rows of dA, and equal columns of B make dA the same along K.
+    teeth = dc != "expanded" and b != "expanded"
+    assert_close(grads[0], grads64[0], terms=N, name="da", teeth=teeth, **close)
+    assert_close(grads[1], grads64[1], terms=M, name="db", teeth=a != "expanded", **close)
+    for got, want in zip(grads[2:], grads64[2:], strict=True):
+        assert_close(got, want, terms=M, name="dbias", **close)
+
+
+# --- shapes, each for a reason ------------------------------------------------------------------
+
+SHAPES = {
+    "all of size 1": (1, 1, 1),
+    "one row": (1, 40, 30),
+    "one column": (40, 1, 30),
+    "outer product, K=1": (20, 30, 1),
+    "dot product": (1, 1, 100),
+    "smaller than the smallest tile": (3, 5, 7),
+    "exactly one smallest tile": (16, 16, 16),
+    "one more than a tile": (17, 17, 17),
+    "one less than a tile": (15, 15, 15),
+    "primes": (37, 41, 43),
+    "tall and skinny: a classifier": (130, 10, 288),
+    "short and wide": (9, 200, 33),
+    "K beyond one step, no multiple of it": (20, 24, 300),
+    "K beyond one step, a multiple of it": (20, 24, 256),
+    "deep K": (8, 8, 3000),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_shapes(shape, dtype):
+    check(*shape, dtype)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_several_of_the_interpreters_large_tiles(dtype):
+    check(1030, 1027, 130, dtype, bias="contiguous", activation="relu")
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [None, "contiguous"], ids=["no bias", "bias"])
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_epilogue(activation, bias, dtype):
+    check(33, 35, 20, dtype, bias=bias, activation=activation)
+
+
+# --- layouts ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("b", ["contiguous", "transposed", "sliced", "offset", "expanded"])
+@pytest.mark.parametrize("a", ["contiguous", "transposed", "sliced", "offset", "expanded"])
+def test_layouts(a, b, dtype):
+    check(19, 23, 21, dtype, a=a, b=b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("dc", ["transposed", "sliced", "offset", "expanded"])
+def test_layouts_of_the_output_gradient(dc, activation, dtype):
+    check(19, 23, 21, dtype, dc=dc, bias="sliced", activation=activation)
+
+
+def test_bias_of_stride_0():
+    check(19, 23, 21, torch.float32, bias="expanded", activation="relu")
+
+
+def test_gradient_of_a_sum_is_expanded():
+    """`.sum().backward()` hands down one number with strides (0, 0)."""
+    a, b = randn(12, 20).requires_grad_(), randn(20, 14, seed=1).requires_grad_()
+    matmul(a, b).sum().backward()
+    assert_close(
+        a.grad, double(b).sum(1).expand(12, 20), dtype=torch.float32, terms=14, teeth=False
+    )  # equal rows
+    assert_close(
+        b.grad, double(a).sum(0)[:, None].expand(20, 14), dtype=torch.float32, terms=12, teeth=False
+    )
+
+
+def test_a_matrix_times_its_own_transpose():
+    """Both operands are views of one tensor, which gets both gradients."""
+    x = randn(21, 30).requires_grad_()
+    x64 = double(x).requires_grad_()
+    dc = randn(21, 21, seed=1)
+    c, c64 = matmul(x, x.t()), x64 @ x64.t()
+    assert_close(c, c64, dtype=torch.float32, terms=30, teeth=False)  # it is symmetric
+    c.backward(dc)
+    c64.backward(double(dc))
+    assert_close(x.grad, x64.grad, dtype=torch.float32, terms=42, roundings=2)
+
+
+# --- nothing to multiply ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize(
+    "M, N, K", [(0, 5, 4), (5, 0, 4), (5, 4, 0), (0, 0, 4), (0, 5, 0), (5, 0, 0), (0, 0, 0)]
+)
+def test_empty_as_in_torch(M, N, K, with_bias, activation):
+    inputs = [randn(M, K), randn(K, N, seed=1)]
+    rest = [activation]
+    if with_bias:
+        inputs.append(randn(N, seed=2))
+    else:
+        rest = [None, activation]
+    dc = randn(M, N, seed=3)
+    c, grads = gradients(lambda *xs: matmul(*xs, *rest), inputs, dc)
+    want, want_grads = gradients(lambda *xs: reference(*xs, *rest), inputs, dc)
+    assert torch.equal(c, want) and c.dtype == want.dtype
+    for got, expected in zip(grads, want_grads, strict=True):
+        assert got.shape == expected.shape
+        torch.testing.assert_close(got, expected)  # zeros, or sums of dC over a few rows
+
+
+def test_bias_gradient_where_nothing_is_multiplied():
+    """With the weight in columns, as a classifier has it: its two gradients are one pass."""
+    a, bias = randn(6, 0), randn(5, seed=2).requires_grad_()
+    weight = randn(5, 3, seed=1)[:, :0].requires_grad_()
+    with poison():
+        c = matmul(a, weight.t(), bias)
+        dweight, dbias = torch.autograd.grad(c, [weight, bias], torch.ones_like(c))
+    assert dweight.shape == (5, 0) and torch.equal(dbias, torch.full_like(bias, 6))
+
+
+# --- values -------------------------------------------------------------------------------------
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_integers_are_exact(activation, dtype):
+    a, b = integers(33, 18, dtype=dtype), integers(18, 29, dtype=dtype, seed=1)
+    bias = integers(29, dtype=dtype, seed=2)
+    want = reference(*double(a, b, bias), activation)
+    assert want.abs().max() < 256 and (want < 0).any() == (activation is None)
+    assert torch.equal(matmul(a, b, bias, activation).double(), want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_float32_accumulation(dtype):
+    """2048 + 1 is 2048 in fp16, and 256 + 1 is 256 in bf16: such a sum would stand still there."""
+    a = torch.ones(4, 4096, dtype=dtype, device=DEVICE)
+    b = torch.ones(4096, 4, dtype=dtype, device=DEVICE)
+    assert torch.equal(matmul(a, b), torch.full((4, 4), 4096.0, dtype=dtype, device=DEVICE))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_results_are_rounded_to_nearest_even(dtype):
+    """One, plus half of its last place exactly (to even: down), or a little more (up)."""
+    ulp = torch.finfo(dtype).eps
+    a = torch.tensor([[1.0, ulp / 2, 0.0], [1.0, ulp / 2, ulp / 64], [1 + ulp, ulp / 2, 0]])
+    c = matmul(a.to(dtype).to(DEVICE), torch.ones(3, 1, dtype=dtype, device=DEVICE))
+    assert c.flatten().tolist() == [1.0, 1.0 + ulp, 1.0 + 2 * ulp]
+
+
+def test_float16_overflow_is_infinity():
+    a = torch.full((2, 2), 300.0, dtype=torch.float16, device=DEVICE)
+    assert torch.equal(matmul(a, a), torch.full_like(a, torch.inf))
+    assert torch.equal(matmul(a, -a), torch.full_like(a, -torch.inf))
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_relu_at_exactly_zero(dtype):
+    """relu(0) = 0 and its gradient there is 0, as torch has it; just above it is 1."""
+    x = torch.tensor([[-1.0, 0.0, 1.0]], dtype=dtype, device=DEVICE).T
+    one = torch.ones(1, 1, dtype=dtype, device=DEVICE)
+    bias = torch.zeros(1, dtype=dtype, device=DEVICE)
+    c, (dx, done, dbias) = gradients(
+        lambda *xs: matmul(*xs, "relu"), [x, one, bias], torch.ones_like(x)
+    )
+    assert c.flatten().tolist() == [0, 0, 1]
+    assert dx.flatten().tolist() == [0, 0, 1]
+    assert (done.item(), dbias.item()) == (1, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_nan_and_infinity_reach_what_torch_has_them_reach(activation, value, dtype):
+    """One row, one column, and no other: rows that wrap around a border are never stored."""
+    a, b = randn(19, 18, dtype=dtype), randn(18, 21, dtype=dtype, seed=1)
+    a[0, 3], b[5, -1] = value, value
+    bias = torch.zeros(21, dtype=dtype, device=DEVICE)
+    bias[7] = torch.nan
+    inputs, dc = [a, b, bias], randn(19, 21, dtype=dtype, seed=2)
+    c, grads = gradients(lambda *xs: matmul(*xs, activation), inputs, dc)
+    c64, grads64 = gradients(lambda *xs: reference(*xs, activation), double(*inputs), double(dc))
+    assert_close(c, c64, dtype=dtype, terms=18)
+    for got, want, terms in zip(grads, grads64, [21, 19, 19], strict=True):
+        assert_close(got, want, dtype=dtype, terms=terms)
+
+
+# --- gradients asked for one by one -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("wanted", ["a", "b", "bias", "a b", "a bias", "b bias"])
+def test_only_the_gradients_that_are_wanted(wanted, activation):
+    inputs = dict(a=randn(18, 20), b=randn(20, 22, seed=1), bias=randn(22, seed=2))
+    grads = {}
+    for dtype in (torch.float32, torch.float64):
+        fn = matmul if dtype == torch.float32 else reference
+        leaves = {k: v.detach().to(dtype) for k, v in inputs.items()}
+        for k in wanted.split():
+            leaves[k].requires_grad_()
+        fn(**leaves, activation=activation).backward(randn(18, 22, seed=3).to(dtype))
+        grads[dtype] = {k: v.grad for k, v in leaves.items()}
+    for k, terms in dict(a=22, b=18, bias=18).items():
+        got, want = grads[torch.float32][k], grads[torch.float64][k]
+        if k in wanted.split():
+            assert_close(got, want, dtype=torch.float32, terms=terms, name=k)
+        else:
+            assert got is None
+
+
+def test_no_gradients_no_graph():
+    assert not matmul(randn(3, 4), randn(4, 5)).requires_grad
+    with torch.no_grad():
+        assert not matmul(randn(3, 4).requires_grad_(), randn(4, 5)).requires_grad
+
+
+# --- tiles --------------------------------------------------------------------------------------
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tile", TILES, ids=lambda t: "x".join(map(str, list(t.values())[:3])))
+def test_every_tile_alone(tile, dtype):
+    """Two tiles and a remainder along each dimension."""
+    M, N, K = (tile[f"BLOCK_{d}"] + rest for d, rest in dict(M=5, N=3, K=9).items())
+    with use_tile("matmul", tile):
+        check(M, N, K, dtype, bias="contiguous", activation="relu")
+
+
+@pytest.mark.parametrize("GROUP_M", [1, 2, 3, 8])
+@pytest.mark.parametrize(
+    "blocks", [(1, 1), (9, 1), (1, 5), (9, 3), (8, 2)], ids=lambda b: f"{b[0]}x{b[1]} tiles"
+)
+def test_every_grouping_visits_every_tile(blocks, GROUP_M):
+    tile = dict(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, GROUP_M=GROUP_M, num_warps=4, num_stages=2)
+    a, b = randn(16 * blocks[0] - 3, 20), randn(20, 16 * blocks[1] - 5, seed=1)
+    with use_tile("matmul", tile), poison() as p:
+        c = matmul(p(a), p(b))
+    assert_close(c, reference(*double(a, b)), dtype=torch.float32, terms=20)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_same_bits_twice(dtype):
+    inputs = [randn(150, 70, dtype=dtype), randn(70, 90, dtype=dtype, seed=1)]
+    inputs.append(randn(90, dtype=dtype, seed=2))
+    dc = randn(150, 90, dtype=dtype, seed=3)
+    first, second = (gradients(lambda *xs: matmul(*xs, "relu"), inputs, dc) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert all(torch.equal(g, h) for g, h in zip(first[1], second[1], strict=True))
+
+
+# --- out of bounds ------------------------------------------------------------------------------
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced", "offset"])
+def test_nothing_is_read_or_written_out_of_bounds(layout, dtype):
+    a, b = randn(35, 37, dtype=dtype), randn(37, 33, dtype=dtype, seed=1)
+    bias, dc = randn(33, dtype=dtype, seed=2), randn(35, 33, dtype=dtype, seed=3)
+    with poison() as p:
+        inputs = [p(laid_out(x, layout)) for x in (a, b, bias)]
+        gradients(lambda *xs: matmul(*xs, "relu"), inputs, p(laid_out(dc, layout)))
+        gradients(matmul, inputs, p(laid_out(dc, layout)))
+
+
+@pytest.mark.parametrize("tile", TILES, ids=lambda t: "x".join(map(str, list(t.values())[:3])))
+def test_no_tile_reads_or_writes_out_of_bounds(tile):
+    M, N, K = (tile[f"BLOCK_{d}"] + 1 for d in "MNK")
+    with use_tile("matmul", tile), poison() as p:
+        matmul(p(randn(M, K)), p(randn(K, N, seed=1)), p(randn(N, seed=2)), "relu")
+
+
+# --- a small result of a long sum ---------------------------------------------------------------
+
+module = importlib.import_module("tilelab.kernels.matmul")
+
+
+@pytest.fixture(params=[2, 5])
+def shared_out(request, monkeypatch):
+    """The portable kernel's sums are in so many parts, where they have 32 steps or more."""
+    monkeypatch.setattr(module, "splits", lambda tiles, steps: request.param)
+    with use_tile("matmul", dict(BLOCK_M=16, BLOCK_N=32, BLOCK_K=16, GROUP_M=8, num_warps=4,
+                                 num_stages=2)):  # fmt: skip
+        yield request.param
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("K", [512, 530])
+@pytest.mark.parametrize("bias, activation", [(None, None), ("contiguous", "relu")])
+def test_a_sum_in_parts(K, bias, activation, dtype, shared_out):
+    """Over K in the forward, over M in the gradient of B: each is long here."""
+    check(11, 35, K, dtype, bias=bias, activation=activation)
+    check(K, 35, 11, dtype, bias=bias, activation=activation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("M", [9, 512, 530])
+def test_a_classifier_s_weight_and_bias_gradients_in_one_pass(M, dtype, shared_out):
+    """Of a linear layer's weight, [N, K] in memory: dB and dbias of one launch, or of two."""
+    a, weight = randn(M, 70, dtype=dtype), randn(10, 70, dtype=dtype, seed=1)
+    bias, dy = randn(10, dtype=dtype, seed=2), randn(M, 10, dtype=dtype, seed=3)
+    c = matmul(a, weight.requires_grad_().t(), bias.requires_grad_())
+    with poison() as p:
+        dy = p(dy)
+        names = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "launch", lambda kernel, *args, **meta: (
+                names.append(kernel.__name__), launch(kernel, *args, **meta)))  # fmt: skip
+            dweight, dbias = torch.autograd.grad(c, [weight, bias], dy)
+    assert names == ["matmul_kernel", "matmul_reduce_kernel"][: 1 + (M > 500)]
+    want = double(dy).t() @ double(a)
+    assert_close(dweight, want, dtype=dtype, terms=M, name="dweight")
+    assert_close(dbias, double(dy).sum(0), dtype=dtype, terms=M, name="dbias")
+    assert dweight.stride() == weight.stride()
+
+
+# --- anything else ------------------------------------------------------------------------------
+
+sizes = st.integers(1, 70)
+layouts = st.sampled_from(["contiguous", "transposed", "sliced", "offset", "expanded"])
+
+
+@hypothesis.given(
+    M=sizes, N=sizes, K=st.integers(0, 70), dtype=st.sampled_from(DTYPES), a=layouts, b=layouts,
+    dc=layouts, with_bias=st.booleans(), activation=st.sampled_from([None, "relu"]),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_any_shape_layout_and_dtype(M, N, K, dtype, a, b, dc, with_bias, activation, seed):
+    """In small integers, so that everything is exact but the rounding of the results."""
+    inputs = [integers(M, K, dtype=dtype, seed=seed), integers(K, N, dtype=dtype, seed=seed + 1)]
+    inputs = [laid_out(x, layout) for x, layout in zip(inputs, (a, b), strict=True)]
+    rest = [activation] if with_bias else [None, activation]
+    if with_bias:
+        inputs.append(integers(N, dtype=dtype, seed=seed + 2))
+    dy = laid_out(integers(M, N, dtype=dtype, seed=seed + 3), dc)
+    with poison() as p:
+        c, grads = gradients(lambda *xs: matmul(*xs, *rest), [p(x) for x in inputs], p(dy))
+    c64, grads64 = gradients(lambda *xs: reference(*xs, *rest), double(*inputs), double(dy))
+    for got, want in zip([c, *grads], [c64, *grads64], strict=True):
+        assert got.dtype == dtype
+        assert torch.equal(got, want.to(dtype))
+
+
+# --- wrong input --------------------------------------------------------------------------------
+
+A, B, BIAS = torch.ones(3, 4), torch.ones(4, 5), torch.ones(5)
+WRONG = {
+    "a is a list": (([[1.0]], B), TypeError, "a must be a torch.Tensor, got list"),
+    "b is a number": ((A, 2.0), TypeError, "b must be a torch.Tensor, got float"),
+    "b is None": ((A, None), TypeError, "b must be a torch.Tensor, got None"),
+    "bias is a list": ((A, B, [0.0] * 5), TypeError, "bias must be a torch.Tensor, got list"),
+    "integers": (
+        (A.long(), B.long()),
+        TypeError,
+        "a must be float32, float16 or bfloat16, got int64",
+    ),
+    "float64": ((A.double(), B.double()), TypeError, "a must be .*, got float64"),
+    "complex": ((A, B.to(torch.complex64)), TypeError, "b must be .*, got complex64"),
+    "dtypes differ": ((A, B.half()), TypeError, r"b must have .* a \(float32\), got float16"),
+    "bias dtype": ((A, B, BIAS.bfloat16()), TypeError, "bias must have .* got bfloat16"),
+    "sparse": ((A.to_sparse(), B), TypeError, r"a must be .*strided.*, got torch.sparse_coo"),
+    "devices differ": ((A, B.to("meta")), TypeError, "b must be on .* like a, got meta"),
+    "a vector": ((A[0], B), ValueError, r"a must have shape \[M, K\], got \[4\]"),
+    "a batch": ((A[None], B), ValueError, r"a must have shape \[M, K\], got \[1, 3, 4\]"),
+    "b vector": ((A, B[:, 0]), ValueError, r"b must have shape \[K, N\] with K=4, got \[4\]"),
+    "K differs": ((A, B[1:]), ValueError, r"b must have shape \[K, N\] with K=4, got \[3, 5\]"),
+    "bias too short": ((A, B, BIAS[1:]), ValueError, r"bias must .* \[N\] with N=5, got \[4\]"),
+    "bias a row": ((A, B, BIAS[None]), ValueError, r"bias must .* with N=5, got \[1, 5\]"),
+    "bias a number": ((A, B, BIAS[0]), ValueError, r"bias must .* with N=5, got \[\]"),
+    "activation": ((A, B, None, "gelu"), ValueError, "activation must be .*'relu', got 'gelu'"),
+    "activation is a bool": ((A, B, None, True), ValueError, "activation must .* got True"),
+    "activation is a function": ((A, B, None, torch.relu), ValueError, "activation must .* got <"),
+}
+
+
+@pytest.mark.parametrize("args, error, message", WRONG.values(), ids=WRONG)
+def test_wrong_input_is_refused_before_any_launch(args, error, message, monkeypatch):
+    def launched(*args, **kwargs):
+        raise RuntimeError("launched")
+
+    monkeypatch.setattr(importlib.import_module("tilelab.kernels.matmul"), "launch", launched)
+    args = [
+        x.to(DEVICE) if isinstance(x, torch.Tensor) and x.device.type != "meta" else x for x in args
+    ]
+    with pytest.raises(error, match=message):
+        matmul(*args)
+
+
+def test_meta_tensors_give_the_shape():
+    c = matmul(A.to("meta"), B.to("meta"), BIAS.to("meta"), "relu")
+    assert c.device.type == "meta" and c.shape == (3, 5)
+
+
+# --- speed --------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not INTERPRET, reason="the interpreter's speed")
+def test_speed_on_the_interpreter():
+    """1024 cubed: 20 GFLOP/s and more on two quiet cores; 0.75 with a GPU's 64-wide tiles.
+
+    The floor leaves room for a busy machine, and none for the wrong tile.
+    """
+    a, b = randn(1024, 1024), randn(1024, 1024, seed=1)
+    best = 1e9
+    for _ in range(5):
+        start = time.perf_counter()
+        matmul(a, b)
+        best = min(best, time.perf_counter() - start)
+    gflops = 2 * 1024**3 / best / 1e9
+    assert gflops > 5, f"{gflops:.1f} GFLOP/s"
+
+
+# --- on a GPU, at real sizes --------------------------------------------------------------------
+
+REAL_SHAPES = {
+    "square": (4096, 4096, 4096),
+    "odd": (4095, 4097, 4093),
+    "classifier": (65_536, 10, 800),
+    "deep K": (64, 4096, 50_000),
+    "shallow K": (8192, 8192, 64),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", REAL_SHAPES.values(), ids=REAL_SHAPES)
+def test_real_sizes(shape, dtype):
+    check(*shape, dtype, bias="contiguous", activation=None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", TILES, ids=lambda t: "x".join(map(str, list(t.values())[:3])))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_tile_at_real_size(tile, dtype):
+    with use_tile("matmul", tile):
+        check(1000, 1500, 777, dtype)
+
+
+def need_memory(gib):
+    free = torch.cuda.mem_get_info()[0] / 2**30
+    if free < gib:
+        pytest.skip(f"needs {gib} GiB of GPU memory, {free:.1f} are free")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("where", ["a", "a transposed", "b", "c"])
+def test_offsets_past_2_to_the_31(where):
+    """The last rows or columns lie beyond 2^31 elements: an int32 offset would be negative."""
+    need_memory(16)
+    big, small, dtype = 46_400, 48, torch.bfloat16
+    M, N, K = dict(a=(big, small, big), b=(small, big, big), c=(big, big, small))[where[0]]
+    assert big * big > 2**31
+    a = torch.randn(M, K, device="cuda", dtype=dtype)
+    if where == "a transposed":
+        a = laid_out(a, "transposed")
+    b = torch.randn(K, N, device="cuda", dtype=dtype)
+    c = matmul(a, b)
+    last = slice(-40, None)
+    for rows, cols in [(last, slice(0, 48)), (slice(0, 48), last), (last, last)]:
+        want = a[rows].double() @ b[:, cols].double()
+        assert_close(c[rows, cols], want, dtype=dtype, terms=K)
+
+
+@pytest.mark.gpu
+def test_tf32_follows_torchs_switch():
+    a, b = randn(512, 1024), randn(1024, 512, seed=1)
+    want = reference(*double(a, b))
+    assert_close(matmul(a, b), want, dtype=torch.float32, terms=1024)
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    rounded = matmul(a, b)
+    assert_close(rounded, want, dtype=torch.float32, terms=1024, tf32=True)
+    with pytest.raises(AssertionError, match="error"):  # so TF32 was really used
+        assert_close(rounded, want, dtype=torch.float32, terms=1024)

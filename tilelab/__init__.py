@@ -1,0 +1,13 @@
+"""GPU kernels in pure Python (Triton): `tilelab.kernels`, `tilelab.nets`, `tilelab.perf`.
+
+In a wheel these packages lie inside this folder. In a checkout they lie beside it, at the top level,
+and this folder's search path leads there, so `import tilelab.kernels` works with nothing installed.
+"""
+
+import pathlib
+
+__version__ = "0.1.0"
+
+_HERE = pathlib.Path(__file__).parent
+if not (_HERE / "kernels").is_dir():
+    __path__.append(str(_HERE.parent))
