@@ -196,7 +196,7 @@ def matmul_kernel(
 #
 # On an H200 a 128x256 tile's step of 64 takes the tensor cores 1,024 clocks. Whatever else the SM
 # does must fit beside that, or it is time lost. What changes, one thing at a time; each rung is a
-# tile of `matmul_tma_kernel`, so `python -m perf sweep matmul` times it:
+# tile of `matmul_tma_kernel`, so `tilelab sweep matmul` times it:
 #
 #   the kernel above, 128x256x64    every thread computes addresses, and copies 16 bytes at a time
 #   + TMA (PROGRAMS_PER_SM=0)       one thread asks for a whole tile [128, 64]: the tensor memory

@@ -81,8 +81,8 @@ def test_compiled_kernels_refuse_cpu_tensors():
 @without_gpu
 def test_triton_imported_first_is_refused():
     """`@triton.jit` has chosen the compiler by then, and kernels cannot be interpreted."""
-    result = python("import triton, kernels", TRITON_INTERPRET=None)
-    assert "ImportError: triton was imported before kernels" in result.stderr
+    result = python("import triton, tilelab.kernels", TRITON_INTERPRET=None)
+    assert "ImportError: triton was imported before tilelab.kernels" in result.stderr
 
 
 @pytest.mark.core
