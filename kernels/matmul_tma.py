@@ -2,7 +2,7 @@
 
 On an H200 a step of 64 of a 128x256 tile takes the tensor cores 1,024 clocks. Whatever else the SM
 does must fit beside that, or it is time lost. `matmul_kernel` becomes this one a change at a time.
-Each rung is a tile of the kernel below: `python -m tilelab.perf sweep matmul` times it.
+Each rung is a tile of the kernel below: `tilelab sweep matmul` times it.
 
     matmul_kernel, 128x256x64   every thread computes addresses, and copies 16 bytes at a time
     + TMA                       one thread asks for a whole tile [128, 64]: the unit makes the
