@@ -82,8 +82,10 @@ def activate(z, ACTIVATION: tl.constexpr, dy=None):
         poly = t * (0.319381530 + t * (-0.356563782 + t * poly))
         density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
         tail = poly * density
-        P = tl.where(z < 0, tail, 1 - tail)
-        out = z * P if dy is None else dy * (P + z * density)
+        if dy is None:
+            out = 0.5 * z + tl.abs(z) * (0.5 - tail)  # z * P, without a choice
+        else:
+            out = dy * (tl.where(z < 0, tail, 1 - tail) + z * density)
     elif ACTIVATION == "gelu_tanh":
         u2 = z * (1.5957691216057308 + 0.07135481282636164 * z * z)  # 2u
         s = tl.sigmoid(u2)  # 1 / (1 + exp(-2u)): an overflow gives 0, as it should
