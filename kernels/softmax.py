@@ -28,7 +28,7 @@ Memory traffic limits the speed. n = M*N elements of e bytes move these bytes:
     bytes moved          forward                        backward
     rows in registers    2ne   read x, write y          3ne   read y and dy, write dx
     online               3ne   read x twice, write y    5ne   read y and dy twice, write dx
-    one torch call each  8ne   max - exp sum /          9ne   * sum - *
+    torch, op by op      8ne   max, -, exp, sum, /      9ne   *, sum, -, *
 
 In registers the forward should therefore take a quarter of torch's time, the backward a third. The
 second read of an online kernel comes from the L2 cache if the rows in flight fit there. The forward
