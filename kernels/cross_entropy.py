@@ -64,7 +64,7 @@ def reference(logits, target, ignore_index=-100, label_smoothing=0.0, reduction=
 # vocabulary of 50,257, each row begins at another alignment and loads are 2 bytes wide. llm.c pads
 # it to 50,304, a multiple of 16, and then the same kernel loads 16 bytes at a time.
 #
-# In 16-bit, instructions limit the forward in registers, since it moves so few bytes: it only reads.
+# In 16-bit, instructions limit the forward in registers: it only reads, so it moves few bytes.
 # An H200 has time for 99 instructions per 16 bytes (softmax.py derives this number).
 #
 #     instructions per 16 bytes moved,      forward          forward,            backward
@@ -278,8 +278,8 @@ def _cross_entropy(
     )  # fmt: skip
     if reduction == "none":
         return losses, kept, kept.new_empty(0)  # No weight is needed.
-    # Torch adds up the losses. They are few, the order of the sum is the same in every call, and the
-    # host does not wait for the GPU.
+    # Torch adds up the losses. They are few, the order of the sum is the same in every call, and
+    # the host does not wait for the GPU.
     weight = torch.ones((), dtype=torch.float32, device=logits.device)
     if reduction == "mean":
         weight = weight / (target != ignore_index).sum()
