@@ -21,11 +21,12 @@ What limits it: memory. The columns are written and read again, N*P*Q*C*R*S elem
     columns       2*N*P*Q*C*R*S*e bytes: for a 3x3 filter at stride 1, 18 times x
     products      2*N*P*Q*C*R*S*K/G FLOPs: K/(G*e) for each byte of columns
 
-An H200 can do 206 FLOPs per byte in 16-bit, so memory is the limit up to K/G = 412 filters. Still,
-this is how Caffe computed convolutions: the matmul runs at full speed, and only the copy has to
-know strides, padding and dilation. conv2d.py replaced it: it computes the same addresses, but it
-never stores the copies. A 1x1 filter with stride 1 needs no copy, and is copied here all the same:
-this file is a lesson and not the fast path.
+An H200 can do 206 FLOPs per byte in 16-bit, so memory is the limit up to K/G = 412 filters. (The
+copy alone issues too many instructions to run at the speed of memory; see TILES.) Still, this is
+how Caffe computed convolutions: the matmul runs at full speed, and only the copy has to know
+strides, padding and dilation. conv2d.py replaced it: it computes the same addresses, but it never
+stores the copies. A 1x1 filter with stride 1 needs no copy, and is copied here all the same: this
+file is a lesson and not the fast path.
 
 Read first: matmul.py. Then conv2d.py, to see the copy disappear. Source: Chellapilla, Puri &
 Simard, High Performance Convolutional Neural Networks for Document Processing (2006).
