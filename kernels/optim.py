@@ -72,7 +72,7 @@ def adamw_reference(p, grad, m, v, t, lr, betas=(0.9, 0.999), eps=1e-8, weight_d
 TILES = [
     # This is the default. Each thread has 8 elements, which are one 16-byte load in 16-bit.
     dict(BLOCK_M=1024, num_warps=4),
-    dict(BLOCK_M=512, num_warps=2),  # small parameters: fewer lanes without work
+    dict(BLOCK_M=512, num_warps=2),  # small parameters: a shorter chunk wastes less
     dict(BLOCK_M=1024, num_warps=2),  # 16 elements per thread: twice the loads in flight
     dict(BLOCK_M=2048, num_warps=4),  # half as many look-ups of the plan and the addresses
     dict(BLOCK_M=2048, num_warps=8),  # half as many look-ups, 8 elements per thread
