@@ -65,11 +65,11 @@ def reference(x, weight, bias=None, stride=1, padding=0, dilation=1, activation=
 #     a step, with these multiply-adds    < 190       < 230
 #     before the loop, once               91          95
 #
-# The taps make up most of what comes before the loop. They are R*S elements apart in memory, so a
-# load fetches only 2 bytes. Hence the loop: 16 steps share these instructions, 6 for each step. A
-# small layer has fewer steps. With 4 steps it is 23 for each, and at stride 1 the instructions then
-# need about as much time as the memory. A 5x5 filter has 200 multiply-adds: from there on,
-# instructions are the limit.
+# Before the loop, a thread finds its strips by divisions and loads its taps. Those are R*S elements
+# apart in memory, so a load fetches only 2 bytes. Hence the loop: 16 steps share these
+# instructions, 6 for each step. A small layer has fewer steps. With 4 steps it is 23 for each, and
+# at stride 1 the instructions then need about as much time as the memory. A 5x5 filter has 200
+# multiply-adds: from there on, instructions are the limit.
 TILES = [
     # This is the default in 16-bit: 8 channels per thread. Their taps, sums and inputs take almost
     # 190 registers of a thread at stride 1. An SM has 65,536 registers. They are enough for five
