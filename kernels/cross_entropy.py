@@ -17,9 +17,9 @@ backward does not care how long the rows are.
 
 What to keep. The backward needs p, which has as many elements as the logits: n = M*C, of e bytes.
 To keep p costs ne bytes to write it and ne to read it. To read the logits again costs ne, and they
-are in memory anyway. So the forward keeps only two float32 numbers per row. One number would do,
-lse, but p = exp(x - lse) would take over its rounding error as a relative error. Near 1,000,
-neighbouring float32 numbers are 6e-5 apart.
+are in memory anyway. So the forward keeps only two float32 numbers per row (m is the maximum, as in
+softmax.py). The one number lse would do too. But p = exp(x - lse) would take over the rounding
+error of lse as a relative error, and near 1,000 neighbouring float32 numbers are 6e-5 apart.
 
 Memory traffic limits the speed. A training step should take half of torch's time:
 
