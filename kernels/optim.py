@@ -28,8 +28,10 @@ What limits it: memory. The bytes for one element, of e bytes:
 
     SGD                  3e    read p, grad; write p
     SGD with momentum    5e    read p, grad, m; write p, m
-    AdamW                7e    read p, grad, m, v; write p, m, v; about 15 FLOPs
+    AdamW                7e    read p, grad, m, v; write p, m, v
     AdamW in torch       about 20e with a call for each operation
+
+AdamW does about 15 FLOPs for these 7e bytes: half a FLOP per byte in float32.
 
 Read first: bias_relu.py. Sources: Sutskever et al., On the importance of initialization and
 momentum in deep learning (2013); Loshchilov & Hutter, Decoupled Weight Decay Regularization (2019),
@@ -332,9 +334,9 @@ def capture(graph: "torch.cuda.CUDAGraph", **options: Any) -> Iterator[None]:
     it compiles the kernels and makes the state. AdamW must be `capturable`. A learning rate that is
     a number becomes part of the graph; every replay reads one that is a tensor on the GPU.
 
-    How it works. In a capture the gradients get new addresses, so a step needs a new table. To copy
-    it from the host would become part of the graph. So a table only gets its memory in the capture,
-    and is filled in afterwards. That memory is not from the graph's own pool. There, a table could
+    How it works. In a capture the gradients get new addresses, so a step needs a new table. A copy
+    from the host would become part of the graph. So a table only gets its memory in the capture.
+    It is filled in afterwards. That memory is not from the graph's own pool. There, a table could
     lie where an activation was freed before, and every replay writes that activation first.
 
     Args:
