@@ -98,7 +98,7 @@ class CNN(nn.Module):
 
 
 class TorchCNN(nn.Module):
-    """CNN's twin made of torch.nn: the same parameters, in the same order, with the same values."""
+    """CNN's twin, made of torch.nn. Both have the same parameters, order and initial weights."""
 
     def __init__(self, shape, classes):
         super().__init__()
