@@ -27,17 +27,9 @@ ReLU after it, in place.
 Images are channels_last from the input to the logits (layers.py explains the layout). No layer
 converts what another has written. tests/nets/test_layouts.py checks this.
 
-Speed limits, for 224 x 224 images in 16 bits (an operation is a multiplication or an addition):
-
-- VGG16 needs 30.9 GFLOPs for an image. 30.5 of them are in 3x3 convolutions of 64 channels and
-  more, which do hundreds of FLOPs for each byte. The tensor cores limit them.
-- The first linear layer of VGG16 has 103 million of its 138 million parameters, 206 MB. They are
-  read once for a batch of any size. So the memory limits small batches.
-- ResNet-50 needs 8.2 GFLOPs for an image, half of them in 1x1 convolutions. From C to K channels
-  these do C*K / (C + K) FLOPs per byte: 51 from 64 to 256. The memory limits the early stages.
-- The sums of ResNet-50 have 5.5 million elements for an image. Each is moved five times: the
-  addition reads two and writes one, the ReLU reads one and writes one. A fused epilogue would only
-  read the shortcut.
+Speed limits for a 224 x 224 image: VGG16 needs 30.9 GFLOPs and ResNet-50 needs 8.2 GFLOPs. The
+tensor cores limit most of VGG16, and the memory limits half of ResNet-50. A comment above each
+class counts why.
 
 Sources: Simonyan and Zisserman, Very Deep Convolutional Networks (2014), configuration D; He et
 al., Deep Residual Learning (2015), with the stride in the 3x3 convolution, as in torchvision.
@@ -82,6 +74,12 @@ def torch_vgg16_features(channels=3, width=64) -> nn.Sequential:
     return features.to(memory_format=torch.channels_last)
 
 
+# What limits VGG16, for 224 x 224 images in 16 bits:
+#
+# - An image needs 30.9 GFLOPs. 30.5 of them are in 3x3 convolutions with 64 input channels or more.
+#   These do hundreds of FLOPs for each byte that they move, so the tensor cores limit them.
+# - The first linear layer has 25,088 * 4,096 = 103 million of the 138 million parameters: 206 MB.
+#   They are read once for a batch of any size. So the memory limits this layer in small batches.
 class VGG16(nn.Module):
     """VGG16: images [N, C, H, W] to logits [N, classes].
 
@@ -168,6 +166,14 @@ class Bottleneck(nn.Module):
         return y.add_(shortcut).relu_()  # Nothing else needs y, so both work in place.
 
 
+# What limits ResNet-50, for 224 x 224 images in 16 bits:
+#
+# - An image needs 8.2 GFLOPs. Half of them are in 1x1 convolutions. From C to K channels, one pixel
+#   needs 2*C*K FLOPs and moves 2*(C + K) bytes. That is 51 FLOPs per byte from 64 to 256 channels,
+#   as in the early stages, where the memory is therefore the limit.
+# - The sums have 5.5 million elements for an image, and move five numbers for each: the addition
+#   reads two and writes one, the ReLU reads one and writes one. If the convolution before it did
+#   both, they would only read the shortcut: one number.
 class ResNet50(nn.Module):
     """ResNet-50 for inference: images [N, C, H, W] to logits [N, classes].
 
