@@ -13,8 +13,8 @@ VGG16 has 13 convolutions of 3x3 in five stages, then three linear layers. All o
     layers    conv last conv last conv conv conv conv
                                   last      last ...           each is one kernel
 
-In the backward pass the convolutions are one stack (kernels/conv2d_stack.py). It needs no separate
-pass for a ReLU or a pool between them.
+In the backward pass the convolutions are one stack (kernels/conv2d_stack.py): a ReLU between two
+convolutions needs no pass of its own.
 
 ResNet-50 has a first convolution with a pool, 16 bottlenecks, a mean over all pixels and a linear
 layer. A bottleneck adds its input, the shortcut, to its result. PyTorch computes this sum and the
@@ -28,8 +28,8 @@ Images are channels_last from the input to the logits (layers.py explains the la
 converts what another has written. tests/nets/test_layouts.py checks this.
 
 Speed limits for a 224 x 224 image: VGG16 needs 30.9 GFLOPs and ResNet-50 needs 8.2 GFLOPs. The
-tensor cores limit most of VGG16, and the memory limits half of ResNet-50. A comment above each
-class counts why.
+tensor cores limit most of VGG16, and the memory limits the early stages of ResNet-50. The comments
+above the two classes count why.
 
 Sources: Simonyan and Zisserman, Very Deep Convolutional Networks (2014), configuration D; He et
 al., Deep Residual Learning (2015), with the stride in the 3x3 convolution, as in torchvision.
