@@ -172,8 +172,8 @@ class Bottleneck(nn.Module):
 #   needs 2*C*K FLOPs and moves 2*(C + K) bytes. That is 51 FLOPs per byte from 64 to 256 channels,
 #   as in the early stages, where the memory is therefore the limit.
 # - The sums have 5.5 million elements for an image, and move five numbers for each: the addition
-#   reads two and writes one, the ReLU reads one and writes one. If the convolution before it did
-#   both, they would only read the shortcut: one number.
+#   reads two and writes one, the ReLU reads one and writes one. If the epilogue of the convolution
+#   did both, only the shortcut would be read: one number.
 class ResNet50(nn.Module):
     """ResNet-50 for inference: images [N, C, H, W] to logits [N, classes].
 
