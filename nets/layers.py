@@ -11,7 +11,7 @@ initialisation, and use the random generator alike:
 These layers add fusion. A separate ReLU reads and writes a whole tensor in a GPU's memory, only for
 one comparison per element. Three things avoid such passes:
 
-- `activation="relu"` replaces a second layer of torch.nn.
+- `activation="relu"`, or another activation of `matmul`, replaces a second layer of torch.nn.
 - `Conv2dReluPool` writes only the largest of each 2 x 2 values: a quarter of the convolution.
 - `ConvStack` fuses the operations between such layers in the backward pass.
 
