@@ -71,7 +71,7 @@ def activate(z, ACTIVATION: tl.constexpr, dy=None):
     """act(z) of a float32 tile; of dy, if it is given, the gradient with respect to z: dz."""
     if ACTIVATION == "relu":
         if dy is None:
-            out = tl.where(z < 0, 0.0, z)  # and NaN passes
+            out = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)  # one instruction
         else:
             out = tl.where(z <= 0, 0.0, dy)  # z or y: both say which
     elif ACTIVATION == "gelu":
