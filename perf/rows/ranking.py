@@ -13,20 +13,10 @@ from typing import Any, NamedTuple
 from tilelab.perf.errors import PerfError
 from tilelab.perf.rows import results, stats
 from tilelab.perf.work import gpus
+from tilelab.perf.work.operators import is_product
 
 Row = dict[str, Any]
 
-PRODUCTS = {
-    "matmul",
-    "matmul_bias_relu",
-    "scaled_matmul",
-    "conv2d",
-    "conv2d_bias_relu",
-    "conv2d_im2col",
-    "conv2d_relu_pool",
-    "train_step",
-    "conv_stack",
-}
 STAGES = results.STAGES
 SHORT = {"num_warps": "w", "num_stages": "s", "GROUP_M": "g"}  # in the text of a tile
 SHORT_UNLESS_1 = {"SUBTILES": "e", "SPLIT_K": "k", "PROGRAMS_PER_SM": "p"}
@@ -177,12 +167,12 @@ def speed(row: Row, time: float | None = None) -> float | None:
     time = seconds(row) if time is None else time
     if not time:
         return None
-    return row["flops"] / time / 1e12 if row["op"] in PRODUCTS else row["bytes"] / time / 1e9
+    return row["flops"] / time / 1e12 if is_product(row["op"]) else row["bytes"] / time / 1e9
 
 
 def unit(op: str) -> str:
     """Of `speed`."""
-    return "TFLOP/s" if op in PRODUCTS else "GB/s"
+    return "TFLOP/s" if is_product(op) else "GB/s"
 
 
 def paired(row: Row, other: Row) -> tuple[float, float | None, float | None]:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from tilelab.perf.commands import arguments
+from tilelab.perf.commands import provenance
 from tilelab.perf.commands import compile as compiling
 from tilelab.perf.errors import PerfError
 from tilelab.perf.report import explanation
@@ -88,7 +88,7 @@ def test_the_table_counts_what_is_not_worth_running():
 
 def test_what_is_stored_fits_the_schema(tmp_path):
     row = compiling.finish(compiled(), H200) | {"status": "predicted"}
-    header = dict(gpu="sm_90 (compiled)", created=arguments.now(), measured=False, versions={})
+    header = dict(gpu="sm_90 (compiled)", created=provenance.now(), measured=False, versions={})
     with results.Writer(tmp_path / "r.jsonl", header) as writer:
         writer.write(compiling.stored(row))
     (back,) = results.read(tmp_path / "r.jsonl").rows

@@ -29,7 +29,7 @@ from tilelab.perf.work import shapes
 from tests.tools import perf_rows
 from tilelab import __main__ as main
 
-ABOUT = dict(gpu="NVIDIA H200", driver="580.0", versions=arguments.versions())
+ABOUT = dict(gpu="NVIDIA H200", driver="580.0", versions=provenance.versions())
 
 
 def step(folder, name, code="", group="sweep", weight=1.0, least=0.0, source="a", **more):
