@@ -410,7 +410,7 @@ def test_the_documentation_prints_the_tables():
 
 
 def test_reading_needs_neither_torch_nor_triton():
-    command = "import sys; from tilelab.perf.rows import results, stats; from tilelab.perf.report import compare\n"
+    command = "import sys; from tilelab.perf.rows import results, stats\n"
     command += "from tilelab.perf.work import cost, networks\n"
     command += (
         "assert not {'torch', 'triton', 'tilelab.kernels', 'tilelab.nets'} & set(sys.modules)"
