@@ -28,12 +28,14 @@ def test_narrowed_axes():
     assert axes == {"BLOCK_M": (64, 256), "num_warps": (4,)}
     tiles = search_space.tiles(operators.MATMUL, LARGE, GIVEN, axes)
     assert {t["BLOCK_M"] for t in tiles} == {64, 256} and {t["num_warps"] for t in tiles} == {4}
-    assert search_space.tiles(operators.SGD, dict(M=100), [], axes
+    assert search_space.tiles(
+        operators.SGD, dict(M=100), [], axes
     )  # an axis that an operator lacks is no matter
 
 
 def test_eight_bit_tiles_do_not_split_k():
-    tiles = search_space.tiles(operators.SCALED_MATMUL, dict(M=64, N=64, K=65536), [], {}, ("pointer", "tma"), 1
+    tiles = search_space.tiles(
+        operators.SCALED_MATMUL, dict(M=64, N=64, K=65536), [], {}, ("pointer", "tma"), 1
     )
     fast = [t for t in tiles if t.get("kernel") == "tma"]
     assert {t["BLOCK_K"] for t in fast} == {128, 256} and 20 < len(fast) < len(tiles)
