@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Iterable
 from typing import Any
 
-from tilelab.kernels import _launch
+from tilelab.kernels import _tiles
 from tilelab.perf.errors import Help, PerfError
 from tilelab.perf.work import search_space, shapes
 from tilelab.perf.work.operators import OPERATORS
@@ -173,4 +173,4 @@ def default_tile(described: dict, w: Workload) -> list[dict | None]:
         return [None]
     lesson, kernels = {w.torch_dtype.itemsize: described["tile"]}, tuple(described["kernels"])
     op, sizes = described["tile_op"], described["sizes"]
-    return [_launch.choose_tile(op, w.torch_dtype, lesson, kernels, **sizes)]
+    return [_tiles.choose_tile(op, w.torch_dtype, lesson, kernels, **sizes)]

@@ -13,7 +13,7 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from tilelab.kernels import _launch
+from tilelab.kernels import _tiles
 from tilelab.perf.compiler import aot
 from tilelab.perf.errors import PerfError
 from tilelab.perf.report import history
@@ -246,7 +246,7 @@ def _after(sweep: Sweep, path: pathlib.Path, before: pathlib.Path, gpu: str, dry
     def source() -> str:
         dtype, _ = DTYPES[sweep.dtype]
         try:
-            table = _launch.read_tuned(_launch.tuned_path(gpu))
+            table = _tiles.read_tuned(_tiles.tuned_path(gpu))
         except ValueError as error:  # says which file, and what is wrong with it
             raise PerfError(str(error)) from error
         return digest(sweep.source(), [table.get((name, dtype)) for name in sweep.tile_ops()])

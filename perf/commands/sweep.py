@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tilelab.kernels import _launch
+from tilelab.kernels import _tiles
 from tilelab.perf.clock import devices, timing
 from tilelab.perf.clock.correctness import Gate
 from tilelab.perf.commands import arguments, provenance
@@ -478,7 +478,7 @@ def with_tile(call: Callable[[], tuple], tile: dict | None) -> Callable[[], tupl
     def tiled() -> tuple:
         with contextlib.ExitStack() as stack:
             for tile_op in tile_ops:
-                stack.enter_context(_launch.use_tile(tile_op.name, tile))
+                stack.enter_context(_tiles.use_tile(tile_op.name, tile))
             return call()
 
     tiled.inputs, tiled.impl, tiled.workload = call.inputs, call.impl, call.workload

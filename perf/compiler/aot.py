@@ -29,7 +29,7 @@ import time
 from typing import Any, NamedTuple
 
 import torch
-from tilelab.kernels import _launch
+from tilelab.kernels import _launch, _tiles
 
 from tilelab import kernels  # before triton: it decides between interpreter and compiler
 
@@ -108,7 +108,7 @@ def trace(w: Workload, tile: dict | None, target: str = "") -> Trace:
     with contextlib.ExitStack() as stack:
         if tile is not None:
             for tile_op in w.about.tile_ops:
-                stack.enter_context(_launch.use_tile(tile_op.name, tile))
+                stack.enter_context(_tiles.use_tile(tile_op.name, tile))
         events = stack.enter_context(_launch.record(device(target)))
         call()
     launches = [event for event in events if isinstance(event, _launch.Launch)]

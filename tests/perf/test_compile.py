@@ -1,4 +1,4 @@
-"""`python -m perf compile`, from the command line to the file: tables, resuming, words."""
+"""`tilelab compile`, from the command line to the file: tables, resuming, words."""
 
 import argparse
 import importlib
@@ -8,8 +8,8 @@ import subprocess
 import sys
 
 import pytest
-from tilelab.perf.commands import provenance
 from tilelab.perf.commands import compile as compiling
+from tilelab.perf.commands import provenance
 from tilelab.perf.errors import PerfError
 from tilelab.perf.report import explanation
 from tilelab.perf.rows import ranking, results

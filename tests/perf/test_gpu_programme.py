@@ -4,6 +4,7 @@ Most tasks here are stand-ins of a line each: what is tested is what becomes of 
 """
 
 import argparse
+import contextlib
 import fcntl
 import json
 import os
@@ -15,7 +16,7 @@ import time
 
 import pytest
 import torch
-from tilelab.kernels import _launch
+from tilelab.kernels import _launch, _tiles
 from tilelab.perf.clock import devices
 from tilelab.perf.commands import (
     arguments,
@@ -230,13 +231,29 @@ def alive(pid):
 # --- interruption --------------------------------------------------------------------------------
 
 MIDDLE = "import os; open({pid!r}, 'w').write(str(os.getpid())); time.sleep(60)"
-DRIVER = """
-import pathlib, sys
-from tests.perf.test_gpu_programme import MIDDLE, run, task
-folder = pathlib.Path(sys.argv[1])
-middle = MIDDLE.format(pid=str(folder / "pid"))
-sys.exit(run(folder, [task(folder, "a"), task(folder, "b", middle), task(folder, "c")]))
-"""
+
+
+class Forked:
+    """A programme of the tasks a, b and c in a process of its own, which takes no time to import."""
+
+    def __init__(self, folder):
+        sys.stdout.flush()
+        self.pid, self.status = os.fork(), None
+        if self.pid == 0:
+            status = 99
+            try:
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # not as in the background
+                middle = MIDDLE.format(pid=str(folder / "pid"))
+                every = [task(folder, "a"), task(folder, "b", middle), task(folder, "c")]
+                with open(folder / "printed", "w") as out, contextlib.redirect_stdout(out):
+                    status = run(folder, every)
+            finally:
+                os._exit(status)
+
+    def poll(self):
+        if self.status is None:
+            self.status = os.waitpid(self.pid, os.WNOHANG)[0] or None
+        return self.status
 
 
 def wait_for(condition, process, seconds=120):
@@ -263,16 +280,11 @@ except KeyboardInterrupt: open({str(tmp_path / "kept")!r}, "w").write("all")"""
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_interrupted_it_keeps_what_it_has_and_goes_on(tmp_path, how):
-    pid = tmp_path / "pid"
-
-    def hear():  # where the tests run in a shell's background, SIGINT is ignored
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    process = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path)], cwd=ROOT,
-                               stdout=subprocess.PIPE, text=True, preexec_fn=hear)  # fmt: skip
+    pid, process = tmp_path / "pid", Forked(tmp_path)
     wait_for(lambda: pid.exists() and pid.read_text(), process)
-    process.send_signal(how)
-    out, _ = process.communicate(timeout=60)
+    os.kill(process.pid, how)
+    status = os.waitstatus_to_exitcode(os.waitpid(process.pid, 0)[1])
+    out = (tmp_path / "printed").read_text()
     for _ in range(250):
         if not alive(int(pid.read_text())):
             break
@@ -281,7 +293,7 @@ def test_interrupted_it_keeps_what_it_has_and_goes_on(tmp_path, how):
     assert record(tmp_path, "a")["status"] == "done"
     assert record(tmp_path, "b")["status"] == "interrupted"
     if how != signal.SIGKILL:
-        assert process.returncode == 130 and "| b | interrupted |" in out and "| c | not" in out
+        assert status == 130 and "| b | interrupted |" in out and "| c | not" in out
     assert run(tmp_path, [task(tmp_path, name) for name in "abc"]) == 0
     assert done(tmp_path) == ["a", "b", "b", "c"]
 
@@ -356,7 +368,7 @@ def test_the_interpreter_is_not_the_gpu(monkeypatch, capsys):
 def test_the_gpu_is_asked_by_another_process(monkeypatch):
     assert gpu_programme.probe()["gpu"] == devices.here().name
     monkeypatch.setattr(gpu_programme, "PROBE", "raise SystemExit('no')")
-    with pytest.raises(PerfError, match="the GPU does not start: `python -m perf doctor`"):
+    with pytest.raises(PerfError, match="the GPU does not start: `tilelab doctor`"):
         gpu_programme.probe()
 
 
@@ -496,8 +508,8 @@ def test_before_and_after(tmp_path):
 
 
 def test_winners_are_tuned_even_of_an_interrupted_sweep(tmp_path, monkeypatch):
-    real = _launch.tuned_path
-    monkeypatch.setattr(_launch, "tuned_path", lambda gpu, folder=None: real(gpu, tmp_path))
+    real = _tiles.tuned_path
+    monkeypatch.setattr(_tiles, "tuned_path", lambda gpu, folder=None: real(gpu, tmp_path))
     every = gpu_tasks.tasks(tmp_path, perf_rows.GPU, False, tmp_path / "log.jsonl")
     by_name = {s.name: s for s in every}
     names = ["after-matmul-square", "after-matmul-fp16", "after-softmax"]
@@ -507,12 +519,12 @@ def test_winners_are_tuned_even_of_an_interrupted_sweep(tmp_path, monkeypatch):
     screened = [row for row in rows if row["stage"] != "final"]
     perf_rows.write(path, perf_rows.header(), *screened)
     by_name["sweep-matmul-square"].keep()
-    (entry,) = _launch.read_tuned(real(perf_rows.GPU, tmp_path))["matmul", "bfloat16"]
+    (entry,) = _tiles.read_tuned(real(perf_rows.GPU, tmp_path))["matmul", "bfloat16"]
     best = min((r for r in screened if r["status"] == "ok"), key=lambda r: r["median_s"])
     assert entry["tile"] == best["tile"]
     after = [by_name[name].source() for name in names]
     assert [a != b for a, b in zip(after, before, strict=True)] == [True, False, False]
-    assert by_name["sweep-train-task"].keep is None  # it has no tile
+    assert by_name["sweep-train-step"].keep is None  # it has no tile
     real(perf_rows.GPU, tmp_path).write_text("{")
     with pytest.raises(PerfError, match="synthetic"):
         by_name["after-softmax"].source()

@@ -1,8 +1,8 @@
 """Which tiles a sweep tries."""
 
 import pytest
-from tilelab.perf.errors import PerfError
 from tilelab.perf.commands.arguments import parse_axes
+from tilelab.perf.errors import PerfError
 from tilelab.perf.work import operators, search_space
 
 GIVEN = [dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, num_warps=8, num_stages=3)]
