@@ -1,6 +1,7 @@
 """The README's tables of what was compiled, predicted and measured, out of committed results.
 
-`python -m tilelab.perf.report.tables` prints them; tests/perf/test_tables.py holds the README to them.
+`python -m tilelab.perf.report.tables` prints them; tests/perf/test_tables.py holds the README to
+them.
 """
 
 import importlib
