@@ -12,7 +12,8 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from tilelab.kernels import _launch, scaled_matmul
-from tilelab.kernels._launch import Device, use_tile
+from tilelab.kernels._launch import Device
+from tilelab.kernels._tiles import use_tile
 from tilelab.kernels.scaled_matmul import FAST_TILES, TILES, fast_tile, reference
 
 from tests.tools.inputs import DEVICE, DTYPES, laid_out, randn
@@ -558,11 +559,11 @@ def test_a_twin_leaves_the_storage_around_a_float8_tensor_as_it_is():
 CHILD = """
 import json
 import torch
-from tilelab.kernels import _launch, scaled_matmul
+from tilelab.kernels import _launch, _tiles, scaled_matmul
 from tilelab.kernels.scaled_matmul import FAST_TILES
 from tilelab.perf.compiler import aot
 
-offline.compile_for("sm_90")
+aot.compile_for("sm_90")
 for dtype in (torch.float8_e4m3fn, torch.int8):
     a, b = (torch.empty(4096, 4096, dtype=dtype) for _ in range(2))
     each, one = torch.empty(4096), torch.empty(())
@@ -572,10 +573,10 @@ for dtype in (torch.float8_e4m3fn, torch.int8):
         (torch.float32, (each, each, each, "relu", torch.float32)),
     ):
         for tile in FAST_TILES[1]:
-            with _launch.record(offline.device("sm_90")) as events:
-                with _launch.use_tile("scaled_matmul", tile):
+            with _launch.record(aot.device("sm_90")) as events:
+                with _tiles.use_tile("scaled_matmul", tile):
                     scaled_matmul(a, b.t(), *rest)
-            found = offline.analyse(offline.compile_launch(events[-1]))
+            found = aot.analyse(aot.compile_launch(events[-1]))
             keep = ("registers", "spills", "shared", "tensor_core", "operands", "tma", "serialised",
                     "loop_instructions", "load_bytes", "store_bytes")
             print(json.dumps([str(dtype), str(out), tile, {k: found[k] for k in keep}]))
