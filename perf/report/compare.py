@@ -101,11 +101,7 @@ def compare(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-<<<<<<< HEAD
     """Add the two files, and what to make of their differences."""
-=======
-    """Add the flags of `tilelab compare`."""
->>>>>>> kernels
     parser.add_argument("a", help="results before")
     parser.add_argument("b", help="results after")
     parser.add_argument(

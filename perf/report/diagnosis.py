@@ -1,13 +1,8 @@
 """What a tile does, and why it lost: its numbers beside those of the tile that won, in words.
 
-<<<<<<< HEAD
     tilelab sweep ...                          ends with the leaderboard, and why the others lost
     tilelab report ...                         has both in full
     tilelab compile OP --explain -a ...        what one tile does
-=======
-    tilelab sweep ...     ends with this table
-    tilelab report ...    has it in full
->>>>>>> kernels
 
 A losing tile is put through a cascade, from what disqualifies it (a wrong result, an error, a block
 that does not fit) through what ruins it (spilled registers, no tensor cores, serialised wgmma,

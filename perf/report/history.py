@@ -212,9 +212,8 @@ def _times(value: float | None, sign: str = "x") -> str:
 
 def markdown(shown: Iterable[Entry]) -> str:
     """The entries as a Markdown table."""
-    lines = [list(COLUMNS), ["---"] * len(COLUMNS)]
-    lines += [[fill(e).replace("|", "\\|") for fill in COLUMNS.values()] for e in shown]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    lines = [[fill(e) for fill in COLUMNS.values()] for e in shown]
+    return ranking.markdown_table(list(COLUMNS), lines)
 
 
 # -- command line --------------------------------------------------------------------------------

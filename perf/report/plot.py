@@ -156,7 +156,7 @@ def _compact(svg: str) -> str:
 def _smaller(png: io.BytesIO) -> bytes:
     """The same picture with a palette: a figure has few colours, and a third of the bytes then."""
     buffer = io.BytesIO()
-    image = Image.open(png).convert("RGB").quantize(256, kmeans=3, dither=Image.Dither.NONE)
+    image = Image.open(png).convert("RGB").quantize(256, dither=Image.Dither.NONE)
     image.save(buffer, format="png", optimize=True, dpi=(DPI, DPI))
     return buffer.getvalue()
 

@@ -12,7 +12,7 @@ that does not change, so that its history can be read:
     ]
     }
 
-kernels/_launch.py reads op, dtype, sizes and tile. The rest says where the entry comes from.
+kernels/_tiles.py reads op, dtype, sizes and tile. The rest says where the entry comes from.
 """
 
 import importlib.metadata
@@ -26,7 +26,7 @@ from tilelab.perf.rows.ranking import has_result, rank, seconds
 from tilelab.perf.rows.results import write_whole
 from tilelab.perf.work.workloads import OPS
 
-NOTE = "written by perf/report/tuned_table.py from the rows of a sweep; read by kernels/_launch.py"
+NOTE = "written by perf/report/tuned_table.py from the rows of a sweep; read by kernels/_tiles.py"
 
 
 def save(rows: Iterable[dict], folder: pathlib.Path | None = None) -> pathlib.Path:
@@ -56,25 +56,15 @@ def save(rows: Iterable[dict], folder: pathlib.Path | None = None) -> pathlib.Pa
     usable = [row for row in rows if _is_usable(row)]
     if not usable:
         raise PerfError("no row has a tile to save: that takes tiles of ours, timed on a GPU")
-<<<<<<< HEAD
     gpu, *others = sorted({row["gpu"] for row in usable})
     if others:
         raise PerfError(f"a tuned table is of one GPU, got {', '.join([gpu, *others])}")
-    path = _launch.tuned_path(gpu, folder)
+    path = _tiles.tuned_path(gpu, folder)
     triton = importlib.metadata.version("triton")
     new = [_entry(row, triton) for row in _winners(usable)]
     try:
-        old = [entry for entries in _launch.read_tuned(path).values() for entry in entries]
-        _write(path, gpu, _merged(old, new))
-=======
-    name = _device(usable, gpu)
-    path = _tiles.tuned_path(name, pathlib.Path(folder) if folder is not None else None)
-    triton = triton or importlib.metadata.version("triton")
-    new = [_entry(row, triton) for row in _winners(usable)]
-    try:
         old = [entry for entries in _tiles.read_tuned(path).values() for entry in entries]
-        _write(path, name, _merged(old, new))
->>>>>>> kernels
+        _write(path, gpu, _merged(old, new))
     except (ValueError, OSError) as error:
         raise PerfError(f"the tuned table was not saved: {error}") from error
     _tiles.forget_tuned()

@@ -6,7 +6,7 @@ the tiles and peers of one operator, mode, dtype and shape on one GPU become a `
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -322,6 +322,14 @@ def cut(text: str, most: int) -> str:
 def number_text(value: float) -> str:
     """Three digits at least, with no exponent: "1.23", "12.3", "123", "1,234"."""
     return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"
+
+
+def markdown_table(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
+    """A table of these columns for a README."""
+    cells = [[f" {str(cell).replace('|', chr(92) + '|')} " for cell in line]
+             for line in (head, *lines)]  # fmt: skip
+    cells.insert(1, ["---"] * len(head))
+    return "\n".join(f"|{'|'.join(line)}|".replace("|  |", "| |") for line in cells)
 
 
 def known_gpu(name: str) -> gpus.GPU | None:

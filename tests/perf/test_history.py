@@ -128,12 +128,7 @@ def test_the_same_entry_is_added_once(tmp_path):
     later = [row | {"time": "2001-01-01T00:00:00+00:00"} for row in squares()]
     assert history.append(to, entries(file(tmp_path, later, "later.jsonl"))) == 0
     other = file(tmp_path, squares(), "other.jsonl", commit="f" * 40, dirty=False)
-    assert (
-        history.append(
-            to, [*entries(path), *entries(other), *entries(other)]
-        )
-        == 1
-    )
+    assert history.append(to, [*entries(path), *entries(other), *entries(other)]) == 1
     noted = file(tmp_path, squares(), "noted.jsonl", note="with the tuned table")
     assert history.append(to, entries(noted)) == 1
     fewer = file(tmp_path, squares((512,)), "fewer.jsonl")  # other numbers of a known key

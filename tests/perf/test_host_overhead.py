@@ -18,7 +18,7 @@ TRIES = 5  # some seconds apart: a machine that others use is slow for a while
 CHILD = """
 import json
 from tilelab.perf.clock import host_overhead as host
-from tilelab.kernels import _launch as tiles
+from tilelab.kernels import _tiles
 def yardstick():
     total = 0
     for i in range(100):
@@ -29,7 +29,7 @@ def plain():
 before, ops = plain(), ("matmul", "conv2d")
 found = dict(checks=host.check_costs(20, *ops), calls=host.call_costs(2))
 found["yardstick"] = max(before, plain())
-tiles._nearest_tile = tiles._nearest_tile.__wrapped__  # a look-up with no cache
+_tiles._nearest_tile = _tiles._nearest_tile.__wrapped__  # a look-up with no cache
 found["uncached"] = host.check_costs(2, "matmul")
 print(json.dumps(found))
 """
@@ -54,22 +54,8 @@ def test_checks_and_tile_look_up_are_cheap(op):
 
 
 def test_a_slow_look_up_would_be_seen():
-<<<<<<< HEAD
     """The table has 200 shapes for what is looked up: without its cache that is seen at once."""
     assert measured(0)["uncached"]["matmul"] > 5 * LIMIT["matmul"]
-=======
-    """The table has 200 shapes for what the op looks up: without its cache that is seen at once."""
-    code = """
-import json
-from tilelab.kernels import _tiles
-_tiles._nearest_tile = _tiles._nearest_tile.__wrapped__
-_tiles.forget_tuned = lambda: None
-from tilelab.perf.clock import host_overhead
-print(json.dumps(host._calls(1, "matmul")))
-"""
-    costs = _run(code, TRITON_INTERPRET="0")
-    assert costs["matmul: tile look-up"]["least"] > 5 * LIMIT
->>>>>>> kernels
 
 
 def test_a_call_of_every_operator_is_more_than_its_checks():
@@ -80,22 +66,9 @@ def test_a_call_of_every_operator_is_more_than_its_checks():
         assert 1 < found["checks"][op] < 0.7 * found["calls"][f"{op} fwd"]
 
 
-<<<<<<< HEAD
 def test_first_calls_and_what_is_measured_when_asked(monkeypatch):
     """The compiler runs where there is no cache; `measure` has everything with its unit."""
     folders = []
-=======
-@pytest.mark.slow
-def test_imports():
-    """perf itself imports nothing; kernels load torch._dynamo, as their first call would."""
-    found = {name: m["value"] for name, m in _imports(1).items()}
-    assert list(found) == [
-        "import tilelab.kernels", "import tilelab.kernels, after torch._dynamo",
-        "import tilelab.nets.train", "import tilelab.perf"
-    ]  # fmt: skip
-    assert found["import tilelab.perf"] < 0.1
-    assert found["import tilelab.kernels, after torch._dynamo"] < found["import tilelab.kernels"]
->>>>>>> kernels
 
     def child(call, **environment):
         folders.append(environment.get("TRITON_CACHE_DIR"))
