@@ -159,15 +159,15 @@ def small_workloads(*ops: str) -> list[Any]:
 
     The host's cost does not depend on the sizes. Whole steps of a network are no operator's call.
     """
-    from tilelab.perf.work import shapes, workloads
+    from tilelab.perf.work.operators import OPERATORS
+    from tilelab.perf.work.workloads import DTYPES, Workload
 
     found = []
-    for op in ops or [op for op in workloads.OPS if op not in workloads.WHOLE]:
-        dtype = "bf16" if "bf16" in workloads.OPS[op].dtypes else workloads.OPS[op].dtypes[0]
-        tiny = shapes.shapes(op, "tiny")[0].sizes
-        sizes = {key: size if size <= 3 else 16 for key, size in tiny.items()}
-        for mode in workloads.OPS[op].modes:
-            found.append(workloads.Workload(op, mode, *workloads.DTYPES[dtype], sizes, "small"))
+    for op in ops or [op for op, row in OPERATORS.items() if row.lesson]:
+        row = OPERATORS[op]
+        sizes = {k: n if n <= 3 else 16 for k, n in zip(row.sizes, row.tiny[0], strict=True)}
+        dtype, precision = DTYPES["bf16" if "bf16" in row.dtypes else row.dtypes[0]]
+        found += [Workload(op, mode, dtype, precision, sizes, "small") for mode in row.modes]
     return found
 
 

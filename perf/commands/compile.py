@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from tilelab.nets.files import numbered
-from tilelab.perf.commands import arguments
+from tilelab.perf.commands import arguments, provenance
 from tilelab.perf.compiler import aot
 from tilelab.perf.compiler.prediction import predict, refused
 from tilelab.perf.errors import PerfError
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `perf compile`."""
+    """Add the arguments of `tilelab compile`."""
     arguments.add_arguments(parser)
     parser.add_argument(
         "-t",
@@ -92,7 +92,7 @@ def compile_all(
     fields = {"gpu": f"{label(gpu)} (compiled)", "target": gpu.target}
     print(f"{gpu.target}: compiled, not run; times are predictions for the {gpu.title}")
     rows = []
-    with results.Writer(path, arguments.header(fields, False, args)) as writer:
+    with results.Writer(path, provenance.header(fields, False, args)) as writer:
         todo = Todo(work, args.axis, compilers, writer, gpu.target, which=args.tiles)
         rows += todo.done
         with tqdm(total=len(todo), unit="tile", desc=gpu.target, disable=None) as bar:
@@ -141,12 +141,12 @@ class Todo:
             described = future.result()
             if described.get("failed"):
                 raise PerfError(f"{w.op} {w.mode} {w.name}: {described['failed']}")
-            base = arguments.identity(w, aot.source_hash(w))
+            base = arguments.identity(w, aot.source_hash(w.op))
             jobs = []
             if which == "default":
                 tiles = arguments.default_tile(described, w)
             else:
-                tiles = arguments.tiles(described, axes, which == "lesson")
+                tiles = arguments.tiles(described, w, axes, which == "lesson")
             for tile in tiles:
                 default = tile == described.get("tile")
                 fields = base | {"impl": "tilelab", "tile": tile, "default": default}
@@ -186,7 +186,7 @@ def compile_rows(
 
 def finish(row: dict, gpu: gpus.GPU | None) -> dict:
     """A compiled tile's row: with its prediction (of a known GPU), and whether to run it."""
-    row = row | {"stage": "compile", "status": "ok", "time": arguments.now()}
+    row = row | {"stage": "compile", "status": "ok"}
     if gpu is not None and not row.get("failed"):
         row |= predict(row, gpu)
     reason = refused(row)
@@ -196,8 +196,8 @@ def finish(row: dict, gpu: gpus.GPU | None) -> dict:
 
 
 def stored(row: dict) -> dict:
-    """The part of a row that the results file keeps; the rest served the prediction."""
-    return {name: value for name, value in row.items() if name in results.ROW}
+    """The part of a row that the results file keeps, with the time; the rest was for predicting."""
+    return {k: v for k, v in row.items() if k in results.ROW} | {"time": provenance.now()}
 
 
 def by_work(rows: Iterable[dict]) -> dict[tuple, list[dict]]:
@@ -264,10 +264,13 @@ def _explain(work: list[Workload], args: argparse.Namespace, chosen: list[gpus.G
             described = compilers.submit("describe", w, None, gpu.target).result()
             if described.get("failed"):
                 raise PerfError(described["failed"])
-            tile = arguments.tiles(described, args.axis)[0]
+            tile = arguments.tiles(described, w, args.axis)[0]
             if tile is None:
                 raise PerfError(f"{w.op} has no tile of its own to explain")
-            fields = arguments.identity(w, aot.source_hash(w)) | {"impl": "tilelab", "tile": tile}
+            fields = arguments.identity(w, aot.source_hash(w.op)) | {
+                "impl": "tilelab",
+                "tile": tile,
+            }
             compiled = compilers.submit("compile", w, tile, gpu.target).result()
             row = finish(fields | compiled, gpu)
             print(diagnosis.describe_tile(row, gpu))

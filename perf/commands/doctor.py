@@ -134,9 +134,7 @@ def _software() -> list[Finding]:
         "numpy": np.__version__,
     }
     try:
-        importlib.import_module(
-            "tilelab.kernels"
-        )  # before triton; refuses pairs that are known not to work
+        importlib.import_module("tilelab.kernels")  # before triton; refuses broken pairs
         names["triton"] = importlib.import_module("triton").__version__
     except ImportError as error:
         text = ", ".join(f"{name} {version}" for name, version in names.items())

@@ -4,12 +4,12 @@ The order of things, for all workloads and then for each:
 
     compile     every tile in parallel processes; what spills, does not fit or misses the tensor
                 cores is pruned, and reported as pruned
-    gate        a wrong result is reported as wrong and never ranked (perf/clock/correctness.py)
+    gate        a wrong result is reported as wrong and never ranked (clock/correctness.py)
     screen      about 20 ms each
-    final       the eight fastest, the default and every peer, in a race of rounds (perf/clock/timing.py)
+    final       the eight fastest, the default and every peer, in a race of rounds (clock/timing.py)
 
 Each row is in the file as soon as it is known, and `--resume` goes on from there. With no GPU the
-first step is all there is; then this is `perf compile`, and says so.
+first step is all there is; then this is `tilelab compile`, and says so.
 """
 
 import argparse
@@ -21,9 +21,10 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from tilelab.kernels import _tiles
 from tilelab.perf.clock import devices, timing
 from tilelab.perf.clock.correctness import Gate
-from tilelab.perf.commands import arguments
+from tilelab.perf.commands import arguments, provenance
 from tilelab.perf.commands import compile as compiling
 from tilelab.perf.commands.compile import Todo, by_work, compile_rows, stored
 from tilelab.perf.compiler import aot
@@ -31,7 +32,8 @@ from tilelab.perf.errors import PerfError
 from tilelab.perf.report import diagnosis, tuned_table
 from tilelab.perf.rows import ranking, results, stats
 from tilelab.perf.work import gpus, workloads
-from tilelab.perf.work.workloads import OPS, PEERS, Workload
+from tilelab.perf.work.peers import PEERS, forget_compiled
+from tilelab.perf.work.workloads import Workload
 from tqdm import tqdm
 
 FINALISTS = 8
@@ -41,7 +43,7 @@ SCREEN_SHARE = 0.6  # of what is left for a workload
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `perf sweep`."""
+    """Add the arguments of `tilelab sweep`."""
     arguments.add_arguments(parser)
     parser.add_argument(
         "--peers", default="torch", help=f"all, none, or of {', '.join(PEERS)} (default: torch)"
@@ -85,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     if device.target is None and args.save_tuned:
         raise PerfError("--save-tuned saves what a GPU has measured: there is none here")
     if device.target is None and not args.dry_run:
-        print("No GPU here: tiles are compiled and predicted, not timed (perf compile).")
+        print("No GPU here: tiles are compiled and predicted, not timed (tilelab compile).")
         args.explain = False
         folder = compiling.out_folder(args, "sweep")
         gpu = gpus.find(args.target)
@@ -98,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     path = folder / "results.jsonl"
     with (
         aot.Compilers(args.workers) as compilers,
-        results.Writer(path, arguments.header(device.header(), True, args)) as writer,
+        results.Writer(path, provenance.header(device.header(), True, args)) as writer,
     ):
         Sweep(device, work, args, compilers, writer).run()
     finish_up(path, args)
@@ -204,7 +206,7 @@ class Sweep:
     def _skip(self, rows: list[dict], reason: str) -> None:
         for row in rows:
             if "median_s" not in row and row.get("status", "ok") == "ok":
-                row = row | {"status": "skipped", "reason": reason, "time": arguments.now()}
+                row = row | {"status": "skipped", "reason": reason}
                 self.writer.write(stored(row))
 
     # --- measure ---------------------------------------------------------------------------------
@@ -267,7 +269,7 @@ class Sweep:
             if until is not None and self.device.now() > until:
                 self._skip(todo[i:], "not timed: the time budget ran out")
                 break
-            row = row | {"stage": "screen", "cache": cache, "time": arguments.now()}
+            row = row | {"stage": "screen", "cache": cache}
             try:
                 if checked is None or w.mode == "step":  # a second step would have other results
                     checked = self._call(w, "tilelab", gate.seed)
@@ -309,7 +311,7 @@ class Sweep:
                     self._broken(devices.first_line(e), entries.pop(name))
                     self._failed(w, "tilelab", row["tile"], "final", devices.first_line(e))
             if set(self.peers) - {"torch"}:
-                workloads.forget_compiled()
+                forget_compiled()
             for peer in self._peers_of(w):
                 row = arguments.identity(w, None) | {"impl": peer, "tile": None, "stage": "final"}
                 try:
@@ -324,14 +326,14 @@ class Sweep:
             if not runners:
                 return
             self._warm(next(iter(runners.values())), share)
-            race = f"{arguments.now()} {self._seed():08x}"
+            race = f"{provenance.now()} {self._seed():08x}"
             timed = timing.race(self.device, runners, self.rng, self._rules(), until)
             for name, result in timed.items():
                 if result.error:
                     self._broken(result.error, entries[name])
             verdicts = self._recheck(w, entries)
             for name, result in timed.items():
-                row = entries[name] = entries[name] | {"race": race, "time": arguments.now()}
+                row = entries[name] = entries[name] | {"race": race}
                 error, tolerance, problem = verdicts[name]
                 row |= {"error": error, "tolerance": tolerance}
                 if result.samples:
@@ -426,7 +428,7 @@ class Sweep:
 
     def _has_final(self, w: Workload) -> bool:
         """Whether the file already has the race of this workload, as it would be run today."""
-        source, about = aot.source_hash(w), results.workload(w._asdict())
+        source, about = aot.source_hash(w.op), results.workload(w._asdict())
         raced = {
             row["impl"]
             for row in self.writer.rows
@@ -441,11 +443,9 @@ class Sweep:
         return [peer for peer in self.peers if workloads.offers(peer, w)]
 
     def _failed(self, w: Workload, impl: str, tile: dict | None, stage: str, reason: str) -> None:
-        source = aot.source_hash(w) if impl == "tilelab" else None
+        source = aot.source_hash(w.op) if impl == "tilelab" else None
         row = arguments.identity(w, source) | {"impl": impl, "tile": tile, "stage": stage}
-        self.writer.write(
-            stored(row | {"status": "error", "reason": reason, "time": arguments.now()})
-        )
+        self.writer.write(stored(row | {"status": "error", "reason": reason}))
 
     def _broken(self, what: str, row: dict | None = None) -> None:
         """Stop if the GPU itself no longer works; out of memory and the like are only a row.
@@ -460,12 +460,7 @@ class Sweep:
         except Exception as e:
             if row is not None:
                 stage = "screen" if row["impl"] == "tilelab" else "final"
-                failed = {
-                    "stage": stage,
-                    "status": "error",
-                    "reason": what,
-                    "time": arguments.now(),
-                }
+                failed = {"stage": stage, "status": "error", "reason": what}
                 self.writer.write(stored(row | failed))
             raise PerfError(
                 f"the GPU failed ({what}) and this process cannot use it any more: what was "
@@ -478,14 +473,12 @@ def with_tile(call: Callable[[], tuple], tile: dict | None) -> Callable[[], tupl
     """`call`, with this tile for the kernel that is swept (None: as it is)."""
     if tile is None:
         return call
-    from tilelab.kernels import _tiles
-
-    names = OPS[call.workload.op].modes[call.workload.mode]
+    tile_ops = call.workload.about.tile_ops
 
     def tiled() -> tuple:
         with contextlib.ExitStack() as stack:
-            for name in names:
-                stack.enter_context(_tiles.use_tile(name, tile))
+            for tile_op in tile_ops:
+                stack.enter_context(_tiles.use_tile(tile_op.name, tile))
             return call()
 
     tiled.inputs, tiled.impl, tiled.workload = call.inputs, call.impl, call.workload

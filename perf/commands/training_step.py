@@ -4,7 +4,8 @@ A step of a small network is many short launches, so what to count is launches f
 that go through memory, then what is kept from the forward pass for the backward. All three are
 known without a GPU: ours by `kernels._launch.record`, as they would be on a GPU of the target, and
 torch's own operators by watching them run on the CPU. Each is beside the least that is possible,
-where every layer is one launch each way (perf/work/cost.py), and beside the same network by PyTorch.
+where every layer is one launch each way (perf/work/cost.py), and beside the same network by
+PyTorch.
 
     launches    of ours as recorded. An operator of torch's counts as one, a convolution's backward
                 as one for each gradient: it may be more. Views and allocations launch nothing.
@@ -14,7 +15,7 @@ where every layer is one launch each way (perf/work/cost.py), and beside the sam
 Ours is the whole step of nets/step.py, which also gathers its images and records its loss; torch's
 begins with images in its dtype and ends with the optimizer, AdamW in its fused form.
 
-With a GPU the same steps are timed there, ours and every peer's of perf/work/workloads.py, and the most
+With a GPU the same steps are timed there, ours and every peer's (perf/work/peers.py), and the most
 memory that one takes is read from torch's allocator.
 """
 
@@ -37,6 +38,7 @@ from tilelab.perf.compiler import aot
 from tilelab.perf.errors import PerfError
 from tilelab.perf.rows import results
 from tilelab.perf.work import cost, workloads
+from tilelab.perf.work.peers import forget_compiled
 from torch._library.custom_ops import _maybe_get_opdef
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -46,7 +48,7 @@ from tilelab import kernels
 BATCHES = (256, 1024, 4096)
 PEERS = ("tilelab", "torch", "graph", "compile")
 NO_LAUNCH = ("empty", "new_empty", "_unsafe_view", "_record_function")
-UPDATED = {"adamw_kernel": (6, (0, 3, 4)), "sgd_kernel": (4, (0, 3))}  # of a row of addresses
+UPDATED = (0, 3, 4)  # of the six addresses that AdamW's kernel has for a tensor
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -135,7 +137,7 @@ def count(batch: int, dtype: str, target: str) -> dict[str, Any]:
     theirs["kept"] = kept.bytes(twin.parameters())
     least = {
         "launches": cost.train_step_launches(),
-        "bytes": cost.train_step_bytes(batch, compute.itemsize),
+        "bytes": cost.train_step_bytes({"N": batch}, compute.itemsize),
     }
     about = {"batch": batch, "dtype": dtype, "target": target}
     return about | {"minimum": least, "tilelab": own, "torch": theirs}
@@ -210,10 +212,9 @@ def entry(event: Any) -> tuple[str, int]:
     tensors = {t.data_ptr(): t for t in _launch.tensors_of(event.args)}
     moved = sum(map(_size, tensors.values()))
     name = event.kernel.__name__
-    if name in UPDATED:  # in place: read and written
-        width, places = UPDATED[name]
+    if name == "adamw_kernel":  # in place: read and written
         rows = next(arg for arg in event.args if isinstance(arg, list))
-        moved += sum(_size(t) for place in places for t in rows[place::width])
+        moved += sum(_size(t) for place in UPDATED for t in rows[place::6])
     return name, moved
 
 
@@ -245,7 +246,7 @@ def measured(device: devices.CudaDevice, batch: int, dtype: str) -> dict[str, An
     found = {}
     workloads.set_precision(w.precision)
     for impl in PEERS:
-        workloads.forget_compiled()
+        forget_compiled()
         with device.stream(), workloads.cudnn_benchmark(True):
             runner = device.prepare([workloads.prepare(w, impl, device.torch_device, 0)])
             timing.warm(device, runner)

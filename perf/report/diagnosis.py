@@ -35,7 +35,6 @@ from tilelab.perf.compiler.prediction import (
 )
 from tilelab.perf.rows.ranking import (
     NAMES,
-    PRODUCTS,
     Row,
     Workload,
     cut,
@@ -52,6 +51,7 @@ from tilelab.perf.rows.ranking import (
 )
 from tilelab.perf.work import gpus
 from tilelab.perf.work.gpus import GPU
+from tilelab.perf.work.operators import is_product
 
 TIE = 0.01  # a tile within 1% of the winner lost nothing that needs an explanation
 LESS = 0.9  # below nine tenths of the winner's value a share counts as less
@@ -179,7 +179,7 @@ def _spills(row: Row, best: Row) -> str | None:
     words = f"spills {spilled} bytes a thread to memory"
     words += f", the winner {least}" if least else ""
     tile = row.get("tile") or {}
-    if {"BLOCK_M", "BLOCK_N", "num_warps"} <= set(tile) and row["op"] in PRODUCTS:
+    if {"BLOCK_M", "BLOCK_N", "num_warps"} <= set(tile) and is_product(row["op"]):
         held = tile["BLOCK_M"] * tile["BLOCK_N"] // (32 * loop_warps(tile))
         words += f": its accumulators alone take {held} of 255 registers" if held >= 96 else ""
     return words

@@ -247,8 +247,8 @@ SHORT = {  # a code of diagnosis.py, as a cell has room for it
     "wrong": "wrong", "error": "error", "serialised": "serialised",
 }  # fmt: skip
 DETAILS = (  # of a cell, by line: field of its row, and how it is written
-    (("registers", "{} reg"), ("spills", "{} B spill")),
-    (("occupancy", "{:.0%} occ"), ("waves", "{:.3g} w")),
+    (("registers", "{} reg".format), ("spills", "{} B spill".format)),
+    (("occupancy", "{:.0%} occ".format), ("waves", lambda waves: f"{_short(waves)} w")),
 )
 
 
@@ -341,13 +341,17 @@ def _cell(ax: Axes, x: int, y: int, tiles: list[Row], best: Row | None, theme: T
     dark = np.dot(colour[:3], (0.299, 0.587, 0.114)) < 0.5
     style = {"ha": "center", "color": "#ffffff" if dark else "#111111"}
     details = [
-        ", ".join(form.format(timed[name]) for name, form in line if timed.get(name) is not None)
+        ", ".join(write(timed[name]) for name, write in line if timed.get(name) is not None)
         for line in DETAILS
     ]
     ax.text(
         x, y + 0.1, number_text(speed(timed)), va="bottom", fontsize=10.5, weight="bold", **style
     )
     ax.text(x, y + 0.04, "\n".join(details), va="top", fontsize=7, linespacing=1.25, **style)
+
+
+def _short(waves: float) -> str:
+    return number_text(waves) if waves > 9.995 else f"{waves:.2f}"
 
 
 def _failure(tiles: list[Row], best: Row | None) -> tuple[str, str]:

@@ -24,7 +24,7 @@ from typing import Any
 from tilelab.perf.errors import PerfError
 from tilelab.perf.rows.ranking import has_result, rank, seconds
 from tilelab.perf.rows.results import write_whole
-from tilelab.perf.work.workloads import OPS
+from tilelab.perf.work.operators import OPERATORS
 
 NOTE = "written by perf/report/tuned_table.py from the rows of a sweep; read by kernels/_tiles.py"
 
@@ -111,7 +111,7 @@ def _winners(rows: list[dict]) -> list[dict]:
 
 def _is_guest(row: dict) -> bool:
     """Whether it looks up the tiles of another operator, that may have been measured itself."""
-    return row["op"] != row["tile_op"] and row["tile_op"] in OPS
+    return row["op"] != row["tile_op"] and row["tile_op"] in OPERATORS
 
 
 def _entry(row: dict, triton: str) -> dict[str, Any]:

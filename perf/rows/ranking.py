@@ -16,17 +16,6 @@ from tilelab.perf.work import gpus
 
 Row = dict[str, Any]
 
-PRODUCTS = {
-    "matmul",
-    "matmul_bias_relu",
-    "scaled_matmul",
-    "conv2d",
-    "conv2d_bias_relu",
-    "conv2d_im2col",
-    "conv2d_relu_pool",
-    "train_step",
-    "conv_stack",
-}
 NAMES = {  # of implementations, for people
     "tilelab": "tilelab",
     "torch": "PyTorch",
@@ -183,12 +172,18 @@ def speed(row: Row, time: float | None = None) -> float | None:
     time = seconds(row) if time is None else time
     if not time:
         return None
-    return row["flops"] / time / 1e12 if row["op"] in PRODUCTS else row["bytes"] / time / 1e9
+    return row["flops"] / time / 1e12 if _is_product(row["op"]) else row["bytes"] / time / 1e9
 
 
 def unit(op: str) -> str:
     """Of `speed`."""
-    return "TFLOP/s" if op in PRODUCTS else "GB/s"
+    return "TFLOP/s" if _is_product(op) else "GB/s"
+
+
+def _is_product(op: str) -> bool:
+    from tilelab.perf.work import operators  # and with it torch: only who speaks of speeds waits
+
+    return operators.is_product(op)
 
 
 def paired(row: Row, other: Row) -> tuple[float, float | None, float | None]:

@@ -8,8 +8,8 @@ import subprocess
 import sys
 
 import pytest
-from tilelab.perf.commands import arguments
 from tilelab.perf.commands import compile as compiling
+from tilelab.perf.commands import provenance
 from tilelab.perf.errors import PerfError
 from tilelab.perf.report import diagnosis
 from tilelab.perf.rows import ranking, results
@@ -72,9 +72,7 @@ def test_words_say_what_is_bad(changes, piece):
 def test_the_annotated_loop_shows_a_line_once(tmp_path):
     source = tmp_path / "k.py"
     source.write_text("a = 1\nacc = tl.dot(a, b)\n")
-    text = diagnosis.annotate(
-        [(str(source), 2, "HGMMA R1"), (str(source), 2, "BRA"), ("", 0, "X")]
-    )
+    text = diagnosis.annotate([(str(source), 2, "HGMMA R1"), (str(source), 2, "BRA"), ("", 0, "X")])
     assert text.count("k.py:2  acc = tl.dot(a, b)") == 1 and "BRA" in text
 
 
@@ -88,7 +86,7 @@ def test_the_table_counts_what_is_not_worth_running():
 
 def test_what_is_stored_fits_the_schema(tmp_path):
     row = compiling.finish(compiled(), H200) | {"status": "predicted"}
-    header = dict(gpu="sm_90 (compiled)", created=arguments.now(), measured=False, versions={})
+    header = dict(gpu="sm_90 (compiled)", created=provenance.now(), measured=False, versions={})
     with results.Writer(tmp_path / "r.jsonl", header) as writer:
         writer.write(compiling.stored(row))
     (back,) = results.read(tmp_path / "r.jsonl").rows

@@ -38,7 +38,7 @@ def test_bytes_by_hand(counts):
     tables = ours["adamw_kernel"] - 28 * 12_810
     assert 0 < tables < 1_000
     least, mine, theirs = (totals(counts, name) for name in ("minimum", "tilelab", "torch"))
-    assert least == (8, cost.train_step_bytes(256, 2), None)
+    assert least == (8, cost.train_step_bytes({"N": 256}, 2), None)
     assert least[1] < mine[1] < theirs[1] / 4 and mine[2] < theirs[2] / 4
     # the image, both outputs and their places, logits, and two numbers a row
     kept = 256 * (784 * 2 + 3 * (16 * 169 + 32 * 25) + 20 + 8 + 8)
@@ -76,7 +76,7 @@ def test_the_command(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "64 images, float32, sm_90" in out and "record_kernel" in out
     (step,) = json.loads((tmp_path / "s.json").read_text())["steps"]
-    assert totals(step, "minimum")[1] == cost.train_step_bytes(64, 4)
+    assert totals(step, "minimum")[1] == cost.train_step_bytes({"N": 64}, 4)
 
 
 @pytest.mark.parametrize(
