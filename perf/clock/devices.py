@@ -2,8 +2,8 @@
 
 `CudaDevice` is a GPU (NVIDIA's, or AMD's through the same torch.cuda), `HostDevice` the CPU with
 Triton's interpreter, for dry runs of everything around a measurement. Both have the same methods,
-and so has the simulated device of the tests. perf/clock/timing.py decides how often to measure; this file
-makes one sample, a time per call, worth having:
+and so has the simulated device of the tests. perf/clock/timing.py decides how often to measure;
+this file makes one sample, a time per call, worth having:
 
     prepare(calls) -> runner     warms up and decides how the calls are timed
     runner.sample()              seconds per call, over about a millisecond of work

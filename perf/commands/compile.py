@@ -16,7 +16,7 @@ from tilelab.perf.commands import arguments, provenance
 from tilelab.perf.compiler import aot
 from tilelab.perf.compiler.prediction import predict, refused
 from tilelab.perf.errors import PerfError
-from tilelab.perf.report import explanation
+from tilelab.perf.report import diagnosis
 from tilelab.perf.rows import ranking, results
 from tilelab.perf.work import gpus
 from tilelab.perf.work.workloads import Workload
@@ -219,7 +219,7 @@ COLUMNS = {  # of the table: heading, and how a row fills it
     "loop": lambda r: r.get("loop_instructions"),
     "waves": lambda r: f"{r['waves']:.2f}" if "waves" in r else "",
     "padding": lambda r: f"{r['padding']:.2f}" if "padding" in r else "",
-    "us": lambda r: f"{r['predicted_s'] * 1e6:.1f}" if "predicted_s" in r else "",
+    "µs": lambda r: f"{r['predicted_s'] * 1e6:.1f}" if "predicted_s" in r else "",
     "TFLOP/s": lambda r: f"{r['predicted_tflops']:.0f}" if "predicted_tflops" in r else "",
     "bound": lambda r: r.get("bound", ""),
 }
@@ -236,7 +236,7 @@ def table(rows: list[dict], top: int) -> str:
         if not good:
             return f"{title}: {first['reason']}"
         row = good[0]
-        return f"{title}: {row['predicted_s'] * 1e6:.1f} us, {row['launches']} launches"
+        return f"{title}: {ranking.time_text(row['predicted_s'])}, {row['launches']} launches"
     cells = [list(COLUMNS)]
     cells += [[_text(fill(row)) for fill in COLUMNS.values()] for row in good[:top]]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -273,8 +273,8 @@ def _explain(work: list[Workload], args: argparse.Namespace, chosen: list[gpus.G
             }
             compiled = compilers.submit("compile", w, tile, gpu.target).result()
             row = finish(fields | compiled, gpu)
-            print(explanation.words(row, gpu))
+            print(diagnosis.describe_tile(row, gpu))
             if not row.get("failed"):
                 loop = compilers.submit("annotate", w, tile, gpu.target).result()
-                print(explanation.annotated(loop))
+                print(diagnosis.annotate(loop))
     return 0

@@ -261,14 +261,14 @@ def _works(device: Any) -> Finding:
     except Exception as error:
         detail = f"the GPU is visible but fails: {first_line(error)}"
         return Finding("error", "a small kernel", detail)
-    micro, detail = seconds * 1e6, f"{seconds * 1e6:.1f} us, timed with {timer}"
+    micro, detail = seconds * 1e6, f"{seconds * 1e6:.1f} µs, timed with {timer}"
     if late:
         detail += ": the host is too slow to hide its own time, which makes such times too long"
-        return Finding("warning", "a small kernel", detail, micro, "us")
+        return Finding("warning", "a small kernel", detail, micro, "µs")
     if timer == "events":
         detail += f": {reason or 'it is slow'}"
-        return Finding("warning", "a small kernel", detail, micro, "us")
-    return Finding("ok", "a small kernel", detail, micro, "us")
+        return Finding("warning", "a small kernel", detail, micro, "µs")
+    return Finding("ok", "a small kernel", detail, micro, "µs")
 
 
 def _measured(device: Any) -> list[Finding]:
@@ -447,7 +447,6 @@ def _host() -> list[Finding]:
     except (ImportError, PerfError) as error:
         return [Finding("warning", "host", f"was not measured: {first_line(error)}")]
     found = []
-    for name, m in measured.items():
-        value = "needs a GPU" if m["value"] is None else f"{m['value']:.4g} {m['unit']}"
-        found.append(Finding("note", f"host {name}", value, m["value"], m["unit"]))
+    for name, (cost, unit) in measured.items():
+        found.append(Finding("note", f"host {name}", f"{cost:.4g} {unit}", cost, unit))
     return found

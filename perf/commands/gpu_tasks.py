@@ -273,7 +273,7 @@ def read_sweep(path: pathlib.Path) -> Outcome:
     left = sum(found == {"skipped"} for found in statuses.values())
     wrong = sum("wrong" in found for found in statuses.values())
     work = history.chosen(rows)
-    words = [against(history.ratios(work), len(work))] if work else ["nothing measured"]
+    words = [against(ranking.speedups(work), len(work))] if work else ["nothing measured"]
     failed = [w.name for w in work if w.best is None]
     words += [f"no right result for {', '.join(failed)}"] if failed else []
     words += [f"{wrong} wrong"] if wrong else []
@@ -281,14 +281,14 @@ def read_sweep(path: pathlib.Path) -> Outcome:
     return Outcome("; ".join(words), complete=not left)
 
 
-def against(ratios: list[tuple[float, ranking.Workload]], count: int) -> str:
-    """The mean and the worst of ratios to the best peer, of `count` workloads."""
-    if not ratios:
+def against(speedups: list[ranking.Speedup], count: int) -> str:
+    """The mean and the worst of the speed-ups over the best peer, of `count` workloads."""
+    if not speedups:
         return f"{count} shapes, none beside a peer"
-    worst, whose = min(ratios, key=lambda pair: pair[0])
-    mean = stats.geomean([ratio for ratio, _ in ratios])
-    text = f"{mean:.3g}x the best peer in {len(ratios)} of {count} shapes"
-    return f"{text}, worst {worst:.3g}x {whose.mode} {whose.name}"
+    worst = min(speedups, key=lambda speedup: speedup.ratio)
+    mean = stats.geomean([speedup.ratio for speedup in speedups])
+    text = f"{mean:.3g}x the best peer in {len(speedups)} of {count} shapes"
+    return f"{text}, worst {worst.ratio:.3g}x {worst.workload.mode} {worst.workload.name}"
 
 
 def read_after(path: pathlib.Path, before: pathlib.Path) -> Outcome:

@@ -105,7 +105,7 @@ def finish_up(path: pathlib.Path, args: argparse.Namespace) -> None:
     """Print who won and why the others lost, save what was asked for, draw the pictures."""
     headers, rows = ranking.read([path])
     if any(row["measured"] for row in rows):
-        print("\n" + diagnosis.leaderboard(rows, args.top))
+        print("\n" + diagnosis.leaderboard_text(rows, args.top))
     print("\n" + diagnosis.format_table(diagnosis.table(rows)))
     if args.save_tuned:
         print(f"tuned table: {tuned_table.save(rows)}")

@@ -6,7 +6,7 @@ import importlib
 import pytest
 from tilelab.perf.commands import compile as compiling
 from tilelab.perf.commands import provenance, sweep
-from tilelab.perf.report import explanation
+from tilelab.perf.report import diagnosis
 from tilelab.perf.rows import ranking, results
 from tilelab.perf.work import gpus
 
@@ -29,7 +29,7 @@ def compiled(**changes):
 
 
 def test_words_say_what_is_good():
-    text = explanation.words(compiling.finish(compiled(), H200), H200)
+    text = diagnosis.describe_tile(compiling.finish(compiled(), H200), H200)
     for piece in (
         "BLOCK_M=128, BLOCK_N=256, BLOCK_K=64",
         "137.4 GFLOP over at least 100.7 MB, 1365 FLOPs a byte",
@@ -39,7 +39,7 @@ def test_words_say_what_is_good():
         "HGMMA.64x256x16.F32.BF16, 4 in the main loop, its first operand from shared",
         "92 instructions (4 tensor core, 12 load, 76 integer)",
         "512 programs on 132 SMs, 1 at a time on each: 3.88 waves.",
-        "Predicted, not measured: 145.7 us, 943 TFLOP/s",
+        "Predicted, not measured: 146 µs, 943 TFLOP/s",
     ):
         assert piece in " ".join(text.split()), piece
     assert "BAD" not in text
@@ -61,15 +61,13 @@ def test_words_say_what_is_good():
 )
 def test_words_say_what_is_bad(changes, piece):
     row = compiling.finish(compiled(**changes), H200)
-    assert piece in " ".join(explanation.words(row, H200).split())
+    assert piece in " ".join(diagnosis.describe_tile(row, H200).split())
 
 
 def test_the_annotated_loop_shows_a_line_once(tmp_path):
     source = tmp_path / "k.py"
     source.write_text("a = 1\nacc = tl.dot(a, b)\n")
-    text = explanation.annotated(
-        [(str(source), 2, "HGMMA R1"), (str(source), 2, "BRA"), ("", 0, "X")]
-    )
+    text = diagnosis.annotate([(str(source), 2, "HGMMA R1"), (str(source), 2, "BRA"), ("", 0, "X")])
     assert text.count("k.py:2  acc = tl.dot(a, b)") == 1 and "BRA" in text
 
 

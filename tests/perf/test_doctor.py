@@ -251,10 +251,7 @@ def test_the_host_cost_is_measured_when_asked(monkeypatch):
         @staticmethod
         def measure():
             asked.append(True)
-            return {
-                "call matmul": dict(value=41.53, unit="us"),
-                "launch": dict(value=None, unit="us"),
-            }
+            return {"matmul fwd": (41.53, "µs")}
 
     original = doctor.importlib.import_module
     monkeypatch.setattr(
@@ -262,11 +259,10 @@ def test_the_host_cost_is_measured_when_asked(monkeypatch):
         "import_module",
         lambda n: Module if n == "tilelab.perf.clock.host_overhead" else original(n),
     )
-    assert not asked and "host launch" not in {f.title for f in examine(FakeGPU(), quick=True)}
+    assert not asked and "host matmul fwd" not in {f.title for f in examine(FakeGPU(), quick=True)}
     findings = examine(FakeGPU(), quick=True, host=True)
-    assert asked and of(findings, "host call matmul").value == 41.53
-    assert "41.53 us" in of(findings, "host call matmul").detail
-    assert of(findings, "host launch").detail == "needs a GPU"
+    assert asked and of(findings, "host matmul fwd").value == 41.53
+    assert of(findings, "host matmul fwd").detail == "41.53 µs"
 
     def fails():
         raise PerfError("no")

@@ -31,7 +31,7 @@ from tilelab.perf.commands.gpu_tasks import ROOT, Outcome, Task
 from tilelab.perf.errors import PerfError
 from tilelab.perf.report import history, html_page, plot
 from tilelab.perf.report import tuned_table as tuning
-from tilelab.perf.rows import results
+from tilelab.perf.rows import ranking, results
 from tilelab.perf.work.operators import OPERATORS
 
 from tests.tools import perf_rows
@@ -478,7 +478,7 @@ def swept(path, size=512, order=1):
 def test_what_came_of_a_sweep(tmp_path):
     path, rows = swept(tmp_path / "a" / "r.jsonl")
     found = gpu_tasks.read_sweep(path)
-    (ratio, _), *_ = history.ratios(history.chosen(results.read(path).rows))
+    ratio = ranking.speedups(history.chosen(results.read(path).rows))[0].ratio
     assert found.complete
     assert found.text == (
         f"{ratio:.3g}x the best peer in 1 of 1 shapes, worst {ratio:.3g}x fwd square 512"
@@ -501,7 +501,7 @@ def test_before_and_after(tmp_path):
     (w,) = history.chosen(results.read(before).rows)
     (default,) = [row for row in w.tiles if row["default"]]
     assert w.best is not default
-    ratio = history.ratios([w._replace(tiles=[default])])[0][0]
+    ratio = ranking.speedups([w._replace(tiles=[default])])[0].ratio
     assert text.endswith(f"; before tuning {ratio:.3g}x")
     other, _ = swept(tmp_path / "other" / "r.jsonl", 1024)  # another shape says nothing of it
     assert "before" not in gpu_tasks.read_after(after, other).text
