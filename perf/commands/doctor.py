@@ -20,7 +20,6 @@ import json
 import os
 import pathlib
 import statistics
-import tempfile
 from collections.abc import Callable
 from contextlib import closing
 from typing import Any, NamedTuple
@@ -101,7 +100,7 @@ def examine(device: Any, quick: bool = False, host: bool = False) -> list[Findin
         quick: leave out what takes more than a few seconds.
         host: measure what a call costs on the host too.
     """
-    findings = [*_software(), *_cache(), *_tools()]
+    findings = _software()
     if device.timer_name == "host":
         findings += [*_no_gpu(), *_interpreter()]
     else:
@@ -131,36 +130,6 @@ def _software() -> list[Finding]:
     built = torch.version.cuda and f"CUDA {torch.version.cuda}"
     built = built or (torch.version.hip and f"ROCm {torch.version.hip}") or "the CPU alone"
     return [Finding("ok", "versions", f"{text}; torch is built for {built}")]
-
-
-def _cache() -> list[Finding]:
-    """Whether Triton can keep what it compiles: otherwise every process compiles again."""
-    home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
-    default = os.path.join(home, ".triton", "cache")
-    folder = os.environ.get("TRITON_CACHE_DIR") or default
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        detail = f"{folder} cannot be written ({error.strerror}): set TRITON_CACHE_DIR to a folder"
-        return [Finding("warning", "compile cache", f"{detail} of yours")]
-    home = os.path.expanduser("~")  # a report that is shared need not say whose it is
-    shown = "~" + folder.removeprefix(home) if folder.startswith(home + os.sep) else folder
-    return [Finding("ok", "compile cache", shown)]
-
-
-def _tools() -> list[Finding]:
-    """What the analysis of compiled kernels needs; it ships inside triton's wheels."""
-    spec = importlib.util.find_spec("triton")
-    if spec is None or not spec.submodule_search_locations:
-        return []
-    folder = pathlib.Path(spec.submodule_search_locations[0]) / "backends" / "nvidia" / "bin"
-    missing = [t for t in ("ptxas", "cuobjdump", "nvdisasm") if not os.access(folder / t, os.X_OK)]
-    if missing:
-        detail = f"not in {folder}: {', '.join(missing)}. Kernels for NVIDIA's GPUs cannot be "
-        return [Finding("warning", "analysis", detail + "analysed; triton's own wheel has them")]
-    return [Finding("ok", "analysis", f"ptxas, cuobjdump, nvdisasm; for {', '.join(gpus.TARGETS)}")]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -426,17 +395,6 @@ def _peers() -> list[Finding]:
         ok = first_line(error)
     detail = f"does not work, the peers compile and inductor are left out: {ok}" if ok else "works"
     found.append(Finding("warning" if ok else "ok", "torch.compile", detail))
-    try:
-        from torch._inductor.utils import is_big_gpu
-
-        big = is_big_gpu(torch.cuda.current_device())
-    except Exception:  # private, and may move
-        big = None
-    if big is False:
-        detail = "Inductor takes no Triton template on so small a GPU: there is no peer inductor"
-        found.append(Finding("note", "templates", detail))
-    elif big:
-        found.append(Finding("ok", "templates", "Inductor's Triton templates are possible"))
     return found
 
 

@@ -18,7 +18,7 @@ from tilelab.perf.compiler import aot
 from tilelab.perf.errors import PerfError
 from tilelab.perf.report import history
 from tilelab.perf.rows import ranking, results, stats
-from tilelab.perf.work.operators import OPERATORS
+from tilelab.perf.work.operators import OPERATORS, Sweep
 from tilelab.perf.work.workloads import DTYPES
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -28,36 +28,8 @@ GROUPS = ("tests", "ceilings", "sweep", "after", "training", "report")
 NOTE_AFTER = "only the tile that a call takes, tuned or not"
 
 
-class Sweep(NamedTuple):
-    """A sweep of one operator or a few; the fields are those of a row's, and its operators."""
-
-    name: str
-    seconds: float
-    ops: tuple[str, ...]
-    shapes: str
-    mode: str
-    dtype: str
-    peers: str
-    more: tuple[str, ...] = ()  # options, but not of the second look at the default tile
-
-    def words(self) -> list[str]:
-        """What to sweep, as the command line says it."""
-        words = [*self.ops, "--mode", self.mode, "--dtype", self.dtype]
-        words += ["--shapes", self.shapes] if self.shapes else []
-        return [*words, "--peers", self.peers, *self.more]
-
-    def tile_ops(self) -> list[str]:
-        """The names by which `choose_tile` knows what is swept; none of a whole training step."""
-        modes = (mode for op in self.ops for mode in OPERATORS[op].modes.values())
-        return sorted({tile_op.name for mode in modes for tile_op in mode.tile_ops})
-
-    def source(self) -> str:
-        """A hash of the kernels' sources, and of what is asked of them."""
-        return digest([aot.source_hash(op) for op in self.ops], self._replace(seconds=0))
-
-
 _FEW = ("-a", "BLOCK_M=16,32", "-a", "num_warps=4", "-a", "num_stages=2")
-DRY_SWEEP = Sweep("matmul-square", 90, ("matmul",), "tiny", "fwd", "fp32", "torch", _FEW)
+DRY_SWEEP = Sweep("matmul-square", 90, "tiny", "fwd", "fp32", "torch", ops=("matmul",), more=_FEW)
 FEW_TESTS = "tests/kernels/test_bias_relu.py"  # of a dry run
 TESTS = {  # of pytest, by task: the weight, its -m, and further words of a dry run
     "tests-core": (180, "core and not gpu", (FEW_TESTS, "-k", "zero")),
@@ -141,8 +113,7 @@ def sweeps() -> list[Sweep]:
     every = [(sweep, op) for op, row in OPERATORS.items() for sweep in row.sweeps]
     for sweep, op in sorted(every, key=lambda pair: pair[0].turn):
         name, dtype = sweep.name or op.replace("_", "-"), sweep.dtype or OPERATORS[op].dtypes[0]
-        options = (sweep.shapes, sweep.mode, dtype, sweep.peers)
-        before = found.get(name, Sweep(name, 0, (), *options))
+        before = found.get(name, sweep._replace(name=name, dtype=dtype, seconds=0))
         found[name] = before._replace(seconds=before.seconds + sweep.seconds, ops=(*before.ops, op))
     return list(found.values())
 
@@ -217,11 +188,29 @@ def _ceilings(out: pathlib.Path) -> Task:
 # -- sweeps, and the tuned table -----------------------------------------------------------------
 
 
+def words_of(sweep: Sweep) -> list[str]:
+    """What to sweep, as the command line says it."""
+    words = [*sweep.ops, "--mode", sweep.mode, "--dtype", sweep.dtype]
+    words += ["--shapes", sweep.shapes] if sweep.shapes else []
+    return [*words, "--peers", sweep.peers, *sweep.more]
+
+
+def _tile_ops(sweep: Sweep) -> list[str]:
+    """The names by which `choose_tile` knows what is swept; none of a whole training step."""
+    modes = (mode for op in sweep.ops for mode in OPERATORS[op].modes.values())
+    return sorted({tile_op.name for mode in modes for tile_op in mode.tile_ops})
+
+
+def _source(sweep: Sweep) -> str:
+    """A hash of the kernels' sources, and of what is asked of them."""
+    return digest([aot.source_hash(op) for op in sweep.ops], sweep._replace(seconds=0))
+
+
 def _command(sweep: Sweep, path: pathlib.Path, dry: bool, *more: str):
     def command(seconds: float) -> list[str]:
         path.parent.mkdir(parents=True, exist_ok=True)
         budget = f"{max(1.0, seconds - STARTUP):.0f}"
-        words = [*sweep.words(), "--no-plots", "--resume", "--budget", budget, *more]
+        words = [*words_of(sweep), "--no-plots", "--resume", "--budget", budget, *more]
         words += ["--dry-run"] if dry else []
         return _python("-m", "tilelab", "sweep", *words, "--out", path.parent)
 
@@ -237,8 +226,8 @@ def _sweep(sweep: Sweep, path: pathlib.Path, dry: bool) -> Task:
 
     return Task(
         f"sweep-{sweep.name}", "sweep", sweep.seconds, 45, _command(sweep, path, dry),
-        sweep.source, lambda: read_sweep(path),
-        keep=None if dry or not sweep.tile_ops() else keep,
+        lambda: _source(sweep), lambda: read_sweep(path),
+        keep=None if dry or not _tile_ops(sweep) else keep,
     )  # fmt: skip
 
 
@@ -249,7 +238,7 @@ def _after(sweep: Sweep, path: pathlib.Path, before: pathlib.Path, gpu: str, dry
             table = _tiles.read_tuned(_tiles.tuned_path(gpu))
         except ValueError as error:  # says which file, and what is wrong with it
             raise PerfError(str(error)) from error
-        return digest(sweep.source(), [table.get((name, dtype)) for name in sweep.tile_ops()])
+        return digest(_source(sweep), [table.get((name, dtype)) for name in _tile_ops(sweep)])
 
     more = ("--tiles", "default", "--note", NOTE_AFTER)
     return Task(

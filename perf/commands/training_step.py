@@ -42,6 +42,7 @@ from tilelab.perf.work.peers import forget_compiled
 from torch._library.custom_ops import _maybe_get_opdef
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tilelab import kernels
 
@@ -175,9 +176,7 @@ class Ledger(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if not _is_view(func) and not name.startswith(NO_LAUNCH):
             masks = args[-1] if name == "convolution_backward" else [True]
-            moved = sum(map(_size, _tensors((args, kwargs or {})))) + sum(
-                map(_size, _tensors(result))
-            )
+            moved = sum(map(_size, _tensors((args, kwargs or {}, result))))
             self.events += [(name, moved // sum(masks))] * sum(masks)
         return result
 
@@ -224,10 +223,7 @@ def _size(x: torch.Tensor) -> int:
 
 
 def _tensors(x: Any) -> list[torch.Tensor]:
-    if isinstance(x, torch.Tensor):
-        return [x]
-    parts = x.values() if isinstance(x, dict) else x if isinstance(x, list | tuple) else ()
-    return [t for part in parts for t in _tensors(part)]
+    return [leaf for leaf in tree_leaves(x) if isinstance(leaf, torch.Tensor)]
 
 
 def _is_view(func: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Compiles for GPUs that are not here, and says what came of it: what `perf compile` tabulates.
+"""Compiles for GPUs that are not here, and says what came of it: what `tilelab compile` tabulates.
 
 Nobody lists the arguments of kernels here. A workload is called as a user would call it, on empty
 CPU tensors, while `kernels._launch.record` lists what would have been launched; and that is

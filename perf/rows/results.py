@@ -82,7 +82,7 @@ ROW = {
     "mode": Field(MODES, "forward; gradient of x, of the weight, of all; both ways; a step", True),
     "dtype": Field("str", "`float32`, `float16`, `bfloat16`, `float8_e4m3fn` or `int8`", True),
     "precision": Field(("ieee", "tf32"), "of float32 products", True),
-    "shape": Field("{str: int}", "sizes, with the keys of perf/work/shapes.py", True),
+    "shape": Field("{str: int}", "sizes, with the keys of the row in perf/work/operators.py", True),
     "shape_name": Field("str", "for people: `resnet50.layer2.0.conv2 n32`"),
     "impl": Field(IMPLEMENTATIONS, "ours, or one of the peers", True),
     "tile": Field(

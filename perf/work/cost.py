@@ -102,35 +102,34 @@ def product_bytes(s: Sizes, e: int) -> int:
 def conv_flops(s: Sizes) -> int:
     """FLOPs of a convolution, or of one of its gradients."""
     P, Q = output_size(s)
-    return 2 * s["N"] * P * Q * _weights(s)
+    return 2 * s["N"] * P * Q * weights(s)
 
 
 def conv_bytes(s: Sizes, e: int) -> int:
     """Bytes of a convolution, or of its weight gradient: read pixels, weights, outputs."""
-    return e * (s["N"] * s["C"] * _touched(s) + _weights(s) + _outputs(s))
+    return e * (read(s) + weights(s) + outputs(s))
 
 
 def conv_dgrad_bytes(s: Sizes, e: int) -> int:
     """Bytes of a convolution's input gradient: the whole image is written."""
-    return e * (_outputs(s) + _weights(s) + _image(s))
+    return e * (outputs(s) + weights(s) + image(s))
 
 
 def fused_flops(s: Sizes) -> int:
     """FLOPs of a convolution as far as its outputs are pooled, or of one of its gradients."""
     P, Q = output_size(s)
-    return 2 * s["N"] * (P // 2 * 2) * (Q // 2 * 2) * _weights(s)
+    return 2 * s["N"] * (P // 2 * 2) * (Q // 2 * 2) * weights(s)
 
 
 def fused_bytes(s: Sizes, e: int) -> int:
     """Bytes of a convolution, its ReLU and its pool."""
     P, Q = output_size(s)
-    read = s["N"] * s["C"] * _touched(s, P // 2 * 2, Q // 2 * 2)
-    return e * (read + _weights(s) + s["K"] + places(s))
+    return e * (read(s, P // 2 * 2, Q // 2 * 2) + weights(s) + s["K"] + places(s))
 
 
 def fused_dgrad_bytes(s: Sizes, e: int) -> int:
     """Bytes of the fused block's input gradient."""
-    return e * (places(s) + _weights(s) + _image(s)) + places(s)
+    return e * (places(s) + weights(s) + image(s)) + places(s)
 
 
 def fused_wgrad_bytes(s: Sizes, e: int) -> int:
@@ -148,32 +147,6 @@ def columns(s: Sizes) -> int:
     """Elements of the matrix that im2col makes."""
     P, Q = output_size(s)
     return s["N"] * P * Q * s["C"] * s["R"] * s["S"]
-
-
-def im2col_bytes(s: Sizes, e: int) -> int:
-    """Bytes of im2col: read pixels, and columns."""
-    return e * (columns(s) + s["N"] * s["C"] * _touched(s))
-
-
-def col2im_bytes(s: Sizes, e: int) -> int:
-    """Bytes of col2im: columns, and the whole image."""
-    return e * (columns(s) + _image(s))
-
-
-def pool_outputs(s: Sizes) -> int:
-    """Outputs of a max-pool."""
-    P, Q = output_size(s)
-    return s["N"] * s["C"] * P * Q
-
-
-def pool_bytes(s: Sizes, e: int) -> int:
-    """Bytes of a max-pool."""
-    return e * (s["N"] * s["C"] * _touched(s) + pool_outputs(s))
-
-
-def pool_bwd_bytes(s: Sizes, e: int) -> int:
-    """Bytes of a max-pool's gradient."""
-    return e * (_image(s) + pool_outputs(s)) + pool_outputs(s)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -315,16 +288,18 @@ def _window_misfit(s: Sizes) -> str | None:
     return None if fits else f"{R} x {S} taps do not fit into the padded image"
 
 
-def _image(s: Sizes) -> int:
+def image(s: Sizes) -> int:
+    """Elements of the image."""
     return s["N"] * s["C"] * s["H"] * s["W"]
 
 
-def _outputs(s: Sizes) -> int:
+def outputs(s: Sizes) -> int:
+    """Elements of the result; a pool has no filters, and keeps the channels."""
     P, Q = output_size(s)
-    return s["N"] * s["K"] * P * Q
+    return s["N"] * s.get("K", s["C"]) * P * Q
 
 
-def _weights(s: Sizes) -> int:
+def weights(s: Sizes) -> int:
     """Elements of a convolution's weight, [K, C / groups, R, S]."""
     return s["K"] * (s["C"] // s["groups"]) * s["R"] * s["S"]
 
@@ -340,10 +315,10 @@ def _starts(s: Sizes, size: int, taps: int) -> range:
     return range(-padding, size + padding - last, s["stride"])
 
 
-def _touched(s: Sizes, *outputs: int) -> int:
-    """Pixels of a channel that windows read: of all outputs, or of the first few of each side."""
-    total, dilation = 1, s.get("dilation", 1)
-    for (size, taps), count in zip(_sides(s), outputs or (None, None), strict=True):
+def read(s: Sizes, *first: int) -> int:
+    """Elements of the image that windows read: of all outputs, or of the first of each side."""
+    total, dilation = s["N"] * s["C"], s.get("dilation", 1)
+    for (size, taps), count in zip(_sides(s), first or (None, None), strict=True):
         starts, inside = _starts(s, size, taps)[:count], range(size)
         total *= len(
             {at for p in starts for r in range(taps) if (at := p + r * dilation) in inside}

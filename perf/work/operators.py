@@ -53,6 +53,8 @@ class Sweep(NamedTuple):
         shapes: as --shapes takes them; "" is the operator's default.
         mode, dtype, peers: as the options of `tilelab sweep`; with "" the first dtype it has.
         turn: sweeps of turn 1 are worth most and come first, in the order of the rows.
+        ops: the operators; a row's own. gpu_tasks.py fills it.
+        more: further options, but not of the second look at the default tile.
     """
 
     name: str = ""
@@ -62,6 +64,8 @@ class Sweep(NamedTuple):
     dtype: str = ""
     peers: str = "torch,compile"
     turn: int = 1
+    ops: tuple[str, ...] = ()
+    more: tuple[str, ...] = ()
 
 
 def torch_and_compile(w: Any) -> tuple[str, ...]:
@@ -360,10 +364,15 @@ OPERATORS: dict[str, Operator] = {
         modes={
             "fwd": Mode(
                 (MAX_POOL,),
-                lambda s: cost.pool_outputs(s) * (s["R"] ** 2 - 1),
-                cost.pool_bytes,
+                lambda s: cost.outputs(s) * (s["R"] ** 2 - 1),
+                lambda s, e: e * (cost.read(s) + cost.outputs(s)),
             ),
-            "bwd": Mode((MAX_POOL_BWD,), cost.pool_outputs, cost.pool_bwd_bytes, wrt=("x",)),
+            "bwd": Mode(
+                (MAX_POOL_BWD,),
+                cost.outputs,
+                lambda s, e: e * (cost.image(s) + cost.outputs(s)) + cost.outputs(s),
+                wrt=("x",),
+            ),
         },
         inputs=lambda s, make: dict(x=make(s["N"], s["C"], s["H"], s["W"])),
         ours=lambda s, x: kernels.max_pool2d(x, s["R"], s["stride"], s["padding"]),
@@ -466,14 +475,18 @@ OPERATORS: dict[str, Operator] = {
     ),
     "im2col": Operator(
         **_COLUMNS,
-        modes={"fwd": Mode((IM2COL,), lambda s: 0, cost.im2col_bytes)},
+        modes={"fwd": Mode(
+                (IM2COL,), lambda s: 0, lambda s, e: e * (cost.read(s) + cost.columns(s))
+            )},
         inputs=lambda s, make: dict(x=make(s["N"], s["C"], s["H"], s["W"])),
         ours=lambda s, x: kernels.im2col(x, (s["R"], s["S"]), *geometry(s)),
         theirs=lambda s, x: formulas.columns(x, s),
     ),
     "col2im": Operator(
         **_COLUMNS,
-        modes={"fwd": Mode((COL2IM,), cost.columns, cost.col2im_bytes)},
+        modes={"fwd": Mode(
+                (COL2IM,), cost.columns, lambda s, e: e * (cost.columns(s) + cost.image(s))
+            )},
         inputs=formulas.col2im_inputs,
         ours=lambda s, columns: kernels.col2im(
             columns, (s["N"], s["C"], s["H"], s["W"]), (s["R"], s["S"]), *geometry(s)

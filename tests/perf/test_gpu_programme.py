@@ -459,7 +459,8 @@ def test_every_operator_is_swept_and_what_is_worth_most_comes_first():
     assert sweeps[0].name == "matmul-square" and sweeps[-1].name == "conv2d-peers"
     (optimizers,) = [sweep for sweep in sweeps if "sgd" in sweep.ops]
     assert optimizers.ops == ("sgd", "adamw") and optimizers.seconds == 25
-    assert optimizers.words()[:6] == ["sgd", "adamw", "--mode", "all", "--dtype", "bf16"]
+    words = gpu_tasks.words_of(optimizers)
+    assert words[:6] == ["sgd", "adamw", "--mode", "all", "--dtype", "bf16"]
 
 
 def test_paths_of_the_checkout_are_relative(tmp_path):
