@@ -141,36 +141,30 @@ def identity(w: Workload, source: str) -> dict[str, Any]:
     }
 
 
-def tiles(described: dict, w: Workload, axes: list[str], lesson: bool = False) -> list[dict | None]:
+def tiles(described: dict, w: Workload, axes: list[str], which: str = "all") -> list[dict | None]:
     """The tiles to try for what `aot.describe` has described: the default first.
 
-    With `lesson`, only those that the kernel's file lists. [None] where the work has no tile of its
-    own, as a whole training step.
-    """
-    if described["tile_op"] is None:
-        return [None]
-    (tile_op,) = (t for t in w.about.tile_ops if t.name == described["tile_op"])
-    given = [described["tile"], *described["lesson"]]
-    narrowed, kernels = parse_axes(axes), described["kernels"]
-    chosen = search_space.tiles(
-        tile_op, described["sizes"], given, narrowed,
-        () if lesson else kernels, described["itemsize"],
-    )  # fmt: skip
-    if not chosen:
-        sizes = " ".join(f"{k}={v}" for k, v in described["sizes"].items())
-        raise PerfError(f"no tile of {tile_op.name} has {' and '.join(axes)}, of those for {sizes}")
-    return chosen
-
-
-def default_tile(described: dict, w: Workload) -> list[dict | None]:
-    """The one tile that a call of `w` takes here: of the tuned table, or the lesson's default.
+    [None] where the work has no tile of its own, as a whole training step.
 
     Args:
         described: by `aot.describe`, which knows no tuned table.
         w: the work.
+        axes: what `-a` says.
+        which: as `--tiles` says. "default" is the one tile that a call of `w` takes here: of the
+            tuned table, or the lesson's default.
     """
     if described["tile_op"] is None:
         return [None]
-    lesson, kernels = {w.torch_dtype.itemsize: described["tile"]}, tuple(described["kernels"])
-    op, sizes = described["tile_op"], described["sizes"]
-    return [_tiles.choose_tile(op, w.torch_dtype, lesson, kernels, **sizes)]
+    (tile_op,) = (t for t in w.about.tile_ops if t.name == described["tile_op"])
+    sizes, kernels = described["sizes"], tuple(described["kernels"])
+    if which == "default":
+        lesson = {w.torch_dtype.itemsize: described["tile"]}
+        return [_tiles.choose_tile(tile_op.name, w.torch_dtype, lesson, kernels, **sizes)]
+    chosen = search_space.tiles(
+        tile_op, sizes, [described["tile"], *described["lesson"]], parse_axes(axes),
+        () if which == "lesson" else kernels, described["itemsize"],
+    )  # fmt: skip
+    if not chosen:
+        text = " ".join(f"{k}={v}" for k, v in sizes.items())
+        raise PerfError(f"no tile of {tile_op.name} has {' and '.join(axes)}, of those for {text}")
+    return chosen

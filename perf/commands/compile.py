@@ -7,9 +7,9 @@ and the predicted time. Nothing is run. `--explain` says in words what one tile 
 
 import argparse
 import concurrent.futures
+import itertools
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 from tilelab.nets.files import numbered
 from tilelab.perf.commands import arguments, provenance
@@ -91,12 +91,10 @@ def compile_all(
         raise PerfError("--tiles default needs the GPU whose tuned table it is about")
     fields = {"gpu": f"{label(gpu)} (compiled)", "target": gpu.target}
     print(f"{gpu.target}: compiled, not run; times are predictions for the {gpu.title}")
-    rows = []
     with results.Writer(path, provenance.header(fields, False, args)) as writer:
-        todo = Todo(work, args.axis, compilers, writer, gpu.target, which=args.tiles)
-        rows += todo.done
-        with tqdm(total=len(todo), unit="tile", desc=gpu.target, disable=None) as bar:
-            for row in compile_rows(todo.jobs, gpu.target, gpu, compilers):
+        jobs, rows = missing(work, args, compilers, writer, gpu.target)
+        with tqdm(total=len(jobs), unit="tile", desc=gpu.target, disable=None) as bar:
+            for row in compile_rows(jobs, gpu.target, gpu, compilers):
                 row["status"] = "predicted" if row["status"] == "ok" else row["status"]
                 writer.write(stored(row))
                 rows.append(row)
@@ -108,65 +106,50 @@ def compile_all(
     return rows
 
 
-class Todo:
-    """The tiles still to do, as (workload, row fields): one of each workload in turn.
+Job = tuple[Workload, dict]  # a tile to do, as the fields of its row
+
+
+def missing(
+    work: list[Workload],
+    args: argparse.Namespace,
+    compilers: aot.Compilers,
+    writer: results.Writer,
+    target: str,
+    attempts: Sequence[dict] = ({"stage": "compile"},),
+) -> tuple[list[Job], list[dict]]:
+    """The tiles still to do, one of each workload in turn; and the rows that the file has already.
+
+    So a sweep that is cut short has tried as many tiles of each workload.
 
     Args:
         work: the workloads.
-        axes: what `-a` says.
+        args: of the command line: which tiles.
         compilers: to ask for the tiles there are.
-        writer: of the file that may have some already.
+        writer: of the file.
         target: what they are compiled for; "" where they are interpreted.
         attempts: the stage, or stage and cache, of a row that makes a tile done.
-        which: as `--tiles` says.
-
-    Attributes:
-        jobs: so ordered that a sweep which is cut short has tried as many tiles of each workload.
-        done: rows that the file already had, of today's sources.
     """
-
-    def __init__(
-        self,
-        work: list[Workload],
-        axes: list[str],
-        compilers: aot.Compilers,
-        writer: results.Writer,
-        target: str,
-        attempts: Sequence[dict] = ({"stage": "compile"},),
-        which: str = "all",
-    ) -> None:
-        asked = [compilers.submit("describe", w, None, target) for w in work]
-        lists, self.done = [], []
-        for w, future in zip(work, asked, strict=True):
-            described = future.result()
-            if described.get("failed"):
-                raise PerfError(f"{w.op} {w.mode} {w.name}: {described['failed']}")
-            base = arguments.identity(w, aot.source_hash(w.op))
-            jobs = []
-            if which == "default":
-                tiles = arguments.default_tile(described, w)
-            else:
-                tiles = arguments.tiles(described, w, axes, which == "lesson")
-            for tile in tiles:
-                default = tile == described.get("tile")
-                fields = base | {"impl": "tilelab", "tile": tile, "default": default}
-                fields["lesson"] = tile in described.get("lesson", ())  # to sort by; not stored
-                known = [writer.find(fields | attempt, base["source"]) for attempt in attempts]
-                known = [row for row in known if row and row["status"] != "skipped"]
-                if known:
-                    self.done += known
-                else:
-                    jobs.append((w, fields))
-            lists.append(jobs)
-        longest = max(map(len, lists), default=0)
-        self.jobs = [jobs[i] for i in range(longest) for jobs in lists if i < len(jobs)]
-
-    def __len__(self) -> int:
-        return len(self.jobs)
+    asked = [compilers.submit("describe", w, None, target) for w in work]
+    lists, done = [], []
+    for w, future in zip(work, asked, strict=True):
+        described = future.result()
+        if described.get("failed"):
+            raise PerfError(f"{w.op} {w.mode} {w.name}: {described['failed']}")
+        base, jobs = arguments.identity(w, aot.source_hash(w.op)), []
+        for tile in arguments.tiles(described, w, args.axis, args.tiles):
+            fields = base | {"impl": "tilelab", "tile": tile}
+            fields["default"] = tile == described.get("tile")
+            fields["lesson"] = tile in described.get("lesson", ())  # to sort by; not stored
+            known = [writer.find(fields | attempt, base["source"]) for attempt in attempts]
+            known = [row for row in known if row and row["status"] != "skipped"]
+            done += known
+            jobs += [] if known else [(w, fields)]
+        lists.append(jobs)
+    return [job for turn in itertools.zip_longest(*lists) for job in turn if job], done
 
 
 def compile_rows(
-    jobs: Iterable[tuple[Workload, dict]],
+    jobs: Iterable[Job],
     target: str,
     gpu: gpus.GPU | None,
     compilers: aot.Compilers,
@@ -238,7 +221,9 @@ def table(rows: list[dict], top: int) -> str:
         row = good[0]
         return f"{title}: {ranking.time_text(row['predicted_s'])}, {row['launches']} launches"
     cells = [list(COLUMNS)]
-    cells += [[_text(fill(row)) for fill in COLUMNS.values()] for row in good[:top]]
+    for row in good[:top]:
+        found = (fill(row) for fill in COLUMNS.values())
+        cells.append(["" if value is None else str(value) for value in found])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [title]
     for line in cells:
@@ -251,10 +236,6 @@ def table(rows: list[dict], top: int) -> str:
             refusals[what] = refusals.get(what, 0) + 1
     lines += [f"not worth running: {n} x {what}" for what, n in refusals.items()]
     return "\n".join(lines)
-
-
-def _text(value: Any) -> str:
-    return "" if value is None else str(value)
 
 
 def _explain(work: list[Workload], args: argparse.Namespace, chosen: list[gpus.GPU]) -> int:

@@ -26,7 +26,7 @@ from tilelab.perf.clock import devices, timing
 from tilelab.perf.clock.correctness import Gate
 from tilelab.perf.commands import arguments, provenance
 from tilelab.perf.commands import compile as compiling
-from tilelab.perf.commands.compile import Todo, by_work, compile_rows, stored
+from tilelab.perf.commands.compile import by_work, compile_rows, missing, stored
 from tilelab.perf.compiler import aot
 from tilelab.perf.errors import PerfError
 from tilelab.perf.report import diagnosis, tuned_table
@@ -174,17 +174,16 @@ class Sweep:
         caches = ("hot",) if self.args.hot else ("cold", "hot")
         attempts = [{"stage": "screen", "cache": cache} for cache in caches]
         attempts.append({"stage": "compile"})
-        args, target = self.args, self.device.target
-        todo = Todo(
-            self.work, args.axis, self.compilers, self.writer, target or "", attempts, args.tiles
+        target = self.device.target
+        jobs, rows = missing(
+            self.work, self.args, self.compilers, self.writer, target or "", attempts
         )
-        rows = list(todo.done)
         if target is None:  # the interpreter: nothing to compile for
-            return rows + [fields | {"stage": "compile", "status": "ok"} for _, fields in todo.jobs]
+            return rows + [fields | {"stage": "compile", "status": "ok"} for _, fields in jobs]
         deadline = self._left(COMPILE_SHARE)
         done = set()
-        with tqdm(total=len(todo), unit="tile", desc="compile", disable=None) as bar:
-            for row in compile_rows(todo.jobs, target, self.model, self.compilers):
+        with tqdm(total=len(jobs), unit="tile", desc="compile", disable=None) as bar:
+            for row in compile_rows(jobs, target, self.model, self.compilers):
                 bar.update()
                 rows.append(row)
                 done.add(results.key(row))
@@ -192,7 +191,7 @@ class Sweep:
                     self.writer.write(stored(row))
                 if deadline is not None and self.device.now() > deadline:
                     break
-        late = [fields | {"stage": "compile"} for _, fields in todo.jobs]
+        late = [fields | {"stage": "compile"} for _, fields in jobs]
         late = [row for row in late if results.key(row) not in done]
         self._skip(late, "not compiled: the time budget ran out")
         return rows

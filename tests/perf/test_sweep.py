@@ -377,10 +377,10 @@ def test_the_tile_that_a_call_takes_is_the_tuned_one(monkeypatch):
     described = dict(tile_op="matmul", tile=lesson, sizes=dict(w.shape), kernels=["pointer"])
     monkeypatch.setattr(_launch, "INTERPRET", False)
     monkeypatch.setattr(_tiles, "_nearest", lambda *_: None)
-    assert arguments.default_tile(described, w) == [fitted]
+    assert arguments.tiles(described, w, [], "default") == [fitted]
     monkeypatch.setattr(_tiles, "_nearest", lambda *_: tuned)
-    assert arguments.default_tile(described, w) == [tuned | dict(BLOCK_N=64)]
-    assert arguments.default_tile({"tile_op": None}, w) == [None]
+    assert arguments.tiles(described, w, [], "default") == [tuned | dict(BLOCK_N=64)]
+    assert arguments.tiles({"tile_op": None}, w, [], "default") == [None]
 
 
 def test_hot_and_cold(tmp_path):
