@@ -62,7 +62,7 @@ class Sweep(NamedTuple):
     shapes: str = ""
     mode: str = "all"
     dtype: str = ""
-    peers: str = "torch,compile"
+    peers: str = "torch"
     turn: int = 1
     ops: tuple[str, ...] = ()
     more: tuple[str, ...] = ()
@@ -120,7 +120,7 @@ class Operator(NamedTuple):
 
 
 # -------------------------------------------------------------------------------------------------
-# Kernels whose tile is swept
+# Kernels whose tile is swept, as far as several modes have them
 # -------------------------------------------------------------------------------------------------
 
 _CONV_BY_TMA = search_space.fast_convolutions
@@ -132,44 +132,29 @@ SCALED_MATMUL = TileOp(
 )
 CONV = TileOp("conv2d", search_space.PRODUCT, _CONV_BY_TMA, boxes.forward)
 CONV_FLAT = TileOp(
-    "conv2d_flat",
-    search_space.FLAT,
-    functools.partial(_CONV_BY_TMA, split=False),
-    boxes.forward,
+    "conv2d_flat", search_space.FLAT, functools.partial(_CONV_BY_TMA, split=False), boxes.forward
 )
-CONV_GROUPED = TileOp(
-    "conv2d_grouped",
-    search_space.PRODUCT,
-    functools.partial(_CONV_BY_TMA, filters=(64,), split=False),
-    boxes.forward,
+CONV_GROUPED = CONV._replace(
+    name="conv2d_grouped", fast=functools.partial(_CONV_BY_TMA, filters=(64,), split=False)
 )
 CONV_DEPTHWISE = TileOp("conv2d_depthwise", search_space.DEPTHWISE)
 CONV_DGRAD = TileOp("conv2d_input_grad", search_space.PRODUCT, _CONV_BY_TMA, boxes.input_grad)
 CONV_WGRAD = TileOp(
-    "conv2d_weight_grad",
-    search_space.PRODUCT,
-    search_space.fast_weight_gradients,
+    "conv2d_weight_grad", search_space.PRODUCT, search_space.fast_weight_gradients,
     boxes.weight_grad,
-)
+)  # fmt: skip
 FUSED = TileOp("conv2d_relu_pool", search_space.FUSED, boxes=boxes.forward, pooled=True)
 FUSED_DGRAD = FUSED._replace(name="conv2d_relu_pool_input_grad", boxes=None)
 FUSED_WGRAD = FUSED._replace(name="conv2d_relu_pool_weight_grad", boxes=None)
-IM2COL = TileOp("im2col", search_space.ROWS)
-COL2IM = TileOp("col2im", search_space.ROWS)
-BIAS_RELU = TileOp("bias_relu", search_space.ROWS)
-BIAS_RELU_BWD = TileOp("bias_relu_backward", search_space.ROWS)
-MAX_POOL = TileOp("max_pool2d", search_space.ROWS)
-MAX_POOL_BWD = TileOp("max_pool2d_backward", search_space.ROWS)
 SOFTMAX = TileOp("softmax", search_space.SOFTMAX, few_columns=search_space.FEW_COLUMNS)
 SOFTMAX_BWD = SOFTMAX._replace(name="softmax_backward")
 CROSS_ENTROPY = SOFTMAX._replace(name="cross_entropy")
-SGD = TileOp("sgd", search_space.OPTIMIZER)
-ADAMW = TileOp("adamw", search_space.OPTIMIZER)
 
 # -------------------------------------------------------------------------------------------------
 # What several rows have in common
 # -------------------------------------------------------------------------------------------------
 
+_COMPILE = "torch,compile"
 _PRODUCTS = dict(
     sizes=("M", "N", "K"),
     default="m=4096",
@@ -205,7 +190,7 @@ _COLUMNS = dict(
     implied=_WINDOWS,
     misfit=cost.conv_misfit,
     layer=networks.columns,
-    sweeps=(Sweep("conv2d-im2col", 5, "resnet50@32", "fwd", "bf16", "torch", turn=3),),
+    sweeps=(Sweep("conv2d-im2col", 5, "resnet50@32", "fwd", "bf16", turn=3),),
 )
 _OPTIMIZERS = dict(
     lesson="optim",
@@ -219,7 +204,7 @@ _OPTIMIZERS = dict(
     }
     # 124,439,808 parameters in 148 tensors
     | {"transformer": lambda N: [Shape("gpt2 parameters", dict(tensors=148, elements=840_809))]},
-    sweeps=(Sweep("optimizers", 12.5, "resnet50,vgg16"),),
+    sweeps=(Sweep("optimizers", 12.5, "resnet50,vgg16", peers=_COMPILE),),
 )
 
 
@@ -250,15 +235,16 @@ OPERATORS: dict[str, Operator] = {
         theirs=lambda s, a, b: a @ b,
         peers=_with_inductor,
         sweeps=(
-            Sweep("matmul-square", 90, "square", "fwd", peers="torch"),
-            Sweep("matmul-transformer", 90, "transformer", "fwd", peers="torch"),
-            Sweep("matmul-skinny", 50, "skinny", "fwd", peers="torch"),
-            Sweep("matmul-fp16", 30, "square,transformer", "fwd", "fp16", "torch", turn=3),
-            Sweep("matmul-tf32", 20, "square", "fwd", "tf32", "torch", turn=3),
-            Sweep("matmul-gradients", 20, "transformer", "dgrad,wgrad", peers="torch", turn=3),
+            Sweep("matmul-square", 90, "square", "fwd"),
+            Sweep("matmul-transformer", 90, "transformer", "fwd"),
+            Sweep("matmul-skinny", 50, "skinny", "fwd"),
+            Sweep("matmul-fp16", 30, "square,transformer", "fwd", "fp16", turn=3),
+            Sweep("matmul-tf32", 20, "square", "fwd", "tf32", turn=3),
+            Sweep("matmul-gradients", 20, "transformer", "dgrad,wgrad", turn=3),
             # What torch.compile makes of products: its tuning takes long, and cannot be cut off.
-            Sweep("matmul-peers", 60, "square,transformer", "fwd", peers="compile,inductor",
-                  turn=4),
+            Sweep(
+                "matmul-peers", 60, "square,transformer", "fwd", peers="compile,inductor", turn=4
+            ),
         ),
     ),
     "matmul_bias_relu": Operator(  # forward alone: its gradients are those of matmul and bias_relu
@@ -277,7 +263,7 @@ OPERATORS: dict[str, Operator] = {
         ours=lambda s, a, b, bias: kernels.matmul(a, b, bias, "relu"),
         theirs=lambda s, a, b, bias: torch.addmm(bias, a, b).relu(),
         peers=_with_inductor,
-        sweeps=(Sweep(seconds=60, shapes="square,transformer"),),
+        sweeps=(Sweep(seconds=60, shapes="square,transformer", peers=_COMPILE),),
     ),
     "scaled_matmul": Operator(
         **_PRODUCTS,
@@ -295,10 +281,9 @@ OPERATORS: dict[str, Operator] = {
         dtypes=("fp8", "int8"),
         peers=_scaled_peers,
         result="bfloat16",
-        sweeps=tuple(
-            Sweep(f"scaled-matmul-{dtype}", seconds, "square,transformer", "fwd", dtype, "torch",
-                  turn=3)
-            for dtype, seconds in (("fp8", 20), ("int8", 15))
+        sweeps=(
+            Sweep("scaled-matmul-fp8", 20, "square,transformer", "fwd", "fp8", turn=3),
+            Sweep("scaled-matmul-int8", 15, "square,transformer", "fwd", "int8", turn=3),
         ),
     ),
     "bias_relu": Operator(
@@ -309,15 +294,17 @@ OPERATORS: dict[str, Operator] = {
         implied={"W": "H"},
         layer=networks.relu,
         modes={
-            "fwd": Mode((BIAS_RELU,), *cost.per_element(2, 2)),
-            "bwd": Mode((BIAS_RELU_BWD,), *cost.per_element(2, 3), wrt=("x", "bias")),
+            "fwd": Mode((TileOp("bias_relu", search_space.ROWS),), *cost.per_element(2, 2)),
+            "bwd": Mode(
+                (TileOp("bias_relu_backward", search_space.ROWS),),
+                *cost.per_element(2, 3),
+                wrt=("x", "bias"),
+            ),
         },
-        inputs=lambda s, make: dict(
-            x=make(s["N"], s["C"], s["H"], s["W"]), bias=make(s["C"])
-        ),
+        inputs=lambda s, make: dict(x=make(s["N"], s["C"], s["H"], s["W"]), bias=make(s["C"])),
         ours=lambda s, x, bias: kernels.bias_relu(x, bias),
         theirs=lambda s, x, bias: F.relu(x + bias[:, None, None]),
-        sweeps=(Sweep(seconds=25, shapes="resnet50@32"),),
+        sweeps=(Sweep(seconds=25, shapes="resnet50@32", peers=_COMPILE),),
     ),
     "softmax": Operator(
         lesson="softmax",
@@ -333,7 +320,7 @@ OPERATORS: dict[str, Operator] = {
         inputs=lambda s, make: dict(x=make(s["M"], s["N"])),
         ours=lambda s, x: kernels.softmax(x),
         theirs=lambda s, x: F.softmax(x, -1),
-        sweeps=(Sweep(seconds=35, shapes="classes,transformer"),),
+        sweeps=(Sweep(seconds=35, shapes="classes,transformer", peers=_COMPILE),),
     ),
     "cross_entropy": Operator(
         lesson="cross_entropy",
@@ -351,7 +338,7 @@ OPERATORS: dict[str, Operator] = {
         ),
         ours=lambda s, logits, target: kernels.cross_entropy(logits, target),
         theirs=lambda s, logits, target: F.cross_entropy(logits, target),
-        sweeps=(Sweep(seconds=35, shapes="classes,transformer"),),
+        sweeps=(Sweep(seconds=35, shapes="classes,transformer", peers=_COMPILE),),
     ),
     "max_pool2d": Operator(
         lesson="pool",
@@ -363,12 +350,12 @@ OPERATORS: dict[str, Operator] = {
         layer=networks.pool,
         modes={
             "fwd": Mode(
-                (MAX_POOL,),
+                (TileOp("max_pool2d", search_space.ROWS),),
                 lambda s: cost.outputs(s) * (s["R"] ** 2 - 1),
                 lambda s, e: e * (cost.read(s) + cost.outputs(s)),
             ),
             "bwd": Mode(
-                (MAX_POOL_BWD,),
+                (TileOp("max_pool2d_backward", search_space.ROWS),),
                 cost.outputs,
                 lambda s, e: e * (cost.image(s) + cost.outputs(s)) + cost.outputs(s),
                 wrt=("x",),
@@ -377,16 +364,16 @@ OPERATORS: dict[str, Operator] = {
         inputs=lambda s, make: dict(x=make(s["N"], s["C"], s["H"], s["W"])),
         ours=lambda s, x: kernels.max_pool2d(x, s["R"], s["stride"], s["padding"]),
         theirs=lambda s, x: F.max_pool2d(x, s["R"], s["stride"], s["padding"]),
-        sweeps=(Sweep(shapes="resnet50@32,vgg16@32"),),
+        sweeps=(Sweep(shapes="resnet50@32,vgg16@32", peers=_COMPILE),),
     ),
     "sgd": Operator(
         **_OPTIMIZERS,
-        modes={"step": Mode((SGD,), *cost.per_element(4, 5))},
+        modes={"step": Mode((TileOp("sgd", search_space.OPTIMIZER),), *cost.per_element(4, 5))},
         prepare=functools.partial(training.optimizer, name="SGD", lr=0.01, momentum=0.9),
     ),
     "adamw": Operator(
         **_OPTIMIZERS,
-        modes={"step": Mode((ADAMW,), *cost.per_element(14, 7))},
+        modes={"step": Mode((TileOp("adamw", search_space.OPTIMIZER),), *cost.per_element(14, 7))},
         prepare=functools.partial(training.optimizer, name="AdamW", lr=0.01),
     ),
     "conv2d": Operator(
@@ -404,20 +391,18 @@ OPERATORS: dict[str, Operator] = {
         theirs=lambda s, x, weight: F.conv2d(x, weight, None, *geometry(s)),
         peers=_with_inductor,
         sweeps=(
-            Sweep("conv2d-resnet50", 80, "resnet50@32", "fwd", peers="torch"),
-            Sweep("conv2d-vgg16", 50, "vgg16@32", "fwd", peers="torch"),
-            Sweep("conv2d-large", 80, "resnet50@256,vgg16@256", "fwd", peers="torch", turn=2),
-            Sweep("conv2d-stems", 25, "stems", "fwd", peers="torch", turn=2),
-            Sweep("conv2d-resnext50", 30, "resnext50", "fwd", peers="torch", turn=2),
-            Sweep("conv2d-mobilenet", 40, "mobilenet", "fwd", peers="torch", turn=2),
-            Sweep("conv2d-dgrad", 80, "resnet50@32,vgg16@32", "dgrad", peers="torch", turn=2),
-            Sweep("conv2d-wgrad", 80, "resnet50@32,vgg16@32", "wgrad", peers="torch", turn=2),
-            Sweep("conv2d-dgrad-large", 90, "resnet50@256,vgg16@256", "dgrad", peers="torch",
-                  turn=2),
-            Sweep("conv2d-wgrad-large", 90, "resnet50@256,vgg16@256", "wgrad", peers="torch",
-                  turn=2),
-            Sweep("conv2d-fp16", 30, "resnet50@32", "fwd", "fp16", "torch", turn=3),
-            Sweep("conv2d-tf32", 20, "resnet50@32", "fwd", "tf32", "torch", turn=3),
+            Sweep("conv2d-resnet50", 80, "resnet50@32", "fwd"),
+            Sweep("conv2d-vgg16", 50, "vgg16@32", "fwd"),
+            Sweep("conv2d-large", 80, "resnet50@256,vgg16@256", "fwd", turn=2),
+            Sweep("conv2d-stems", 25, "stems", "fwd", turn=2),
+            Sweep("conv2d-resnext50", 30, "resnext50", "fwd", turn=2),
+            Sweep("conv2d-mobilenet", 40, "mobilenet", "fwd", turn=2),
+            Sweep("conv2d-dgrad", 80, "resnet50@32,vgg16@32", "dgrad", turn=2),
+            Sweep("conv2d-wgrad", 80, "resnet50@32,vgg16@32", "wgrad", turn=2),
+            Sweep("conv2d-dgrad-large", 90, "resnet50@256,vgg16@256", "dgrad", turn=2),
+            Sweep("conv2d-wgrad-large", 90, "resnet50@256,vgg16@256", "wgrad", turn=2),
+            Sweep("conv2d-fp16", 30, "resnet50@32", "fwd", "fp16", turn=3),
+            Sweep("conv2d-tf32", 20, "resnet50@32", "fwd", "tf32", turn=3),
             Sweep("conv2d-peers", 60, "resnet50@32", "fwd", peers="compile,inductor", turn=4),
         ),
     ),
@@ -426,20 +411,17 @@ OPERATORS: dict[str, Operator] = {
         lesson="conv2d",
         layer=networks.convolution_and_relu,
         modes={
-            "fwd": Mode(
-                _FORWARD, cost.conv_flops, lambda s, e: cost.conv_bytes(s, e) + s["K"] * e
-            )
+            "fwd": Mode(_FORWARD, cost.conv_flops, lambda s, e: cost.conv_bytes(s, e) + s["K"] * e)
         },
         inputs=formulas.fused_inputs,
         ours=lambda s, x, weight, bias: kernels.conv2d(x, weight, bias, *geometry(s), "relu"),
         theirs=formulas.conv_bias_relu,
         peers=_with_inductor,
-        sweeps=(Sweep(seconds=60, shapes="resnet50@32,vgg16@32"),),
+        sweeps=(Sweep(seconds=60, shapes="resnet50@32,vgg16@32", peers=_COMPILE),),
     ),
     "conv2d_relu_pool": Operator(
-        **_CONVOLUTIONS | dict(
-            tiny=[(2, 5, 11, 13, 7, 3, 3, 1, 1, 1, 1)], misfit=cost.fused_misfit
-        ),
+        **_CONVOLUTIONS
+        | dict(tiny=[(2, 5, 11, 13, 7, 3, 3, 1, 1, 1, 1)], misfit=cost.fused_misfit),
         lesson="conv2d_relu_pool",
         layer=networks.convolution_relu_and_pool,
         modes={
@@ -449,14 +431,17 @@ OPERATORS: dict[str, Operator] = {
                 (FUSED_DGRAD, CONV_DGRAD), cost.fused_flops, cost.fused_dgrad_bytes, ("x",), 0.3
             ),
             "wgrad": Mode(
-                (FUSED_WGRAD, CONV_WGRAD), cost.fused_flops, cost.fused_wgrad_bytes,
-                ("weight", "bias"), 0.3,
+                (FUSED_WGRAD, CONV_WGRAD),
+                cost.fused_flops,
+                cost.fused_wgrad_bytes,
+                ("weight", "bias"),
+                0.3,
             ),
         },
         inputs=formulas.fused_inputs,
         ours=lambda s, x, weight, bias: kernels.conv2d_relu_pool(x, weight, bias, s["padding"]),
         theirs=lambda s, *tensors: F.max_pool2d(formulas.conv_bias_relu(s, *tensors), 2),
-        sweeps=(Sweep(seconds=35, shapes="vgg16@32", turn=2),),
+        sweeps=(Sweep(seconds=35, shapes="vgg16@32", peers=_COMPILE, turn=2),),
     ),
     "conv2d_im2col": Operator(
         **_CONVOLUTIONS,
@@ -475,18 +460,26 @@ OPERATORS: dict[str, Operator] = {
     ),
     "im2col": Operator(
         **_COLUMNS,
-        modes={"fwd": Mode(
-                (IM2COL,), lambda s: 0, lambda s, e: e * (cost.read(s) + cost.columns(s))
-            )},
+        modes={
+            "fwd": Mode(
+                (TileOp("im2col", search_space.ROWS),),
+                lambda s: 0,
+                lambda s, e: e * (cost.read(s) + cost.columns(s)),
+            )
+        },
         inputs=lambda s, make: dict(x=make(s["N"], s["C"], s["H"], s["W"])),
         ours=lambda s, x: kernels.im2col(x, (s["R"], s["S"]), *geometry(s)),
         theirs=lambda s, x: formulas.columns(x, s),
     ),
     "col2im": Operator(
         **_COLUMNS,
-        modes={"fwd": Mode(
-                (COL2IM,), cost.columns, lambda s, e: e * (cost.columns(s) + cost.image(s))
-            )},
+        modes={
+            "fwd": Mode(
+                (TileOp("col2im", search_space.ROWS),),
+                cost.columns,
+                lambda s, e: e * (cost.columns(s) + cost.image(s)),
+            )
+        },
         inputs=formulas.col2im_inputs,
         ours=lambda s, columns: kernels.col2im(
             columns, (s["N"], s["C"], s["H"], s["W"]), (s["R"], s["S"]), *geometry(s)
@@ -505,7 +498,7 @@ OPERATORS: dict[str, Operator] = {
         product=True,
         layers=14,
         prepare=training.stack,
-        sweeps=(Sweep(seconds=60, shapes="vgg16@32,vgg16@256", turn=2),),
+        sweeps=(Sweep(seconds=60, shapes="vgg16@32,vgg16@256", peers=_COMPILE, turn=2),),
     ),
     "train_step": Operator(
         lesson="",
@@ -519,11 +512,15 @@ OPERATORS: dict[str, Operator] = {
         layers=4,
         prepare=training.training_step,
         sweeps=(
-            Sweep(seconds=30, shapes="demo@256,demo@1024,demo@4096", peers="torch,graph,compile",
-                  turn=2),
+            Sweep(
+                seconds=30,
+                shapes="demo@256,demo@1024,demo@4096",
+                peers="torch,graph,compile",
+                turn=2,
+            ),
         ),
     ),
-}  # fmt: skip
+}
 
 
 def tile_op(row: dict) -> TileOp:

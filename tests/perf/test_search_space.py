@@ -5,6 +5,12 @@ from tilelab.perf.commands.arguments import parse_axes
 from tilelab.perf.errors import PerfError
 from tilelab.perf.work import operators, search_space
 
+TILE_OPS = {
+    tile_op.name: tile_op
+    for row in operators.OPERATORS.values()
+    for mode in row.modes.values()
+    for tile_op in mode.tile_ops
+}
 GIVEN = [dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, num_warps=8, num_stages=3)]
 LARGE = dict(M=4096, N=4096, K=4096)
 
@@ -29,7 +35,7 @@ def test_narrowed_axes():
     tiles = search_space.tiles(operators.MATMUL, LARGE, GIVEN, axes)
     assert {t["BLOCK_M"] for t in tiles} == {64, 256} and {t["num_warps"] for t in tiles} == {4}
     assert search_space.tiles(
-        operators.SGD, dict(M=100), [], axes
+        TILE_OPS["sgd"], dict(M=100), [], axes
     )  # an axis that an operator lacks is no matter
 
 
@@ -141,14 +147,6 @@ def test_wrong_axes(text, message):
         parse_axes([text])
     with pytest.raises(PerfError, match="num_warps is given twice"):
         parse_axes(["num_warps=4", "num_warps=8"])
-
-
-TILE_OPS = {
-    tile_op.name: tile_op
-    for row in operators.OPERATORS.values()
-    for mode in row.modes.values()
-    for tile_op in mode.tile_ops
-}
 
 
 @pytest.mark.parametrize("tile_op", TILE_OPS.values(), ids=TILE_OPS)

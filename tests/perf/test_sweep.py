@@ -325,7 +325,7 @@ def test_an_unknown_gpu_is_measured_without_its_peaks(tmp_path):
     assert best["tflops"] > 0 and best["peak_share"] is None and "predicted_s" not in best
 
 
-@pytest.mark.parametrize("budget", [2.0, 6.0, 20.0])
+@pytest.mark.parametrize("budget", [2.0, 20.0])
 def test_the_budget_is_kept(tmp_path, budget):
     device = FakeDevice(speed, noise=0.05)  # so noisy that every race would take its 15 s
     rows = swept(tmp_path / "r.jsonl", "matmul", "--mode", "fwd,dgrad,wgrad", "--budget",
