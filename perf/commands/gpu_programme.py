@@ -80,8 +80,8 @@ def run(args: argparse.Namespace) -> int:
         raise PerfError(f"--out {args.out} is a file: it takes a folder")
     nowhere = pathlib.Path()
     groups = {task.name: task.group for task in tasks(nowhere, "none", args.dry_run, nowhere)}
-    names = only(args.only, groups)
-    about = here(args, {groups[name] for name in names})
+    names = chosen_tasks(args.only, groups)
+    about = machine(args, {groups[name] for name in names})
     out = folder(args, about["gpu"])
     to = (out.parent if out.parent == ROOT / "perf" / "results" else out) / "log.jsonl"
     every = tasks(out, about["gpu"], args.dry_run, to)
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     return programme.run()
 
 
-def only(text: str | None, groups: dict[str, str]) -> set[str]:
+def chosen_tasks(text: str | None, groups: dict[str, str]) -> set[str]:
     """The names of the tasks that --only leaves; `groups` has the group of each task."""
     words = list(GROUPS) if text is None else text.split(",")
     for word in words:
@@ -105,7 +105,7 @@ def only(text: str | None, groups: dict[str, str]) -> set[str]:
 # -- where this is -------------------------------------------------------------------------------
 
 
-def here(args: argparse.Namespace, groups: set[str]) -> dict[str, Any]:
+def machine(args: argparse.Namespace, groups: set[str]) -> dict[str, Any]:
     """The GPU, its driver and the versions: what may not change between two calls."""
     if args.dry_run:
         return {"gpu": "interpreter", "driver": None, "versions": provenance.versions()}
@@ -182,7 +182,7 @@ class Programme:
         every: the tasks, the most valuable first.
         names: of those that are asked for.
         budget: s, for all of them.
-        about: of `here`.
+        about: of `machine`.
         environment: of the tasks' processes.
         began: when the budget's clock started, by time.monotonic.
 
@@ -279,7 +279,7 @@ class Programme:
         self._record(task, record | {"came": outcome.text, "failures": list(outcome.failures)})
         print(f"  {record['status']} in {record['seconds']:.0f} s: {outcome.text}", flush=True)
         if record["status"] == "failed":
-            end = "\n".join(f"    {line[:200]}" for line in last(log))
+            end = "\n".join(f"    {line[:200]}" for line in last_lines(log))
             print(f"  the end of {log}:\n{end}", flush=True)
 
     def _attempts(self, command: list[str], log: pathlib.Path, seconds: float) -> str:
@@ -287,7 +287,7 @@ class Programme:
         end = time.monotonic() + seconds
         for _ in range(ATTEMPTS):
             status = execute(command, log, end - time.monotonic(), self.environment)
-            if status != "failed" or not any(line.endswith(GOES_ON) for line in last(log)):
+            if status != "failed" or not any(line.endswith(GOES_ON) for line in last_lines(log)):
                 break
         return status
 
@@ -450,7 +450,7 @@ def _note_errors(task: Task) -> Iterator[None]:
         print(f"  {task.name}: {error}", flush=True)
 
 
-def last(log: pathlib.Path, count: int = 8) -> list[str]:
+def last_lines(log: pathlib.Path, count: int = 8) -> list[str]:
     """The last lines of a log."""
     try:
         return log.read_text(errors="replace").strip().splitlines()[-count:]

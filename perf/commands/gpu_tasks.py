@@ -262,7 +262,7 @@ def read_sweep(path: pathlib.Path) -> Outcome:
     left = sum(found == {"skipped"} for found in statuses.values())
     wrong = sum("wrong" in found for found in statuses.values())
     work = history.chosen(rows)
-    words = [against(ranking.speedups(work), len(work))] if work else ["nothing measured"]
+    words = [ratios_text(ranking.speedups(work), len(work))] if work else ["nothing measured"]
     failed = [w.name for w in work if w.best is None]
     words += [f"no right result for {', '.join(failed)}"] if failed else []
     words += [f"{wrong} wrong"] if wrong else []
@@ -270,7 +270,7 @@ def read_sweep(path: pathlib.Path) -> Outcome:
     return Outcome("; ".join(words), complete=not left)
 
 
-def against(speedups: list[ranking.Speedup], count: int) -> str:
+def ratios_text(speedups: list[ranking.Speedup], count: int) -> str:
     """The mean and the worst of the speed-ups over the best peer, of `count` workloads."""
     if not speedups:
         return f"{count} shapes, none beside a peer"

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dtype not in ("bf16", "fp16", "fp32"):
         raise PerfError(f"--dtype is bf16, fp16 or fp32, not {args.dtype!r}")
     dtype = workloads.DTYPES[args.dtype][0]
-    steps = [counted(batch, dtype, args.target) for batch in batches]
+    steps = counted(batches, dtype, args.target)
     device = devices.here()
     for step in steps:
         if device.torch_device != "cpu":
@@ -83,18 +83,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def counted(batch: int, dtype: str, target: str) -> dict[str, Any]:
-    """Count a step in a process of its own, which has no GPU and would compile for the target.
-
-    Raises:
-        PerfError: if that fails.
-    """
+def counted(batches: list[int], dtype: str, target: str) -> list[dict[str, Any]]:
+    """Count steps in a process of its own, which has no GPU and would compile for the target."""
+    command = [sys.executable, "-m", "tilelab.perf.commands.training_step", dtype, target]
     result = subprocess.run(
-        [sys.executable, "-m", "tilelab.perf.commands.training_step", str(batch), dtype, target],
-        env=os.environ | aot.ENVIRONMENT,
-        capture_output=True,
+        [*command, *map(str, batches)], env=os.environ | aot.ENVIRONMENT, capture_output=True,
         text=True,
-    )
+    )  # fmt: skip
     if result.returncode:
         raise PerfError(f"counting failed: {result.stderr.strip().splitlines()[-1]}")
     return json.loads(result.stdout.splitlines()[-1])
@@ -136,10 +131,8 @@ def count(batch: int, dtype: str, target: str) -> dict[str, Any]:
             adamw.step()
     theirs = {"launches": [entry(event) for event in seen]}
     theirs["kept"] = kept.bytes(twin.parameters())
-    least = {
-        "launches": cost.train_step_launches(),
-        "bytes": cost.train_step_bytes({"N": batch}, compute.itemsize),
-    }
+    least = cost.train_step_bytes({"N": batch}, compute.itemsize)
+    least = {"launches": cost.train_step_launches(), "bytes": least}
     about = {"batch": batch, "dtype": dtype, "target": target}
     return about | {"minimum": least, "tilelab": own, "torch": theirs}
 
@@ -285,4 +278,5 @@ def totals(step: dict[str, Any], name: str) -> tuple[int, int, int | None]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(count(int(sys.argv[1]), *sys.argv[2:])))
+    of_dtype, for_target, *sizes = sys.argv[1:]
+    print(json.dumps([count(int(size), of_dtype, for_target) for size in sizes]))
