@@ -60,4 +60,4 @@ def weight_grad(given: dict) -> tuple[int, int, int, int]:
         )  # fmt: skip
         pixels = high * wide
     steps = blocks * pixels * cdiv(given["N"], given["BLOCK_K"])
-    return rows * blocks, steps, given["PARTS"], given["BLOCK_M"]
+    return rows * blocks, steps, given["parts"], given["BLOCK_M"]

@@ -1,4 +1,4 @@
-"""bias_relu: forward, both gradients, the chunks of the backward, and what it refuses."""
+"""bias_relu: forward, both gradients, the parts of the backward, and what it refuses."""
 
 import importlib
 
@@ -209,8 +209,8 @@ def test_bias_backward(layout, dtype):
 @pytest.mark.core
 @pytest.mark.parametrize("PROGRAMS", [1, 2, 3, 5, 7, 1024])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_chunks_of_rows(dtype, PROGRAMS, monkeypatch):
-    """Seven tiles of rows, the last with one row, in chunks of 7, 4, 3, 2 and 1 tiles."""
+def test_parts_of_rows(dtype, PROGRAMS, monkeypatch):
+    """Seven tiles of rows, the last with one row, in parts of 7, 4, 3, 2 and 1 tiles."""
     monkeypatch.setattr(module, "PROGRAMS", PROGRAMS)
     dy, y = randn(97, 20, dtype=dtype), torch.relu(randn(97, 20, dtype=dtype, seed=1))
     tile = dict(BLOCK_M=16, BLOCK_N=16, num_warps=4)

@@ -442,7 +442,7 @@ def test_every_tile_alone(op, tile, dtype):
 @pytest.mark.parametrize("parts", [1, 2, 3, 5, 6], ids="{} parts".format)
 def test_split_sum(parts, dtype, monkeypatch):
     """96 windows in 6 steps of 16: equal parts, a shorter last one, one step each."""
-    monkeypatch.setattr(gradient, "splits", lambda programs, steps: parts)
+    monkeypatch.setattr(gradient, "part_count", lambda programs, steps: parts)
     with use_tile(OPS[2], {**SMALL, "BLOCK_N": 64}):
         check((2, 3, 14, 18), 5, (3, 3), 0, dtype)
 
@@ -451,7 +451,7 @@ def test_split_sum(parts, dtype, monkeypatch):
 @pytest.mark.parametrize("taps", [(1, 1), (2, 5), (5, 2), (3, 3)], ids="{0[0]}x{0[1]}".format)
 def test_partial_results_lie_as_the_weight_does(taps, weight, monkeypatch):
     """Each part holds four sums, shifted against each other: in any layout of the weight."""
-    monkeypatch.setattr(gradient, "splits", lambda programs, steps: 2)
+    monkeypatch.setattr(gradient, "part_count", lambda programs, steps: 2)
     with use_tile(OPS[2], {**SMALL, "BLOCK_N": 64}):
         check((2, 3, 9, 10), 5, taps, 0, weight=weight)
 
@@ -459,7 +459,7 @@ def test_partial_results_lie_as_the_weight_does(taps, weight, monkeypatch):
 @pytest.mark.parametrize("parts", [1, 3])
 @every_dtype
 def test_the_same_bits_twice(dtype, parts, monkeypatch):
-    monkeypatch.setattr(gradient, "splits", lambda programs, steps: parts)
+    monkeypatch.setattr(gradient, "part_count", lambda programs, steps: parts)
     *inputs, dy = make((2, 3, 14, 18), 5, (3, 3), 1, dtype)
     with use_tile(OPS[2], {**SMALL, "BLOCK_N": 64}):
         first, second = (gradients(call(1), inputs, dy) for _ in range(2))
@@ -517,8 +517,8 @@ def test_every_tile_of_the_scatter_alone(tile, dtype):
 
 
 @pytest.mark.parametrize("programs", [1, 2, 3, 1024])
-def test_the_scatter_in_chunks(programs, monkeypatch):
-    """80 windows, in 5 tiles of 16: in chunks of 5, 3, 2 and 1."""
+def test_the_scatter_in_parts(programs, monkeypatch):
+    """80 windows, in 5 tiles of 16: in parts of 5, 3, 2 and 1."""
     monkeypatch.setattr(gradient, "PROGRAMS", programs)
     with use_tile("unpool", UNPOOL):
         check((2, 3, 12, 17), 5, (3, 3), 0)
@@ -566,9 +566,8 @@ def launched(C, K, wanted, device=H100, dtype=torch.bfloat16):
 
 
 @pytest.mark.skipif(not INTERPRET, reason="records on CPU tensors")
-def test_wide_layers_scatter_and_the_demo_does_not(monkeypatch):
+def test_wide_layers_scatter_and_the_demo_does_not():
     """And a tile forces either way."""
-    monkeypatch.setattr(gradient, "INTERPRET", False)
     fused = ["relu_pool_input_grad", "relu_pool_weight_grad", "sum_partials"]
     for C, K in [(1, 16), (16, 32), (16, 512), (512, 16)]:
         assert launched(C, K, "x weight bias") == fused

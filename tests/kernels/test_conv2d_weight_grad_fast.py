@@ -492,7 +492,7 @@ OTHERS = {
 @pytest.mark.parametrize("conv", OTHERS.values(), ids=OTHERS)
 def test_portable_kernel(conv, dtype, parts, atomic, monkeypatch):
     """Its parts in rows or by atomics, and the bias gradient with it: in integers all are exact."""
-    monkeypatch.setattr(module, "splits", lambda programs, steps: parts)
+    monkeypatch.setattr(module, "part_count", lambda programs, steps: parts)
     tile = PORTABLE | (dict(ATOMIC=True) if atomic else {})
     given = tile.copy()
     check(conv, tile, dtype, bias=True)
