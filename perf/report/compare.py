@@ -141,7 +141,7 @@ def run(args: argparse.Namespace, out: Callable[[str], Any] = print) -> int:
     """
     if not 0 <= args.margin < 100:
         raise PerfError(f"--margin must be from 0 to 100 percent, got {args.margin:g}")
-    a, b = results.read(args.a, out), results.read(args.b, out)
+    a, b = (results.read(path, note=out) for path in (args.a, args.b))
     runs = _headings(args.a, a, args.b, b, args.anyway)
     found = compare(a.rows, b.rows, args.margin / 100, args.every_tile)
     if not found:

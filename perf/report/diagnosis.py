@@ -55,25 +55,25 @@ from tilelab.perf.work.operators import is_product
 
 TIE = 0.01  # a tile within 1% of the winner lost nothing that needs an explanation
 LESS = 0.9  # below nine tenths of the winner's value a share counts as less
-TITLES = {  # code: what its tiles do, as a heading of a group
+TITLES = {  # code: the cause, as a heading of the tiles that it is true of
     "best": "the winner",
     "tie": "as fast as the winner",
-    "wrong": "give a wrong result",
-    "error": "fail",
-    "does not fit": "do not fit",
-    "spills": "spill registers",
-    "no tensor cores": "do not use the tensor cores",
-    "older tensor cores": "use the older tensor-core instructions",
-    "serialised": "have serialised wgmma",
-    "narrow loads": "load in narrow pieces",
-    "occupancy": "keep fewer warps on an SM",
-    "waves": "leave SMs idle",
-    "padding": "compute more padding",
-    "loop": "need more instructions",
-    "traffic": "read more memory",
+    "wrong": "wrong result",
+    "error": "failed",
+    "does not fit": "too large for an SM",
+    "spills": "registers spilled to memory",
+    "no tensor cores": "no tensor cores",
+    "older tensor cores": "older tensor-core instructions",
+    "serialised": "serialised wgmma",
+    "narrow loads": "narrow loads",
+    "occupancy": "fewer warps on an SM",
+    "waves": "idle SMs",
+    "padding": "more padding",
+    "loop": "more instructions",
+    "traffic": "more memory traffic",
     "pruned": "pruned before timing",
     "skipped": "not tried",
-    "unexplained": "are slower for no reason that these numbers show",
+    "unexplained": "slower, and these numbers do not show why",
 }
 
 
@@ -435,8 +435,7 @@ def _table_text(table: Table, tiles: int, groups: int) -> str:
     else:
         lines.append(f"  none of {_tiles(len(workload.tiles))} has a time")
     for code, verdicts in table.groups[:groups]:
-        one = len(verdicts) == 1
-        lines.append(f"  {_tiles(len(verdicts))}: {heading(code, one)}{_range(verdicts)}")
+        lines.append(f"  {_tiles(len(verdicts))}: {TITLES[code]}{_range(verdicts)}")
         for verdict in verdicts[:tiles]:
             gap = "     –" if verdict.gap is None else f"{verdict.gap:.2f}x".rjust(6)
             lines.append(
@@ -449,16 +448,6 @@ def _table_text(table: Table, tiles: int, groups: int) -> str:
         many = "reason" if len(left) == 1 else "reasons"
         lines.append(f"  {_tiles(sum(len(v) for _, v in left))} for {len(left)} other {many}")
     return "\n".join(lines)
-
-
-def heading(code: str, one: bool = False) -> str:
-    """The title of a code, for one tile or for several: "spills registers", "spill registers"."""
-    title = TITLES[code]
-    verb, _, rest = title.partition(" ")
-    third = {"do": "does", "have": "has", "are": "is"}
-    if not one or verb in ("the", "as", "pruned", "not"):
-        return title
-    return f"{third.get(verb, verb + 's')} {rest}".strip()
 
 
 def _tiles(count: int) -> str:

@@ -37,7 +37,7 @@ def read(
         PerfError: as `results.read` does, and if there is no row at all.
     """
     paths = list(paths)
-    headers, rows = map(_printable, results.read_all(paths, note))
+    headers, rows = map(_printable, results.read(*paths, note=note))
     if not rows:
         raise PerfError(f"no results in {', '.join(map(str, paths))}: not one row")
     return headers, rows
