@@ -19,26 +19,24 @@ import importlib.util
 import json
 import os
 import pathlib
-import platform
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from tilelab.perf.clock import timing
 from tilelab.perf.clock.devices import HostDevice, first_line, here
+from tilelab.perf.commands import provenance
 from tilelab.perf.errors import PerfError
 from tilelab.perf.rows import results
 from tilelab.perf.work import gpus
 
 LEVELS = ("ok", "note", "warning", "error")
 SLOW_COPY = 0.75  # of the data sheet's bandwidth; HBM gives about 0.9
-SLOW_MATMUL = (
-    0.6  # of the data sheet's peak; cuBLAS at 8192^3 gives about 0.8 within the power limit
-)
+SLOW_MATMUL = 0.6  # of its peak; cuBLAS at 8192^3 gives about 0.8 within the power limit
 TOO_FAST = 1.05  # of any data sheet: then the clock is wrong
 SPREAD = 0.02  # between the quartiles of one kernel's samples
 SETTINGS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}
@@ -77,9 +75,8 @@ def run(args: argparse.Namespace) -> int:
         device, broken = HostDevice(), first_line(error)
     findings = examine(device, quick=args.quick, host=args.host)
     if broken:
-        findings.insert(
-            0, Finding("error", "GPU", f"torch sees a GPU that does not start: {broken}")
-        )
+        detail = f"torch sees a GPU that does not start: {broken}"
+        findings.insert(0, Finding("error", "GPU", detail))
     print("\n".join(lines(findings)))
     if args.json:
         found = {"findings": [finding._asdict() for finding in findings]}
@@ -97,15 +94,12 @@ def lines(findings: list[Finding]) -> list[str]:
 
 
 def examine(device: Any, quick: bool = False, host: bool = False) -> list[Finding]:
-    """Look at everything.
+    """Look at everything; return the findings in the order in which they are to be read.
 
     Args:
         device: of perf/clock/devices.py, or with its methods.
         quick: leave out what takes more than a few seconds.
         host: measure what a call costs on the host too.
-
-    Returns:
-        The findings in the order in which they are to be read.
     """
     findings = [*_software(), *_cache(), *_tools()]
     if device.timer_name == "host":
@@ -128,18 +122,12 @@ def examine(device: Any, quick: bool = False, host: bool = False) -> list[Findin
 
 
 def _software() -> list[Finding]:
-    names = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-    }
+    found = provenance.versions()
+    text = ", ".join(f"{name} {found[name]}" for name in ("python", "torch", "numpy", "triton"))
     try:
-        importlib.import_module("tilelab.kernels")  # before triton; refuses broken pairs
-        names["triton"] = importlib.import_module("triton").__version__
+        importlib.import_module("tilelab.kernels")  # refuses pairs of versions that do not work
     except ImportError as error:
-        text = ", ".join(f"{name} {version}" for name, version in names.items())
         return [Finding("error", "versions", f"{text}; the kernels cannot be imported: {error}")]
-    text = ", ".join(f"{name} {version}" for name, version in names.items())
     built = torch.version.cuda and f"CUDA {torch.version.cuda}"
     built = built or (torch.version.hip and f"ROCm {torch.version.hip}") or "the CPU alone"
     return [Finding("ok", "versions", f"{text}; torch is built for {built}")]
@@ -189,11 +177,9 @@ def _no_gpu() -> list[Finding]:
     if _driver() and not hidden:
         built = torch.version.cuda or torch.version.hip
         why = "torch cannot use it" if built else "this build of torch is for the CPU alone"
-        todo = (
-            "see whether nvidia-smi works, and whether the driver is new enough for CUDA " + built
-            if built
-            else "install a build of torch for CUDA"
-        )
+        todo = "install a build of torch for CUDA"
+        if built:
+            todo = f"see whether nvidia-smi works, and the driver is new enough for CUDA {built}"
         return [Finding("error", "GPU", f"the machine has NVIDIA's driver, but {why}: {todo}")]
     why = "CUDA_VISIBLE_DEVICES hides them" if hidden else "torch sees none"
     return [Finding("note", "GPU", f"{why}, so no kernel can be timed here")]
@@ -233,10 +219,9 @@ def _gpu(device: Any) -> list[Finding]:
     found = [Finding("ok", "GPU", f"{device.name} ({device.target}), {memory}{driver}")]
     gpu = gpus.find_device(device.name)
     if gpu is None:
-        detail = (
-            f"{device.name} is not in perf/work/gpus.py: shares of its peak are left out. Known: "
-        )
-        found.append(Finding("warning", "data sheet", detail + ", ".join(gpus.GPUS)))
+        detail = f"{device.name} is not in perf/work/gpus.py: shares of its peak are left out."
+        known = f" Known: {', '.join(gpus.GPUS)}"
+        found.append(Finding("warning", "data sheet", detail + known))
     else:
         found.append(Finding("ok", "data sheet", f"{gpu.title}: {gpu.source}"))
     if device.nvml_missing:
@@ -297,9 +282,8 @@ def _measured(device: Any) -> list[Finding]:
         try:
             found += step()
         except Exception as error:  # no memory left, say: the other steps may still work
-            found.append(
-                Finding("error", "measuring", f"a measurement failed: {first_line(error)}")
-            )
+            detail = f"a measurement failed: {first_line(error)}"
+            found.append(Finding("error", "measuring", detail))
     return found
 
 
@@ -318,21 +302,14 @@ def _share(title: str, detail: str, rate: float, peak: float | None, least: floa
     return Finding("ok", title, detail, value, unit)
 
 
-@contextmanager
-def _runner(device: Any, calls: list, cache: str) -> Iterator[Any]:
-    runner = device.prepare(calls, cache)
-    try:
-        yield runner
-    finally:
-        runner.close()
-
-
 def _copy(device: Any, gpu: gpus.GPU | None) -> list[Finding]:
     """The memory's bandwidth: a large copy, bytes read and written both counted."""
     size = min(2**30, device.memory_free() // 4)
     source, to = (torch.empty(size, dtype=torch.uint8, device=device.torch_device) for _ in "ab")
     source.random_()
-    with _runner(device, [functools.partial(torch.Tensor.copy_, to, source)], "cold") as runner:
+    with closing(
+        device.prepare([functools.partial(torch.Tensor.copy_, to, source)], "cold")
+    ) as runner:
         timing.warm(device, runner)
         seconds = statistics.median(timing.screen(device, runner, 0.2))
     rate = 2 * size / seconds
@@ -350,7 +327,7 @@ def _matmul(device: Any, gpu: gpus.GPU | None, kind: str) -> list[Finding]:
     before = switch.fp32_precision
     switch.fp32_precision = "tf32" if kind == "tf32" else "ieee"
     try:
-        with _runner(device, [functools.partial(torch.matmul, a, b)], "cold") as runner:
+        with closing(device.prepare([functools.partial(torch.matmul, a, b)], "cold")) as runner:
             timing.warm(device, runner)
             samples, clocks, reasons = _under_load(device, runner)
     finally:
@@ -417,7 +394,7 @@ def _rotation(device: Any, gpu: gpus.GPU | None) -> list[Finding]:
 
     rates = {}
     for cache, count in (("hot", 1), ("cold", sets.count)):
-        with _runner(device, [call() for _ in range(count)], cache) as runner:
+        with closing(device.prepare([call() for _ in range(count)], cache)) as runner:
             rates[cache] = 2 * size / statistics.median(timing.screen(device, runner, 0.1)) / 1e12
     hot, cold = rates["hot"], rates["cold"]
     detail = f"{2 * size / 2**20:.0f} MiB hot {hot:.2f} TB/s, in {sets.count} sets {cold:.2f} TB/s"

@@ -93,15 +93,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def only(text: str | None, groups: dict[str, str]) -> set[str]:
-    """The names of the tasks that --only leaves.
-
-    Args:
-        text: of the command line; None: all of them.
-        groups: the group of each task.
-
-    Raises:
-        PerfError: a name of neither a task nor a group.
-    """
+    """The names of the tasks that --only leaves; `groups` has the group of each task."""
     words = list(GROUPS) if text is None else text.split(",")
     for word in words:
         if word not in {*groups, *GROUPS}:
@@ -114,11 +106,7 @@ def only(text: str | None, groups: dict[str, str]) -> set[str]:
 
 
 def here(args: argparse.Namespace, groups: set[str]) -> dict[str, Any]:
-    """The GPU, its driver and the versions: what may not change between two calls.
-
-    Raises:
-        PerfError: there is no GPU and something needs one, or it does not start.
-    """
+    """The GPU, its driver and the versions: what may not change between two calls."""
     if args.dry_run:
         return {"gpu": "interpreter", "driver": None, "versions": provenance.versions()}
     known = load(args.out) if args.out else None
@@ -140,11 +128,7 @@ def here(args: argparse.Namespace, groups: set[str]) -> dict[str, Any]:
 
 
 def probe() -> dict[str, Any]:
-    """Ask a process of its own, since a context in this one would disturb what is measured.
-
-    Raises:
-        PerfError: the GPU does not start.
-    """
+    """Ask a process of its own, since a context in this one would disturb what is measured."""
     command = [sys.executable, "-c", PROBE]
     try:
         asked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -175,24 +159,19 @@ def environment(dry: bool) -> dict[str, str]:
 
 
 def load(out: pathlib.Path) -> dict[str, Any] | None:
-    """What programme.json says; None where there is none.
-
-    Raises:
-        PerfError: for a file that cannot be read, or is something else.
-    """
+    """What programme.json says; None where there is none."""
     path = out / "programme.json"
     try:
         state = json.loads(path.read_text())
-        valid = isinstance(state["tasks"], dict) and isinstance(state["gpu"], str)
+        if isinstance(state["tasks"], dict) and isinstance(state["gpu"], str):
+            return state
     except FileNotFoundError:
         return None
     except OSError as error:
         raise PerfError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError):
-        valid = False
-    if not valid:
-        raise PerfError(f"{path} is damaged: remove it, and what was measured is kept and found")
-    return state
+        pass
+    raise PerfError(f"{path} is damaged: remove it, and what was measured is kept and found")
 
 
 class Programme:
@@ -224,27 +203,16 @@ class Programme:
         self.out, self.every, self.environment = out, every, environment
         self.tasks = [task for task in every if task.name in names]
         self.budget, self.began = budget, time.monotonic() if began is None else began
-        known = load(out)
-        self._check_same(known or about, about)
-        self.state = about | {"tasks": known["tasks"] if known else {}}
-        self.records: dict[str, dict] = self.state["tasks"]
-
-    def _check_same(self, old: dict[str, Any], new: dict[str, Any]) -> None:
-        """As a results file would, but before anything has begun."""
-        facts = [
-            {"gpu": about["gpu"], "driver": about["driver"]}
-            | {name: about["versions"].get(name) for name in ("torch", "triton")}
-            for about in (old, new)
-        ]
-        for name, was in facts[0].items():
-            now = facts[1][name]
+        known = load(out) or about | {"tasks": {}}
+        for name in ("gpu", "driver", "torch", "triton"):
+            was, now = (a.get(name, a["versions"].get(name)) for a in (known, about))
             if was != now:
                 raise PerfError(
-                    f"{self.out} is about {name} {was!r}, this is {now!r}: they do not belong "
+                    f"{out} is about {name} {was!r}, this is {now!r}: they do not belong "
                     "together, choose another --out"
                 )
-
-    # --- the budget ------------------------------------------------------------------------------
+        self.records: dict[str, dict] = known["tasks"]
+        self.state = about | {"tasks": self.records}
 
     def left(self) -> float:
         """Seconds of the budget that are left."""
@@ -254,8 +222,6 @@ class Programme:
         """Whether it was finished, with the sources as they are now."""
         record = self.records.get(task.name, {})
         return record.get("status") == "done" and record.get("source") == task.source()
-
-    # --- doing it --------------------------------------------------------------------------------
 
     def run(self) -> int:
         """Do what is left; print the summary however it ends. Returns the exit status."""
@@ -289,11 +255,8 @@ class Programme:
             path.unlink(missing_ok=True)
         print(f"{task.name}: {seconds:.0f} s of {self.left():.0f}", flush=True)
         record = {"status": "interrupted", "source": source, "seconds": None, "came": ""}
-        record |= {
-            **provenance.commit(),
-            "versions": self.state["versions"],
-            "when": provenance.now(),
-        }
+        record |= provenance.commit()
+        record |= {"versions": self.state["versions"], "when": provenance.now()}
         self._record(task, record)  # all that a kill -9 leaves
         start, log = time.monotonic(), self.out / "logs" / f"{task.name}.log"
         limit = min(seconds + OVERTIME, max(most - PATIENCE, 0.5 * most))
@@ -336,8 +299,6 @@ class Programme:
         results.write_whole(self.out / "summary.md", f"{self.summary()}\n".encode())
         text = json.dumps(self.state, indent=1)
         results.write_whole(self.out / "programme.json", f"{text}\n".encode())
-
-    # --- saying it -------------------------------------------------------------------------------
 
     def _unfinished(self) -> bool:
         return any(self.records.get(task.name, {}).get("status") != "done" for task in self.every)
@@ -407,11 +368,7 @@ def execute(
 ) -> str:
     """Run a command with its output in a file, and stop it when its time is over.
 
-    Returns:
-        The status: done, failed, or ran out of time.
-
-    Raises:
-        KeyboardInterrupt: this was interrupted; the process has been stopped by then.
+    Returns the status: done, failed, or ran out of time. Ctrl-C stops the process, too.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "wb") as file:
@@ -469,11 +426,7 @@ def _termination_interrupts() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _one_at_a_time(out: pathlib.Path) -> Iterator[None]:
-    """Make the folder, and hold it against another programme.
-
-    Raises:
-        PerfError: one is at work there, or the folder cannot be made.
-    """
+    """Make the folder, and hold it against another programme."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         held = os.open(out, os.O_RDONLY)

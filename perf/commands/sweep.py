@@ -86,23 +86,17 @@ def run(args: argparse.Namespace) -> int:
         raise PerfError("--dry-run where there is a GPU needs TRITON_INTERPRET=1 before `python`")
     if device.target is None and args.save_tuned:
         raise PerfError("--save-tuned saves what a GPU has measured: there is none here")
-    if device.target is None and not args.dry_run:
-        print("No GPU here: tiles are compiled and predicted, not timed (tilelab compile).")
-        args.explain = False
-        folder = compiling.out_folder(args, "sweep")
-        gpu = gpus.find(args.target)
-        path = folder / f"{compiling.label(gpu)}.jsonl"
-        with aot.Compilers(args.workers) as compilers:
-            compiling.compile_all(work, gpu, compilers, path, args)
-        finish_up(path, args)
-        return 0
     folder = compiling.out_folder(args, "sweep")
-    path = folder / "results.jsonl"
-    with (
-        aot.Compilers(args.workers) as compilers,
-        results.Writer(path, provenance.header(device.header(), True, args)) as writer,
-    ):
-        Sweep(device, work, args, compilers, writer).run()
+    with aot.Compilers(args.workers) as compilers:
+        if device.target is None and not args.dry_run:
+            print("No GPU here: tiles are compiled and predicted, not timed (tilelab compile).")
+            gpu = gpus.find(args.target)
+            path = folder / f"{compiling.label(gpu)}.jsonl"
+            compiling.compile_all(work, gpu, compilers, path, args)
+        else:
+            path = folder / "results.jsonl"
+            with results.Writer(path, provenance.header(device.header(), True, args)) as writer:
+                Sweep(device, work, args, compilers, writer).run()
     finish_up(path, args)
     return 0
 
@@ -217,13 +211,12 @@ class Sweep:
         if self._has_final(w) and not new:
             return
         until = None if share is None else self.device.now() + share
-        try:
+        nothing = self._row(w, "tilelab", None, "screen")
+        with self._failing(nothing, "cannot be set up: ") as failure:
             gate = Gate(w, self.device.torch_device, self._seed())
             sets = self._sets(w)
             calls = [self._call(w, "tilelab", self._seed()) for _ in range(sets.count)]
-        except Exception as e:
-            self._broken(devices.first_line(e))
-            self._failed(w, "tilelab", None, "screen", f"cannot be set up: {devices.first_line(e)}")
+        if failure:
             return
         cache = "cold" if sets.cold and not self.args.hot else "hot"
         screened = self._screen(w, compiled, gate, calls, cache, share)
@@ -270,7 +263,7 @@ class Sweep:
                 self._skip(todo[i:], "not timed: the time budget ran out")
                 break
             row = row | {"stage": "screen", "cache": cache}
-            try:
+            with self._failing(row):
                 if checked is None or w.mode == "step":  # a second step would have other results
                     checked = self._call(w, "tilelab", gate.seed)
                 verdict = gate.check(with_tile(checked, row["tile"]))
@@ -283,12 +276,8 @@ class Sweep:
                             self._warm(r, share)
                             warm = True
                         row |= self._timed(w, timing.screen(self.device, r), r)
-            except Exception as e:
-                self._broken(devices.first_line(e), row)
-                row |= {"status": "error", "reason": devices.first_line(e)}
-            self.writer.write(stored(row))
-            if row["status"] == "ok":
-                rows.append(row)
+                self.writer.write(stored(row))
+                rows += [row] if row["status"] == "ok" else []
         return rows
 
     def _final(self, w, screened, calls, cache, share, until) -> None:
@@ -305,24 +294,20 @@ class Sweep:
             runners = {}
             for name, row in list(entries.items()):
                 tiled = [with_tile(call, row["tile"]) for call in calls]
-                try:
+                # All of them at once may be too much for the memory.
+                with self._failing(self._row(w, "tilelab", row["tile"], "final")) as failure:
                     runners[name] = stack.enter_context(self._runner(tiled, cache))
-                except Exception as e:  # all of them at once may be too much for the memory
-                    self._broken(devices.first_line(e), entries.pop(name))
-                    self._failed(w, "tilelab", row["tile"], "final", devices.first_line(e))
+                if failure:
+                    del entries[name]
             if set(self.peers) - {"torch"}:
                 forget_compiled()
             for peer in self._peers_of(w):
-                row = arguments.identity(w, None) | {"impl": peer, "tile": None, "stage": "final"}
-                try:
-                    with warnings.catch_warnings():  # of what a peer's compiler finds worth saying
-                        warnings.simplefilter("ignore")
-                        peer_calls = [self._call(w, peer, self._seed()) for _ in calls]
-                        runners[peer] = stack.enter_context(self._runner(peer_calls, cache))
+                row = self._row(w, peer, None, "final")
+                with self._failing(row), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # what a peer's compiler finds worth saying
+                    peer_calls = [self._call(w, peer, self._seed()) for _ in calls]
+                    runners[peer] = stack.enter_context(self._runner(peer_calls, cache))
                     entries[peer] = row | {"status": "ok"}
-                except Exception as e:
-                    self._broken(devices.first_line(e), row)
-                    self._failed(w, peer, None, "final", devices.first_line(e))
             if not runners:
                 return
             self._warm(next(iter(runners.values())), share)
@@ -389,13 +374,8 @@ class Sweep:
                 verdicts[name] = (None, None, devices.first_line(e))
         return verdicts
 
-    @contextlib.contextmanager
-    def _runner(self, calls: list, cache: str) -> Iterator[Any]:
-        runner = self.device.prepare(calls, cache)
-        try:
-            yield runner
-        finally:
-            runner.close()
+    def _runner(self, calls: list, cache: str) -> contextlib.AbstractContextManager:
+        return contextlib.closing(self.device.prepare(calls, cache))
 
     def _timed(self, w: Workload, samples: list[float], runner: Any) -> dict[str, Any]:
         """The row fields that follow from samples."""
@@ -442,10 +422,26 @@ class Sweep:
     def _peers_of(self, w: Workload) -> list[str]:
         return [peer for peer in self.peers if workloads.offers(peer, w)]
 
-    def _failed(self, w: Workload, impl: str, tile: dict | None, stage: str, reason: str) -> None:
+    def _row(self, w: Workload, impl: str, tile: dict | None, stage: str) -> dict[str, Any]:
+        """A row of which nothing is known yet."""
         source = aot.source_hash(w.op) if impl == "tilelab" else None
-        row = arguments.identity(w, source) | {"impl": impl, "tile": tile, "stage": stage}
-        self.writer.write(stored(row | {"status": "error", "reason": reason}))
+        return arguments.identity(w, source) | {"impl": impl, "tile": tile, "stage": stage}
+
+    @contextlib.contextmanager
+    def _failing(self, row: dict, what: str = "") -> Iterator[list[str]]:
+        """Within this context an error becomes the row's; the list that it gives has it then.
+
+        Args:
+            row: whose it is.
+            what: said before the error, where it is about all tiles.
+        """
+        failure: list[str] = []
+        try:
+            yield failure
+        except Exception as e:
+            failure.append(devices.first_line(e))
+            self._broken(failure[0], None if what else row)
+            self.writer.write(stored(row | {"status": "error", "reason": what + failure[0]}))
 
     def _broken(self, what: str, row: dict | None = None) -> None:
         """Stop if the GPU itself no longer works; out of memory and the like are only a row.

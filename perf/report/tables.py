@@ -14,14 +14,13 @@ from tilelab.perf.commands.training_step import totals
 from tilelab.perf.report import history
 from tilelab.perf.rows import ranking
 from tilelab.perf.rows.ranking import Row, markdown_table
+from tilelab.perf.work import networks
+from tilelab.perf.work.operators import OPERATORS
 
 PREDICTED = Path(__file__).parents[1] / "results" / "predicted" / "sm_90.jsonl.gz"
 STEP = PREDICTED.with_name("step.json")  # of `tilelab step --json`
-OPS = (
-    *("matmul", "matmul_bias_relu", "scaled_matmul", "bias_relu", "softmax", "cross_entropy"),
-    *("max_pool2d", "sgd", "adamw"),
-)
-CONVOLUTIONS = ("conv2d", "conv2d_bias_relu", "conv2d_relu_pool")
+CONVOLUTIONS = [op for op, row in OPERATORS.items() if row.sizes == networks.CONV]
+OPS = [op for op, row in OPERATORS.items() if row.lesson and op not in CONVOLUTIONS]
 CONV_LAYER = "resnet50.layer3.1.conv2 n256"  # 3x3, 256 channels of 14 x 14 pixels
 
 
