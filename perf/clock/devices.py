@@ -51,7 +51,7 @@ THROTTLE = {
 }
 
 
-def here() -> "CudaDevice | HostDevice":
+def current_device() -> "CudaDevice | HostDevice":
     """The device that the kernels use: the GPU if torch sees one and TRITON_INTERPRET is not 1."""
     interpret = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
     return HostDevice() if interpret or not torch.cuda.is_available() else CudaDevice()

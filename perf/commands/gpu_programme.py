@@ -45,7 +45,7 @@ LATE = "ran out of time"
 PROBE = (
     "import json; from tilelab.perf.clock import devices; "
     "from tilelab.perf.commands import provenance; "
-    "print(json.dumps(devices.here().header() | {'versions': provenance.versions()}))"
+    "print(json.dumps(devices.current_device().header() | {'versions': provenance.versions()}))"
 )
 
 
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     nowhere = pathlib.Path()
     groups = {task.name: task.group for task in tasks(nowhere, "none", args.dry_run, nowhere)}
     names = only(args.only, groups)
-    about = here(args, {groups[name] for name in names})
+    about = machine(args, {groups[name] for name in names})
     out = folder(args, about["gpu"])
     to = (out.parent if out.parent == ROOT / "perf" / "results" else out) / "log.jsonl"
     every = tasks(out, about["gpu"], args.dry_run, to)
@@ -105,7 +105,7 @@ def only(text: str | None, groups: dict[str, str]) -> set[str]:
 # -- where this is -------------------------------------------------------------------------------
 
 
-def here(args: argparse.Namespace, groups: set[str]) -> dict[str, Any]:
+def machine(args: argparse.Namespace, groups: set[str]) -> dict[str, Any]:
     """The GPU, its driver and the versions: what may not change between two calls."""
     if args.dry_run:
         return {"gpu": "interpreter", "driver": None, "versions": provenance.versions()}
