@@ -46,7 +46,6 @@ class Field(NamedTuple):
     required: bool = False
 
 
-KINDS = ("header", "row")
 MODES = ("fwd", "dgrad", "wgrad", "bwd", "fwdbwd", "step")
 IMPLEMENTATIONS = ("tilelab", "torch", "graph", "compile", "inductor")
 STAGES = ("compile", "screen", "final")
@@ -294,24 +293,15 @@ def _line(place: str, text: bytes, first: bool) -> dict:
     """Return one line as a dict, or raise what is wrong with it."""
     try:
         line = json.loads(text)
-        kind = line["kind"]
-    except (ValueError, KeyError, TypeError) as error:
-        if first:
-            raise PerfError(f"{place}: not a results file: it begins with no header") from error
-        raise PerfError(f"{place}: damaged: not a line of JSON with a kind") from error
-    if kind == "header":
-        if line.get("schema") != SCHEMA:
-            raise PerfError(
-                f"{place}: schema {line.get('schema')}, but this version of tilelab knows "
-                f"schema {SCHEMA}"
-            )
-        problem = _problem(line, HEADER)
-    elif kind == "row" and not first:
-        problem = _problem(line, ROW)
-    elif first:
+        fields = {"header": HEADER, "row": ROW}[line["kind"]]
+    except (ValueError, KeyError, TypeError):
+        line, fields = {}, None
+    if first and fields is not HEADER:
         raise PerfError(f"{place}: not a results file: it begins with no header")
-    else:
-        problem = f"kind is {kind!r}, not {' or '.join(KINDS)}"
+    if fields is HEADER and line.get("schema") != SCHEMA:
+        known = f"this version of tilelab knows schema {SCHEMA}"
+        raise PerfError(f"{place}: schema {line.get('schema')}, but {known}")
+    problem = _problem(line, fields) if fields else "not a line of JSON with a kind"
     if problem:
         raise PerfError(f"{place}: damaged: {problem}")
     return line
