@@ -28,9 +28,12 @@ from unittest import mock
 import torch
 from tilelab.perf.errors import PerfError
 from tilelab.perf.rows.ranking import markdown_table
+from tilelab.perf.rows.results import MODES
 from torch.utils import benchmark
 
-ROOT = pathlib.Path(__file__).parents[2]
+import tilelab
+
+ROOT = pathlib.Path(tilelab.__file__).parents[1]  # where tilelab is imported from
 TARGET = "sm_90"
 TUNED = 200  # shapes in the tuned table that a tile is looked up in
 FIRST_CALLS = ("matmul", "conv2d", "softmax")  # a kernel of each is compiled
@@ -61,18 +64,16 @@ def measure(rounds: int = 20) -> dict[str, tuple[float, str]]:
 
 def markdown(costs: dict[str, float]) -> str:
     """The table of what a call of each operator costs, from the µs of `measure` by name."""
-    gradients: dict[str, list[str]] = {}
-    forward: dict[str, float] = {}
+    found: dict[str, dict[str, str]] = {}
     for name, cost in costs.items():
         op, _, mode = name.partition(" ")
-        if mode in ("fwd", "step"):
-            forward[op] = cost
-        elif mode in ("dgrad", "wgrad", "bwd", "fwdbwd"):
-            gradients.setdefault(op, []).append(f"{mode} {cost:.3g}")
-    lines = [
-        (f"`{op}`", f"{cost:.3g}", ", ".join(gradients.get(op, [])) or "–")
-        for op, cost in forward.items()
-    ]
+        if mode in MODES:
+            found.setdefault(op, {})[mode] = f"{cost:.3g}"
+    lines = []
+    for op, modes in found.items():
+        call = modes.pop("fwd" if "fwd" in modes else "step")
+        gradients = ", ".join(f"{mode} {cost}" for mode, cost in modes.items())
+        lines.append((f"`{op}`", call, gradients or "–"))
     return markdown_table(("operator", "call (µs)", "its gradients by mode (µs)"), lines)
 
 
@@ -83,12 +84,9 @@ def run_python(code: str, **environment: str) -> Any:
     """What `code` prints as JSON, in a process of its own."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     variables = dict(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1", PYTHONPATH=":".join(paths))
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | variables | environment,
-        capture_output=True,
-        text=True,
-    )
+    variables = os.environ | variables | environment
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
         raise PerfError(f"measuring the host failed: {last}")

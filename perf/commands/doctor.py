@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from tilelab.perf.clock import timing
-from tilelab.perf.clock.devices import HostDevice, first_line, here
+from tilelab.perf.clock.devices import HostDevice, current_device, first_line
 from tilelab.perf.commands import provenance
 from tilelab.perf.errors import PerfError
 from tilelab.perf.rows import results
@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Look, print, and return the exit status: 1 if there is an error among the findings."""
     try:
-        device, broken = here(), None
+        device, broken = current_device(), None
     except Exception as error:  # torch says that there is a GPU, and it does not start
         device, broken = HostDevice(), first_line(error)
     findings = examine(device, quick=args.quick, host=args.host)

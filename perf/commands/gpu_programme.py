@@ -45,7 +45,7 @@ LATE = "ran out of time"
 PROBE = (
     "import json; from tilelab.perf.clock import devices; "
     "from tilelab.perf.commands import provenance; "
-    "print(json.dumps(devices.here().header() | {'versions': provenance.versions()}))"
+    "print(json.dumps(devices.current_device().header() | {'versions': provenance.versions()}))"
 )
 
 

@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         raise PerfError("--tiles default is one tile: -a has nothing to choose from")
     work = arguments.workloads(args)
     peers(args.peers)  # an error in them comes first
-    device = devices.here()
+    device = devices.current_device()
     if args.dry_run and device.target is not None:
         raise PerfError("--dry-run where there is a GPU needs TRITON_INTERPRET=1 before `python`")
     if device.target is None and args.save_tuned:

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         raise PerfError(f"--dtype is bf16, fp16 or fp32, not {args.dtype!r}")
     dtype = workloads.DTYPES[args.dtype][0]
     steps = counted(batches, dtype, args.target)
-    device = devices.here()
+    device = devices.current_device()
     for step in steps:
         if device.torch_device != "cpu":
             step["measured"] = measured(device, step["batch"], dtype)

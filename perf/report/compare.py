@@ -104,29 +104,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the two files, and what to make of their differences."""
     parser.add_argument("a", help="results before")
     parser.add_argument("b", help="results after")
-    parser.add_argument(
-        "--margin",
-        type=float,
-        default=100 * MARGIN,
-        metavar="PERCENT",
-        help="differences up to this are none (default: %(default)g)",
-    )
-    parser.add_argument(
-        "--every-tile",
-        action="store_true",
-        help="compare tile by tile, not the best tile of each workload",
-    )
-    parser.add_argument(
-        "--fail-on",
-        choices=("slower", "unsure"),
-        help="exit with 1 if a kernel of ours is slower or has no right result any more; unsure: "
-        "or if that is not certain",
-    )
-    parser.add_argument(
-        "--anyway",
-        action="store_true",
-        help="compare two GPUs, or predictions with measurements",
-    )
+    text = "differences up to this are none (default: %(default)g)"
+    parser.add_argument("--margin", type=float, default=100 * MARGIN, metavar="PERCENT", help=text)
+    text = "compare tile by tile, not the best tile of each workload"
+    parser.add_argument("--every-tile", action="store_true", help=text)
+    text = "exit with 1 if a kernel of ours is slower or has no right result any more; "
+    text += "unsure: or if that is not certain"
+    parser.add_argument("--fail-on", choices=("slower", "unsure"), help=text)
+    text = "compare two GPUs, or predictions with measurements"
+    parser.add_argument("--anyway", action="store_true", help=text)
 
 
 def run(args: argparse.Namespace, out: Callable[[str], Any] = print) -> int:
@@ -141,7 +127,7 @@ def run(args: argparse.Namespace, out: Callable[[str], Any] = print) -> int:
     """
     if not 0 <= args.margin < 100:
         raise PerfError(f"--margin must be from 0 to 100 percent, got {args.margin:g}")
-    a, b = results.read(args.a, out), results.read(args.b, out)
+    a, b = (results.read(path, note=out) for path in (args.a, args.b))
     runs = _headings(args.a, a, args.b, b, args.anyway)
     found = compare(a.rows, b.rows, args.margin / 100, args.every_tile)
     if not found:

@@ -22,7 +22,7 @@ import math
 import pathlib
 import textwrap
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from tilelab.perf.compiler.prediction import (
@@ -55,25 +55,25 @@ from tilelab.perf.work.operators import is_product
 
 TIE = 0.01  # a tile within 1% of the winner lost nothing that needs an explanation
 LESS = 0.9  # below nine tenths of the winner's value a share counts as less
-TITLES = {  # code: what its tiles do, as a heading of a group
+TITLES = {  # code: the cause, as a heading of the tiles that it is true of
     "best": "the winner",
     "tie": "as fast as the winner",
-    "wrong": "give a wrong result",
-    "error": "fail",
-    "does not fit": "do not fit",
-    "spills": "spill registers",
-    "no tensor cores": "do not use the tensor cores",
-    "older tensor cores": "use the older tensor-core instructions",
-    "serialised": "have serialised wgmma",
-    "narrow loads": "load in narrow pieces",
-    "occupancy": "keep fewer warps on an SM",
-    "waves": "leave SMs idle",
-    "padding": "compute more padding",
-    "loop": "need more instructions",
-    "traffic": "read more memory",
+    "wrong": "wrong result",
+    "error": "failed",
+    "does not fit": "too large for an SM",
+    "spills": "registers spilled to memory",
+    "no tensor cores": "no tensor cores",
+    "older tensor cores": "older tensor-core instructions",
+    "serialised": "serialised wgmma",
+    "narrow loads": "narrow loads",
+    "occupancy": "fewer warps on an SM",
+    "waves": "idle SMs",
+    "padding": "more padding",
+    "loop": "more instructions",
+    "traffic": "more memory traffic",
     "pruned": "pruned before timing",
     "skipped": "not tried",
-    "unexplained": "are slower for no reason that these numbers show",
+    "unexplained": "slower for no reason that these numbers show",
 }
 
 
@@ -139,10 +139,8 @@ def _cause(row: Row, best: Row, gpu: GPU | None) -> tuple[str, str]:
     gap = _gap(row, best)
     if gap is not None and gap < 1 + TIE and row["status"] != "pruned":
         return "tie", f"{time_text(seconds(row))}, the winner {time_text(seconds(best))}"
-    for code, check in RUINOUS.items():
-        words = check(row, best)
-        if words:
-            return code, words
+    if ruined := _ruined(row, best):
+        return ruined
     causes = [cause for check in COSTLY if (cause := check(row, best, gpu))]
     if not causes:
         return "unexplained", _unexplained(row, best)
@@ -172,10 +170,28 @@ def _share(factor: float, gap: float | None) -> str:
     return f", by the model {factor:.2f}x: {part} the gap"
 
 
-def _spills(row: Row, best: Row) -> str | None:
+def _ruined(row: Row, best: Row) -> tuple[str, str] | None:
+    """What ruins this tile and not the winner: a code and a sentence, the worst first."""
     spilled, least = row.get("spills") or 0, best.get("spills") or 0
-    if spilled <= least:
-        return None
+    core, winners = row.get("tensor_core") or "", best.get("tensor_core") or ""
+    load, widest = row.get("load_bytes"), best.get("load_bytes")
+    if spilled > least:
+        return "spills", _spill_words(row, spilled, least)
+    if winners and not core:
+        words = f"no tensor-core instruction in its main loop; the winner has {winners}"
+        return "no tensor cores", words
+    if core.startswith("HMMA") and winners.startswith(("HGMMA", "UTC")):
+        words = f"{core}, which reads operands from registers; the winner has {winners}"
+        return "older tensor cores", words
+    if row.get("serialised") and not best.get("serialised"):
+        words = "the compiler put a wait after every wgmma: the tensor cores idle while it loads"
+        return "serialised", words
+    if load and widest and load < widest:
+        return "narrow loads", f"its narrowest loads are {load} bytes wide, the winner's {widest}"
+    return None
+
+
+def _spill_words(row: Row, spilled: int, least: int) -> str:
     words = f"spills {spilled} bytes a thread to memory"
     words += f", the winner {least}" if least else ""
     tile = row.get("tile") or {}
@@ -183,41 +199,6 @@ def _spills(row: Row, best: Row) -> str | None:
         held = tile["BLOCK_M"] * tile["BLOCK_N"] // (32 * loop_warps(tile))
         words += f": its accumulators alone take {held} of 255 registers" if held >= 96 else ""
     return words
-
-
-def _tensor_cores(row: Row, best: Row) -> str | None:
-    if row.get("tensor_core") or not best.get("tensor_core"):
-        return None
-    return f"no tensor-core instruction in its main loop; the winner has {best['tensor_core']}"
-
-
-def _older_tensor_cores(row: Row, best: Row) -> str | None:
-    mine, other = row.get("tensor_core") or "", best.get("tensor_core") or ""
-    if not mine.startswith("HMMA") or not other.startswith(("HGMMA", "UTC")):
-        return None
-    return f"{mine}, which reads operands from registers; the winner has {other}"
-
-
-def _serialised(row: Row, best: Row) -> str | None:
-    if not row.get("serialised") or best.get("serialised"):
-        return None
-    return "the compiler put a wait after every wgmma: the tensor cores idle while it loads"
-
-
-def _narrow_loads(row: Row, best: Row) -> str | None:
-    mine, other = row.get("load_bytes"), best.get("load_bytes")
-    if not mine or not other or mine >= other:
-        return None
-    return f"its narrowest loads are {mine} bytes wide, the winner's {other}"
-
-
-RUINOUS: dict[str, Callable[[Row, Row], str | None]] = {
-    "spills": _spills,
-    "no tensor cores": _tensor_cores,
-    "older tensor cores": _older_tensor_cores,
-    "serialised": _serialised,
-    "narrow loads": _narrow_loads,
-}
 
 
 class Cause(NamedTuple):
@@ -435,8 +416,7 @@ def _table_text(table: Table, tiles: int, groups: int) -> str:
     else:
         lines.append(f"  none of {_tiles(len(workload.tiles))} has a time")
     for code, verdicts in table.groups[:groups]:
-        one = len(verdicts) == 1
-        lines.append(f"  {_tiles(len(verdicts))}: {heading(code, one)}{_range(verdicts)}")
+        lines.append(f"  {_tiles(len(verdicts))}: {TITLES[code]}{_range(verdicts)}")
         for verdict in verdicts[:tiles]:
             gap = "     –" if verdict.gap is None else f"{verdict.gap:.2f}x".rjust(6)
             lines.append(
@@ -449,16 +429,6 @@ def _table_text(table: Table, tiles: int, groups: int) -> str:
         many = "reason" if len(left) == 1 else "reasons"
         lines.append(f"  {_tiles(sum(len(v) for _, v in left))} for {len(left)} other {many}")
     return "\n".join(lines)
-
-
-def heading(code: str, one: bool = False) -> str:
-    """The title of a code, for one tile or for several: "spills registers", "spill registers"."""
-    title = TITLES[code]
-    verb, _, rest = title.partition(" ")
-    third = {"do": "does", "have": "has", "are": "is"}
-    if not one or verb in ("the", "as", "pruned", "not"):
-        return title
-    return f"{third.get(verb, verb + 's')} {rest}".strip()
 
 
 def _tiles(count: int) -> str:

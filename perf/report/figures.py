@@ -86,11 +86,7 @@ DARK = Theme(
 
 def style(theme: Theme) -> AbstractContextManager[None]:
     """A context in which matplotlib draws, and saves, in a theme."""
-    return rc_context(_settings(theme))
-
-
-def _settings(theme: Theme) -> dict:
-    return {
+    settings = {
         "font.family": "sans-serif",
         "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],
         "font.size": 10,
@@ -121,6 +117,7 @@ def _settings(theme: Theme) -> dict:
         "svg.fonttype": "none",
         "svg.hashsalt": "tilelab",
     }
+    return rc_context(settings)
 
 
 def themed(function: Callable[[list[Workload], Theme], Figure]) -> Callable[..., Figure]:
@@ -192,18 +189,16 @@ def _some(texts: Iterable[str], most: int = 4) -> str:
 
 
 def _about(shown: Sequence[Workload]) -> str:
-    """The head of a title: what all that is shown has in common."""
-    ops = {f"{w.op} {w.mode}" for w in shown}
+    """The head of a title: operator, mode and dtype, and the shapes' family if they have one."""
     families = {w.family for w in shown}
-    parts = [*ops] if len(ops) == 1 else []
-    parts += [f for f in families if f] if len(families) == 1 else []
-    dtypes = {dtype_text(w.dtype, w.precision) for w in shown}
-    return ", ".join([*parts, *dtypes] if len(dtypes) == 1 else parts)
+    family = families.pop() if len(families) == 1 else ""
+    first = shown[0]
+    parts = f"{first.op} {first.mode}", family, dtype_text(first.dtype, first.precision)
+    return ", ".join(filter(None, parts))
 
 
 def labels(shown: Sequence[Workload]) -> list[str]:
-    """Short names of workloads, different from each other if their shapes are."""
-    one_op = len({(w.op, w.mode) for w in shown}) == 1
+    """Short names of one operator's workloads, different from each other if their shapes are."""
     one_family = len({w.family for w in shown}) == 1
     varying = _varying(shown)
     found = []
@@ -211,8 +206,8 @@ def labels(shown: Sequence[Workload]) -> list[str]:
         text = w.label if one_family else w.name
         if not w.family and "=" in w.name and varying:
             text = " ".join(f"{k}={v}" for k, v in w.shape.items() if k in varying)
-        found.append(text if one_op else f"{w.op} {w.mode} {text}")
-    return [cut(text, 34) for text in found]
+        found.append(cut(text, 34))
+    return found
 
 
 def _varying(shown: Sequence[Workload]) -> list[str]:
@@ -445,14 +440,19 @@ def _series(
         ax.plot(xs, middle, linestyle="none", label=NAMES[impl], **style)
 
 
+def limits(w: Workload) -> tuple[float, float] | None:
+    """The GPU's peak in FLOP/s and its bandwidth in bytes/s; None for an unknown GPU."""
+    gpu = known_gpu(w.gpu)
+    peak = gpu and gpu.peak(gpus.kind(w.dtype, w.precision))
+    return (peak, gpu.bandwidth) if peak else None
+
+
 def ceiling(w: Workload) -> float | None:
     """The speed that no implementation can pass: peak or bandwidth; None for an unknown GPU."""
     row = next(iter((*w.tiles, *w.peers)))
-    gpu = known_gpu(w.gpu)
-    peak = gpu and gpu.peak(gpus.kind(w.dtype, w.precision))
-    if not peak or not row.get("bytes") or not row.get("flops"):
+    if not (known := limits(w)) or not row.get("bytes") or not row.get("flops"):
         return None
-    return speed(row, max(row["flops"] / peak, row["bytes"] / gpu.bandwidth))
+    return speed(row, max(row["flops"] / known[0], row["bytes"] / known[1]))
 
 
 def _ceilings(ax: Axes, xs: np.ndarray, shown: list[Workload], theme: Theme, as_line: bool) -> None:
@@ -506,26 +506,20 @@ def roofline(shown: list[Workload], theme: Theme) -> Figure:
 
 
 def _roofs(ax: Axes, w: Workload, theme: Theme) -> None:
-    gpu = known_gpu(w.gpu)
-    kind = gpus.kind(w.dtype, w.precision)
-    peak = gpu and gpu.peak(kind)
-    if not peak:
+    if not (known := limits(w)):
         return
+    peak, bandwidth = known
     (left, right), bottom = ax.get_xlim(), ax.get_ylim()[0]
-    ridge = peak / gpu.bandwidth
+    ridge = peak / bandwidth
     left, right = min(left, ridge / 8), max(right, ridge * 8)
     xs = np.array([left, ridge, right])
-    roof = np.minimum(xs * gpu.bandwidth, peak) / 1e12
+    roof = np.minimum(xs * bandwidth, peak) / 1e12
     ax.plot(xs, roof, color=theme.grey, linewidth=1.6, zorder=1)
     ax.set(xlim=(left, right), ylim=(min(bottom, roof[0]) / 1.5, 2.2 * peak / 1e12))
-    ax.annotate(
-        f"{peak / 1e12:,.0f} TFLOP/s ({kind})", (right, peak / 1e12), xytext=(-4, 4),
-        textcoords="offset points", ha="right", color=theme.grey, fontsize=9,
-    )  # fmt: skip
-    ax.annotate(
-        f"{gpu.bandwidth / 1e12:.3g} TB/s", (ridge, peak / 1e12), xytext=(-6, 4),
-        textcoords="offset points", ha="right", color=theme.grey, fontsize=9,
-    )  # fmt: skip
+    kind = gpus.kind(w.dtype, w.precision)
+    words = {"textcoords": "offset points", "ha": "right", "color": theme.grey, "fontsize": 9}
+    ax.annotate(f"{peak / 1e12:,.0f} TFLOP/s ({kind})", (right, peak / 1e12), (-4, 4), **words)
+    ax.annotate(f"{bandwidth / 1e12:.3g} TB/s", (ridge, peak / 1e12), (-6, 4), **words)
 
 
 # -- predicted against measured ------------------------------------------------------------------
@@ -679,40 +673,33 @@ def ladder(shown: list[Workload], theme: Theme) -> Figure:
     """Speed of each kernel of a lesson, from naive to fast, beside the peak; a group a layer."""
     found = [rungs(w) for w in shown]
     used = [rung for rung in RUNGS if any(rung in f for f in found)]
-    how = "measured" if all(w.measured for w in shown) else "compiled, predicted, not measured"
-    family = f", {shown[0].family}" if len({w.family for w in shown}) == 1 else ""
+    made = "measured" if all(w.measured for w in shown) else "compiled, predicted, not measured"
     height = 1.75 + BAR * (len(used) + 1) * len(shown)
     figure, ((ax,),) = frame(
-        shown, theme, f"{shown[0].op} {shown[0].mode}{family}: from naive to fast", height,
-        f"Of each kernel its fastest tile: {how}. Dashed: the peak of the tensor cores.",
+        shown, theme, f"{_about(shown)}: from naive to fast", height,
+        f"The fastest tile of each kernel: {made}. Dashed: the peak of the tensor cores.",
     )  # fmt: skip
     places = []
-    for group, of in enumerate(found):
+    for group, best in enumerate(found):
         first = group * (len(used) + 1)
         for at, rung in enumerate(used, start=first):
-            if rung in of:
-                value, (_, colour) = speed(of[rung]), RUNGS[rung]
+            if rung in best:
+                value, (_, colour) = speed(best[rung]), RUNGS[rung]
                 ax.barh(at, value, height=0.86, color=theme.series[colour])
                 ax.annotate(number_text(value), (value, at), xytext=(4, 0), fontsize=8,
                             textcoords="offset points", va="center")  # fmt: skip
         places.append(first + (len(used) - 1) / 2)
     ax.set_yticks(places, labels(shown))
-    ax.set(xlabel=unit(shown[0].op), xlim=(0, 1.06 * _ladder_end(ax, shown[0], found, theme)))
+    end = max(speed(row) for best in found for row in best.values())
+    if known := limits(shown[0]):
+        end = known[0] / 1e12
+        ax.axvline(end, color=theme.grey, linewidth=1.3, linestyle=(0, (5, 3)))
+    ax.set(xlabel=unit(shown[0].op), xlim=(0, 1.06 * end))
     ax.set_ylim(len(shown) * (len(used) + 1) - 1.3, -0.7)
     ax.tick_params(axis="y", length=0)
     ax.grid(axis="x")
     legend(figure, [Patch(facecolor=theme.series[RUNGS[r][1]], label=RUNGS[r][0]) for r in used])
     return figure
-
-
-def _ladder_end(ax: Axes, w: Workload, found: list[dict[str, Row]], theme: Theme) -> float:
-    """Draw the GPU's peak, if it is known; return where the axis may end."""
-    gpu = known_gpu(w.gpu)
-    peak = gpu and gpu.peak(gpus.kind(w.dtype, w.precision))
-    if not peak:
-        return max(speed(row) for of in found for row in of.values())
-    ax.axvline(peak / 1e12, color=theme.grey, linewidth=1.3, linestyle=(0, (5, 3)))
-    return peak / 1e12
 
 
 def ladder_text(shown: Iterable[Workload]) -> str:

@@ -11,6 +11,7 @@ Means are geometric. What was not measured, or not predicted, is null: "–" in 
 """
 
 import argparse
+import contextlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,7 +22,6 @@ from tilelab.perf.rows import ranking, results, stats
 from tilelab.perf.rows.ranking import Workload
 
 Entry = dict[str, Any]
-KEY = ("gpu", "commit", "op", "mode", "dtype", "shapes", "note")
 FIELDS = {  # in the order in which an entry has them: what they mean
     "gpu": "as in results files: a device, or `sm_90 (compiled)`",
     "commit": "of this repository, seven digits; `+` where the working tree differed from it",
@@ -92,6 +92,7 @@ def _entry(about: tuple, common: Entry, work: Sequence[Workload]) -> Entry:
     )
     found = {
         "gpu": gpu,
+        "commit": newest["commit"] or None,
         "op": op,
         "mode": mode,
         "dtype": dtype,
@@ -109,7 +110,6 @@ def _entry(about: tuple, common: Entry, work: Sequence[Workload]) -> Entry:
         "compared": len(compared),
         "failed": sum(w.best is None for w in work),
         "time": newest.get("time"),
-        "commit": newest["commit"] or None,
         **common,
     }
     return {name: found[name] for name in FIELDS}
@@ -129,7 +129,7 @@ def _short(value: float) -> float:
 
 
 def append(path: Path, new: Iterable[Entry]) -> int:
-    """Add entries to a log, those of a key and numbers that it has already left out.
+    """Add entries to a log, but for those that it has already.
 
     The file is written whole: it is as before or complete, whenever this is interrupted.
 
@@ -166,20 +166,17 @@ def read(path: Path) -> list[Entry]:
         raise PerfError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from error
     found = []
     for number, line in enumerate(lines, start=1):
-        try:
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # of what is no entry
             entry = json.loads(line)
-        except ValueError:
-            entry = None
-        if not isinstance(entry, dict) or not entry.keys() >= set(KEY):
-            raise PerfError(
-                f"{path}, line {number}: damaged: not an entry of perf/report/history.py"
-            )
-        found.append(entry)
+            if all(isinstance(entry[name], str) for name in ("gpu", "op", "shapes")):
+                found.append(entry)
+        if len(found) != number:
+            raise PerfError(f"{path}, line {number}: damaged: not an entry of a log")
     return found
 
 
 def _identity(entry: Entry) -> str:
-    """Key and numbers. When it was measured again is no news if the numbers are the same."""
+    """All but the time: that it was measured again is no news if the numbers are the same."""
     return json.dumps([entry.get(name) for name in FIELDS if name != "time"], sort_keys=True)
 
 

@@ -95,7 +95,8 @@ def build(headers: Sequence[dict[str, Any]], rows: Sequence[Row]) -> str:
         columns={title: bool(form) for title, (_, form) in COLUMNS.items()},
         table=table,
         left_out=left_out,
-        impl=NAMES,
+        names=NAMES,
+        titles=diagnosis.TITLES,
     )
 
 
@@ -107,7 +108,7 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"tile": tile_text, "ratio": _ratio, "heading": diagnosis.heading}
+    environment.filters |= {"tile": tile_text, "ratio": _ratio}
     return environment.get_template("html_page.html.jinja")
 
 

@@ -37,7 +37,7 @@ def read(
         PerfError: as `results.read` does, and if there is no row at all.
     """
     paths = list(paths)
-    headers, rows = map(_printable, results.read_all(paths, note))
+    headers, rows = map(_printable, results.read(*paths, note=note))
     if not rows:
         raise PerfError(f"no results in {', '.join(map(str, paths))}: not one row")
     return headers, rows
@@ -321,10 +321,9 @@ def number_text(value: float) -> str:
 
 def markdown_table(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
     """A table of these columns for a README."""
-    cells = [[f" {str(cell).replace('|', chr(92) + '|')} " for cell in line]
-             for line in (head, *lines)]  # fmt: skip
-    cells.insert(1, ["---"] * len(head))
-    return "\n".join(f"|{'|'.join(line)}|".replace("|  |", "| |") for line in cells)
+    rows = [[str(cell).replace("|", "\\|") for cell in line] for line in (head, *lines)]
+    text = ["|".join(["", *(f" {cell} " if cell else " " for cell in row), ""]) for row in rows]
+    return "\n".join([text[0], "|" + "---|" * len(head), *text[1:]])
 
 
 def known_gpu(name: str) -> gpus.GPU | None:

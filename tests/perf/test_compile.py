@@ -93,7 +93,7 @@ def test_what_is_stored_fits_the_schema(tmp_path):
 def tilelab(tmp_path, monkeypatch, capsys):
     """Runs a command where there is no GPU; returns its exit status and what it printed."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sweep.devices, "here", sweep.devices.HostDevice)
+    monkeypatch.setattr(sweep.devices, "current_device", sweep.devices.HostDevice)
 
     def run(*argv):
         status = main([*argv])

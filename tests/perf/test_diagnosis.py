@@ -231,7 +231,7 @@ def test_the_text_groups_and_cuts(rows):
 def test_a_workload_without_a_time_has_a_table():
     tables = diagnosis.table([row(status="error", reason="x", median_s=None, predicted_s=None)])
     assert "none of 1 tile has a time" in diagnosis.format_table(tables)
-    assert "1 tile: fails" in diagnosis.format_table(tables)
+    assert "1 tile: failed" in diagnosis.format_table(tables)
 
 
 def test_leaderboard(rows):

@@ -254,7 +254,7 @@ def test_the_host_cost_is_measured_when_asked(monkeypatch):
 
 
 def command(monkeypatch, device, *argv):
-    monkeypatch.setattr(doctor, "here", lambda: device)
+    monkeypatch.setattr(doctor, "current_device", lambda: device)
     parser = argparse.ArgumentParser()
     doctor.add_arguments(parser)
     return doctor.run(parser.parse_args(argv))
@@ -283,7 +283,7 @@ def test_a_gpu_that_does_not_start(monkeypatch, capsys):
     def fails():
         raise RuntimeError("CUDA driver initialization failed\nand more")
 
-    monkeypatch.setattr(doctor, "here", fails)
+    monkeypatch.setattr(doctor, "current_device", fails)
     parser = argparse.ArgumentParser()
     doctor.add_arguments(parser)
     assert doctor.run(parser.parse_args(["--quick"])) == 1
@@ -305,5 +305,5 @@ def test_numbers_are_plain():
 
 @pytest.mark.gpu
 def test_gpu_examined_for_real():
-    findings = examine(doctor.here())
+    findings = examine(doctor.current_device())
     assert not [f for f in findings if f.level == "error"], lines(findings)

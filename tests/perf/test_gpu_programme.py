@@ -366,7 +366,7 @@ def test_the_interpreter_is_not_the_gpu(monkeypatch, capsys):
 
 
 def test_the_gpu_is_asked_by_another_process(monkeypatch):
-    assert gpu_programme.probe()["gpu"] == devices.here().name
+    assert gpu_programme.probe()["gpu"] == devices.current_device().name
     monkeypatch.setattr(gpu_programme, "PROBE", "raise SystemExit('no')")
     with pytest.raises(PerfError, match="the GPU does not start: `tilelab doctor`"):
         gpu_programme.probe()

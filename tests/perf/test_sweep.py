@@ -270,7 +270,7 @@ def test_a_race_is_in_the_file_before_its_energy_is_measured(tmp_path, monkeypat
 
 
 def test_a_dry_run_is_not_a_measurement(monkeypatch, capsys):
-    monkeypatch.setattr(sweep.devices, "here", lambda: FakeDevice(speed))
+    monkeypatch.setattr(sweep.devices, "current_device", lambda: FakeDevice(speed))
     assert main.main(["sweep", "matmul", "--dry-run"]) == 2
     assert "--dry-run where there is a GPU needs TRITON_INTERPRET=1" in capsys.readouterr().err
 
@@ -480,7 +480,7 @@ def test_killed_in_the_middle_a_sweep_loses_at_most_one_row(tmp_path):
 )
 def test_wrong_input_gets_one_clear_line(argv, message, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sweep.devices, "here", sweep.devices.HostDevice)
+    monkeypatch.setattr(sweep.devices, "current_device", sweep.devices.HostDevice)
     assert main.main(argv) == 2
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1 and captured.err.startswith("error: ")
