@@ -387,11 +387,7 @@ class Sweep:
         return {
             "status": "ok",
             "samples_s": list(samples),
-            "median_s": seconds,
-            "q25_s": s["q25"],
-            "q75_s": s["q75"],
-            "low_s": s["low"],
-            "high_s": s["high"],
+            **{f"{name}_s": value for name, value in s.items()},
             "rounds": len(samples),
             "timer": runner.timer,
             "timer_reason": runner.reason,
