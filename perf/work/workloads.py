@@ -46,14 +46,14 @@ class Workload(NamedTuple):
     name: str
 
     @property
-    def row(self) -> Operator:
-        """The operator's row."""
+    def operator(self) -> Operator:
+        """The operator's row in the table."""
         return OPERATORS[self.op]
 
     @property
     def about(self) -> Mode:
         """What the row says of the mode."""
-        return self.row.modes[self.mode]
+        return self.operator.modes[self.mode]
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -99,7 +99,7 @@ def modes(op: str, text: str) -> list[str]:
 
 def offers(peer: str, w: Workload) -> bool:
     """Whether a peer has something of its own for this work."""
-    return peer in w.row.peers(w)
+    return peer in w.operator.peers(w)
 
 
 def prepare(w: Workload, impl: str, device: str, seed: int | None) -> Callable[[], tuple]:
@@ -124,17 +124,17 @@ def prepare(w: Workload, impl: str, device: str, seed: int | None) -> Callable[[
     if impl not in ("tilelab", "reference", *PEERS):
         raise PerfError(f"unknown peer {impl!r}: there are {', '.join(PEERS)}")
     make = Maker(w.torch_dtype, device, seed)
-    call, inputs = (w.row.prepare or _function)(w, impl, device, make)
+    call, inputs = (w.operator.prepare or _function)(w, impl, device, make)
     call.inputs = inputs
     return call
 
 
 def _function(w, impl, device, make):
-    inputs = w.row.inputs(w.shape, make)
+    inputs = w.operator.inputs(w.shape, make)
     if impl == "reference":
         inputs = {k: x.double() if x.is_floating_point() else x for k, x in inputs.items()}
     wrt = [inputs[name].requires_grad_() for name in w.about.wrt]
-    formula = w.row.ours if impl == "tilelab" else w.row.theirs
+    formula = w.operator.ours if impl == "tilelab" else w.operator.theirs
 
     def forward(*tensors):
         return formula(w.shape, *tensors)
@@ -201,15 +201,15 @@ def tolerance(w: Workload, results: int, impl: str = "tilelab") -> float:
     the ways that differ multiply; what has nothing to do with the reference is at 1 and beyond.
     """
     terms = max(1, w.flops // (2 * max(results, 1)))
-    rounded = torch.finfo(getattr(torch, w.row.result or w.dtype))
+    rounded = torch.finfo(getattr(torch, w.operator.result or w.dtype))
     bound = rounded.eps / 2 + 2 * torch.finfo(torch.float32).eps * math.sqrt(terms)
     if w.dtype == "float8_e4m3fn":
         bound += 2 * 2.0**-13 * math.sqrt(terms)
     if w.precision == "tf32":
         bound += 2 * 2.0**-10
     misrouted = w.about.misrouted
-    several = w.row.layers > 1 or impl != "tilelab"  # what is rounded between is pooled
+    several = w.operator.layers > 1 or impl != "tilelab"  # what is rounded between is pooled
     if misrouted and ((w.dtype != "float32" and several) or w.precision == "tf32"):
         return misrouted
-    bound *= w.row.layers
+    bound *= w.operator.layers
     return (2 if impl == "tilelab" else 8) * bound + (5e-3 if misrouted else 0.0)
