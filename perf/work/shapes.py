@@ -9,6 +9,7 @@ m=256*2:16384,k=64             doubling instead of adding
 n=32,c=64,h=56,k=64,r=3,padding=1
 """
 
+import functools
 import itertools
 import re
 from collections.abc import Callable, Iterator
@@ -140,8 +141,7 @@ def _set(op: str, name: str, batches: tuple[int, ...]) -> list[Shape]:
         return [Shape(f"tiny {i}", sizes) for i, sizes in enumerate(every, start=1)]
     make = row.sets.get(name)
     if make is None and SETS[name].network:
-        network = SETS[name].network()
-        make = lambda N: _layers(row.layer, name, network, N)  # noqa: E731
+        make = functools.partial(_layers, row.layer, name, SETS[name].network())
     return [shape for N in batches or (0,) for shape in make(N)] if make else []
 
 
