@@ -1,7 +1,7 @@
 """The operators: one row has all that `perf` knows of one, and nothing about it is elsewhere.
 
 A row says how to call the operator and what is held against it, what it costs, which sizes are
-measured and which tiles are tried. README.md beside this folder says how to add one. What is too
+measured and which tiles are tried. perf/README.md says how to add one. What is too
 long for a row stands in the files beside this one, which know no operator by its name:
 
     formulas.py       inputs, and torch's formulas         networks.py      sizes, from layers
