@@ -1,4 +1,4 @@
-"""How often to measure, and when to stop: the rules of timing, over any device of perf/clock/devices.py.
+"""How often to measure, and when to stop: the rules of timing, over any device of devices.py.
 
 One workload goes through these steps, on runners that `device.prepare` made:
 

@@ -4,8 +4,8 @@ What a loop has to contain follows from the tile: its tensor-core instructions d
 of one step, its loads bring exactly the operands of one step. So a loop that is found wrongly, cut
 short or counted twice is found out, with every version of the compiler.
 
-The kernels are compiled in a process of their own, `python -m tests.test_sass TARGET FOLDER`, since
-one has to choose between compiler and interpreter before it imports triton.
+The kernels are compiled in a process of their own, `python -m tests.perf.test_machine_code TARGET
+FOLDER`, since one has to choose between compiler and interpreter before it imports triton.
 """
 
 import contextlib
@@ -123,7 +123,7 @@ class Binaries:
 def binaries(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     run = subprocess.run(
-        [sys.executable, "-m", "tests.test_sass", request.param, str(folder)],
+        [sys.executable, "-m", "tests.perf.test_machine_code", request.param, str(folder)],
         env=os.environ | {"TRITON_INTERPRET": "0"},
         cwd=ROOT,
         capture_output=True,
