@@ -261,7 +261,7 @@ def read_sweep(path: pathlib.Path) -> Outcome:
         statuses.setdefault(attempt, set()).add(row["status"])
     left = sum(found == {"skipped"} for found in statuses.values())
     wrong = sum("wrong" in found for found in statuses.values())
-    work = history.chosen(rows)
+    work = history.distinct_work(rows)
     words = [ratios_text(ranking.speedups(work), len(work))] if work else ["nothing measured"]
     failed = [w.name for w in work if w.best is None]
     words += [f"no right result for {', '.join(failed)}"] if failed else []
@@ -283,9 +283,9 @@ def ratios_text(speedups: list[ranking.Speedup], count: int) -> str:
 def read_after(path: pathlib.Path, before: pathlib.Path) -> Outcome:
     """As `read_sweep`, with what the default tiles did before there was a tuned table."""
     found = read_sweep(path)
-    mine = {results.workload(w._asdict()) for w in history.chosen(_rows(path))}
+    mine = {results.workload(w._asdict()) for w in history.distinct_work(_rows(path))}
     old = []
-    for w in history.chosen(_rows(before)):
+    for w in history.distinct_work(_rows(before)):
         default = [row for row in w.tiles if row.get("default") and row.get("median_s")]
         if default and w.best_peer and results.workload(w._asdict()) in mine:
             old.append(ranking.paired(default[0], w.best_peer)[0])

@@ -411,8 +411,8 @@ def _table_text(table: Table, tiles: int, groups: int) -> str:
     workload, best = table.workload, table.workload.best
     lines = [f"{workload.title}, {workload.name}, on {workload.gpu}"]
     if best:
-        how = "" if best.get("median_s") else " (predicted, not measured)"
-        lines.append(f"  best of {_tiles(len(workload.tiles))}: {_result(best)}{how}")
+        origin = "" if best.get("median_s") else " (predicted, not measured)"
+        lines.append(f"  best of {_tiles(len(workload.tiles))}: {_result(best)}{origin}")
     else:
         lines.append(f"  none of {_tiles(len(workload.tiles))} has a time")
     for code, verdicts in table.groups[:groups]:

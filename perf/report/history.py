@@ -50,14 +50,14 @@ def entries(headers: Iterable[dict], rows: Iterable[ranking.Row]) -> list[Entry]
     newest = max(headers, key=lambda header: header["created"])
     versions = {name: newest["versions"].get(name) for name in ("torch", "triton")}
     sets: dict[tuple, list[Workload]] = {}
-    for w in chosen(rows):
+    for w in distinct_work(rows):
         about = w.gpu, w.op, w.mode, ranking.dtype_text(w.dtype, w.precision), w.family or "sizes"
         sets.setdefault(about, []).append(w)
     common = {"note": newest.get("note") or None, "versions": versions}
     return [_entry(about, common, of) for about, of in sets.items()]
 
 
-def chosen(rows: Iterable[ranking.Row]) -> list[Workload]:
+def distinct_work(rows: Iterable[ranking.Row]) -> list[Workload]:
     """The workloads of rows, each shape once: with a cold cache, or the other if that has none.
 
     Work that was not tried is left out; work in which every tile failed is not.

@@ -479,7 +479,7 @@ def swept(path, size=512, order=1):
 def test_what_came_of_a_sweep(tmp_path):
     path, rows = swept(tmp_path / "a" / "r.jsonl")
     found = gpu_tasks.read_sweep(path)
-    ratio = ranking.speedups(history.chosen(results.read(path).rows))[0].ratio
+    ratio = ranking.speedups(history.distinct_work(results.read(path).rows))[0].ratio
     assert found.complete
     assert found.text == (
         f"{ratio:.3g}x the best peer in 1 of 1 shapes, worst {ratio:.3g}x fwd square 512"
@@ -499,7 +499,7 @@ def test_before_and_after(tmp_path):
     before, _ = swept(tmp_path / "before" / "r.jsonl", order=-1)
     after, _ = swept(tmp_path / "after" / "r.jsonl")
     text = gpu_tasks.read_after(after, before).text
-    (w,) = history.chosen(results.read(before).rows)
+    (w,) = history.distinct_work(results.read(before).rows)
     (default,) = [row for row in w.tiles if row["default"]]
     assert w.best is not default
     ratio = ranking.speedups([w._replace(tiles=[default])])[0].ratio

@@ -113,9 +113,9 @@ def test_sets_and_precisions_are_apart(tmp_path):
 def test_hot_and_cold_are_one_shape(tmp_path):
     hot = [row | {"cache": "hot"} for row in squares((512,)) if row["stage"] != "compile"]
     cold = squares((512,))
-    (w,) = history.chosen([*hot, *cold])
+    (w,) = history.distinct_work([*hot, *cold])
     assert w.cache == "cold"
-    (w,) = history.chosen(hot + [row for row in cold if row["stage"] == "compile"])
+    (w,) = history.distinct_work(hot + [row for row in cold if row["stage"] == "compile"])
     assert w.cache == "hot"
 
 
