@@ -344,7 +344,7 @@ def defined() -> set[str]:
 
 
 TMA_ONLY = {  # the kernels that a GPU without TMA has no use for
-    "matmul_tma_kernel", "matmul_reduce_kernel", "scaled_matmul_tma_kernel",
+    "matmul_tma_kernel", "scaled_matmul_tma_kernel",
     "conv2d_tma_kernel", "conv2d_pack_kernel", "conv2d_pack_filter_kernel",
     "conv2d_input_grad_tma_kernel", "conv2d_unfold_kernel", "conv2d_weight_grad_tma_kernel",
 }  # fmt: skip
