@@ -11,7 +11,7 @@ Sizes are in pixels. Window p has its tap r at p*stride - padding + r*dilation.
 from collections.abc import Sequence
 
 import torch
-from tilelab.kernels._launch import check_choice, check_shape, check_tensors, pair
+from tilelab.kernels._checks import check_choice, check_shape, check_tensors, pair
 
 
 def output_size(

@@ -38,16 +38,11 @@ gradient).
 import torch
 import triton
 import triton.language as tl
-from tilelab.kernels._launch import (
-    autocast,
-    cdiv,
-    check_shape,
-    check_tensors,
-    choose_tile,
-    into_chunks,
-    launch,
-)
-from tilelab.kernels._rows import as_rows, row_offsets, sum_partials
+from tilelab.kernels._checks import autocast, check_shape, check_tensors
+from tilelab.kernels._launch import launch
+from tilelab.kernels._partial_sums import sum_partials
+from tilelab.kernels._rows import as_rows, row_offsets
+from tilelab.kernels._tiles import cdiv, choose_tile, into_chunks
 
 
 def reference(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

@@ -60,14 +60,10 @@ import functools
 import torch
 import triton
 import triton.language as tl
+from tilelab.kernels._checks import autocast, dot_precision
 from tilelab.kernels._geometry import as_pixels, check_conv2d, empty_channels_last, output_size
-from tilelab.kernels._launch import (
-    autocast,
-    cdiv,
-    choose_tile,
-    dot_precision,
-    launch,
-)
+from tilelab.kernels._launch import launch
+from tilelab.kernels._tiles import cdiv, choose_tile
 from tilelab.kernels.bias_relu import bias_backward, bias_relu_backward
 from tilelab.kernels.conv2d_depthwise import conv2d_depthwise, is_depthwise
 from tilelab.kernels.conv2d_input_grad import conv2d_input_grad

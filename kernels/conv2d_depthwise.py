@@ -45,7 +45,8 @@ Read first: pool.py, conv2d.py. Source: Howard et al., MobileNets (2017).
 import torch
 import triton
 import triton.language as tl
-from tilelab.kernels._launch import cdiv, choose_tile, launch
+from tilelab.kernels._launch import launch
+from tilelab.kernels._tiles import cdiv, choose_tile
 
 
 def reference(x, weight, bias=None, stride=1, padding=0, dilation=1, activation=None):

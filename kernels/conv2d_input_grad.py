@@ -77,8 +77,10 @@ import math
 import torch
 import triton
 import triton.language as tl
+from tilelab.kernels._checks import dot_precision
 from tilelab.kernels._geometry import as_pixels, empty_channels_last
-from tilelab.kernels._launch import cdiv, choose_tile, dot_precision, launch
+from tilelab.kernels._launch import launch
+from tilelab.kernels._tiles import cdiv, choose_tile
 from tilelab.kernels.bias_relu import bias_relu_backward
 from tilelab.kernels.conv2d_input_grad_tma import conv2d_input_grad_tma, fast_tile, plan_for
 from tilelab.kernels.conv2d_tma import choices

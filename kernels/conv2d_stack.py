@@ -34,8 +34,8 @@ Read first: conv2d.py, conv2d_input_grad.py, conv2d_relu_pool_grad.py.
 from typing import Any, NamedTuple
 
 import torch
+from tilelab.kernels._checks import autocast
 from tilelab.kernels._geometry import check_conv2d
-from tilelab.kernels._launch import autocast
 from tilelab.kernels.bias_relu import bias_relu_backward
 from tilelab.kernels.conv2d import _conv2d
 from tilelab.kernels.conv2d_input_grad import conv2d_input_grad, conv2d_input_grad_relu

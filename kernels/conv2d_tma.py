@@ -57,18 +57,11 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from tilelab.kernels._cost_model import busiest_sm
 from tilelab.kernels._geometry import output_size
-from tilelab.kernels._launch import (
-    INTERPRETER,
-    cdiv,
-    choose_tile,
-    descriptor,
-    device_of,
-    launch,
-    persistent,
-    tma_tile,
-)
-from tilelab.kernels.matmul import busiest_sm, reduce_parts
+from tilelab.kernels._launch import INTERPRETER, descriptor, device_of, launch
+from tilelab.kernels._partial_sums import reduce_parts
+from tilelab.kernels._tiles import cdiv, choose_tile, persistent, tma_tile
 
 _fast = functools.partial(tma_tile, SPLIT_K=1)  # pixels x filters x channels
 

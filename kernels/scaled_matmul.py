@@ -43,23 +43,10 @@ import functools
 import torch
 import triton
 import triton.language as tl
-from tilelab.kernels._launch import (
-    DTYPES,
-    INTERPRETER,
-    cdiv,
-    check_choice,
-    check_device,
-    check_shape,
-    check_tensors,
-    choose_tile,
-    descriptor,
-    device_of,
-    launch,
-    persistent,
-    tma_rows,
-    tma_tile,
-)
-from tilelab.kernels.matmul import FLOPS_16, L2_BYTES, TILE_CLOCKS
+from tilelab.kernels._checks import DTYPES, check_choice, check_device, check_shape, check_tensors
+from tilelab.kernels._cost_model import FLOPS_16, L2_BYTES, TILE_CLOCKS
+from tilelab.kernels._launch import INTERPRETER, descriptor, device_of, launch, tma_rows
+from tilelab.kernels._tiles import cdiv, choose_tile, persistent, tma_tile
 
 EIGHT_BIT = (torch.float8_e4m3fn, torch.int8)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tilelab.kernels import _launch
+from tilelab.kernels import _tiles
 from tilelab.perf.errors import Help, PerfError
 from tilelab.perf.work import search_space, shapes
 from tilelab.perf.work.workloads import DTYPES, OPS, Workload, modes
@@ -164,7 +164,7 @@ def default_tile(described: dict, w: Workload) -> list[dict | None]:
         return [None]
     lesson, kernels = {w.torch_dtype.itemsize: described["tile"]}, tuple(described["kernels"])
     op, sizes = described["tile_op"], described["sizes"]
-    return [_launch.choose_tile(op, w.torch_dtype, lesson, kernels, **sizes)]
+    return [_tiles.choose_tile(op, w.torch_dtype, lesson, kernels, **sizes)]
 
 
 def header(fields: dict[str, Any], measured: bool, args: argparse.Namespace) -> dict[str, Any]:

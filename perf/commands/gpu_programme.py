@@ -30,7 +30,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from tilelab.kernels import _launch
+from tilelab.kernels import _launch, _tiles
 from tilelab.perf.commands import arguments
 from tilelab.perf.commands.gpu_tasks import GROUPS, ROOT, Outcome, Step, steps
 from tilelab.perf.errors import PerfError
@@ -159,7 +159,7 @@ def folder(args: argparse.Namespace, gpu: str) -> pathlib.Path:
         return args.out.resolve()
     if args.dry_run and not args.list:  # never into the checkout
         return pathlib.Path(tempfile.mkdtemp(prefix="tilelab-dry-run-"))
-    return ROOT / "perf" / "results" / _launch.tuned_path(gpu).stem
+    return ROOT / "perf" / "results" / _tiles.tuned_path(gpu).stem
 
 
 def environment(dry: bool) -> dict[str, str]:

@@ -43,9 +43,11 @@ def speeds(path: Path = PREDICTED, ops: Sequence[str] = OPS) -> str:
 
 def fast_tiles(path: Path = PREDICTED) -> str:
     """What the tiles of matmul's kernel for Hopper compile to, and the portable one's largest."""
-    lesson = importlib.import_module("tilelab.kernels.matmul")
+    lesson, fast = (
+        importlib.import_module(f"tilelab.kernels.{m}") for m in ("matmul", "matmul_tma")
+    )
     rows = [row for row in _rows(path, "matmul") if set(row["shape"].values()) == {8192}]
-    tiles = [_largest(lesson.TILES), *lesson.FAST_TILES[2]]
+    tiles = [_largest(lesson.TILES), *fast.FAST_TILES[2]]
     return _tiles(rows, tiles, "A, B from", "predicted at 8192")
 
 

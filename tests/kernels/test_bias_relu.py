@@ -7,7 +7,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from tilelab.kernels import bias_relu
-from tilelab.kernels._launch import use_tile
+from tilelab.kernels._tiles import use_tile
 from tilelab.kernels.bias_relu import TILES, bias_backward, bias_relu_backward, reference
 
 from tests.tools.inputs import DEVICE, DTYPES, double, gradients, laid_out, randn

@@ -16,7 +16,8 @@ import pytest
 import torch
 from tilelab.kernels import _launch, conv2d, conv2d_relu_pool
 from tilelab.kernels._geometry import output_size
-from tilelab.kernels._launch import Device, use_tile
+from tilelab.kernels._launch import Device
+from tilelab.kernels._tiles import use_tile
 from tilelab.kernels.conv2d import RUNGS, TILES, reference
 from tilelab.kernels.conv2d_tma import (
     FAST_TILES,
@@ -642,7 +643,7 @@ def test_what_tma_cannot_read_goes_through_pointers(inputs, options, kernels):
 
 
 def matmul_or(tile, kernels):
-    lesson = importlib.import_module("tilelab.kernels.matmul")
+    lesson = importlib.import_module("tilelab.kernels.matmul_tma")
     return lesson.FAST_TILES[2][0] if "matmul" in kernels else tile
 
 

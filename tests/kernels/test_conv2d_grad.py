@@ -7,7 +7,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from tilelab.kernels._launch import use_tile
+from tilelab.kernels._tiles import use_tile
 from tilelab.kernels.conv2d_input_grad import TILES as INPUT_TILES
 from tilelab.kernels.conv2d_input_grad import conv2d_input_grad
 from tilelab.kernels.conv2d_weight_grad import TILES as WEIGHT_TILES

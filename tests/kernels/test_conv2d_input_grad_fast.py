@@ -12,7 +12,8 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from tilelab.kernels import _launch
-from tilelab.kernels._launch import Device, use_tile
+from tilelab.kernels._launch import Device
+from tilelab.kernels._tiles import use_tile
 from tilelab.kernels.bias_relu import bias_relu_backward
 from tilelab.kernels.conv2d_input_grad import TILES, conv2d_input_grad, conv2d_input_grad_relu
 from tilelab.kernels.conv2d_input_grad_tma import (

@@ -12,7 +12,8 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from tilelab.kernels import _launch, conv2d
-from tilelab.kernels._launch import Device, use_tile
+from tilelab.kernels._launch import Device
+from tilelab.kernels._tiles import use_tile
 from tilelab.kernels.conv2d_tma import LARGEST
 from tilelab.kernels.conv2d_weight_grad import TILES, conv2d_weight_bias_grad, conv2d_weight_grad
 from tilelab.kernels.conv2d_weight_grad_tma import (

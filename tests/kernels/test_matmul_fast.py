@@ -11,9 +11,11 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from tilelab.kernels import _launch, matmul
-from tilelab.kernels._launch import Device, use_tile
-from tilelab.kernels.matmul import FAST_TILES, TILES, fast_tile, reference
+from tilelab.kernels import _launch, _tiles, matmul
+from tilelab.kernels._launch import Device
+from tilelab.kernels._tiles import use_tile
+from tilelab.kernels.matmul import TILES, reference
+from tilelab.kernels.matmul_tma import FAST_TILES, fast_tile
 
 from tests.kernels.test_compile import SHARED, compiled, describe
 from tests.kernels.test_matmul import check, integers
@@ -274,12 +276,12 @@ def test_the_tuned_table_may_name_either_kernel(monkeypatch, tmp_path):
     path = tmp_path / "gpu.json"
     path.write_text(json.dumps(dict(tiles=entries)))
     monkeypatch.setattr(_launch, "INTERPRET", False)
-    monkeypatch.setattr(_launch, "_tuned", lambda device: _launch.read_tuned(path))
+    monkeypatch.setattr(_tiles, "_tuned", lambda device: _tiles.read_tuned(path))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 
     def tile(kernels):
         default = {2: TILES[0]}
-        return _launch.choose_tile("matmul", torch.bfloat16, default, kernels, M=64, N=128, K=64)
+        return _tiles.choose_tile("matmul", torch.bfloat16, default, kernels, M=64, N=128, K=64)
 
     assert tile(("pointer", "tma", "tma_ws")) == fast
     assert tile(("pointer",))["BLOCK_N"] == min(128, portable["BLOCK_N"])

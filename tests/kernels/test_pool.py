@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
-from tilelab.kernels._launch import use_tile
+from tilelab.kernels._tiles import use_tile
 from tilelab.kernels.pool import TILES, _max_pool2d, _max_pool2d_backward, max_pool2d, reference
 
 from tests.tools.inputs import DEVICE, DTYPES, double, gradients, laid_out, randn

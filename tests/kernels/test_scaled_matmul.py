@@ -12,7 +12,8 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from tilelab.kernels import _launch, scaled_matmul
-from tilelab.kernels._launch import Device, use_tile
+from tilelab.kernels._launch import Device
+from tilelab.kernels._tiles import use_tile
 from tilelab.kernels.scaled_matmul import FAST_TILES, TILES, fast_tile, reference
 
 from tests.tools.inputs import DEVICE, DTYPES, laid_out, randn
@@ -558,7 +559,7 @@ def test_a_twin_leaves_the_storage_around_a_float8_tensor_as_it_is():
 CHILD = """
 import json
 import torch
-from tilelab.kernels import _launch, scaled_matmul
+from tilelab.kernels import _launch, _tiles, scaled_matmul
 from tilelab.kernels.scaled_matmul import FAST_TILES
 from tilelab.perf.compiler import aot
 
@@ -573,7 +574,7 @@ for dtype in (torch.float8_e4m3fn, torch.int8):
     ):
         for tile in FAST_TILES[1]:
             with _launch.record(offline.device("sm_90")) as events:
-                with _launch.use_tile("scaled_matmul", tile):
+                with _tiles.use_tile("scaled_matmul", tile):
                     scaled_matmul(a, b.t(), *rest)
             found = offline.analyse(offline.compile_launch(events[-1]))
             keep = ("registers", "spills", "shared", "tensor_core", "operands", "tma", "serialised",

@@ -15,7 +15,7 @@ import time
 
 import pytest
 import torch
-from tilelab.kernels import _launch
+from tilelab.kernels import _launch, _tiles
 from tilelab.perf.clock import devices
 from tilelab.perf.commands import arguments, doctor, gpu_programme, gpu_tasks, sweep
 from tilelab.perf.commands.gpu_programme import LATE, Programme, share
@@ -490,8 +490,8 @@ def test_before_and_after(tmp_path):
 
 
 def test_winners_are_tuned_even_of_an_interrupted_sweep(tmp_path, monkeypatch):
-    real = _launch.tuned_path
-    monkeypatch.setattr(_launch, "tuned_path", lambda gpu, folder=None: real(gpu, tmp_path))
+    real = _tiles.tuned_path
+    monkeypatch.setattr(_tiles, "tuned_path", lambda gpu, folder=None: real(gpu, tmp_path))
     every = gpu_tasks.steps(tmp_path, perf_rows.GPU, False, tmp_path / "log.jsonl")
     by_name = {s.name: s for s in every}
     names = ["after-matmul-square", "after-matmul-fp16", "after-softmax"]
@@ -501,7 +501,7 @@ def test_winners_are_tuned_even_of_an_interrupted_sweep(tmp_path, monkeypatch):
     screened = [row for row in rows if row["stage"] != "final"]
     perf_rows.write(path, perf_rows.header(), *screened)
     by_name["sweep-matmul-square"].keep()
-    (entry,) = _launch.read_tuned(real(perf_rows.GPU, tmp_path))["matmul", "bfloat16"]
+    (entry,) = _tiles.read_tuned(real(perf_rows.GPU, tmp_path))["matmul", "bfloat16"]
     best = min((r for r in screened if r["status"] == "ok"), key=lambda r: r["median_s"])
     assert entry["tile"] == best["tile"]
     after = [by_name[name].source() for name in names]

@@ -68,9 +68,9 @@ def test_a_slow_look_up_would_be_seen():
     """The table has 200 shapes for what the op looks up: without its cache that is seen at once."""
     code = """
 import json
-from tilelab.kernels import _launch
-_launch._nearest_tile = _launch._nearest_tile.__wrapped__
-_launch.forget_tuned = lambda: None
+from tilelab.kernels import _tiles
+_tiles._nearest_tile = _tiles._nearest_tile.__wrapped__
+_tiles.forget_tuned = lambda: None
 from tilelab.perf.clock import host_overhead
 print(json.dumps(host._calls(1, "matmul")))
 """
