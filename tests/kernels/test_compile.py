@@ -135,11 +135,10 @@ def test_the_cases_have_every_tile_in_every_way(worker):
     count = collections.Counter((row["group"], row["kernel"]) for row in launches)
     lesson, small = compile_cases.lesson, compile_cases.is_small
 
-    matmul = lesson("matmul")
-    split = sum(map(small, matmul.FAST_TILES[2]))
-    assert split and count["matmul", "matmul_kernel"] == 3 * len(matmul.TILES)
-    whole = 5 * len(matmul.FAST_TILES[2]) + len(matmul.FAST_TILES[4])
-    assert count["matmul", "matmul_tma_kernel"] == whole + split
+    half, full = (lesson("matmul_tma").FAST_TILES[item] for item in (2, 4))
+    split = sum(map(small, half))
+    assert split and count["matmul", "matmul_kernel"] == 3 * len(lesson("matmul").TILES)
+    assert count["matmul", "matmul_tma_kernel"] == 5 * len(half) + split + len(full)
 
     half, full = (lesson("conv2d_tma").FAST_TILES[item] for item in (2, 4))
     narrow, split = sum(tile["BLOCK_N"] == 64 for tile in half), sum(map(small, half))

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from tilelab.kernels import _launch
+from tilelab.kernels import _launch, _tiles
 from tilelab.nets import step as training
 from tilelab.perf.work.workloads import set_precision
 
@@ -67,7 +67,7 @@ class Case(NamedTuple):
         set_precision(self.precision)
         with contextlib.ExitStack() as stack:
             for op in self.ops:
-                stack.enter_context(_launch.use_tile(op, self.tile))
+                stack.enter_context(_tiles.use_tile(op, self.tile))
             events = stack.enter_context(_launch.record(device))
             self.call()
         return events
@@ -120,7 +120,7 @@ def rung(tile, dtype):
     if dtype.itemsize != 2:
         return
     x, weight = images(32, 128, 28, 28, dtype=dtype), images(256, 128, 3, 3, dtype=dtype)
-    with _launch.use_tile("conv2d", tile):
+    with _tiles.use_tile("conv2d", tile):
         kernels.conv2d(x, weight, torch.empty(256, dtype=dtype), padding=1, activation="relu")
 
 
@@ -373,11 +373,11 @@ def matmul_cases(device):
     """
     half, full = torch.bfloat16, torch.float32
     jobs = [(half, x, tile) for tile in lesson("matmul").TILES for x in ("NN", "NT", "TN")]
-    for tile in lesson("matmul").FAST_TILES[2]:
+    for tile in lesson("matmul_tma").FAST_TILES[2]:
         jobs += [(half, layout, tile) for layout in ("NN", "NT", "TN", "TT")]
         jobs += [(half, "TN", tile | dict(SPLIT_K=4))] if is_small(tile) else []
         jobs += [(torch.float16, "NN", tile)]
-    jobs += [(full, "NT", tile) for tile in lesson("matmul").FAST_TILES[4]]
+    jobs += [(full, "NT", tile) for tile in lesson("matmul_tma").FAST_TILES[4]]
     for dtype, layout, tile in jobs:
         if tile.get("kernel", "pointer") in device.kernels:
             call = functools.partial(matmul, layout, dtype)

@@ -386,7 +386,7 @@ def main():
     parser.add_argument(
         "--core", action="store_true", help="only what the oldest triton is held to"
     )
-    parser.add_argument("--only", default="", help="launches whose description has this text")
+    parser.add_argument("--only", default="", help="launches whose description this pattern matches")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
@@ -401,7 +401,7 @@ def main():
     facts = {target: read(target) for target in dict.fromkeys(row["target"] for row in rows)}
     keys = {target: {row["key"] for row in rows if row["target"] == target} for target in facts}
     orphans = {t: facts[t].keys() - keys[t] for t in facts}
-    wanted = [row for row in rows if options.only in compile_bars.describe(row)]
+    wanted = [row for row in rows if re.search(options.only, compile_bars.describe(row))]
     jobs = list(dict.fromkeys((row["target"], row["key"]) for row in wanted))
     if options.write:
         for target in facts:
