@@ -223,7 +223,7 @@ BARS = [
         "no tensor cores": no_tensor_cores,
     }),
     Bars(("tiles",), None, HOPPER, FITS),  # a sweep may try what spills
-    Bars(("matmul",), ("matmul_tma_kernel",), HOPPER, {
+    Bars(("matmul", "activation"), ("matmul_tma_kernel",), HOPPER, {
         **FITS, **OVERLAPPING,
         "spills": more_spills_than(0),
         "a narrow tile": narrow,
@@ -236,18 +236,18 @@ BARS = [
         "spills": more_spills_than(0),
         "no tensor cores": no_tensor_cores,
     }),
-    Bars(("conv2d",), None, None, {
+    Bars(("conv2d", "activation"), None, None, {
         **FITS,
         # The naive rung keeps two of its addresses on the stack with triton 3.6.0.
         "spills": lambda row: row["spills"] > 8 * (row["kernel"] == "conv2d_direct_kernel"),
         "no tensor cores": no_tensor_cores,
     }),
-    Bars(("conv2d",), ("conv2d_tma_kernel",), None, {
+    Bars(("conv2d", "activation"), ("conv2d_tma_kernel",), None, {
         "a narrow tile": narrow,
         "not by TMA": not_by_tma,
         "narrow stores": stores_other_than(16),
     }),
-    Bars(("conv2d",), ("conv2d_tma_kernel",), HOPPER, {
+    Bars(("conv2d", "activation"), ("conv2d_tma_kernel",), HOPPER, {
         **OVERLAPPING,
         "a long loop": longer_than(115),
     }),
@@ -293,7 +293,7 @@ BARS = [
             lambda row: row["loop_instructions"] > (160 if row["constants"]["WINDOWS"] else 120),
         "an SM has no room for its programs": programs_do_not_fit,
     }),
-    Bars(("scaled",), None, HOPPER, {
+    Bars(("scaled", "activation"), ("scaled_matmul_tma_kernel",), HOPPER, {
         **FITS, **OVERLAPPING,
         "spills": more_spills_than(0),
         "not by TMA": lambda row: not row["tma"],

@@ -11,12 +11,14 @@ group (compile_bars.py):
     input grad   the tiles of conv2d's input gradient: each stride, through a ReLU and not
     weight grad  the tiles of its weight gradient: whole, in parts, with the bias gradient
     scaled       the tiles of scaled_matmul: the plainest epilogue, and all that one can do
+    activation   the tiles for TMA of all three, in every other activation than ReLU
     memory       every tile of the kernels that the memory bounds
 """
 
 import contextlib
 import functools
 import importlib
+import itertools
 import pkgutil
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -33,10 +35,11 @@ from tilelab import kernels
 import triton  # after the kernels: they decide between interpreter and compiler
 
 GROUPS = (
-    "default", "tiles", "matmul", "conv2d", "input grad", "weight grad", "scaled", "memory",
+    "default", "tiles", "matmul", "conv2d", "input grad", "weight grad", "scaled",
+    "activation", "memory",
 )  # fmt: skip
 # Held with the oldest triton, too: the tiles of Hopper's kernels, and how wide memory is accessed.
-CORE = ("matmul", "conv2d", "input grad", "weight grad", "scaled", "memory")
+CORE = GROUPS[2:]
 
 
 class Case(NamedTuple):
@@ -82,7 +85,7 @@ def cases(device: _launch.Device) -> list[Case]:
     """Every case for a device, in the order of GROUPS."""
     makers = (
         default_cases, tile_cases, matmul_cases, conv2d_cases, input_grad_cases, weight_grad_cases,
-        scaled_cases, memory_cases,
+        scaled_cases, activation_cases, memory_cases,
     )  # fmt: skip
     return [case for make in makers for case in make(device)]
 
@@ -105,23 +108,23 @@ def images(*shape, dtype):
 # --- default --------------------------------------------------------------------------------------
 
 
-def scaled(operands, dtype, layout):
+def scaled(operands, dtype, layout, activation="relu"):
     """With scales for each row and column, where the target has such operands."""
     a, b = (torch.empty(4096, 4096, dtype=operands) for _ in range(2))
     if operands == torch.float8_e4m3fn and _launch.device_of(a).capability < 89:
         return
     scales, bias = torch.empty(4096), torch.empty(4096, dtype=dtype)
     b = b.t() if layout == "NT" else b
-    kernels.scaled_matmul(a, b, scales, scales, bias, "relu", dtype)
+    kernels.scaled_matmul(a, b, scales, scales, bias, activation, dtype)
 
 
-def rung(tile, dtype):
+def rung(tile, dtype, activation="relu"):
     """A convolution by a kernel that no call takes of itself, whose tile is for 16 bits."""
     if dtype.itemsize != 2:
         return
     x, weight = images(32, 128, 28, 28, dtype=dtype), images(256, 128, 3, 3, dtype=dtype)
     with _tiles.use_tile("conv2d", tile):
-        kernels.conv2d(x, weight, torch.empty(256, dtype=dtype), padding=1, activation="relu")
+        kernels.conv2d(x, weight, torch.empty(256, dtype=dtype), padding=1, activation=activation)
 
 
 def optimizer_step(optimizer, dtype, **options):
@@ -152,11 +155,15 @@ def training_step(dtype):
 
 # Calls that between them launch every kernel with every default tile: sizes that shrink none.
 CALLS = {
-    "matmul": lambda dtype: train(
-        kernels.matmul, *(torch.empty(s, dtype=dtype) for s in [(512, 1024), (1024, 256), 256])
+    "matmul": lambda dtype, **epilogue: train(
+        kernels.matmul,
+        *(torch.empty(s, dtype=dtype) for s in [(512, 1024), (1024, 256), 256]),
+        **epilogue,
     ),
-    "matmul, few tiles": lambda dtype: train(  # where TMA is: K is split
-        kernels.matmul, *(torch.empty(s, dtype=dtype) for s in [(128, 8192), (8192, 128), 128])
+    "matmul, few tiles": lambda dtype, **epilogue: train(  # where TMA is: K is split
+        kernels.matmul,
+        *(torch.empty(s, dtype=dtype) for s in [(128, 8192), (8192, 128), 128]),
+        **epilogue,
     ),
     # Sizes of 1 are constants of a kernel of its own: here of the one that adds the parts up.
     "matmul, one column": lambda dtype: train(  # and its gradient one row
@@ -164,57 +171,68 @@ CALLS = {
         *(torch.empty(s, dtype=dtype) for s in [(8192, 100), (1, 100), 1]),
     ),
     # `dtype` is the results'. The last one's operands are not what TMA takes.
-    "scaled_matmul, float8": lambda dtype: scaled(torch.float8_e4m3fn, dtype, "NT"),
-    "scaled_matmul, int8": lambda dtype: scaled(torch.int8, dtype, "NT"),
-    "scaled_matmul, row-major": lambda dtype: scaled(torch.int8, dtype, "NN"),
+    "scaled_matmul, float8": lambda dtype, **epilogue: scaled(
+        torch.float8_e4m3fn, dtype, "NT", **epilogue
+    ),
+    "scaled_matmul, int8": lambda dtype, **epilogue: scaled(torch.int8, dtype, "NT", **epilogue),
+    "scaled_matmul, row-major": lambda dtype, **epilogue: scaled(
+        torch.int8, dtype, "NN", **epilogue
+    ),
     "bias_relu": lambda dtype: train(
         kernels.bias_relu, images(64, 64, 28, 28, dtype=dtype), torch.empty(64, dtype=dtype)
     ),
-    "conv2d": lambda dtype: train(
+    "conv2d": lambda dtype, **epilogue: train(
         kernels.conv2d,
         images(32, 128, 28, 28, dtype=dtype),
         images(256, 128, 3, 3, dtype=dtype),
         torch.empty(256, dtype=dtype),
         padding=1,
+        **epilogue,
     ),
-    "conv2d, few channels": lambda dtype: train(
+    "conv2d, few channels": lambda dtype, **epilogue: train(
         kernels.conv2d,
         images(32, 3, 112, 112, dtype=dtype),
         images(128, 3, 7, 7, dtype=dtype),
         stride=2,
         padding=3,
+        **epilogue,
     ),
     # What TMA cannot read: one image for all; and few channels with gaps between the taps.
-    "conv2d, by pointers": lambda dtype: kernels.conv2d(
+    "conv2d, by pointers": lambda dtype, **epilogue: kernels.conv2d(
         images(1, 128, 28, 28, dtype=dtype).expand(32, -1, -1, -1),
         images(256, 128, 3, 3, dtype=dtype),
         torch.empty(256, dtype=dtype),
         padding=1,
+        **epilogue,
     ),
-    "conv2d, few channels, by pointers": lambda dtype: kernels.conv2d(
+    "conv2d, few channels, by pointers": lambda dtype, **epilogue: kernels.conv2d(
         images(32, 3, 112, 112, dtype=dtype),
         images(128, 3, 7, 7, dtype=dtype),
         dilation=2,
+        **epilogue,
     ),
     **{
-        f"conv2d, {tile['kernel']}": lambda dtype, tile=tile: rung(tile, dtype)
+        f"conv2d, {tile['kernel']}": lambda dtype, tile=tile, **epilogue: rung(
+            tile, dtype, **epilogue
+        )
         for tile in importlib.import_module("tilelab.kernels.conv2d").RUNGS
     },
     # Forward: its gradients are the general kernels', whose dx spills 16 bytes on sm_100 in TF32.
-    "conv2d, depthwise": lambda dtype: kernels.conv2d(
+    "conv2d, depthwise": lambda dtype, activation="relu": kernels.conv2d(
         images(32, 128, 56, 56, dtype=dtype),
         torch.empty(128, 1, 3, 3, dtype=dtype),
         torch.empty(128, dtype=dtype),
         padding=1,
         groups=128,
-        activation="relu",
+        activation=activation,
     ),
-    "conv2d, depthwise at stride 2": lambda dtype: kernels.conv2d(
+    "conv2d, depthwise at stride 2": lambda dtype, **epilogue: kernels.conv2d(
         images(32, 32, 112, 112, dtype=dtype),
         torch.empty(32, 1, 3, 3, dtype=dtype),
         stride=2,
         padding=1,
         groups=32,
+        **epilogue,
     ),
     **{
         f"conv2d, depthwise {R}x{R}": lambda dtype, R=R: kernels.conv2d(
@@ -287,13 +305,25 @@ CALLS = {
 }
 
 
+ACTIVATED = (  # the calls that end in an activation
+    "matmul", "matmul, few tiles", "scaled_matmul, float8", "scaled_matmul, int8",
+    "scaled_matmul, row-major", "conv2d", "conv2d, few channels", "conv2d, by pointers",
+    "conv2d, few channels, by pointers", "conv2d, direct", "conv2d, flat", "conv2d, depthwise",
+    "conv2d, depthwise at stride 2",
+)  # fmt: skip
+ACTIVATIONS = ("relu",)
+
+
 def default_cases(device):
-    """In bfloat16 and float32, the products in full and in TF32."""
+    """In bfloat16 and float32, the products in full and in TF32; and with every activation."""
+    half, full = (torch.bfloat16, "ieee"), (torch.float32, "ieee")
     for name, call in CALLS.items():
-        for dtype, precision in (
-            (torch.bfloat16, "ieee"), (torch.float32, "ieee"), (torch.float32, "tf32"),
-        ):  # fmt: skip
+        for dtype, precision in half, full, (torch.float32, "tf32"):
             yield Case("default", name, dtype, functools.partial(call, dtype), precision=precision)
+    for name, activation in itertools.product(ACTIVATED, ACTIVATIONS):
+        for dtype, precision in half, full:
+            call = functools.partial(CALLS[name], dtype, activation=activation)
+            yield Case("default", f"{name}, {activation}", dtype, call, precision=precision)
 
 
 # --- tiles ----------------------------------------------------------------------------------------
@@ -317,6 +347,7 @@ def tile_cases(device):
     if device.capability != 90:
         return
     defaults = [case for case in default_cases(device) if case.dtype == torch.bfloat16]
+    defaults = [case for case in defaults if case.name in CALLS]
     events = [(case, case.events(device)) for case in defaults]
     for module in modules():
         used = {case.name: (case, chosen_by(module, found)) for case, found in events}
@@ -358,11 +389,11 @@ def is_small(tile):
     return tile["kernel"] == "tma" and tile["BLOCK_M"] * tile["BLOCK_N"] <= 128 * 128
 
 
-def matmul(layout, dtype):
-    """With bias and ReLU; "T" is for a transposed operand."""
+def matmul(layout, dtype, activation="relu"):
+    """With bias and activation; "T" is for a transposed operand."""
     a, b = (torch.empty(4096, 4096, dtype=dtype) for _ in range(2))
     a, b = a.t() if layout[0] == "T" else a, b.t() if layout[1] == "T" else b
-    kernels.matmul(a, b, torch.empty(4096, dtype=dtype), "relu")
+    kernels.matmul(a, b, torch.empty(4096, dtype=dtype), activation)
 
 
 def matmul_cases(device):
@@ -398,15 +429,15 @@ LAYERS = {  # x, weight, stride, padding and groups; None for a max-pool in plac
 }
 
 
-def conv2d(layer, dtype):
-    """With bias and ReLU."""
+def conv2d(layer, dtype, activation="relu"):
+    """With bias and activation, or a ReLU and a max-pool."""
     x, weight, stride, padding, groups = LAYERS[layer]
     x, bias = images(*x, dtype=dtype), torch.empty(weight[0], dtype=dtype)
     weight = images(*weight, dtype=dtype)
     if stride is None:
         kernels.conv2d_relu_pool(x, weight, bias, padding)
     else:
-        kernels.conv2d(x, weight, bias, stride, padding, 1, groups, "relu")
+        kernels.conv2d(x, weight, bias, stride, padding, 1, groups, activation)
 
 
 def conv2d_cases(device):
@@ -524,25 +555,45 @@ def weight_grad_cases(device):
 # --- scaled_matmul --------------------------------------------------------------------------------
 
 
-def scaled_matmul(operands, dtype, all_of_it):
-    """With one scale for each operand; or one for each row and column, a bias and a ReLU."""
+EIGHT_BIT = (torch.float8_e4m3fn, torch.int8)
+
+
+def scaled_matmul(operands, dtype, activation):
+    """With one scale for each row and column, bias and activation; or of None, two scales alone."""
     a, b = (torch.empty(4096, 4096, dtype=operands) for _ in range(2))
     each, one = torch.empty(4096), torch.empty(())
-    bias = each.to(dtype)
-    rest = (each, each, bias, "relu", dtype) if all_of_it else (one, one, None, None, dtype)
-    kernels.scaled_matmul(a, b.t(), *rest)
+    rest = (each, each, each.to(dtype), activation) if activation else (one, one, None, None)
+    kernels.scaled_matmul(a, b.t(), *rest, dtype)
 
 
 def scaled_cases(device):
     """FAST_TILES with both kinds of operands, and results of 16 and of 32 bits."""
-    for operands in (torch.float8_e4m3fn, torch.int8):
-        for dtype, all_of_it in (
-            (torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, True),
-        ):  # fmt: skip
-            for tile in lesson("scaled_matmul").FAST_TILES[1] if device.capability == 90 else []:
-                name = str(operands)[6:] + " with scales, bias and ReLU" * all_of_it
-                call = functools.partial(scaled_matmul, operands, dtype, all_of_it)
-                yield Case("scaled", name, dtype, call, tile, ("scaled_matmul",))
+    ends = (torch.bfloat16, None), (torch.bfloat16, "relu"), (torch.float32, "relu")
+    for operands, (dtype, activation) in itertools.product(EIGHT_BIT, ends):
+        for tile in lesson("scaled_matmul").FAST_TILES[1] if device.capability == 90 else []:
+            name = str(operands)[6:] + " with scales, bias and ReLU" * bool(activation)
+            call = functools.partial(scaled_matmul, operands, dtype, activation)
+            yield Case("scaled", name, dtype, call, tile, ("scaled_matmul",))
+
+
+# --- activations ----------------------------------------------------------------------------------
+
+
+def activation_cases(device):
+    """Hopper's tiles with the sum whole, in the activations that no case above has."""
+    others = [name for name in ACTIVATIONS if name != "relu"] if device.capability == 90 else []
+    for activation in others:
+        for item, dtype in ((2, torch.bfloat16), (4, torch.float32)):
+            for tile in lesson("matmul_tma").FAST_TILES[item]:
+                call = functools.partial(matmul, "NT", dtype, activation)
+                yield Case("activation", activation, dtype, call, tile, ("matmul",))
+            for tile in lesson("conv2d_tma").FAST_TILES[item]:
+                call = functools.partial(conv2d, "3x3", dtype, activation)
+                yield Case("activation", activation, dtype, call, tile, ("conv2d",))
+        for tile, operands in itertools.product(lesson("scaled_matmul").FAST_TILES[1], EIGHT_BIT):
+            name = f"{activation} of {str(operands)[6:]}"
+            call = functools.partial(scaled_matmul, operands, torch.bfloat16, activation)
+            yield Case("activation", name, torch.bfloat16, call, tile, ("scaled_matmul",))
 
 
 # --- what the memory bounds -----------------------------------------------------------------------

@@ -32,10 +32,15 @@ import textwrap
 import time
 import types
 from collections import defaultdict
-from importlib.metadata import version
 
+from tilelab.perf.compiler import aot
 from tilelab.perf.rows import results
 from tqdm import tqdm
+
+from tests.tools import compile_bars, compile_cases
+
+# isort: split
+import triton  # after the kernels: they decide between interpreter and compiler
 
 FOLDER = pathlib.Path(__file__).parents[1] / "compile_facts"
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -46,7 +51,7 @@ COMMAND = "make test-compile ARGS=--write"
 
 
 def path(target):
-    return FOLDER / version("triton") / f"{target}.jsonl"
+    return FOLDER / triton.__version__ / f"{target}.jsonl"
 
 
 def read(target):
@@ -138,9 +143,6 @@ def source_hash(kernel):
 
 def key_of(launch, target):
     """The key of a launch: triton's own JIT says how it specialises the arguments."""
-    import triton
-    from tilelab.perf.compiler import aot
-
     asked = []
 
     def remember(*, compile, **_):
@@ -152,7 +154,7 @@ def key_of(launch, target):
         aot.compile_launch(launch)
     finally:
         triton.knobs.runtime.jit_cache_hook = hook
-    text = repr((version("triton"), target, source_hash(launch.kernel), asked))
+    text = repr((triton.__version__, target, source_hash(launch.kernel), asked))
     assert len(asked) == 1 and " at 0x" not in text, text
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -179,8 +181,6 @@ def fact_of(launch):
         accesses: of a kernel without products for NVIDIA, see `accesses`.
         moved: bytes a thread of those accesses, each once.
     """
-    from tilelab.perf.compiler import aot
-
     compiled = aot.compile_launch(launch)
     analysis = aot.analyse(compiled)
     fact = {"kernel": launch.kernel.__name__} | {name: analysis[name] for name in KEPT}
@@ -266,10 +266,6 @@ class Launches:
     """
 
     def __init__(self, target):
-        from tilelab.perf.compiler import aot
-
-        from tests.tools import compile_cases
-
         aot.compile_for(target)
         self.target, self.device = target, aot.device(target)
         self.rows, self.places = [], {}
@@ -284,8 +280,6 @@ class Launches:
                 self.rows.append(about | dict(constants=constants, options=options, key=key))
 
     def compile(self, key):
-        from tilelab.perf.compiler import aot
-
         aot.compile_for(self.target)
         case, i = self.places[key]
         try:
@@ -315,7 +309,7 @@ class Worker:
     def __enter__(self):
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.tools.compile_facts", "--serve"],
-            env=os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"},
+            env=os.environ | aot.ENVIRONMENT,
             cwd=pathlib.Path(__file__).parents[2],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -351,11 +345,11 @@ def rows_of(launches, facts):
 
 
 def of_part(launches, part):
-    """The launches of a part, one of PARTS: those of the groups in compile_cases.CORE, or not."""
-    from tests.tools.compile_cases import CORE
-
+    """Those of a target's launches that are in the groups of CORE ("sm_90 core"), or the others."""
+    if part.split()[0] != "sm_90":
+        return launches
     core = part.endswith("core")
-    return [row for row in launches if (row["group"] in CORE) == core]
+    return [row for row in launches if (row["group"] in compile_cases.CORE) == core]
 
 
 def compile_all(jobs, workers):
@@ -380,57 +374,69 @@ def compile_all(jobs, workers):
 
 
 def main():
-    """Compile, compare, write; return what went wrong."""
+    """Compile, compare or write, hold the facts to the bars; return whether anything is wrong."""
     parser = argparse.ArgumentParser(prog="make test-compile", description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="compile what has no fact; write it")
-    parser.add_argument(
-        "--core", action="store_true", help="only what the oldest triton is held to"
-    )
-    parser.add_argument("--only", default="", help="launches whose description this pattern matches")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--write", action="store_true", help="compile what has no fact, and write the facts")
+    add("--core", action="store_true", help="only what the oldest triton is held to")
+    add("--only", default="", help="only launches whose description has this regular expression")
+    add("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
         return _serve()
-    from tests.tools import compile_bars
 
-    workers, rows = len(os.sched_getaffinity(0)), []
     with Worker() as worker:
-        for target in ("sm_90",) if options.core else TARGETS:
-            launches = worker.launches(target)
-            rows += of_part(launches, "core") if options.core else launches
-    facts = {target: read(target) for target in dict.fromkeys(row["target"] for row in rows)}
-    keys = {target: {row["key"] for row in rows if row["target"] == target} for target in facts}
-    orphans = {t: facts[t].keys() - keys[t] for t in facts}
-    wanted = [row for row in rows if re.search(options.only, compile_bars.describe(row))]
+        if options.core:
+            launches = {"sm_90": of_part(worker.launches("sm_90"), "core")}
+        else:
+            launches = {target: worker.launches(target) for target in TARGETS}
+    facts, orphans, wanted = {}, 0, []
+    for target, rows in launches.items():
+        keys, committed = {row["key"] for row in rows}, read(target)
+        facts[target] = {key: fact for key, fact in committed.items() if key in keys}
+        orphans += len(committed) - len(facts[target])
+        wanted += [row for row in rows if re.search(options.only, compile_bars.describe(row))]
     jobs = list(dict.fromkeys((row["target"], row["key"]) for row in wanted))
     if options.write:
-        for target in facts:
-            facts[target] = {k: facts[target][k] for k in facts[target].keys() & keys[target]}
         jobs = [(target, key) for target, key in jobs if key not in facts[target]]
-    wrong, saved = [], time.monotonic()
+
+    wrong = compile_jobs(jobs, facts, options.write)
+    if orphans and not options.write:
+        wrong.append(f"{orphans} facts are of no launch: {COMMAND}")
+    for row in (row for row in wanted if row["key"] in facts[row["target"]]):
+        row = row | facts[row["target"]][row["key"]]
+        wrong += [f"{what}: {compile_bars.describe(row)}" for what in compile_bars.problems(row)]
+    print("\n".join(wrong) or f"{len(wanted)} launches, {len(jobs)} compiled: as they should be")
+    return bool(wrong)
+
+
+def compile_jobs(jobs, facts, keep):
+    """Compile each (target, key), and say what is wrong; `keep` adds to the facts and writes them.
+
+    They are also written every half a minute and at an interruption: what is in them is not
+    compiled again.
+    """
+    wrong, written = [], time.monotonic()
+
+    def write_all():
+        for target in facts if keep else ():
+            write(target, facts[target])
+
     try:
-        for target, key, fact in tqdm(compile_all(jobs, workers), "compile", len(jobs)):
+        workers = len(os.sched_getaffinity(0))
+        for target, key, fact in tqdm(compile_all(jobs, workers), "compiled", len(jobs)):
             if "error" in fact:
                 wrong.append(f"{target} {key} does not compile: {fact['error']}")
-            elif options.write:
+            elif keep:
                 facts[target][key] = fact
-            elif facts[target].get(key) != fact:
+            elif fact != facts[target].get(key):
                 wrong.append(f"{target} {key}: {difference(facts[target].get(key), fact)}")
-            if options.write and time.monotonic() > saved + 30:
-                saved = time.monotonic()
-                for each in facts:
-                    write(each, facts[each])
+            if time.monotonic() > written + 30:
+                write_all()
+                written = time.monotonic()
     finally:
-        if options.write:
-            for target in facts:
-                write(target, facts[target])
-    for target in facts:
-        if orphans[target] and not options.write:
-            wrong.append(f"{target}: {len(orphans[target])} facts that no case asks for: {COMMAND}")
-        for row in rows_of([row for row in wanted if row["target"] == target], facts[target]):
-            wrong += [f"{p}: {compile_bars.describe(row)}" for p in compile_bars.problems(row)]
-    print("\n".join(wrong) or f"{len(rows)} launches, {len(jobs)} compiled: as they should be")
-    return bool(wrong)
+        write_all()
+    return wrong
 
 
 def difference(old, new):
