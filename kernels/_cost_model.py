@@ -2,7 +2,7 @@
 
 A kernel that loads by TMA has a fast loop: the time of a tile is that of its products or of its
 loads, whichever is longer. Tiles are shared out among the SMs (a GPU's processors, 132 on an H100),
-and the SM with the most of them is done last. `python -m tilelab.perf sweep` measures instead, and
+and the SM with the most of them is done last. `tilelab sweep` measures instead, and
 its table of winners takes the place of this estimate.
 """
 

@@ -59,8 +59,8 @@ def refuse_broken_versions(triton_version: str, numpy_version: str, interpret: b
 refuse_broken_versions(triton.__version__, np.__version__, INTERPRET)
 if INTERPRET and isinstance(tl.cdiv, triton.JITFunction):
     raise ImportError(
-        "triton was imported before kernels, and not in interpreter mode, but torch sees no GPU: "
-        "import kernels first, or set TRITON_INTERPRET=1 in the environment"
+        "triton was imported before tilelab.kernels, and not in interpreter mode, but torch sees no "
+        "GPU: import tilelab.kernels first, or set TRITON_INTERPRET=1 in the environment"
     )
 
 

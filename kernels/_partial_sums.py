@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from tilelab.kernels._launch import launch
 from tilelab.kernels._tiles import cdiv, choose_tile
+from tilelab.kernels.activation import activate
 
 # Of partial results there are few columns and many rows where they make the gradient of a bias, and
 # the other way round where they make that of a weight.
@@ -100,7 +101,7 @@ def sum_partials(
 @triton.jit
 def matmul_reduce_kernel(
     partials_ptr, bias_ptr, c_ptr, row_partials_ptr, sums_ptr, M, N, rows, stride_bias,
-    SPLIT_K: tl.constexpr, HAS_BIAS: tl.constexpr, RELU: tl.constexpr, SUMS: tl.constexpr,
+    SPLIT_K: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, SUMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program computes one tile of C = act(sum of partials + bias), always in the same order.
@@ -120,8 +121,7 @@ def matmul_reduce_kernel(
     if HAS_BIAS:
         bias = tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0)
         acc += bias.to(tl.float32)[None, :]
-    if RELU:
-        acc = tl.where(acc < 0, 0.0, acc)
+    acc = activate(acc, ACTIVATION)
     tl.store(c_ptr + offs, acc.to(c_ptr.dtype.element_ty), mask=mask)
     if SUMS:
         if tl.program_id(1) == 0:
@@ -141,6 +141,6 @@ def reduce_parts(partials, bias, activation, c, M, N, rows, parts, row_partials=
     launch(
         matmul_reduce_kernel, (cdiv(M, tile["BLOCK_M"]), cdiv(N, tile["BLOCK_N"])),
         partials, bias, c, row_partials, sums, M, N, rows, 0 if bias is None else bias.stride(0),
-        SPLIT_K=parts, HAS_BIAS=bias is not None, RELU=activation == "relu",
+        SPLIT_K=parts, HAS_BIAS=bias is not None, ACTIVATION=activation,
         SUMS=sums is not None, **tile,
     )  # fmt: skip

@@ -47,7 +47,6 @@ import triton
 import triton.language as tl
 from tilelab.kernels._checks import (
     autocast,
-    check_choice,
     check_shape,
     check_tensors,
     dot_precision,
@@ -55,14 +54,14 @@ from tilelab.kernels._checks import (
 from tilelab.kernels._launch import INTERPRETER, device_of, launch
 from tilelab.kernels._partial_sums import reduce_parts
 from tilelab.kernels._tiles import cdiv, choose_tile, into_chunks, splits
-from tilelab.kernels.bias_relu import bias_backward, bias_relu_backward
+from tilelab.kernels.activation import activate, activated, check_activation, kept_for, needs_z
+from tilelab.kernels.bias_relu import bias_activation, bias_activation_backward, bias_backward
 from tilelab.kernels.matmul_tma import fast_tile, matmul_tma, tma_operands
 
 
 def reference(a, b, bias=None, activation=None):
     """The same in plain torch, for any dtype."""
-    c = a @ b if bias is None else a @ b + bias
-    return torch.relu(c) if activation == "relu" else c
+    return activated(a @ b if bias is None else a @ b + bias, activation)
 
 
 TILES = [
@@ -87,7 +86,7 @@ DEFAULT = {2: TILES[0], 4: TILES[1]}
 def matmul_kernel(
     a_ptr, b_ptr, bias_ptr, c_ptr, sums_ptr, M, N, K, CHUNK,
     stride_am, stride_ak, stride_bk, stride_bn, stride_bias, stride_cm, stride_cn,
-    HAS_BIAS: tl.constexpr, RELU: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     SPLIT: tl.constexpr, SUMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -146,8 +145,7 @@ def matmul_kernel(
     if HAS_BIAS:
         bias = tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0)
         acc += bias.to(tl.float32)[None, :]
-    if RELU:
-        acc = tl.where(acc < 0, 0.0, acc)
+    acc = activate(acc, ACTIVATION)
     c_ptrs = c_ptr + (offs_m * stride_cm)[:, None] + (offs_n * stride_cn)[None, :]
     tl.store(c_ptrs, acc.to(c_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & mask_n[None, :])
     if SUMS:
@@ -186,12 +184,14 @@ def matmul_into(c, a, b, bias, activation, precision, sums=None):
         out = torch.empty(parts * M, N, dtype=torch.float32, device=c.device)
         if sums is not None:
             out_sums = torch.empty(parts, M, dtype=torch.float32, device=c.device)
-    ends = dict(HAS_BIAS=bias is not None, RELU=activation == "relu")
+    ends = dict(HAS_BIAS=bias is not None, ACTIVATION=activation)
+    if parts > 1:  # what follows the whole sum
+        ends = dict(HAS_BIAS=False, ACTIVATION=None)
     launch(
         matmul_kernel, (tiles, parts) if parts > 1 else (tiles,),
         a, b, bias, out, out_sums, M, N, K, chunk,
         *a.stride(), *b.stride(), 0 if bias is None else bias.stride(0), *out.stride(),
-        **(dict.fromkeys(ends, False) if parts > 1 else ends), EVEN_K=K % tile["BLOCK_K"] == 0,
+        **ends, EVEN_K=K % tile["BLOCK_K"] == 0,
         PRECISION=precision, SPLIT=parts > 1, SUMS=sums is not None, **tile,
     )  # fmt: skip
     if parts > 1:
@@ -229,10 +229,11 @@ def _(a, dc):
 
 def _setup_context(ctx, inputs, output):
     a, b, _, activation = inputs
+    ctx.activation = activation
     ctx.in_columns = [x.stride(0) == 1 != x.stride(1) for x in (a, b)]
     needs_da, needs_db, *_ = ctx.needs_input_grad
     saved = a if needs_db else None, b if needs_da else None
-    ctx.save_for_backward(*saved, output if activation == "relu" else None)
+    ctx.save_for_backward(*saved, kept_for(activation, output))
 
 
 def _product(a, b, in_columns):
@@ -245,8 +246,8 @@ def _product(a, b, in_columns):
 def _backward(ctx, dc):
     a, b, c = ctx.saved_tensors
     da = db = dbias = None
-    if c is not None:  # through the ReLU, and the bias gradient in the same pass
-        dc, dbias = bias_relu_backward(dc, c)
+    if c is not None:  # through the activation, and the bias gradient in the same pass
+        dc, dbias = bias_activation_backward(dc, c, None, ctx.activation)
     elif ctx.needs_input_grad[2]:
         small = ctx.needs_input_grad[1] and 0 < a.shape[1] * dc.shape[1] <= SMALL
         if small and ctx.in_columns[1]:  # a classifier's, in one pass
@@ -276,7 +277,8 @@ def matmul(
         a: [M, K]; float32, float16 or bfloat16; any strides, so transposed views cost no copy.
         b: [K, N], of a's dtype; any strides.
         bias: [N], of a's dtype, or None.
-        activation: None or "relu".
+        activation: None, "relu", "gelu" (exact), "gelu_tanh" or "silu". With gradients, the product
+            is rounded to a's dtype before the bias and one other than ReLU.
 
     Returns:
         [M, N] of a's dtype, row-major. float32 products are rounded to TF32 on the GPU where
@@ -286,7 +288,7 @@ def matmul(
         TypeError: a dtype or device that is not supported, or differs between the tensors.
         ValueError: shapes that do not fit, or an unknown activation.
 
-    Source: torch.addmm and torch.relu.
+    Source: torch.addmm, and torch.relu or torch.nn.functional's gelu and silu.
 
     Example:
         >>> matmul(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [-4.0]]), activation="relu")
@@ -298,5 +300,7 @@ def matmul(
     check_shape("b", b, "[K, N]", K=a.shape[1], N=None)
     if bias is not None:
         check_shape("bias", bias, "[N]", N=b.shape[1])
-    check_choice("activation", activation, (None, "relu"))
+    check_activation(activation)
+    if needs_z(activation, a, b, bias):
+        return bias_activation(_matmul(a, b, None, None), bias, activation)
     return _matmul(a, b, bias, activation)

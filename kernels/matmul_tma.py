@@ -2,7 +2,7 @@
 
 On an H200 a step of 64 of a 128x256 tile takes the tensor cores 1,024 clocks. Whatever else the SM
 does must fit beside that, or it is time lost. `matmul_kernel` becomes this one a change at a time.
-Each rung is a tile of the kernel below: `python -m tilelab.perf sweep matmul` times it.
+Each rung is a tile of the kernel below: `tilelab sweep matmul` times it.
 
     matmul_kernel, 128x256x64   every thread computes addresses, and copies 16 bytes at a time
     + TMA                       one thread asks for a whole tile [128, 64]: the unit makes the
@@ -44,6 +44,7 @@ from tilelab.kernels._cost_model import busiest_sm
 from tilelab.kernels._launch import descriptor, device_of, launch, tma_rows
 from tilelab.kernels._partial_sums import reduce_parts
 from tilelab.kernels._tiles import cdiv, persistent, tma_tile
+from tilelab.kernels.activation import activate
 
 _fast = functools.partial(tma_tile, per_sm=1, GROUP_M=8, SUBTILES=1, SPLIT_K=1)
 
@@ -81,22 +82,21 @@ FAST_TILES = {
 
 @triton.jit
 def _store_tile(
-    c, acc, row, col, bias_ptr, stride_bias, N, HAS_BIAS: tl.constexpr, RELU: tl.constexpr
+    c, acc, row, col, bias_ptr, stride_bias, N, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr
 ):
     """The epilogue: store act(acc + bias) at (row, col) of c, which clips it at the border."""
     if HAS_BIAS:
         offs_n = col.to(tl.int64) + tl.arange(0, acc.shape[1])
         bias = tl.load(bias_ptr + offs_n * stride_bias, mask=offs_n < N, other=0.0)
         acc += bias.to(tl.float32)[None, :]
-    if RELU:
-        acc = tl.where(acc < 0, 0.0, acc)
+    acc = activate(acc, ACTIVATION)
     c.store([row, col], acc.to(c.dtype))
 
 
 @triton.jit
 def matmul_tma_kernel(
     a, b, bias_ptr, c, M, N, K, stride_a, stride_b, stride_bias, stride_c,
-    A_T: tl.constexpr, B_T: tl.constexpr, HAS_BIAS: tl.constexpr, RELU: tl.constexpr,
+    A_T: tl.constexpr, B_T: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, SUBTILES: tl.constexpr, SPLIT_K: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
@@ -154,13 +154,15 @@ def matmul_tma_kernel(
 
         row = part * blocks_m * BLOCK_M + m
         if SUBTILES == 1:
-            _store_tile(c_desc, acc, row, n, bias_ptr, stride_bias, N, HAS_BIAS, RELU)
+            _store_tile(c_desc, acc, row, n, bias_ptr, stride_bias, N, HAS_BIAS, ACTIVATION)
         else:  # the left half, then the right one
             halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
             left, right = tl.split(halves)  # [BLOCK_M, BLOCK_N / 2]
             half: tl.constexpr = BLOCK_N // 2
-            _store_tile(c_desc, left, row, n, bias_ptr, stride_bias, N, HAS_BIAS, RELU)
-            _store_tile(c_desc, right, row, n + half, bias_ptr, stride_bias, N, HAS_BIAS, RELU)
+            _store_tile(c_desc, left, row, n, bias_ptr, stride_bias, N, HAS_BIAS, ACTIVATION)
+            _store_tile(
+                c_desc, right, row, n + half, bias_ptr, stride_bias, N, HAS_BIAS, ACTIVATION
+            )
 
 
 # --- Which operands, which tile -------------------------------------------------------------------
@@ -223,11 +225,13 @@ def matmul_tma(operands, bias, activation, c, tile, precision):
         )
     a_arg, b_arg, out_arg = matrices
     stride_bias = 0 if bias is None else bias.stride(0)
-    ends = dict(HAS_BIAS=bias is not None, RELU=activation == "relu")
+    ends = dict(HAS_BIAS=bias is not None, ACTIVATION=activation)
+    if split > 1:  # what follows the whole sum
+        ends = dict(HAS_BIAS=False, ACTIVATION=None)
     launch(
         matmul_tma_kernel, (programs,), a_arg, b_arg, bias, out_arg, M, N, K,
         a_step, b_step, stride_bias, N, A_T=a_t, B_T=b_t,
-        **({key: False for key in ends} if split > 1 else ends), PRECISION=precision,
+        **ends, PRECISION=precision,
         WARP_SPECIALIZE=specialize, **tile,
     )  # fmt: skip
     if split > 1:

@@ -115,7 +115,10 @@ def _run(code: str, **env: str) -> Any:
 
 
 def _child(call: str, **env: str) -> dict[str, dict[str, Any]]:
-    return _run(f"import json\nfrom perf import host\nprint(json.dumps(host._{call}))", **env)
+    return _run(
+        f"import json\nfrom tilelab.perf.clock import host_overhead\nprint(json.dumps(host_overhead._{call}))",
+        **env,
+    )
 
 
 def _entry(

@@ -1,4 +1,4 @@
-"""`python -m perf gpu`: everything that needs a GPU, in order of value, in the time there is.
+"""`tilelab gpu`: everything that needs a GPU, in order of value, in the time there is.
 
     make gpu                                 1500 s, into perf/results/<gpu>/
     make gpu ARGS="--budget 600"             a shorter window; the next call goes on
@@ -43,8 +43,9 @@ ATTEMPTS = 3  # at a sweep that a broken GPU ended: it goes on behind the tile t
 GOES_ON = "--resume goes on behind it"  # how such a sweep ends its last line
 LATE = "ran out of time"
 PROBE = (
-    "import json; from perf import device, plan; "
-    "print(json.dumps(device.here().header() | {'versions': plan.versions()}))"
+    "import json; from tilelab.perf.clock import devices; "
+    "from tilelab.perf.commands import arguments; "
+    "print(json.dumps(devices.here().header() | {'versions': arguments.versions()}))"
 )
 
 
@@ -149,7 +150,7 @@ def probe() -> dict[str, Any]:
         asked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
         found = json.loads(asked.stdout.splitlines()[-1])
     except (subprocess.TimeoutExpired, IndexError, ValueError) as error:
-        raise PerfError("the GPU does not start: `python -m perf doctor` says more") from error
+        raise PerfError("the GPU does not start: `tilelab doctor` says more") from error
     return {name: found[name] for name in ("gpu", "driver", "versions")}
 
 

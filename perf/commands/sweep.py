@@ -1,4 +1,4 @@
-"""`python -m perf sweep`: time every tile, and every peer, and say which is best and why.
+"""`tilelab sweep`: time every tile, and every peer, and say which is best and why.
 
 The order of things, for all workloads and then for each:
 

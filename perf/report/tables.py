@@ -13,7 +13,7 @@ from tilelab.perf.report import history
 from tilelab.perf.rows import ranking
 
 PREDICTED = Path(__file__).parents[1] / "results" / "predicted" / "sm_90.jsonl.gz"
-STEP = PREDICTED.with_name("step.json")  # of `python -m perf step --json`
+STEP = PREDICTED.with_name("step.json")  # of `tilelab step --json`
 OPS = (
     *("matmul", "matmul_bias_relu", "scaled_matmul", "bias_relu", "softmax", "cross_entropy"),
     *("max_pool2d", "sgd", "adamw"),

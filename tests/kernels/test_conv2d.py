@@ -468,9 +468,9 @@ WRONG = {
     "an empty filter": ((X, W[:, :, :0]), ValueError, "weight must have .*one tap.* 0 taps"),
     "an empty image": ((X[..., :0], W), ValueError, "weight .* fit .* 0 pixels"),
     "activation": (
-        (X, W, B, 1, 0, 1, 1, "gelu"),
+        (X, W, B, 1, 0, 1, 1, "tanh"),
         ValueError,
-        "activation must be .*'relu', got 'gelu'",
+        "activation must be .*'silu', got 'tanh'",
     ),
     "activation=True": ((X, W, B, 1, 0, 1, 1, True), ValueError, "activation .* got True"),
 }

@@ -14,7 +14,7 @@ import torch
 from tilelab.kernels import _launch
 from tilelab.kernels._launch import Device
 from tilelab.kernels._tiles import use_tile
-from tilelab.kernels.bias_relu import bias_relu_backward
+from tilelab.kernels.bias_relu import bias_activation_backward
 from tilelab.kernels.conv2d_input_grad import TILES, conv2d_input_grad, conv2d_input_grad_relu
 from tilelab.kernels.conv2d_input_grad_tma import (
     _taps_of_classes,
@@ -191,7 +191,7 @@ def test_first_layers(layer, weight):
         assert dx.is_contiguous(memory_format=torch.channels_last)
     with use_tile("conv2d_input_grad", SMALL):
         names = launched(HOPPER, conv2d_input_grad_relu, dy, w, x, *conv.lists).split()
-        assert names[:3] == ["pack_filter", "tma", "unfold"] and "bias_relu_backward" in names
+        assert names[:3] == ["pack_filter", "tma", "unfold"] and "bias_activation_backward" in names
 
 
 @pytest.mark.parametrize("tile", FAST_TILES[2], ids=name)
@@ -282,7 +282,7 @@ def test_nan_and_infinity_go_where_torch_has_them(layer, value):
     x[0, 2, -1, -1] = torch.nan  # of which one cannot say that it was cut off
     with use_tile("conv2d_input_grad_relu", SMALL):
         dz, dbias = conv2d_input_grad_relu(dy, w, x, *conv.lists)
-    want = bias_relu_backward(dx, x)
+    want = bias_activation_backward(dx, x, None, "relu")
     assert torch.equal(dz.nan_to_num(), want[0].nan_to_num())
     assert torch.equal(dbias.isfinite(), want[1].isfinite()) and not dbias.isfinite().all()
     assert torch.equal(dz[0, 2, -1, -1].nan_to_num(), dx[0, 2, -1, -1].nan_to_num())
@@ -334,7 +334,7 @@ C33, S2 = Conv((2, 24, 8, 8), 32, (3, 3), 1, 1), Conv((2, 64, 8, 8), 32, (3, 3),
 same = tuple
 BORDERS = {
     # the convolution, what becomes of dy, weight and x, the kernels that a Hopper GPU takes, and
-    # those through a ReLU; "" for the first ones and bias_relu_backward
+    # those through a ReLU; "" for the first ones and bias_activation_backward
     "3x3": (C33, same, "tma", "tma"),
     "fp16": (C33, lambda ts: [t.half() for t in ts], "tma", "tma"),
     "stride 2": (S2, same, "tma", "tma"),
@@ -378,7 +378,7 @@ def test_what_tma_cannot_read_goes_through_pointers(conv, change, kernels, relu)
     dy, w, x = change(operands(conv, torch.bfloat16))
     plain = dy, w, list(conv.x), *conv.lists
     masked = dy, w, x, *conv.lists
-    relu = f"{relu} sum_partials" if relu else f"{kernels} bias_relu_backward"
+    relu = f"{relu} sum_partials" if relu else f"{kernels} bias_activation_backward"
     assert launched(HOPPER, conv2d_input_grad, *plain) == kernels
     assert launched(HOPPER, conv2d_input_grad_relu, *masked) == relu
     assert "tma" not in launched(AMPERE, conv2d_input_grad, *plain)

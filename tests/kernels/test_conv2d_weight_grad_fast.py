@@ -462,7 +462,7 @@ def test_the_bias_gradient_comes_with_the_weight_gradient(needs, activation):
         conv2d(x, weight, bias, padding=1, activation=activation).backward(dy)
 
     names = launched(backward)
-    assert ("bias_relu_backward_kernel" in names) == (activation == "relu" or needs == "bias")
+    assert ("bias_activation_backward_kernel" in names) == (activation == "relu" or needs == "bias")
     assert ("conv2d_weight_grad_tma_kernel" in names) == ("weight" in needs)
     weight.grad = bias.grad = None
     backward()

@@ -421,7 +421,7 @@ WRONG = {
     "bias too short": ((A, B, BIAS[1:]), ValueError, r"bias must .* \[N\] with N=5, got \[4\]"),
     "bias a row": ((A, B, BIAS[None]), ValueError, r"bias must .* with N=5, got \[1, 5\]"),
     "bias a number": ((A, B, BIAS[0]), ValueError, r"bias must .* with N=5, got \[\]"),
-    "activation": ((A, B, None, "gelu"), ValueError, "activation must be .*'relu', got 'gelu'"),
+    "activation": ((A, B, None, "tanh"), ValueError, "activation must be .*'silu', got 'tanh'"),
     "activation is a bool": ((A, B, None, True), ValueError, "activation must .* got True"),
     "activation is a function": ((A, B, None, torch.relu), ValueError, "activation must .* got <"),
 }

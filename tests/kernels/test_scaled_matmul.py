@@ -494,9 +494,9 @@ WRONG = {
     "scale_b stands": ((A, B, S, COLUMNS[:, None]), ValueError, r"scale_b .* N=5.*, got \[5, 1\]"),
     "bias too short": ((A, B, S, S, BIAS[1:]), ValueError, r"bias must .* with N=5, got \[4\]"),
     "activation": (
-        (A, B, S, S, None, "gelu"),
+        (A, B, S, S, None, "tanh"),
         ValueError,
-        "activation must be .*got 'gelu'",
+        "activation must be .*got 'tanh'",
     ),
 }
 

@@ -21,7 +21,7 @@ from tilelab.perf.commands import arguments, doctor, gpu_programme, gpu_tasks, s
 from tilelab.perf.commands.gpu_programme import LATE, Programme, share
 from tilelab.perf.commands.gpu_tasks import OPS, ROOT, Entry, Outcome, Step
 from tilelab.perf.errors import PerfError
-from tilelab.perf.report import history, plot
+from tilelab.perf.report import history, html_page, plot
 from tilelab.perf.report import tuned_table as tuning
 from tilelab.perf.rows import results
 from tilelab.perf.work import shapes
@@ -349,7 +349,7 @@ def test_the_interpreter_is_not_the_gpu(monkeypatch, capsys):
 def test_the_gpu_is_asked_by_another_process(monkeypatch):
     assert gpu_programme.probe()["gpu"] == devices.here().name
     monkeypatch.setattr(gpu_programme, "PROBE", "raise SystemExit('no')")
-    with pytest.raises(PerfError, match="the GPU does not start: `python -m perf doctor`"):
+    with pytest.raises(PerfError, match="the GPU does not start: `tilelab doctor`"):
         gpu_programme.probe()
 
 
@@ -420,8 +420,8 @@ def test_every_step_is_a_command_that_exists(tmp_path):
             assert args.tiles == ("default" if s.group == "after" else "all")
             assert not args.save_tuned and not args.dry_run and args.out.parent == tmp_path
         assert s.source() == s.source() and (s.source() or s.group == "ceilings")
-    assert {module for s in every if s.group == "training" for module in s.command(1)[2:3]} == {
-        "nets.train"
+    assert {module for s in every if s.group == "training" for module in s.command(1)[3:4]} == {
+        "train"
     }
     assert "core and not gpu" in every[0].command(60) and "gpu" in every[1].command(60)
 

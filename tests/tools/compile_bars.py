@@ -299,10 +299,13 @@ BARS = [
         "not by TMA": lambda row: not row["tma"],
         # int8 has no wgmma wider than 128 here: a step of 128x256 is eight of them, not four
         "wgmma is narrower than the tile": lambda row: wgmma(*(
-            ("QGMMA", "64x{}x32") if "float8" in row["case"] else ("IGMMA", "64x{}x32", 128)
+            ("QGMMA", "64x{}x32") if "float8" in row["dtype"] else ("IGMMA", "64x{}x32", 128)
         ))(row),
         "a long loop": lambda row: row["loop_instructions"]
-            > (110 if "int8" in row["case"] and row["tile"]["BLOCK_N"] > 128 else 100),
+            > (110 if row["dtype"] == "int8" and row["tile"]["BLOCK_N"] > 128 else 100),
+    }),
+    Bars(("activation",), ("bias_activation_kernel", "bias_activation_backward_kernel"), HOPPER, {
+        "narrow accesses": narrow_accesses,
     }),
     Bars(("memory",), None, HOPPER, {
         "spills": spills_of_a_tile_for_its_dtype,

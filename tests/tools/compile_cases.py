@@ -11,7 +11,7 @@ group (compile_bars.py):
     input grad   the tiles of conv2d's input gradient: each stride, through a ReLU and not
     weight grad  the tiles of its weight gradient: whole, in parts, with the bias gradient
     scaled       the tiles of scaled_matmul: the plainest epilogue, and all that one can do
-    activation   the tiles for TMA of all three, in every other activation than ReLU
+    activation   the tiles for TMA of all three, and the bias's, in every other activation than ReLU
     memory       every tile of the kernels that the memory bounds
 """
 
@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 from tilelab.kernels import _launch, _tiles
+from tilelab.kernels.activation import ACTIVATIONS
 from tilelab.nets import step as training
 from tilelab.perf.work.workloads import set_precision
 
@@ -48,7 +49,7 @@ class Case(NamedTuple):
     Attributes:
         group: the bars that its launches are held to.
         name: of the call, in words.
-        dtype: of the operands, or of the results where the operands have 8 bits.
+        dtype: of the operands; in "default" of the results, where the operands have 8 bits.
         call: makes the launches.
         tile: the tile that `ops` are forced to take; None for their defaults.
         ops: the names by which `choose_tile` knows them.
@@ -311,7 +312,6 @@ ACTIVATED = (  # the calls that end in an activation
     "conv2d, few channels, by pointers", "conv2d, direct", "conv2d, flat", "conv2d, depthwise",
     "conv2d, depthwise at stride 2",
 )  # fmt: skip
-ACTIVATIONS = ("relu",)
 
 
 def default_cases(device):
@@ -571,29 +571,39 @@ def scaled_cases(device):
     ends = (torch.bfloat16, None), (torch.bfloat16, "relu"), (torch.float32, "relu")
     for operands, (dtype, activation) in itertools.product(EIGHT_BIT, ends):
         for tile in lesson("scaled_matmul").FAST_TILES[1] if device.capability == 90 else []:
-            name = str(operands)[6:] + " with scales, bias and ReLU" * bool(activation)
+            name = f"to {str(dtype)[6:]}" + " with scales, bias and ReLU" * bool(activation)
             call = functools.partial(scaled_matmul, operands, dtype, activation)
-            yield Case("scaled", name, dtype, call, tile, ("scaled_matmul",))
+            yield Case("scaled", name, operands, call, tile, ("scaled_matmul",))
 
 
 # --- activations ----------------------------------------------------------------------------------
 
 
+def bias_activation(dtype, activation):
+    x, bias = images(64, 64, 56, 56, dtype=dtype), torch.empty(64, dtype=dtype)
+    train(kernels.bias_activation, x, bias, activation=activation)
+
+
 def activation_cases(device):
-    """Hopper's tiles with the sum whole, in the activations that no case above has."""
+    """Tiles with the sum whole, in the activations that no case above has."""
     others = [name for name in ACTIVATIONS if name != "relu"] if device.capability == 90 else []
+    half, full = torch.bfloat16, torch.float32
     for activation in others:
-        for item, dtype in ((2, torch.bfloat16), (4, torch.float32)):
-            for tile in lesson("matmul_tma").FAST_TILES[item]:
-                call = functools.partial(matmul, "NT", dtype, activation)
-                yield Case("activation", activation, dtype, call, tile, ("matmul",))
-            for tile in lesson("conv2d_tma").FAST_TILES[item]:
-                call = functools.partial(conv2d, "3x3", dtype, activation)
-                yield Case("activation", activation, dtype, call, tile, ("conv2d",))
-        for tile, operands in itertools.product(lesson("scaled_matmul").FAST_TILES[1], EIGHT_BIT):
-            name = f"{activation} of {str(operands)[6:]}"
-            call = functools.partial(scaled_matmul, operands, torch.bfloat16, activation)
-            yield Case("activation", name, torch.bfloat16, call, tile, ("scaled_matmul",))
+        jobs = []
+        for dtype in half, full:
+            call = functools.partial(matmul, "NT", dtype, activation)
+            jobs += [(call, dtype, "matmul", lesson("matmul_tma").FAST_TILES[dtype.itemsize])]
+            call = functools.partial(conv2d, "3x3", dtype, activation)
+            jobs += [(call, dtype, "conv2d", lesson("conv2d_tma").FAST_TILES[dtype.itemsize])]
+            call = functools.partial(bias_activation, dtype, activation)
+            jobs += [(call, dtype, "bias_relu", lesson("bias_relu").TILES)]
+        for operands in EIGHT_BIT:
+            call = functools.partial(scaled_matmul, operands, half, activation)
+            jobs += [(call, operands, "scaled_matmul", lesson("scaled_matmul").FAST_TILES[1])]
+        for call, dtype, op, tiles in jobs:
+            name = f"{op}, {activation}"
+            for tile in tiles:
+                yield Case("activation", name, dtype, call, tile, (op, f"{op}_backward"))
 
 
 # --- what the memory bounds -----------------------------------------------------------------------
