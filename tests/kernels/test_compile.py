@@ -70,6 +70,7 @@ def test_every_launch_is_held_to_its_bars(part, worker):
     assert not held(rows), held(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "part, shard",
     [
