@@ -29,7 +29,6 @@ from tilelab.kernels.conv2d_tma import (
     pixel_box,
 )
 
-from tests.kernels.test_compile import SHARED, compiled, describe
 from tests.kernels.test_conv2d import call, check
 from tests.tools.convolutions import CONVS, CORE, Conv, integers
 from tests.tools.inputs import DEVICE, INTERPRET, double, gradients, laid_out, randn
@@ -903,77 +902,6 @@ def test_offsets_in_the_padding_count():
     with _launch.record(AMPERE) as events:
         conv2d(rows, torch.empty(8, 16, 5, 5, dtype=torch.float16), padding=2)
     assert events[-1].kernel.__name__ == "conv2d_kernel" and not events[-1].meta["NEAR"]
-
-
-# --- compiled -------------------------------------------------------------------------------------
-
-
-def wrong(row, target):
-    """What of a launch's code misses its bar, by name."""
-    if "error" in row:
-        return ["compilation"]
-    kernel, constants = row["kernel"], row["constants"]
-    hopper, amd = target == "sm_90", target == "gfx942"
-    # The naive rung keeps two of its addresses on the stack with triton 3.6.0.
-    spills = row["spills"] > (8 if kernel == "conv2d_direct_kernel" else 0)
-    found = dict(spills=spills, shared=row["shared"] > SHARED[target])
-    if row["dots"]:
-        found["tensor cores"] = not row["tensor_cores"]
-    if kernel == "conv2d_tma_kernel":
-        m = constants["TILE_N"] * constants["TILE_P"] * constants["TILE_Q"]
-        found["TMA"] = not row["tma"] or row["load_bytes"] != 16 or row["store_bytes"] != 16
-        found["N"] = m < 128
-    if kernel == "conv2d_tma_kernel" and hopper:
-        found |= {
-            "wgmma": row["tensor_core"] is None or f"HGMMA.64x{m}x" not in row["tensor_core"],
-            "operands": row["operands"] != "shared",
-            "serialised": row["serialised"],
-            "loads a step ahead": not row["ahead"],
-            "loop": row["loop_instructions"] > 115,
-        }
-    if kernel == "conv2d_kernel":
-        m, n, k = (constants[f"BLOCK_{d}"] for d in "MNK")
-        threads = row["options"]["num_warps"] * (64 if amd else 32)
-        item = 4 if row["dtype"] == "float32" else 2
-        found["loads"] = row["load_bytes"] < min(16, min(m, n) * k * item // threads)
-        found["loop"] = hopper and (m, n, k) == (128, 256, 64) and row["loop_instructions"] > 160
-    elif kernel == "conv2d_pack_kernel":
-        found["stores"] = row["store_bytes"] != 16  # the loads are of a pixel's 3 channels, each
-    elif kernel == "conv2d_pack_filter_kernel":
-        # Of a first layer 16 channels: two a thread, and 32 KiB in all.
-        found["stores"] = row["store_bytes"] < (4 if constants["BLOCK_N"] == 16 else 16)
-    return [what for what, bad in found.items() if bad]
-
-
-@pytest.mark.core
-@pytest.mark.slow
-def test_every_tile_compiles_to_the_bars_on_hopper():
-    """In every kind of layer, with the triton that is installed."""
-    rows = compiled("sm_90", "--conv2d")["launches"]
-    fast = [row for row in rows if row["kernel"] == "conv2d_tma_kernel"]
-    narrow = sum(tile["BLOCK_N"] == GROUP_BLOCK for tile in FAST_TILES[2])
-    split = sum(tile["BLOCK_M"] * tile["BLOCK_N"] <= 128 * 128 for tile in FAST_TILES[2])
-    assert len(fast) == 7 * len(FAST_TILES[2]) + 2 * narrow + split + 3 * len(FAST_TILES[4])
-    kernels = {row["kernel"] for row in rows}
-    assert {"conv2d_kernel", "conv2d_direct_kernel", "conv2d_flat_kernel"} < kernels
-    assert {"conv2d_pack_kernel", "conv2d_pack_filter_kernel"} < kernels
-    problems = [f"{what} of {describe(row)}: {row}" for row in rows for what in wrong(row, "sm_90")]
-    assert not problems, "\n".join(problems)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
-def test_every_tile_of_all_kernels_compiles_elsewhere(target):
-    rows = compiled(target, "--conv2d")["launches"]
-    fast = [row for row in rows if row["kernel"] == "conv2d_tma_kernel"]
-    assert len(fast) > 40 if target == "sm_100" else not fast
-    assert len(rows) - len(fast) >= len(TILES) + len(RUNGS)
-    problems = [f"{what} of {describe(row)}: {row}" for row in rows for what in wrong(row, target)]
-    if target == "gfx942":  # whose 64 KiB are too few for the largest tile: a sweep prunes it
-        too_large = [p for p in problems if p.startswith("shared") and "'BLOCK_N': 256" in p]
-        assert len(too_large) == 1
-        problems = [p for p in problems if p not in too_large]
-    assert not problems, "\n".join(problems)
 
 
 # --- on a GPU -------------------------------------------------------------------------------------

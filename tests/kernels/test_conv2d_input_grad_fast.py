@@ -24,7 +24,6 @@ from tilelab.kernels.conv2d_input_grad_tma import (
 )
 from tilelab.kernels.conv2d_tma import FAST_TILES, LARGEST, pixel_box
 
-from tests.kernels.test_compile import SHARED, compiled, describe
 from tests.tools.convolutions import Conv, integers
 from tests.tools.inputs import DEVICE, double, laid_out, randn
 from tests.tools.poison import poison
@@ -502,55 +501,6 @@ def test_defaults_follow_the_shape():
     few = (1, 512, 7, 7), 512, (3, 3), 1, 1
     assert default(*few)["SPLIT_K"] > 1 and default(*few, relu=True)["SPLIT_K"] == 1
     assert default(*few, sms=1)["SPLIT_K"] == 1
-
-
-# --- compiled -------------------------------------------------------------------------------------
-
-
-def wrong(row):
-    """What of a launch's code for Hopper misses its bar, by name."""
-    if "error" in row:
-        return ["compilation"]
-    found = dict(spills=row["spills"] > 0, shared=row["shared"] > SHARED["sm_90"])
-    if row["kernel"] == "conv2d_input_grad_tma_kernel":
-        constants = row["constants"]
-        m = constants["TILE_N"] * constants["TILE_H"] * constants["TILE_W"]
-        found |= {
-            "N": m < 128,
-            "TMA": not row["tma"] or row["load_bytes"] != 16,
-            "stores": row["store_bytes"] != (4 if constants["RELU"] else 16),  # 4: of the sums
-            "wgmma": row["tensor_core"] is None or f"HGMMA.64x{m}x" not in row["tensor_core"],
-            "operands": row["operands"] != "shared",
-            "serialised": row["serialised"],
-            "loads a step ahead": not row["ahead"],
-            "loop": row["loop_instructions"] > 110,
-        }
-    return [what for what, bad in found.items() if bad]
-
-
-@pytest.mark.core
-@pytest.mark.slow
-def test_every_tile_compiles_to_the_bars_on_hopper():
-    rows = compiled("sm_90", "--input-grad")["launches"]
-    fast = [row for row in rows if row["kernel"] == "conv2d_input_grad_tma_kernel"]
-    split = sum(tile["BLOCK_M"] * tile["BLOCK_N"] <= 128 * 128 for tile in FAST_TILES[2])
-    assert len(fast) == 6 * len(FAST_TILES[2]) + split + 4 * len(FAST_TILES[4]) - 2
-    problems = [f"{what} of {describe(row)}: {row}" for row in rows for what in wrong(row)]
-    assert not problems, "\n".join(problems)
-
-
-@pytest.mark.slow
-def test_every_tile_compiles_for_blackwell():
-    rows = compiled("sm_100", "--input-grad")["launches"]
-    fast = [row for row in rows if row["kernel"] == "conv2d_input_grad_tma_kernel"]
-    assert len(fast) > 40 and all(row["tensor_cores"] for row in fast)
-    problems = []
-    for row in rows:
-        # Through a ReLU one tile keeps four registers on the stack, outside of its loop.
-        most = 16 if "ReLU" in row["case"] else 0
-        if "error" in row or row["spills"] > most or row["shared"] > SHARED["sm_100"]:
-            problems.append(f"{describe(row)}: {row}")
-    assert not problems, "\n".join(problems)
 
 
 # --- on a GPU -------------------------------------------------------------------------------------

@@ -26,7 +26,6 @@ from tilelab.kernels.conv2d_weight_grad_tma import (
     pixels_inside,
 )
 
-from tests.kernels.test_compile import SHARED, compiled, describe
 from tests.tools.convolutions import Conv, integers
 from tests.tools.inputs import DEVICE, laid_out, randn
 from tests.tools.poison import poison
@@ -608,59 +607,6 @@ def test_the_sum_of_dy_is_work_that_the_parts_make_room_for():
     plain, more = fast_tile(plan, 132), fast_tile(plan, 132, has_bias=True)
     assert name(plain) == name(more) == "128x256x64"
     assert (plain["SPLIT_K"], more["SPLIT_K"]) == (44, 33)
-
-
-# --- compiled -------------------------------------------------------------------------------------
-
-
-def wrong(row, target):
-    """What of a launch's code misses its bar, by name."""
-    if "error" in row:
-        return ["compilation"]
-    # For the next GPU triton 3.9.0 keeps two addresses of some tiles on the stack.
-    found = dict(
-        spills=row["spills"] > (16 if target == "sm_100" else 0),
-        shared=row["shared"] > SHARED[target],
-        TMA=not row["tma"] or row["load_bytes"] != 16,
-    )  # fmt: skip
-    found["tensor cores"] = not row["tensor_cores"]
-    if target == "sm_90":
-        n, per_sm = row["constants"]["BLOCK_N"], row["tile"]["PROGRAMS_PER_SM"]
-        threads = 32 * row["options"]["num_warps"]
-        found |= {
-            "wgmma": row["tensor_core"] is None or f"HGMMA.64x{n}x" not in row["tensor_core"],
-            "operands": row["operands"] != "shared",
-            "serialised": row["serialised"],
-            "loads a step ahead": not row["ahead"],
-            "loads of the sum of dy": row["constants"]["HAS_BIAS"] and row["waits"],
-            "loop": row["loop_instructions"] > (160 if row["constants"]["WINDOWS"] else 120),
-            # As many programs as the tile says: of each 1 KiB is the system's.
-            "an SM's shared memory": (row["shared"] + 1024) * per_sm > 228 * 1024,
-            "an SM's registers": row["registers"] * threads * per_sm > 65536,
-        }
-    return [what for what, bad in found.items() if bad]
-
-
-@pytest.mark.core
-@pytest.mark.slow
-def test_every_tile_compiles_to_the_bars_on_hopper():
-    """Whole and in parts, with the bias gradient and in windows, with the installed triton."""
-    rows = compiled("sm_90", "--weight-grad")["launches"]
-    narrow = sum(tile["BLOCK_M"] == 64 for tile in FAST_TILES[2])
-    wide = sum(tile["BLOCK_N"] == 256 for tile in FAST_TILES[2])
-    assert len(rows) == 1 + 4 * len(FAST_TILES[2]) + 2 * narrow + 3 * wide
-    assert sum(row["constants"]["DY_PIXELS"] == 2 for row in rows) == 4
-    assert sum(row["constants"]["X_STEP"] > 0 for row in rows) == 3 * wide
-    problems = [f"{what} of {describe(row)}: {row}" for row in rows for what in wrong(row, "sm_90")]
-    assert not problems, "\n".join(problems)
-
-
-@pytest.mark.slow
-def test_every_tile_compiles_for_the_next_gpu():
-    rows = compiled("sm_100", "--weight-grad")["launches"]
-    assert len(rows) > 4 * sum(tile["BLOCK_K"] == 64 for tile in FAST_TILES[2])
-    problems = [f"{what} of {describe(row)}" for row in rows for what in wrong(row, "sm_100")]
-    assert not problems, "\n".join(problems)
 
 
 # --- on a GPU -------------------------------------------------------------------------------------

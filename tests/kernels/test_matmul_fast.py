@@ -17,7 +17,6 @@ from tilelab.kernels._tiles import use_tile
 from tilelab.kernels.matmul import TILES, reference
 from tilelab.kernels.matmul_tma import FAST_TILES, fast_tile
 
-from tests.kernels.test_compile import SHARED, compiled, describe
 from tests.kernels.test_matmul import check, integers
 from tests.tools.inputs import DEVICE, double, gradients, laid_out, randn
 from tests.tools.poison import poison
@@ -297,52 +296,6 @@ def test_descriptors_say_what_tritons_own_constructor_says():
     for field in TensorDescriptor.__dataclass_fields__:
         got, want = getattr(mine, field), getattr(theirs, field)
         assert got is want if field == "base" else (got == want or tuple(got) == tuple(want)), field
-
-
-# --- compiled -------------------------------------------------------------------------------------
-
-
-@pytest.mark.core
-@pytest.mark.slow
-def test_every_fast_tile_compiles_to_the_bars_on_hopper():
-    """16-bit operands in all four layouts, and TF32: with the triton that is installed."""
-    rows = compiled("sm_90", "--matmul")["launches"]
-    rows = [row for row in rows if row["kernel"] == "matmul_tma_kernel"]
-    assert len(rows) == 5 * len(FAST_TILES[2]) + 3 + len(FAST_TILES[4])
-    problems = []
-    for row in rows:
-        n = row["constants"]["BLOCK_N"]
-        wrong = {
-            "spills": row["spills"],
-            "shared memory": row["shared"] > SHARED["sm_90"],
-            "wgmma": row["tensor_core"] is None or f"HGMMA.64x{n}x" not in row["tensor_core"],
-            "N": n < 128,
-            "operands": row["operands"] != "shared",
-            "serialised": row["serialised"],
-            "loads a step ahead": not row["ahead"],
-            "TMA": not row["tma"] or row["load_bytes"] != 16 or row["store_bytes"] != 16,
-            "loop": row["loop_instructions"] > 100,
-        }
-        problems += [f"{what} of {describe(row)}: {row}" for what, bad in wrong.items() if bad]
-    assert not problems, "\n".join(problems)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
-def test_every_tile_of_both_kernels_compiles_elsewhere(target):
-    rows = [row for row in compiled(target, "--matmul")["launches"] if row["dots"]]
-    few = 3 * len(TILES)
-    assert len(rows) > few + 20 if target == "sm_100" else len(rows) == few
-    problems = [
-        f"{describe(row)}: {row}"
-        for row in rows
-        if row["spills"] or row["shared"] > SHARED[target] or not row["tensor_cores"]
-    ]
-    if target == "gfx942":  # whose 64 KiB are too few for the largest tile: a sweep prunes it
-        too_large = [p for p in problems if "'BLOCK_N': 256" in p and "'spills': 0" in p]
-        assert len(too_large) == 3
-        problems = [p for p in problems if p not in too_large]
-    assert not problems, "\n".join(problems)
 
 
 # --- on a GPU -------------------------------------------------------------------------------------
