@@ -119,7 +119,7 @@ class Poison:
 
 
 @contextlib.contextmanager
-def poison(nan_results: bool = False, watch: str = "kernels.") -> Iterator[Poison]:
+def poison(nan_results: bool = False, watch: str = "tilelab.kernels.") -> Iterator[Poison]:
     """Guard what is embedded by the yielded object, and what the files of kernels/ allocate.
 
     Args:
