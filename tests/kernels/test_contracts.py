@@ -79,8 +79,10 @@ def assert_right(name, got, want, dtype):
         elif w.numel() and w.abs().max() > 0:
             # An intermediate result was rounded, and differences of such may cancel.
             roundings = 24 if dtype == torch.float32 else 8
-            assert_close(g, w, dtype=dtype, terms=operator.terms, roundings=roundings, smallest=1e-6,
-                         teeth=False, name=what)  # fmt: skip
+            assert_close(
+                g, w, dtype=dtype, terms=operator.terms, roundings=roundings, smallest=1e-6,
+                teeth=False, name=what,
+            )  # fmt: skip
     alive = any(w.count_nonzero() > w.numel() / 8 for w in want) or max(map(torch.numel, want)) < 64
     assert alive, "nearly all results are zero: that proves nothing"
 
@@ -298,8 +300,10 @@ def test_the_same_bits_twice(name):
     operator, sample = OPERATORS[name], typical(name)
     for dtype in operator.dtypes:
         inputs, dy = make(name, sample, dtype)
-        inputs = [t if t.itemsize == 1 or not t.is_floating_point()
-                  else randn(*t.shape, seed=i).to(t.dtype) for i, t in enumerate(inputs)]  # fmt: skip
+        inputs = [
+            randn(*t.shape, seed=i).to(t.dtype) if t.is_floating_point() and t.itemsize > 1 else t
+            for i, t in enumerate(inputs)
+        ]
         dy = randn(*dy.shape, seed=9).to(dtype)
         first, second = (results(name, sample, inputs, dy) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -350,8 +354,8 @@ def test_no_warnings(name):
 def every_extent():
     """Each dimension of each argument that may be large, if it has two elements or more.
 
-    The interpreter's loops count in 32 bits, where a GPU's take the bits of their bounds. The ReLU's
-    backward relies on those, so its gradients are too far away for the interpreter.
+    The interpreter's loops count in 32 bits; on a GPU they count in the bits of their bounds. The
+    ReLU's backward relies on that: its gradients are too far away for the interpreter.
     """
     for name, operator in OPERATORS.items():
         for reason, sample in list(operator.samples.items())[: operator.layouts]:

@@ -131,15 +131,6 @@ def test_only_the_gradients_that_are_wanted(wanted, scatter):
     assert all(torch.equal(got[name], want[name]) for name in got)
 
 
-def test_no_gradients_no_graph():
-    inputs, layers = make(STACKS["of all kinds"])
-    assert not conv2d_stack(*inputs, layers=layers).requires_grad
-    with torch.no_grad():
-        assert not conv2d_stack(
-            inputs[0].requires_grad_(), *inputs[1:], layers=layers
-        ).requires_grad
-
-
 @pytest.mark.parametrize("wanted", ["w2 b2", "x w0 b0 w1 b1 w2 b2 w3 b3 w4 b4"])
 def test_compiled_with_frozen_layers(wanted):
     inputs, layers = make(STACKS["of all kinds"])
