@@ -4,7 +4,7 @@ if __name__ != "tilelab.kernels":
     raise ImportError(f"this folder is the package tilelab.kernels: import that, not {__name__}")
 
 from tilelab.kernels import _launch  # noqa: F401  first: it picks GPU or interpreter
-from tilelab.kernels.bias_relu import bias_relu
+from tilelab.kernels.bias_relu import bias_activation, bias_relu
 from tilelab.kernels.conv2d import conv2d
 from tilelab.kernels.conv2d_relu_pool import conv2d_relu_pool
 from tilelab.kernels.conv2d_stack import conv2d_stack
@@ -19,6 +19,7 @@ from tilelab.kernels.softmax import softmax
 __all__ = [
     "SGD",
     "AdamW",
+    "bias_activation",
     "bias_relu",
     "col2im",
     "conv2d",

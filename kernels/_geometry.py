@@ -11,7 +11,8 @@ Sizes are in pixels. Window p has its tap r at p*stride - padding + r*dilation.
 from collections.abc import Sequence
 
 import torch
-from tilelab.kernels._launch import check_choice, check_shape, check_tensors, pair
+from tilelab.kernels._checks import check_shape, check_tensors, pair
+from tilelab.kernels.activation import check_activation
 
 
 def output_size(
@@ -78,7 +79,7 @@ def check_conv2d(x, weight, bias, stride, padding, dilation, groups, activation)
         )
     if bias is not None and bias.shape != (K,):
         check_shape("bias", bias, "[K]", K=K)
-    check_choice("activation", activation, (None, "relu"))
+    check_activation(activation)
     return check_geometry("weight", (R, S), (H, W), stride, padding, dilation)
 
 

@@ -1,4 +1,4 @@
-"""Rows of a tensor of any layout, and sums of partial results, for the lessons that need them.
+"""Rows of a tensor of any layout, for the lessons that work along one dimension.
 
 Bias-ReLU, softmax and cross-entropy all work along one dimension and treat the others alike. They
 see a tensor of up to four dimensions as [D0, D1, D2, L]: L is the dimension they work along, the
@@ -18,15 +18,7 @@ import itertools
 
 import torch
 import triton
-import triton.language as tl
-from tilelab.kernels._launch import cdiv, choose_tile, launch
-
-# Of partial results there are few columns and many rows where they make the gradient of a bias, and
-# the other way round where they make that of a weight.
-FEW_ROWS = dict(BLOCK_N=512, num_warps=4)
-FEW_COLUMNS = dict(BLOCK_N=16, num_warps=4)  # programs for as many SMs as there can be
-MANY_OF_BOTH = dict(BLOCK_N=128, num_warps=4)
-SUM_ELEMENTS = 4096  # at a time: eight 16-byte loads of each thread in flight
+import triton.language as tl  # noqa: F401  the interpreter looks for it beside a function
 
 
 def as_rows(dim: int, *tensors: torch.Tensor) -> tuple[int, ...]:
@@ -59,77 +51,3 @@ def row_offsets(rows, D1, D2, stride_0, stride_1, stride_2):
     """Where each of `rows` (int64) begins, in elements."""
     outer = rows // D2
     return outer // D1 * stride_0 + outer % D1 * stride_1 + rows % D2 * stride_2
-
-
-@triton.jit
-def _sum_columns(
-    block, partials_ptr, out_ptr, SIZE, SPLITS, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """Block `block` of out, BLOCK_N column sums of partials [SPLITS, SIZE].
-
-    It takes BLOCK_S rows at a time: of many, one by one, each would cost it the latency of a load.
-    """
-    offs = block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = offs < SIZE
-    if BLOCK_S == 1:
-        out = tl.full((BLOCK_N,), 0.0, tl.float32)
-        for _ in range(0, SPLITS):
-            out += tl.load(partials_ptr + offs, mask=mask, other=0.0)
-            partials_ptr += SIZE
-    else:
-        rows = tl.arange(0, BLOCK_S).to(tl.int64)
-        acc = tl.full((BLOCK_S, BLOCK_N), 0.0, tl.float32)
-        for s in range(0, SPLITS, BLOCK_S):
-            ptrs = partials_ptr + ((s + rows) * SIZE)[:, None] + offs[None, :]
-            both = (s + rows < SPLITS)[:, None] & mask[None, :]
-            acc += tl.load(ptrs, mask=both, other=0.0)
-        out = tl.sum(acc, axis=0)
-    tl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def sum_partials_kernel(
-    partials_ptr, out_ptr, SIZE, SPLITS, more_ptr, more_out_ptr, MORE_SIZE, MORE_SPLITS,
-    MORE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """One program computes BLOCK_N column sums of partials, or where there are MORE, of those."""
-    block = tl.program_id(0)
-    blocks = tl.cdiv(SIZE, BLOCK_N)
-    if MORE:
-        if block >= blocks:
-            more = block - blocks
-            _sum_columns(more, more_ptr, more_out_ptr, MORE_SIZE, MORE_SPLITS, BLOCK_S, BLOCK_N)
-        else:
-            _sum_columns(block, partials_ptr, out_ptr, SIZE, SPLITS, BLOCK_S, BLOCK_N)
-    else:
-        _sum_columns(block, partials_ptr, out_ptr, SIZE, SPLITS, BLOCK_S, BLOCK_N)
-
-
-def sum_partials(
-    partials: torch.Tensor,
-    out: torch.Tensor,
-    more: torch.Tensor | None = None,
-    more_out: torch.Tensor | None = None,
-) -> None:
-    """`out[...] = partials.sum(0)`, in the same order always: the same input gives the same bits.
-
-    Args:
-        partials: float32 [SPLITS, ...], contiguous.
-        out: any floating dtype, of as many elements as one partial, dense in the same order.
-        more: further partials, in the same launch: of no more rows and elements, since the tile is
-            for the first.
-        more_out: their sums.
-    """
-    size, splits = out.numel(), partials.shape[0]
-    few = splits <= 8  # the compiler has several of them in flight at a time
-    default = FEW_ROWS if few else FEW_COLUMNS if size <= 4096 else MANY_OF_BOTH
-    tile = choose_tile("sum_partials", partials.dtype, {4: default}, N=size)
-    block_s = 1 if few else max(1, SUM_ELEMENTS // tile["BLOCK_N"])
-    block_s = min(block_s, triton.next_power_of_2(splits))
-    more_size, more_splits = (0, 0) if more is None else (more_out.numel(), more.shape[0])
-    blocks = cdiv(size, tile["BLOCK_N"]) + cdiv(more_size, tile["BLOCK_N"])
-    launch(
-        sum_partials_kernel, (blocks,),
-        partials, out, size, splits, more, more_out, more_size, more_splits,
-        MORE=more is not None, BLOCK_S=block_s, **tile,
-    )  # fmt: skip

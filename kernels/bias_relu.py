@@ -38,21 +38,18 @@ gradient).
 import torch
 import triton
 import triton.language as tl
-from tilelab.kernels._launch import (
-    autocast,
-    cdiv,
-    check_shape,
-    check_tensors,
-    choose_tile,
-    into_chunks,
-    launch,
-)
-from tilelab.kernels._rows import as_rows, row_offsets, sum_partials
+from tilelab.kernels._checks import autocast, check_choice, check_shape, check_tensors
+from tilelab.kernels._launch import launch
+from tilelab.kernels._partial_sums import sum_partials
+from tilelab.kernels._rows import as_rows, row_offsets
+from tilelab.kernels._tiles import cdiv, choose_tile, into_chunks
+from tilelab.kernels.activation import ACTIVATIONS, activate, activated
 
 
-def reference(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def reference(x, bias, activation="relu"):
     """The same in plain torch, for any dtype."""
-    return torch.relu(x + bias.view(1, -1, *[1] * (x.dim() - 2)))
+    z = x if bias is None else x + bias.view(1, -1, *[1] * (x.dim() - 2))
+    return activated(z, activation)
 
 
 TILES = [
@@ -69,9 +66,10 @@ PROGRAMS = 1024  # of the backward, about: 8 an SM of an H200, which have 64 KB 
 
 
 @triton.jit
-def bias_relu_kernel(
+def bias_activation_kernel(
     x_ptr, b_ptr, y_ptr, M, N, D1, D2, stride_b,
     stride_x0, stride_x1, stride_x2, stride_xn, stride_y0, stride_y1, stride_y2, stride_yn,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program computes a tile of y. Rows are numbered through [D0, D1, D2], see _rows.py."""
@@ -82,9 +80,11 @@ def bias_relu_kernel(
 
     rows = row_offsets(offs_m, D1, D2, stride_x0, stride_x1, stride_x2)
     x = tl.load(x_ptr + rows[:, None] + (offs_n * stride_xn)[None, :], mask=mask, other=0.0)
-    b = tl.load(b_ptr + offs_n * stride_b, mask=mask_n, other=0.0)
-    z = x.to(tl.float32) + b.to(tl.float32)[None, :]
-    y = tl.where(z < 0, 0.0, z)  # and NaN passes
+    z = x.to(tl.float32)
+    if HAS_BIAS:
+        b = tl.load(b_ptr + offs_n * stride_b, mask=mask_n, other=0.0)
+        z += b.to(tl.float32)[None, :]
+    y = activate(z, ACTIVATION)
 
     rows = row_offsets(offs_m, D1, D2, stride_y0, stride_y1, stride_y2)
     y_ptrs = y_ptr + rows[:, None] + (offs_n * stride_yn)[None, :]
@@ -92,21 +92,24 @@ def bias_relu_kernel(
 
 
 @triton.jit
-def bias_relu_backward_kernel(
-    dy_ptr, y_ptr, dx_ptr, db_ptr, M, N, D1, D2, CHUNK,
-    stride_dy0, stride_dy1, stride_dy2, stride_dyn, stride_y0, stride_y1, stride_y2, stride_yn,
-    RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+def bias_activation_backward_kernel(
+    dy_ptr, kept_ptr, b_ptr, dx_ptr, db_ptr, M, N, D1, D2, CHUNK, stride_b,
+    stride_dy0, stride_dy1, stride_dy2, stride_dyn, stride_x0, stride_x1, stride_x2, stride_xn,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program computes BLOCK_N channels of CHUNK rows of dx, and their column sums.
 
-    dx lies in memory as y does. Without RELU only the sums are computed: they are the bias
-    gradient.
+    Kept is y or x: activation.py says which, and b is for x alone. dx lies in memory as it does.
+    Without ACTIVATION only the sums are computed: they are the bias gradient.
     """
     offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     first = tl.program_id(0).to(tl.int64) * CHUNK
     last = tl.minimum(first + CHUNK, M)
     acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)  # column sums, one row of them a tile row
+    if HAS_BIAS:
+        b = tl.load(b_ptr + offs_n * stride_b, mask=mask_n, other=0.0).to(tl.float32)
 
     for m in range(first, last, BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
@@ -114,11 +117,13 @@ def bias_relu_backward_kernel(
         rows = row_offsets(offs_m, D1, D2, stride_dy0, stride_dy1, stride_dy2)
         dy_ptrs = dy_ptr + rows[:, None] + (offs_n * stride_dyn)[None, :]
         dx = tl.load(dy_ptrs, mask=mask, other=0.0).to(tl.float32)
-        if RELU:
-            rows = row_offsets(offs_m, D1, D2, stride_y0, stride_y1, stride_y2)
-            offs = rows[:, None] + (offs_n * stride_yn)[None, :]  # [BLOCK_M, BLOCK_N]
-            y = tl.load(y_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-            dx = tl.where(y <= 0, 0.0, dx)
+        if ACTIVATION is not None:
+            rows = row_offsets(offs_m, D1, D2, stride_x0, stride_x1, stride_x2)
+            offs = rows[:, None] + (offs_n * stride_xn)[None, :]  # [BLOCK_M, BLOCK_N]
+            z = tl.load(kept_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+            if HAS_BIAS:
+                z += b[None, :]
+            dx = activate(z, ACTIVATION, dx)
             tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         acc += dx
 
@@ -126,27 +131,33 @@ def bias_relu_backward_kernel(
     tl.store(db_ptrs, tl.sum(acc, axis=0), mask=mask_n)
 
 
-@torch.library.custom_op("tilelab::bias_relu", mutates_args=())
-def _bias_relu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+@torch.library.custom_op("tilelab::bias_activation", mutates_args=())
+def _bias_activation(x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
     y = torch.empty_like(x)
     D0, D1, D2, N, *strides = as_rows(1, x, y)
     M = D0 * D1 * D2
     tile = choose_tile("bias_relu", x.dtype, DEFAULT, M=M, N=N)
     grid = (cdiv(M, tile["BLOCK_M"]), cdiv(N, tile["BLOCK_N"]))
     launch(
-        bias_relu_kernel, grid, x, bias, y, M, N, D1, D2, bias.stride(0), *strides, **tile,
+        bias_activation_kernel, grid,
+        x, bias, y, M, N, D1, D2, 0 if bias is None else bias.stride(0), *strides,
+        HAS_BIAS=bias is not None, ACTIVATION=activation, **tile,
     )  # fmt: skip
     return y
 
 
-@_bias_relu.register_fake
-def _(x, bias):
+@_bias_activation.register_fake
+def _(x, bias, activation):
     return torch.empty_like(x)
 
 
-def _backward(dy: torch.Tensor, y: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return dx (dy itself where y is None: no ReLU) and db, for channels in dim 1."""
-    dx = dy if y is None else torch.empty_like(y)
+def _backward(dy, kept, bias, activation) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return dx (dy itself where there is no activation) and db, for channels in dim 1."""
+    dx = dy
+    if activation is not None:
+        dx = torch.empty_like(kept)
+        if dx.stride() != kept.stride():  # kept has gaps: its copy lies where dx will
+            kept = dx.copy_(kept)
     D0, D1, D2, N, *strides = as_rows(1, dy, dx)
     M = D0 * D1 * D2
     db = torch.empty(N, dtype=dy.dtype, device=dy.device)
@@ -157,29 +168,36 @@ def _backward(dy: torch.Tensor, y: torch.Tensor | None) -> tuple[torch.Tensor, t
     if chunks > 1:
         partials = torch.empty(chunks, N, dtype=torch.float32, device=dy.device)
     launch(
-        bias_relu_backward_kernel, (chunks, columns),
-        dy, y, dx, partials, M, N, D1, D2, chunk, *strides, RELU=y is not None, **tile,
+        bias_activation_backward_kernel, (chunks, columns),
+        dy, kept, bias, dx, partials, M, N, D1, D2, chunk,
+        0 if bias is None else bias.stride(0), *strides,
+        HAS_BIAS=bias is not None, ACTIVATION=activation, **tile,
     )  # fmt: skip
     if chunks > 1:
         sum_partials(partials, db)
     return dx, db
 
 
-@torch.library.custom_op("tilelab::bias_relu_backward", mutates_args=())
-def bias_relu_backward(dy: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dx, db) of `y = relu(x + b)`, b along dim 1; y is dense, and dx lies as it does."""
-    return _backward(dy, y)
+@torch.library.custom_op("tilelab::bias_activation_backward", mutates_args=())
+def bias_activation_backward(
+    dy: torch.Tensor, kept: torch.Tensor, bias: torch.Tensor | None, activation: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dx, db) of `y = act(x + bias)`, b along dim 1; dx lies in memory as `kept` does.
+
+    Kept is y, and `bias` None, where the activation's gradient is of the output; else it is x.
+    """
+    return _backward(dy, kept, bias, activation)
 
 
-@bias_relu_backward.register_fake
-def _(dy, y):
-    return torch.empty_like(y), y.new_empty(y.shape[1])
+@bias_activation_backward.register_fake
+def _(dy, kept, bias, activation):
+    return torch.empty_like(kept), kept.new_empty(kept.shape[1])
 
 
 @torch.library.custom_op("tilelab::bias_backward", mutates_args=())
 def bias_backward(dy: torch.Tensor) -> torch.Tensor:
     """The gradient of a bias along dim 1: the sum of dy over all other dimensions."""
-    return _backward(dy, None)[1]
+    return _backward(dy, None, None, None)[1]
 
 
 @bias_backward.register_fake
@@ -188,22 +206,25 @@ def _(dy):
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(output)
+    x, bias, ctx.activation = inputs
+    ctx.save_for_backward(*((output, None) if ACTIVATIONS[ctx.activation].of_output else (x, bias)))
 
 
 def _autograd(ctx, dy):
-    return bias_relu_backward(dy, ctx.saved_tensors[0])
+    dx, db = bias_activation_backward(dy, *ctx.saved_tensors, ctx.activation)
+    return dx, db if ctx.needs_input_grad[1] else None, None
 
 
-_bias_relu.register_autograd(_autograd, setup_context=_setup_context)
+_bias_activation.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def bias_relu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """Compute `relu(x + bias)` with the bias along dim 1, differentiable in both.
+def bias_activation(x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+    """Compute `act(x + bias)` with the bias along dim 1, differentiable in both.
 
     Args:
         x: [M, C], [N, C, L] or [N, C, H, W]; float32, float16 or bfloat16; any strides.
-        bias: [C], of x's dtype.
+        bias: [C], of x's dtype, or None.
+        activation: "relu", "gelu" (exact), "gelu_tanh" or "silu".
 
     Returns:
         A tensor of x's shape, dtype and memory format; both are cast to the dtype of
@@ -211,17 +232,30 @@ def bias_relu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
 
     Raises:
         TypeError: a dtype or device that is not supported, or differs between the two.
-        ValueError: a shape that does not fit.
+        ValueError: a shape that does not fit, or an unknown activation.
 
-    Source: torch.relu(x + bias.view(1, -1, 1, 1)).
+    Source: torch.relu(x + bias.view(1, -1, 1, 1)), or torch.nn.functional's gelu and silu.
+
+    Example:
+        >>> bias_activation(torch.tensor([[-2.0, 0.5]]), torch.tensor([1.0, 1.0]), "silu")
+        tensor([[-0.2689,  1.2264]])
+    """
+    x, bias = autocast(x, bias)
+    check_tensors(x=x, bias=bias, optional=("bias",))
+    if not 2 <= x.dim() <= 4:
+        raise ValueError(f"x must have 2, 3 or 4 dimensions, got {list(x.shape)}")
+    if bias is not None:
+        check_shape("bias", bias, "[C]", C=x.shape[1])
+    check_choice("activation", activation, tuple(ACTIVATIONS))
+    return _bias_activation(x, bias, activation)
+
+
+def bias_relu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Compute `relu(x + bias)`: `bias_activation` with a ReLU, and a bias that is not None.
 
     Example:
         >>> bias_relu(torch.tensor([[-2.0, 0.5]]), torch.tensor([1.0, 1.0]))
         tensor([[0.0000, 1.5000]])
     """
-    x, bias = autocast(x, bias)
-    check_tensors(x=x, bias=bias)
-    if not 2 <= x.dim() <= 4:
-        raise ValueError(f"x must have 2, 3 or 4 dimensions, got {list(x.shape)}")
-    check_shape("bias", bias, "[C]", C=x.shape[1])
-    return _bias_relu(x, bias)
+    check_tensors(bias=bias)
+    return bias_activation(x, bias, "relu")

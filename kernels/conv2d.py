@@ -60,15 +60,12 @@ import functools
 import torch
 import triton
 import triton.language as tl
+from tilelab.kernels._checks import autocast, dot_precision
 from tilelab.kernels._geometry import as_pixels, check_conv2d, empty_channels_last, output_size
-from tilelab.kernels._launch import (
-    autocast,
-    cdiv,
-    choose_tile,
-    dot_precision,
-    launch,
-)
-from tilelab.kernels.bias_relu import bias_backward, bias_relu_backward
+from tilelab.kernels._launch import launch
+from tilelab.kernels._tiles import cdiv, choose_tile
+from tilelab.kernels.activation import activate, activated, kept_for, needs_z
+from tilelab.kernels.bias_relu import bias_activation, bias_activation_backward, bias_backward
 from tilelab.kernels.conv2d_depthwise import conv2d_depthwise, is_depthwise
 from tilelab.kernels.conv2d_input_grad import conv2d_input_grad
 from tilelab.kernels.conv2d_tma import choices, conv2d_tma, fast_tile, plan_for
@@ -79,7 +76,7 @@ from tilelab.kernels.matmul import matmul_into
 def reference(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, activation=None):
     """The same in plain torch, for any dtype."""
     y = torch.nn.functional.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    return torch.relu(y) if activation == "relu" else y
+    return activated(y, activation)
 
 
 TILES = [
@@ -117,7 +114,7 @@ def conv2d_direct_kernel(
     stride_bias, stride_yn, stride_yk, stride_yp, stride_yq,
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
-    HAS_BIAS: tl.constexpr, RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program computes a tile of y: BLOCK_M pixels x BLOCK_N channels of one group.
 
@@ -154,8 +151,7 @@ def conv2d_direct_kernel(
     if HAS_BIAS:
         bias = tl.load(bias_ptr + offs_k * stride_bias, mask=mask_n, other=0.0)
         acc += bias.to(tl.float32)[None, :]
-    if RELU:
-        acc = tl.where(acc < 0, 0.0, acc)
+    acc = activate(acc, ACTIVATION)
     y_rows = n * stride_yn + p * stride_yp + q * stride_yq
     y_ptrs = y_ptr + y_rows[:, None] + (offs_k * stride_yk)[None, :]
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
@@ -168,7 +164,7 @@ def conv2d_flat_kernel(
     stride_bias, stride_yn, stride_yk, stride_yp, stride_yq,
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
-    HAS_BIAS: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program computes a tile of y: BLOCK_M pixels x BLOCK_N channels of one group.
@@ -216,8 +212,7 @@ def conv2d_flat_kernel(
     if HAS_BIAS:
         bias = tl.load(bias_ptr + offs_k * stride_bias, mask=mask_n, other=0.0)
         acc += bias.to(tl.float32)[None, :]
-    if RELU:
-        acc = tl.where(acc < 0, 0.0, acc)
+    acc = activate(acc, ACTIVATION)
     y_rows = n * stride_yn + p * stride_yp + q * stride_yq
     y_ptrs = y_ptr + y_rows[:, None] + (offs_k * stride_yk)[None, :]
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & mask_n[None, :])
@@ -230,7 +225,7 @@ def conv2d_kernel(
     stride_bias, stride_yn, stride_yk, stride_yp, stride_yq,
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
-    HAS_BIAS: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr, EVEN_C: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, EVEN_C: tl.constexpr,
     NEAR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -302,8 +297,7 @@ def conv2d_kernel(
         bias_ptr += group * K * stride_bias
         bias = tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0)
         acc += bias.to(tl.float32)[None, :]
-    if RELU:
-        acc = tl.where(acc < 0, 0.0, acc)
+    acc = activate(acc, ACTIVATION)
     y_rows = n * stride_yn + p * stride_yp + q * stride_yq
     y_ptrs = y_ptr + group * K * stride_yk + (y_rows[:, None] + (offs_n * stride_yk)[None, :])
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & mask_n[None, :])
@@ -368,7 +362,7 @@ def _conv2d(
         (cdiv(M, tile["BLOCK_M"]) * cdiv(K, tile["BLOCK_N"]), groups),
         x, weight, bias, y, N, C, H, W, K, P, Q, *x.stride(), *weight.stride(),
         0 if bias is None else bias.stride(0), *y.stride(), R, S, *stride, *padding, *dilation,
-        HAS_BIAS=bias is not None, RELU=activation == "relu", **options,
+        HAS_BIAS=bias is not None, ACTIVATION=activation, **options,
     )  # fmt: skip
     return y
 
@@ -387,10 +381,11 @@ def _(x, weight, bias, stride, padding, dilation, groups, activation):
 
 def _setup_context(ctx, inputs, output):
     x, weight, _, ctx.stride, ctx.padding, ctx.dilation, ctx.groups, activation = inputs
+    ctx.activation = activation
     ctx.input_size, ctx.weight_layout = list(x.shape), (weight.shape, weight.stride())
     needs_dx, needs_dweight, *_ = ctx.needs_input_grad
     saved = x if needs_dweight else None, weight if needs_dx else None
-    ctx.save_for_backward(*saved, output if activation == "relu" else None)
+    ctx.save_for_backward(*saved, kept_for(activation, output))
 
 
 def _backward(ctx, dy):
@@ -399,8 +394,8 @@ def _backward(ctx, dy):
         weight = dy.new_empty_strided(*ctx.weight_layout)
     geometry = ctx.stride, ctx.padding, ctx.dilation, ctx.groups
     dx = dweight = dbias = None
-    if y is not None:  # through the ReLU, and the bias gradient in the same pass
-        dy, dbias = bias_relu_backward(dy, y)
+    if y is not None:  # through the activation, and the bias gradient in the same pass
+        dy, dbias = bias_activation_backward(dy, y, None, ctx.activation)
     if ctx.needs_input_grad[0]:
         dx = conv2d_input_grad(dy, weight, ctx.input_size, *geometry)
     sum_dy = dbias is None and ctx.needs_input_grad[2]
@@ -440,7 +435,8 @@ def conv2d(
         padding: zeros on each side, an int or (height, width).
         dilation: distance of the filter's taps in pixels, an int or (height, width).
         groups: of channels; C for a depthwise convolution.
-        activation: None or "relu".
+        activation: None, "relu", "gelu" (exact), "gelu_tanh" or "silu". With gradients, the sum is
+            rounded to x's dtype before the bias and one other than ReLU.
 
     Returns:
         [N, K, P, Q] of x's dtype in channels_last memory, accumulated in float32. float32 products
@@ -452,7 +448,7 @@ def conv2d(
         TypeError: a dtype or device that is not supported, or differs between the tensors.
         ValueError: shapes or geometry that do not fit, or an unknown activation.
 
-    Source: torch.nn.functional.conv2d and torch.relu.
+    Source: torch.nn.functional.conv2d, and torch.relu or its gelu and silu.
 
     Example:
         >>> conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 2, 2)).squeeze()
@@ -461,4 +457,7 @@ def conv2d(
     """
     x, weight, bias = autocast(x, weight, bias)
     geometry = check_conv2d(x, weight, bias, stride, padding, dilation, groups, activation)
+    if needs_z(activation, x, weight, bias):
+        z = _conv2d(x, weight, None, *geometry, groups, None)
+        return bias_activation(z, bias, activation)
     return _conv2d(x, weight, bias, *geometry, groups, activation)

@@ -45,13 +45,15 @@ Read first: pool.py, conv2d.py. Source: Howard et al., MobileNets (2017).
 import torch
 import triton
 import triton.language as tl
-from tilelab.kernels._launch import cdiv, choose_tile, launch
+from tilelab.kernels._launch import launch
+from tilelab.kernels._tiles import cdiv, choose_tile
+from tilelab.kernels.activation import activate, activated
 
 
 def reference(x, weight, bias=None, stride=1, padding=0, dilation=1, activation=None):
     """The same in plain torch, for any dtype."""
     y = torch.nn.functional.conv2d(x, weight, bias, stride, padding, dilation, x.shape[1])
-    return torch.relu(y) if activation == "relu" else y
+    return activated(y, activation)
 
 
 # A thread loads and stores 16 bytes a pixel. BLOCK_M counts the pixels of a step, so a program has
@@ -89,7 +91,7 @@ def conv2d_depthwise_kernel(
     stride_xn, stride_xc, stride_xh, stride_xw, stride_wc, stride_wr, stride_ws, stride_bias,
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
-    HAS_BIAS: tl.constexpr, RELU: tl.constexpr, INDEX: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, INDEX: tl.constexpr,
     STRIPS: tl.constexpr, BLOCK_N: tl.constexpr, PATCH_P: tl.constexpr, PATCH_Q: tl.constexpr,
 ):  # fmt: skip
     """One program computes STRIPS strips of y, `steps` patches long, for BLOCK_N channels.
@@ -150,9 +152,7 @@ def conv2d_depthwise_kernel(
                                     more = tl.fma(x, taps[r * S + s], acc[k])
                                     acc = acc[:k] + (more,) + acc[k + 1 :]
         for a in tl.static_range(PATCH_P * PATCH_Q):
-            y = acc[a]
-            if RELU:
-                y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            y = activate(acc[a], ACTIVATION)
             mask = ((p + a // PATCH_Q < P) & (q + a % PATCH_Q < Q))[:, None] & mask_n
             offs = a // PATCH_Q * step_p + a % PATCH_Q * C
             tl.store(y_ptrs + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -202,7 +202,7 @@ def conv2d_depthwise(x, weight, bias, y, stride, padding, dilation, activation) 
         x, weight, bias, y, M, C, H, W, P, Q, chunks, strips, steps,
         *x.stride(), weight.stride(0), *weight.stride()[2:],
         0 if bias is None else bias.stride(0), R, S, *stride, *padding, *dilation,
-        HAS_BIAS=bias is not None, RELU=activation == "relu",
+        HAS_BIAS=bias is not None, ACTIVATION=activation,
         INDEX=tl.int32 if M + block <= MOST_INT32 else tl.int64,
         STRIPS=block, PATCH_P=patch_p, PATCH_Q=patch_q, **tile,
     )  # fmt: skip

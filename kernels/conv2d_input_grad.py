@@ -77,9 +77,11 @@ import math
 import torch
 import triton
 import triton.language as tl
+from tilelab.kernels._checks import dot_precision
 from tilelab.kernels._geometry import as_pixels, empty_channels_last
-from tilelab.kernels._launch import cdiv, choose_tile, dot_precision, launch
-from tilelab.kernels.bias_relu import bias_relu_backward
+from tilelab.kernels._launch import launch
+from tilelab.kernels._tiles import cdiv, choose_tile
+from tilelab.kernels.bias_relu import bias_activation_backward
 from tilelab.kernels.conv2d_input_grad_tma import conv2d_input_grad_tma, fast_tile, plan_for
 from tilelab.kernels.conv2d_tma import choices
 from tilelab.kernels.matmul import matmul_into
@@ -266,7 +268,7 @@ def conv2d_input_grad_relu(
             conv2d_input_grad_tma(plan, dy, weight, x, dz, dbias, tile, precision, padding)
             return dz, dbias
     dx = conv2d_input_grad(dy, weight, list(x.shape), stride, padding, dilation, groups)
-    return bias_relu_backward(dx, x)
+    return bias_activation_backward(dx, x, None, "relu")
 
 
 @conv2d_input_grad_relu.register_fake

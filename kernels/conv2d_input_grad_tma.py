@@ -46,8 +46,10 @@ import math
 import torch
 import triton
 import triton.language as tl
-from tilelab.kernels._launch import cdiv, choose_tile, descriptor, device_of, launch, persistent
-from tilelab.kernels._rows import sum_partials
+from tilelab.kernels._cost_model import busiest_sm
+from tilelab.kernels._launch import descriptor, device_of, launch
+from tilelab.kernels._partial_sums import reduce_parts, sum_partials
+from tilelab.kernels._tiles import cdiv, choose_tile, persistent
 from tilelab.kernels.conv2d_tma import (
     FAST_TILES,
     LARGEST,
@@ -61,7 +63,6 @@ from tilelab.kernels.conv2d_tma import (
     pixel_box,
     pixel_steps,
 )
-from tilelab.kernels.matmul import busiest_sm, reduce_parts
 
 
 @triton.jit

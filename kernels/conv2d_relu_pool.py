@@ -34,8 +34,10 @@ as a byte instead of z is what makes it pay in training.
 import torch
 import triton
 import triton.language as tl
+from tilelab.kernels._checks import autocast, dot_precision
 from tilelab.kernels._geometry import check_conv2d, empty_channels_last, output_size
-from tilelab.kernels._launch import autocast, cdiv, choose_tile, dot_precision, launch
+from tilelab.kernels._launch import launch
+from tilelab.kernels._tiles import cdiv, choose_tile
 from tilelab.kernels.conv2d_relu_pool_grad import conv2d_relu_pool_backward
 from tilelab.kernels.conv2d_tma import choices, conv2d_tma, fast_tile, first_of_largest, plan_for
 

@@ -44,18 +44,12 @@ Read first: conv2d_relu_pool.py, conv2d_input_grad.py, conv2d_weight_grad.py.
 import torch
 import triton
 import triton.language as tl
+from tilelab.kernels._checks import dot_precision
 from tilelab.kernels._geometry import empty_channels_last
-from tilelab.kernels._launch import (
-    INTERPRET,
-    cdiv,
-    choose_tile,
-    dot_precision,
-    into_chunks,
-    launch,
-    splits,
-)
-from tilelab.kernels._rows import sum_partials
-from tilelab.kernels.bias_relu import PROGRAMS, bias_relu_backward
+from tilelab.kernels._launch import INTERPRET, launch
+from tilelab.kernels._partial_sums import sum_partials
+from tilelab.kernels._tiles import cdiv, choose_tile, into_chunks, splits
+from tilelab.kernels.bias_relu import PROGRAMS, bias_activation_backward
 from tilelab.kernels.conv2d_input_grad import conv2d_input_grad, conv2d_input_grad_relu
 from tilelab.kernels.conv2d_weight_grad import conv2d_weight_grad
 
@@ -399,7 +393,7 @@ def conv2d_relu_pool_backward(
         if wanted[0]:
             dx = _input_grad(dy, place, weight, input_size, padding)
             if relu:
-                dx, dbefore = bias_relu_backward(dx, x)
+                dx, dbefore = bias_activation_backward(dx, x, None, "relu")
         if wanted[1]:
             dweight, dbias = _weight_grad(x, dy, place, weight, padding)
     dbias = dbias if wanted[2] else None

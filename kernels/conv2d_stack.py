@@ -34,9 +34,9 @@ Read first: conv2d.py, conv2d_input_grad.py, conv2d_relu_pool_grad.py.
 from typing import Any, NamedTuple
 
 import torch
+from tilelab.kernels._checks import autocast
 from tilelab.kernels._geometry import check_conv2d
-from tilelab.kernels._launch import autocast
-from tilelab.kernels.bias_relu import bias_relu_backward
+from tilelab.kernels.bias_relu import bias_activation_backward
 from tilelab.kernels.conv2d import _conv2d
 from tilelab.kernels.conv2d_input_grad import conv2d_input_grad, conv2d_input_grad_relu
 from tilelab.kernels.conv2d_relu_pool import _conv2d_relu_pool, check_pooled
@@ -108,7 +108,7 @@ class _Stack(torch.autograd.Function):
         grads: list = [None] * len(needs)
         dbias = None
         if last is not None:
-            dy, dbias = bias_relu_backward(dy, last)
+            dy, dbias = bias_activation_backward(dy, last, None, "relu")
         for i in reversed(range(count)):  # dy: of layer i's output; without a pool, before its ReLU
             below = any(needs[: 2 * i + 1])
             needs_w, needs_b = needs[2 * i + 1 : 2 * i + 3]

@@ -57,18 +57,12 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from tilelab.kernels._cost_model import busiest_sm
 from tilelab.kernels._geometry import output_size
-from tilelab.kernels._launch import (
-    INTERPRETER,
-    cdiv,
-    choose_tile,
-    descriptor,
-    device_of,
-    launch,
-    persistent,
-    tma_tile,
-)
-from tilelab.kernels.matmul import busiest_sm, reduce_parts
+from tilelab.kernels._launch import INTERPRETER, descriptor, device_of, launch
+from tilelab.kernels._partial_sums import reduce_parts
+from tilelab.kernels._tiles import cdiv, choose_tile, persistent, tma_tile
+from tilelab.kernels.activation import activate
 
 _fast = functools.partial(tma_tile, SPLIT_K=1)  # pixels x filters x channels
 
@@ -120,7 +114,7 @@ def conv2d_tma_kernel(
     x, w, bias_ptr, y, place, N, P, Q, K, C, SPAN, K_GROUP, C_GROUP, stride_bias,
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
-    HAS_BIAS: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr, GROUPED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, POOL: tl.constexpr, GROUPED: tl.constexpr,
     PRECISION: tl.constexpr, TILE_N: tl.constexpr, TILE_P: tl.constexpr, TILE_Q: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
@@ -185,8 +179,7 @@ def conv2d_tma_kernel(
             which = tl.where(acc <= 0, 4, which)  # the ReLU lets none through
             SHAPE: tl.constexpr = (TILE_N, TILE_P // 2, TILE_Q // 2, BLOCK_N)
             place.store([n, p // 2, q // 2, k], tl.reshape(which.to(tl.uint8).T, SHAPE))
-        if RELU:
-            acc = tl.where(acc < 0, 0.0, acc)
+        acc = activate(acc, ACTIVATION)
         if POOL:
             y.store([n, p // 2, q // 2, k], tl.reshape(acc.to(y.dtype).T, SHAPE))
         else:
@@ -560,14 +553,16 @@ def conv2d_tma(plan, x, weight, bias, activation, y, tile, precision, padding, p
     out = y
     if split > 1:
         out = torch.empty(how.out[0], dtype=torch.float32, device=x.device)
-    ends = dict(HAS_BIAS=bias is not None, RELU=activation == "relu")
+    ends = dict(HAS_BIAS=bias is not None, ACTIVATION=activation)
+    if split > 1:  # what follows the whole sum
+        ends = dict(HAS_BIAS=False, ACTIVATION=None)
     launch(
         conv2d_tma_kernel, (how.programs,),
         descriptor(x, *plan.x, how.box), descriptor(weight, *how.w, how.w_box), bias,
         descriptor(out, *how.out, how.out_box),
         descriptor(place, *how.out, how.out_box) if pool else None,
         *how.sizes, 0 if bias is None else bias.stride(0), *plan.taps, *plan.geometry,
-        **(dict.fromkeys(ends, False) if split > 1 else ends), PRECISION=precision, **how.meta,
+        **ends, PRECISION=precision, **how.meta,
     )  # fmt: skip
     if split > 1:
         N, P, Q, K = plan.size

@@ -82,8 +82,10 @@ Read first: conv2d.py, conv2d_input_grad.py.
 import torch
 import triton
 import triton.language as tl
-from tilelab.kernels._launch import cdiv, choose_tile, dot_precision, into_chunks, launch, splits
-from tilelab.kernels._rows import sum_partials
+from tilelab.kernels._checks import dot_precision
+from tilelab.kernels._launch import launch
+from tilelab.kernels._partial_sums import sum_partials
+from tilelab.kernels._tiles import cdiv, choose_tile, into_chunks, splits
 from tilelab.kernels.conv2d_tma import choices
 from tilelab.kernels.conv2d_weight_grad_tma import conv2d_weight_grad_tma, fast_tile, plan_for
 

@@ -93,10 +93,11 @@ import torch
 import triton
 import triton.language as tl
 from tilelab.kernels import conv2d_tma
+from tilelab.kernels._cost_model import busiest_sm
 from tilelab.kernels._geometry import even_step
-from tilelab.kernels._launch import cdiv, descriptor, device_of, launch, persistent, tma_tile
-from tilelab.kernels._rows import sum_partials
-from tilelab.kernels.matmul import busiest_sm
+from tilelab.kernels._launch import descriptor, device_of, launch
+from tilelab.kernels._partial_sums import sum_partials
+from tilelab.kernels._tiles import cdiv, persistent, tma_tile
 
 _fast = functools.partial(tma_tile, SPLIT_K=1)  # filters x columns x images
 

@@ -46,15 +46,10 @@ Read first: softmax.py. Sources: Milakov and Gimelshein, Online normalizer calcu
 import torch
 import triton
 import triton.language as tl
-from tilelab.kernels._launch import (
-    cdiv,
-    check_choice,
-    check_device,
-    check_tensors,
-    launch,
-    reduction_dtype,
-)
+from tilelab.kernels._checks import check_choice, check_device, check_tensors, reduction_dtype
+from tilelab.kernels._launch import launch
 from tilelab.kernels._rows import as_rows, row_offsets
+from tilelab.kernels._tiles import cdiv
 from tilelab.kernels.softmax import LOG2_E, LOWEST, TILES, group, row_tile  # noqa: F401  the same tiles
 
 

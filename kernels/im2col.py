@@ -28,6 +28,7 @@ Simard, High Performance Convolutional Neural Networks for Document Processing (
 import torch
 import triton
 import triton.language as tl
+from tilelab.kernels._checks import autocast, check_shape, check_tensors, pair
 from tilelab.kernels._geometry import (
     check_conv2d,
     check_geometry,
@@ -35,15 +36,8 @@ from tilelab.kernels._geometry import (
     empty_channels_last,
     output_size,
 )
-from tilelab.kernels._launch import (
-    autocast,
-    cdiv,
-    check_shape,
-    check_tensors,
-    choose_tile,
-    launch,
-    pair,
-)
+from tilelab.kernels._launch import launch
+from tilelab.kernels._tiles import cdiv, choose_tile
 from tilelab.kernels.matmul import matmul
 
 

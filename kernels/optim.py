@@ -64,7 +64,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from tilelab.kernels._launch import check_tensors, choose_tile, launch, stream_of
+from tilelab.kernels._checks import check_tensors
+from tilelab.kernels._launch import launch, stream_of
+from tilelab.kernels._tiles import choose_tile
 
 
 def sgd_reference(p, grad, m, lr, momentum=0, dampening=0, weight_decay=0, nesterov=False):

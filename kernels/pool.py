@@ -48,8 +48,10 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from tilelab.kernels._checks import check_shape, check_tensors, pair
 from tilelab.kernels._geometry import empty_channels_last, output_size
-from tilelab.kernels._launch import cdiv, check_shape, check_tensors, choose_tile, launch, pair
+from tilelab.kernels._launch import launch
+from tilelab.kernels._tiles import cdiv, choose_tile
 
 
 def reference(x, kernel_size, stride=None, padding=0):

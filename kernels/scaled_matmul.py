@@ -22,9 +22,9 @@ reaches 2^31), and the sum is rounded to float32 once. A product of two float8_e
 float32, but Hopper's tensor cores do not add in full float32: they align 32 products and the sum so
 far to the largest of these, and keep about 14 bits (as DeepSeek-V3 reports, 2024, with errors up to
 2% at K = 4096; not measured here). So a product loses up to 2^-13 of the partial sum. Of random
-signs that makes some 2^-13 sqrt(K) of the largest result, and tests/tools/tolerance.py allows twice that;
-of one sign it adds up, to 2^-13 K at worst. cuBLAS sums like this where torch._scaled_mm is asked
-for use_fast_accum=True. The cure, to move the sum to a second accumulator every 128 products
+signs that makes some 2^-13 sqrt(K) of the largest result (tests/tools/tolerance.py allows twice
+that); of one sign it adds up, to 2^-13 K at worst. cuBLAS sums like this where torch._scaled_mm is
+asked for use_fast_accum=True. The cure, to move the sum to a second accumulator every 128 products
 (`max_num_imprecise_acc=128`), costs registers: compiled for sm_90 it spills at 128x256, and at
 128x128 takes 150 instructions a step instead of 90. So it is not used. In Triton's interpreter the
 sum is float32.
@@ -43,23 +43,11 @@ import functools
 import torch
 import triton
 import triton.language as tl
-from tilelab.kernels._launch import (
-    DTYPES,
-    INTERPRETER,
-    cdiv,
-    check_choice,
-    check_device,
-    check_shape,
-    check_tensors,
-    choose_tile,
-    descriptor,
-    device_of,
-    launch,
-    persistent,
-    tma_rows,
-    tma_tile,
-)
-from tilelab.kernels.matmul import FLOPS_16, L2_BYTES, TILE_CLOCKS
+from tilelab.kernels._checks import DTYPES, check_device, check_shape, check_tensors
+from tilelab.kernels._cost_model import FLOPS_16, L2_BYTES, TILE_CLOCKS
+from tilelab.kernels._launch import INTERPRETER, descriptor, device_of, launch, tma_rows
+from tilelab.kernels._tiles import cdiv, choose_tile, persistent, tma_tile
+from tilelab.kernels.activation import activate, activated, check_activation
 
 EIGHT_BIT = (torch.float8_e4m3fn, torch.int8)
 
@@ -67,8 +55,7 @@ EIGHT_BIT = (torch.float8_e4m3fn, torch.int8)
 def reference(a, b, scale_a, scale_b, bias=None, activation=None):
     """The same in plain torch, for any dtype that a and b have been converted to."""
     c = (a @ b) * scale_a.reshape(-1, 1) * scale_b
-    c = c if bias is None else c + bias
-    return torch.relu(c) if activation == "relu" else c
+    return activated(c if bias is None else c + bias, activation)
 
 
 TILES = [
@@ -107,7 +94,7 @@ FAST_TILES = {
 def _finished(
     acc, offs_m, offs_n, scale_a_ptr, scale_b_ptr, bias_ptr, M, N, stride_sa, stride_sb,
     stride_bias, EACH_ROW: tl.constexpr, EACH_COLUMN: tl.constexpr, HAS_BIAS: tl.constexpr,
-    RELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """The epilogue of both kernels: act(acc * scale_a * scale_b + bias) in float32."""
     out = acc.to(tl.float32)  # int32 sums are rounded here, once
@@ -125,18 +112,16 @@ def _finished(
     if HAS_BIAS:
         bias_ptrs = bias_ptr + offs_n.to(tl.int64) * stride_bias
         out += tl.load(bias_ptrs, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    if RELU:
-        out = tl.where(out < 0, 0.0, out)
-    return out
+    return activate(out, ACTIVATION)
 
 
 @triton.jit
 def scaled_matmul_kernel(
     a_ptr, b_ptr, scale_a_ptr, scale_b_ptr, bias_ptr, c_ptr, M, N, K,
     stride_am, stride_ak, stride_bk, stride_bn, stride_sa, stride_sb, stride_bias, stride_cm,
-    EACH_ROW: tl.constexpr, EACH_COLUMN: tl.constexpr, HAS_BIAS: tl.constexpr, RELU: tl.constexpr,
-    EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
+    EACH_ROW: tl.constexpr, EACH_COLUMN: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """One program computes one tile of C = act((A @ B) * scale_a * scale_b + bias).
 
@@ -174,7 +159,7 @@ def scaled_matmul_kernel(
 
     c = _finished(
         acc, offs_m, offs_n, scale_a_ptr, scale_b_ptr, bias_ptr, M, N, stride_sa, stride_sb,
-        stride_bias, EACH_ROW, EACH_COLUMN, HAS_BIAS, RELU,
+        stride_bias, EACH_ROW, EACH_COLUMN, HAS_BIAS, ACTIVATION,
     )  # fmt: skip
     c_ptrs = c_ptr + (offs_m * stride_cm)[:, None] + offs_n[None, :]
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]  # [BLOCK_M, BLOCK_N]
@@ -194,9 +179,9 @@ def scaled_matmul_kernel(
 @triton.jit
 def scaled_matmul_tma_kernel(
     a, b, scale_a_ptr, scale_b_ptr, bias_ptr, c, M, N, K, stride_sa, stride_sb, stride_bias,
-    EACH_ROW: tl.constexpr, EACH_COLUMN: tl.constexpr, HAS_BIAS: tl.constexpr, RELU: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    SUBTILES: tl.constexpr,
+    EACH_ROW: tl.constexpr, EACH_COLUMN: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr, SUBTILES: tl.constexpr,
 ):  # fmt: skip
     """One program computes every tile of C whose number is its own, modulo.
 
@@ -223,7 +208,7 @@ def scaled_matmul_tma_kernel(
         if SUBTILES == 1:
             out = _finished(
                 acc, offs_m, offs_n, scale_a_ptr, scale_b_ptr, bias_ptr, M, N, stride_sa, stride_sb,
-                stride_bias, EACH_ROW, EACH_COLUMN, HAS_BIAS, RELU,
+                stride_bias, EACH_ROW, EACH_COLUMN, HAS_BIAS, ACTIVATION,
             )  # fmt: skip
             c.store([m, n], out.to(c.dtype))  # the border clips it
         else:  # the left half, then the right one
@@ -232,12 +217,12 @@ def scaled_matmul_tma_kernel(
             half: tl.constexpr = BLOCK_N // 2
             out = _finished(
                 left, offs_m, offs_n, scale_a_ptr, scale_b_ptr, bias_ptr, M, N, stride_sa,
-                stride_sb, stride_bias, EACH_ROW, EACH_COLUMN, HAS_BIAS, RELU,
+                stride_sb, stride_bias, EACH_ROW, EACH_COLUMN, HAS_BIAS, ACTIVATION,
             )  # fmt: skip
             c.store([m, n], out.to(c.dtype))
             out = _finished(
                 right, offs_m, offs_n + half, scale_a_ptr, scale_b_ptr, bias_ptr, M, N, stride_sa,
-                stride_sb, stride_bias, EACH_ROW, EACH_COLUMN, HAS_BIAS, RELU,
+                stride_sb, stride_bias, EACH_ROW, EACH_COLUMN, HAS_BIAS, ACTIVATION,
             )  # fmt: skip
             c.store([m, n + half], out.to(c.dtype))
 
@@ -318,7 +303,7 @@ def _scaled_matmul(
     )
     ends = dict(
         EACH_ROW=scale_a.dim() > 0, EACH_COLUMN=scale_b.dim() > 0, HAS_BIAS=bias is not None,
-        RELU=activation == "relu",
+        ACTIVATION=activation,
     )  # fmt: skip
     if "kernel" in tile:
         _scaled_matmul_tma(operands, scales, strides, bias, c, ends, tile)
@@ -354,7 +339,7 @@ def scaled_matmul(
         scale_a: float32; [] for all of a, or [M] or [M, 1] for each of its rows.
         scale_b: float32; [] for all of b, or [N] or [1, N] for each of its columns.
         bias: [N], of the result's dtype, or None.
-        activation: None or "relu".
+        activation: None, "relu", "gelu" (exact), "gelu_tanh" or "silu".
         dtype: of the result: bfloat16, float16 or float32.
 
     Returns:
@@ -390,7 +375,7 @@ def scaled_matmul(
         check_tensors(bias=bias, dtypes=(dtype,))
         check_device("bias", bias, "a", a)
         check_shape("bias", bias, "[N]", N=b.shape[1])
-    check_choice("activation", activation, (None, "relu"))
+    check_activation(activation)
     if torch.is_grad_enabled():
         for name, x in dict(a=a, b=b, scale_a=scale_a, scale_b=scale_b, bias=bias).items():
             if x is not None and x.requires_grad:

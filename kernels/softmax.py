@@ -47,8 +47,10 @@ import math
 import torch
 import triton
 import triton.language as tl
-from tilelab.kernels._launch import cdiv, check_tensors, choose_tile, launch, reduction_dtype
+from tilelab.kernels._checks import check_tensors, reduction_dtype
+from tilelab.kernels._launch import launch
 from tilelab.kernels._rows import as_rows, row_offsets
+from tilelab.kernels._tiles import cdiv, choose_tile
 
 
 def reference(x: torch.Tensor, dim: int = -1) -> torch.Tensor:

@@ -34,14 +34,9 @@ from tilelab.kernels import (
     max_pool2d,
     softmax,
 )
+from tilelab.kernels.activation import check_activation
 from tilelab.kernels.conv2d_stack import Layer
 from torch import Tensor, nn
-
-
-def _check_activation(activation):
-    if activation not in (None, "relu"):
-        raise ValueError(f'activation must be None or "relu", got {activation!r}')
-    return activation
 
 
 class Linear(nn.Linear):
@@ -49,7 +44,7 @@ class Linear(nn.Linear):
 
     Args:
         in_features, out_features, bias, device, dtype: as in torch.nn.Linear.
-        activation: None or "relu", computed before the result leaves the kernel.
+        activation: None or one of `matmul`'s, computed before the result leaves the kernel.
 
     Shapes: x [..., in_features] to y [..., out_features]; weight [out_features, in_features].
     """
@@ -58,7 +53,7 @@ class Linear(nn.Linear):
         self, in_features, out_features, bias=True, device=None, dtype=None, *, activation=None
     ):
         super().__init__(in_features, out_features, bias, device, dtype)
-        self.activation = _check_activation(activation)
+        self.activation = check_activation(activation)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return activation(x W^T + b)."""
@@ -130,7 +125,7 @@ class Conv2d(nn.Conv2d):
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, device,
             dtype: as in torch.nn.Conv2d (padding in pixels, not "same" or "valid").
-        activation: None or "relu", computed before the result leaves the kernel.
+        activation: None or one of `matmul`'s, computed before the result leaves the kernel.
         im2col: compute through an explicit im2col matrix; slower, there to compare with.
 
     Shapes: x [N, C, H, W] to y [N, K, P, Q]; weight [K, C / groups, R, S].
@@ -165,7 +160,7 @@ class Conv2d(nn.Conv2d):
             dtype=dtype,
         )
         self.to(memory_format=torch.channels_last)
-        self.activation = _check_activation(activation)
+        self.activation = check_activation(activation)
         self.conv = conv2d_im2col if im2col else conv2d
 
     def forward(self, x: Tensor) -> Tensor:

@@ -33,7 +33,8 @@ import torch
 import triton
 import triton.language as tl
 from tilelab.kernels import cross_entropy
-from tilelab.kernels._launch import cdiv, choose_tile, launch
+from tilelab.kernels._launch import launch
+from tilelab.kernels._tiles import cdiv, choose_tile
 from tilelab.kernels.optim import capture
 from torch import Tensor, nn
 from torch.func import functional_call

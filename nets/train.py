@@ -35,6 +35,7 @@ from tqdm import tqdm
 from . import checkpoint as ckpt
 from . import data as datasets
 from .config import DTYPES, WARMUP, Config, ConfigError, check_same
+from .config import add_arguments as add_arguments  # the command `tilelab train`: this, and `run`
 from .files import numbered, write_whole
 from .models import build
 from .step import TrainStep

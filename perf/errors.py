@@ -2,8 +2,8 @@
 
 
 class PerfError(Exception):
-    """Wrong input, said in one line; `python -m perf` prints it and exits with 2."""
+    """Wrong input, said in one line; `tilelab` prints it and exits with 2."""
 
 
 class Help(Exception):
-    """Not an error: what the user asked to be told. `python -m perf` prints it and exits with 0."""
+    """Not an error: what the user asked to be told. `tilelab` prints it and exits with 0."""

@@ -184,7 +184,7 @@ class CudaDevice:
 
     def __init__(self, index: int = 0) -> None:
         if not torch.cuda.is_available():
-            raise PerfError("torch sees no GPU: `python -m perf doctor` says what works without")
+            raise PerfError("torch sees no GPU: `tilelab doctor` says what works without")
         if index not in range(torch.cuda.device_count()):
             raise PerfError(f"there is no GPU {index}: torch sees {torch.cuda.device_count()}")
         torch.cuda.set_device(index)  # so that "cuda" means this one from here on

@@ -115,7 +115,10 @@ def _run(code: str, **env: str) -> Any:
 
 
 def _child(call: str, **env: str) -> dict[str, dict[str, Any]]:
-    return _run(f"import json\nfrom perf import host\nprint(json.dumps(host._{call}))", **env)
+    return _run(
+        f"import json\nfrom tilelab.perf.clock import host_overhead\nprint(json.dumps(host_overhead._{call}))",
+        **env,
+    )
 
 
 def _entry(
@@ -290,17 +293,15 @@ def _calls(repeats: int, *only: str) -> dict[str, dict[str, Any]]:
 
 def _descriptors(cases: dict[str, tuple[Callable, tuple]]) -> dict[str, Callable]:
     """What a call by TMA does before its launch that one through pointers does not."""
-    import importlib
-
     from tilelab.kernels import _launch, conv2d_tma
+    from tilelab.kernels.matmul_tma import tma_operands
 
-    operands = importlib.import_module("tilelab.kernels.matmul")._operands
     a, b, _ = cases["matmul"][1]
     x, weight, _ = cases["conv2d"][1]
     ones = [1, 1]
 
     def matmul() -> list:
-        rows = operands(a, b, "ieee")
+        rows = tma_operands(a, b, "ieee")
         made = [_launch.descriptor(x, shape, (step, 1), [64, 64]) for x, _, shape, step in rows]
         return [*made, _launch.descriptor(a, a.shape, (16, 1), [64, 64])]
 
@@ -364,10 +365,10 @@ def _call_parts(fn: Callable, inputs: tuple, table: dict, repeats: int) -> dict[
 def _inside(fn: Callable, *inputs: Any) -> tuple[list[tuple], Any, tuple]:
     """What one call asks `choose_tile`, and its first custom op with the arguments it gets."""
     import torch
-    from tilelab.kernels import _launch
+    from tilelab.kernels import _tiles
 
     choices, ops = [], []
-    choose, call = _launch.choose_tile, torch.library.CustomOpDef.__call__
+    choose, call = _tiles.choose_tile, torch.library.CustomOpDef.__call__
 
     def choose_tile(op: str, dtype: Any, default: dict, *kernels: tuple, **sizes: int) -> dict:
         choices.append((op, dtype, default, kernels, sizes))
@@ -386,10 +387,10 @@ def _inside(fn: Callable, *inputs: Any) -> tuple[list[tuple], Any, tuple]:
 
 
 def _look_ups(choices: list[tuple]) -> Callable:
-    from tilelab.kernels import _launch
+    from tilelab.kernels import _tiles
 
     calls = [
-        functools.partial(_launch.choose_tile, op, dtype, default, *kernels, **sizes)
+        functools.partial(_tiles.choose_tile, op, dtype, default, *kernels, **sizes)
         for op, dtype, default, kernels, sizes in choices
     ]
     return calls[0] if len(calls) == 1 else lambda: [call() for call in calls]
@@ -397,7 +398,7 @@ def _look_ups(choices: list[tuple]) -> Callable:
 
 def _fill(table: dict, choices: list[tuple]) -> None:
     """Give `table` its entries for what is looked up: shapes from 1 to 2^15, the default tile."""
-    from tilelab.kernels import _launch
+    from tilelab.kernels import _tiles
 
     for op, dtype, default, _, sizes in choices:
         table[op, str(dtype).removeprefix("torch.")] = [
@@ -407,7 +408,7 @@ def _fill(table: dict, choices: list[tuple]) -> None:
             )
             for i in range(ENTRIES)
         ]
-    _launch.forget_tuned()
+    _tiles.forget_tuned()
 
 
 class _NoKernel:
@@ -505,13 +506,13 @@ def _compile(repeats: int) -> dict[str, list[float]]:
     The first is a tiny one, for what Triton does once in a process.
     """
     import torch
-    from tilelab.kernels import _rows
+    from tilelab.kernels import _partial_sums
     from tilelab.perf.compiler import aot
 
     aot.compile_for("sm_90")
     launches = {}
     with without_gpu({}) as latest:
-        _rows.sum_partials(torch.empty(4, 512), torch.empty(512))
+        _partial_sums.sum_partials(torch.empty(4, 512), torch.empty(512))
         launches["process"] = latest[0]
         for name, (fn, inputs) in _large_cases().items():
             fn(*inputs)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tilelab.kernels import _launch
+from tilelab.kernels import _tiles
 from tilelab.perf.errors import Help, PerfError
 from tilelab.perf.work import search_space, shapes
 from tilelab.perf.work.workloads import DTYPES, OPS, Workload, modes
@@ -132,7 +132,7 @@ def identity(w: Workload, source: str) -> dict[str, Any]:
 
 
 def tiles(described: dict, axes: list[str], lesson: bool = False) -> list[dict | None]:
-    """The tiles to try for what `offline.describe` has described: the default first.
+    """The tiles to try for what `aot.describe` has described: the default first.
 
     With `lesson`, only those that the kernel's file lists. [None] where the work has no tile of its
     own, as a whole training step.
@@ -157,14 +157,14 @@ def default_tile(described: dict, w: Workload) -> list[dict | None]:
     """The one tile that a call of `w` takes here: of the tuned table, or the lesson's default.
 
     Args:
-        described: by `offline.describe`, which knows no tuned table.
+        described: by `aot.describe`, which knows no tuned table.
         w: the work.
     """
     if described["tile_op"] is None:
         return [None]
     lesson, kernels = {w.torch_dtype.itemsize: described["tile"]}, tuple(described["kernels"])
     op, sizes = described["tile_op"], described["sizes"]
-    return [_launch.choose_tile(op, w.torch_dtype, lesson, kernels, **sizes)]
+    return [_tiles.choose_tile(op, w.torch_dtype, lesson, kernels, **sizes)]
 
 
 def header(fields: dict[str, Any], measured: bool, args: argparse.Namespace) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`python -m perf compile`: every tile compiled for GPUs that need not be here, and predicted.
+"""`tilelab compile`: every tile compiled for GPUs that need not be here, and predicted.
 
 For each target one results file, whose rows have registers, spills, shared memory, occupancy and
 what limits it, tensor-core instructions, widths of loads, length of the main loop, waves, padding,

@@ -1,4 +1,4 @@
-"""`python -m perf doctor`: what is here, how fast it is, what is missing, and what to do about it.
+"""`tilelab doctor`: what is here, how fast it is, what is missing, and what to do about it.
 
 On a GPU it measures the ceilings that everything else is compared with, and whether a measurement
 can be trusted there: does the clock fall under load, does somebody else use the GPU, do rotated
@@ -135,7 +135,7 @@ def _software() -> list[Finding]:
     }
     try:
         importlib.import_module(
-            "kernels"
+            "tilelab.kernels"
         )  # before triton; refuses pairs that are known not to work
         names["triton"] = importlib.import_module("triton").__version__
     except ImportError as error:
@@ -208,7 +208,7 @@ def _driver() -> bool:
 def _interpreter() -> list[Finding]:
     """Whether the CPU can run a kernel, which the sweep's dry runs and the tests need."""
     targets = ", ".join(gpus.TARGETS)
-    compiles = Finding("ok", "without a GPU", f"`python -m perf compile` compiles for {targets}")
+    compiles = Finding("ok", "without a GPU", f"`tilelab compile` compiles for {targets}")
     try:
         kernels = importlib.import_module("tilelab.kernels")
         x, bias = torch.tensor([[1.0, -2.0], [3.0, 4.0]]), torch.tensor([0.5, -5.0])

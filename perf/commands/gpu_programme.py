@@ -1,4 +1,4 @@
-"""`python -m perf gpu`: everything that needs a GPU, in order of value, in the time there is.
+"""`tilelab gpu`: everything that needs a GPU, in order of value, in the time there is.
 
     make gpu                                 1500 s, into perf/results/<gpu>/
     make gpu ARGS="--budget 600"             a shorter window; the next call goes on
@@ -30,7 +30,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from tilelab.kernels import _launch
+from tilelab.kernels import _launch, _tiles
 from tilelab.perf.commands import arguments
 from tilelab.perf.commands.gpu_tasks import GROUPS, ROOT, Outcome, Step, steps
 from tilelab.perf.errors import PerfError
@@ -43,8 +43,9 @@ ATTEMPTS = 3  # at a sweep that a broken GPU ended: it goes on behind the tile t
 GOES_ON = "--resume goes on behind it"  # how such a sweep ends its last line
 LATE = "ran out of time"
 PROBE = (
-    "import json; from perf import device, plan; "
-    "print(json.dumps(device.here().header() | {'versions': plan.versions()}))"
+    "import json; from tilelab.perf.clock import devices; "
+    "from tilelab.perf.commands import arguments; "
+    "print(json.dumps(devices.here().header() | {'versions': arguments.versions()}))"
 )
 
 
@@ -149,7 +150,7 @@ def probe() -> dict[str, Any]:
         asked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
         found = json.loads(asked.stdout.splitlines()[-1])
     except (subprocess.TimeoutExpired, IndexError, ValueError) as error:
-        raise PerfError("the GPU does not start: `python -m perf doctor` says more") from error
+        raise PerfError("the GPU does not start: `tilelab doctor` says more") from error
     return {name: found[name] for name in ("gpu", "driver", "versions")}
 
 
@@ -159,7 +160,7 @@ def folder(args: argparse.Namespace, gpu: str) -> pathlib.Path:
         return args.out.resolve()
     if args.dry_run and not args.list:  # never into the checkout
         return pathlib.Path(tempfile.mkdtemp(prefix="tilelab-dry-run-"))
-    return ROOT / "perf" / "results" / _launch.tuned_path(gpu).stem
+    return ROOT / "perf" / "results" / _tiles.tuned_path(gpu).stem
 
 
 def environment(dry: bool) -> dict[str, str]:

@@ -14,7 +14,7 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from tilelab.kernels import _launch
+from tilelab.kernels import _tiles
 from tilelab.perf.commands import arguments
 from tilelab.perf.compiler import aot
 from tilelab.perf.errors import PerfError
@@ -324,7 +324,7 @@ def _after(entry: Entry, path: pathlib.Path, before: pathlib.Path, gpu: str, dry
     def source() -> str:
         dtype, _ = DTYPES[entry.dtype]
         try:
-            table = _launch.read_tuned(_launch.tuned_path(gpu))
+            table = _tiles.read_tuned(_tiles.tuned_path(gpu))
         except ValueError as error:  # says which file, and what is wrong with it
             raise PerfError(str(error)) from error
         return digest(sources(entry), [table.get((name, dtype)) for name in _tile_ops(entry)])

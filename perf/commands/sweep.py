@@ -1,4 +1,4 @@
-"""`python -m perf sweep`: time every tile, and every peer, and say which is best and why.
+"""`tilelab sweep`: time every tile, and every peer, and say which is best and why.
 
 The order of things, for all workloads and then for each:
 
@@ -478,14 +478,14 @@ def with_tile(call: Callable[[], tuple], tile: dict | None) -> Callable[[], tupl
     """`call`, with this tile for the kernel that is swept (None: as it is)."""
     if tile is None:
         return call
-    from tilelab.kernels import _launch
+    from tilelab.kernels import _tiles
 
     names = OPS[call.workload.op].modes[call.workload.mode]
 
     def tiled() -> tuple:
         with contextlib.ExitStack() as stack:
             for name in names:
-                stack.enter_context(_launch.use_tile(name, tile))
+                stack.enter_context(_tiles.use_tile(name, tile))
             return call()
 
     tiled.inputs, tiled.impl, tiled.workload = call.inputs, call.impl, call.workload

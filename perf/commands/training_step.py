@@ -1,4 +1,4 @@
-"""`python -m perf step`: what a training step of the demo CNN launches, moves and keeps.
+"""`tilelab step`: what a training step of the demo CNN launches, moves and keeps.
 
 A step of a small network is many short launches, so what to count is launches first, then the bytes
 that go through memory, then what is kept from the forward pass for the backward. All three are

@@ -30,7 +30,7 @@ import time
 from typing import Any, NamedTuple
 
 import torch
-from tilelab.kernels import _launch
+from tilelab.kernels import _launch, _tiles
 from tilelab.kernels.conv2d_weight_grad_tma import pixels_inside
 
 from tilelab import kernels  # before triton: it decides between interpreter and compiler
@@ -104,7 +104,7 @@ def trace(w: Workload, tile: dict | None, target: str = "") -> Trace:
     with contextlib.ExitStack() as stack:
         if tile is not None:
             for name in OPS[w.op].modes[w.mode]:
-                stack.enter_context(_launch.use_tile(name, tile))
+                stack.enter_context(_tiles.use_tile(name, tile))
         events = stack.enter_context(_launch.record(device(target)))
         call()
     launches = [event for event in events if isinstance(event, _launch.Launch)]
@@ -303,23 +303,23 @@ def _boxes(given: dict, extents: str, tiles: str) -> tuple[int, int]:
     """How many boxes cover the pixels, and the pixels of one."""
     sizes = [given[f"TILE_{x}"] for x in tiles.split()]
     return (
-        math.prod(_launch.cdiv(given[x], n) for x, n in zip(extents.split(), sizes, strict=True)),
+        math.prod(_tiles.cdiv(given[x], n) for x, n in zip(extents.split(), sizes, strict=True)),
         math.prod(sizes),
     )
 
 
 def _forward_work(given: dict) -> tuple[int, int, int, int]:
     boxes, pixels = _boxes(given, "N P Q", "N P Q")
-    tiles = boxes * _launch.cdiv(given["K"], given["BLOCK_N"])
-    steps = given["R"] * given["S"] * _launch.cdiv(given["SPAN"], given["BLOCK_K"])
+    tiles = boxes * _tiles.cdiv(given["K"], given["BLOCK_N"])
+    steps = given["R"] * given["S"] * _tiles.cdiv(given["SPAN"], given["BLOCK_K"])
     return tiles, tiles * steps, given["SPLIT_K"], pixels
 
 
 def _input_grad_work(given: dict) -> tuple[int, int, int, int]:
     """Of the classes of pixels each has taps of its own, and all together have each tap once."""
     boxes, pixels = _boxes(given, "N ROWS COLUMNS", "N H W")
-    tiles = boxes * _launch.cdiv(given["C"], given["BLOCK_N"])
-    steps = given["R"] * given["S"] * _launch.cdiv(given["K"], given["BLOCK_K"])
+    tiles = boxes * _tiles.cdiv(given["C"], given["BLOCK_N"])
+    steps = given["R"] * given["S"] * _tiles.cdiv(given["K"], given["BLOCK_K"])
     classes = given["STRIDE_H"] * given["STRIDE_W"]
     return tiles * classes, tiles * steps, given["SPLIT_K"], pixels
 
@@ -327,10 +327,10 @@ def _input_grad_work(given: dict) -> tuple[int, int, int, int]:
 def _weight_grad_work(given: dict) -> tuple[int, int, int, int]:
     """A step is BLOCK_K images at one pixel, of those where the tap is inside."""
     rows, taps_w = given["ROWS"], given["S"]
-    blocks = _launch.cdiv(given["K"], given["BLOCK_M"])
-    blocks *= _launch.cdiv(given["SPAN"], given["BOX_C"])
+    blocks = _tiles.cdiv(given["K"], given["BLOCK_M"])
+    blocks *= _tiles.cdiv(given["SPAN"], given["BOX_C"])
     if given["WINDOWS"]:  # a tile has several rows of taps, and all their pixels are inside
-        rows = _launch.cdiv(rows, given["BLOCK_N"] // given["BOX_C"])
+        rows = _tiles.cdiv(rows, given["BLOCK_N"] // given["BOX_C"])
         pixels = rows * given["P"] * given["Q"]
     else:
         high, wide = (
@@ -344,7 +344,7 @@ def _weight_grad_work(given: dict) -> tuple[int, int, int, int]:
             for x, outputs, taps in (("H", "P", rows // taps_w), ("W", "Q", taps_w))
         )  # fmt: skip
         pixels = high * wide
-    steps = blocks * pixels * _launch.cdiv(given["N"], given["BLOCK_K"])
+    steps = blocks * pixels * _tiles.cdiv(given["N"], given["BLOCK_K"])
     return rows * blocks, steps, given["PARTS"], given["BLOCK_M"]
 
 

@@ -1,6 +1,6 @@
 """Two results files of the same workloads: what became faster or slower, and is it certain?
 
-    python -m perf compare before.jsonl after.jsonl
+    tilelab compare before.jsonl after.jsonl
 
 For every workload that both files have, the ratio of the times B / A: above 1, B takes longer. Its
 95% interval comes from the samples of both (stats.unpaired_ratio). With a margin of 2%:
@@ -87,7 +87,7 @@ def compare(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of `python -m perf compare`."""
+    """Add the flags of `tilelab compare`."""
     parser.add_argument("a", help="results before")
     parser.add_argument("b", help="results after")
     parser.add_argument(

@@ -1,7 +1,7 @@
 """Why a tile lost: its numbers beside those of the tile that won, in words.
 
-    python -m perf sweep ...     ends with this table
-    python -m perf report ...    has it in full
+    tilelab sweep ...     ends with this table
+    tilelab report ...    has it in full
 
 A losing tile is put through a cascade, from what disqualifies it (a wrong result, an error, a block
 that does not fit) through what ruins it (spilled registers, no tensor cores, serialised wgmma,

@@ -1,7 +1,7 @@
-"""`python -m perf log`: version, prediction and measurement, a line for each set of shapes.
+"""`tilelab log`: version, prediction and measurement, a line for each set of shapes.
 
-    python -m perf log results.jsonl                                  a table, on the screen
-    python -m perf log results.jsonl --to perf/results/log.jsonl      and kept
+    tilelab log results.jsonl                                  a table, on the screen
+    tilelab log results.jsonl --to perf/results/log.jsonl      and kept
 
 A results file has a row for every tile. An entry of the log has what remains of a set of them: how
 fast our best tile was predicted to be and was, and how it did against the fastest peer. With an

@@ -1,6 +1,6 @@
-"""`python -m perf report`: one HTML page of results files, that needs nothing but a browser.
+"""`tilelab report`: one HTML page of results files, that needs nothing but a browser.
 
-    python -m perf report results.jsonl --out report.html
+    tilelab report results.jsonl --out report.html
 
 Everything is in the page: the figures (SVG, for light and for dark), the style, and a few lines of
 script that sort and filter the table. It asks nothing of any network, and says so to the browser

@@ -1,7 +1,7 @@
-"""`python -m perf plot`: draws results files, each figure for light and for dark pages.
+"""`tilelab plot`: draws results files, each figure for light and for dark pages.
 
-    python -m perf plot results.jsonl --out figures
-    python -m perf plot results.jsonl --out figures --kind heatmap,forest --format png,svg
+    tilelab plot results.jsonl --out figures
+    tilelab plot results.jsonl --out figures --kind heatmap,forest --format png,svg
 
 heatmap       speed over the block sizes, with registers, spills, occupancy and waves in each cell
 curves        speed over sizes or layers, of tilelab and every peer, under the ceiling

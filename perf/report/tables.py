@@ -13,7 +13,7 @@ from tilelab.perf.report import history
 from tilelab.perf.rows import ranking
 
 PREDICTED = Path(__file__).parents[1] / "results" / "predicted" / "sm_90.jsonl.gz"
-STEP = PREDICTED.with_name("step.json")  # of `python -m perf step --json`
+STEP = PREDICTED.with_name("step.json")  # of `tilelab step --json`
 OPS = (
     *("matmul", "matmul_bias_relu", "scaled_matmul", "bias_relu", "softmax", "cross_entropy"),
     *("max_pool2d", "sgd", "adamw"),
@@ -43,9 +43,11 @@ def speeds(path: Path = PREDICTED, ops: Sequence[str] = OPS) -> str:
 
 def fast_tiles(path: Path = PREDICTED) -> str:
     """What the tiles of matmul's kernel for Hopper compile to, and the portable one's largest."""
-    lesson = importlib.import_module("tilelab.kernels.matmul")
+    lesson, fast = (
+        importlib.import_module(f"tilelab.kernels.{m}") for m in ("matmul", "matmul_tma")
+    )
     rows = [row for row in _rows(path, "matmul") if set(row["shape"].values()) == {8192}]
-    tiles = [_largest(lesson.TILES), *lesson.FAST_TILES[2]]
+    tiles = [_largest(lesson.TILES), *fast.FAST_TILES[2]]
     return _tiles(rows, tiles, "A, B from", "predicted at 8192")
 
 

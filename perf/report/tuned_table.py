@@ -60,21 +60,21 @@ def save(
     Raises:
         PerfError: no rows to save, rows of several GPUs, or a table that cannot be read or written.
     """
-    from tilelab.kernels import _launch
+    from tilelab.kernels import _tiles
 
     usable = [row for row in rows if _usable(row, predicted)]
     if not usable:
         raise PerfError("no row has a tile to save: that takes tiles of ours, timed on a GPU")
     name = _device(usable, gpu)
-    path = _launch.tuned_path(name, pathlib.Path(folder) if folder is not None else None)
+    path = _tiles.tuned_path(name, pathlib.Path(folder) if folder is not None else None)
     triton = triton or importlib.metadata.version("triton")
     new = [_entry(row, triton) for row in _winners(usable)]
     try:
-        old = [entry for entries in _launch.read_tuned(path).values() for entry in entries]
+        old = [entry for entries in _tiles.read_tuned(path).values() for entry in entries]
         _write(path, name, _merged(old, new))
     except (ValueError, OSError) as error:
         raise PerfError(f"the tuned table was not saved: {error}") from error
-    _launch.forget_tuned()
+    _tiles.forget_tuned()
     return path
 
 

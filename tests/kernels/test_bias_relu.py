@@ -7,8 +7,8 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from tilelab.kernels import bias_relu
-from tilelab.kernels._launch import use_tile
-from tilelab.kernels.bias_relu import bias_backward, bias_relu_backward, reference
+from tilelab.kernels._tiles import use_tile
+from tilelab.kernels.bias_relu import bias_activation_backward, bias_backward, reference
 
 from tests.tools.inputs import DEVICE, DTYPES, double, gradients, laid_out, randn
 from tests.tools.poison import poison
@@ -103,7 +103,7 @@ def test_chunks_of_rows(PROGRAMS, monkeypatch):
     dy, y = randn(97, 20, dtype=dtype), torch.relu(randn(97, 20, dtype=dtype, seed=1))
     tile = dict(BLOCK_M=16, BLOCK_N=16, num_warps=4)
     with use_tile("bias_relu_backward", tile), poison() as p:
-        dx, db = bias_relu_backward(p(dy), p(y))
+        dx, db = bias_activation_backward(p(dy), p(y), None, "relu")
     dx64 = torch.where(y > 0, double(dy), 0.0)
     assert torch.equal(dx.double(), dx64)
     assert_close(db, dx64.sum(0), dtype=dtype, terms=97)

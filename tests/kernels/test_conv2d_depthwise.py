@@ -7,7 +7,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from tilelab.kernels import _launch, conv2d
-from tilelab.kernels._launch import use_tile
+from tilelab.kernels._tiles import use_tile
 from tilelab.kernels.conv2d_depthwise import TILES, reference
 
 from tests.tools.convolutions import Conv, every_dtype, integers

@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from tilelab.kernels import _launch, conv2d
-from tilelab.kernels._launch import use_tile
+from tilelab.kernels._tiles import use_tile
 from tilelab.kernels.conv2d_input_grad import conv2d_input_grad
 from tilelab.kernels.conv2d_weight_grad import (
     TILES,

@@ -7,7 +7,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from tilelab.kernels import _launch, bias_relu, conv2d, conv2d_relu_pool
-from tilelab.kernels._launch import use_tile
+from tilelab.kernels._tiles import use_tile
 from tilelab.kernels.conv2d_relu_pool import reference
 
 from tests.tools.convolutions import every_dtype, integers

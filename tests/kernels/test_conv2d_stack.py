@@ -6,7 +6,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from tilelab.kernels import _launch, conv2d, conv2d_relu_pool, conv2d_stack
+from tilelab.kernels import _launch, _tiles, conv2d, conv2d_relu_pool, conv2d_stack
 from tilelab.kernels.conv2d_stack import Layer, reference
 from tilelab.nets.imagenet import torch_vgg16_features, vgg16_features
 from tilelab.nets.layers import Conv2d, Conv2dReluPool, ConvStack
@@ -93,7 +93,7 @@ def test_the_same_bits_as_layer_by_layer(stack, bias, dtype):
 @every_stack
 def test_the_same_bits_where_pools_scatter(stack, dtype):
     inputs, layers = make(stack, dtype)
-    with _launch.use_tile("unpool", UNPOOL):
+    with _tiles.use_tile("unpool", UNPOOL):
         assert_same(*(results(stacked(layers, f), inputs) for f in (conv2d_stack, one_by_one)))
 
 
@@ -122,7 +122,7 @@ def test_only_the_gradients_that_are_wanted(wanted, scatter):
     found = []
     for fn in (conv2d_stack, one_by_one):
         leaves = [t.clone().requires_grad_(n in wanted) for t, n in zip(inputs, names, strict=True)]
-        with _launch.use_tile("unpool", UNPOOL if scatter else gradient.FUSED):
+        with _tiles.use_tile("unpool", UNPOOL if scatter else gradient.FUSED):
             y = fn(*leaves, layers=layers)
             y.backward(randn(*y.shape, seed=9))
         found.append({n: t.grad for n, t in zip(names, leaves, strict=True) if t.grad is not None})

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tilelab.kernels import cross_entropy
-from tilelab.kernels._launch import use_tile
+from tilelab.kernels._tiles import use_tile
 from tilelab.kernels.cross_entropy import reference
 
 from tests.tools.inputs import DEVICE, DTYPES, double, gradients, laid_out, randn

@@ -7,7 +7,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from tilelab.kernels import col2im, conv2d, conv2d_im2col, im2col
-from tilelab.kernels._launch import use_tile
+from tilelab.kernels._tiles import use_tile
 from tilelab.kernels.conv2d import reference as conv2d_reference
 from tilelab.kernels.im2col import reference
 

@@ -14,23 +14,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from tilelab.kernels import _launch, matmul
-from tilelab.kernels._launch import (
-    check_choice,
-    check_shape,
-    check_tensors,
-    choose_tile,
-    dot_precision,
-    launch,
-    pair,
-    persistent,
-    read_tuned,
-    refuse_broken_versions,
-    splits,
-    tuned_path,
-    use_tile,
-)
-from tilelab.kernels._rows import as_rows, sum_partials
+from tilelab.kernels import _launch, _tiles, matmul
+from tilelab.kernels._checks import check_choice, check_shape, check_tensors, dot_precision, pair
+from tilelab.kernels._launch import launch, refuse_broken_versions
+from tilelab.kernels._partial_sums import sum_partials
+from tilelab.kernels._rows import as_rows
+from tilelab.kernels._tiles import choose_tile, persistent, read_tuned, splits, tuned_path, use_tile
 
 from tests.tools.inputs import DEVICE, DTYPES, INTERPRET, double, gradients, randn
 from tests.tools.poison import poison
@@ -81,8 +70,8 @@ def test_compiled_kernels_refuse_cpu_tensors():
 @without_gpu
 def test_triton_imported_first_is_refused():
     """`@triton.jit` has chosen the compiler by then, and kernels cannot be interpreted."""
-    result = python("import triton, kernels", TRITON_INTERPRET=None)
-    assert "ImportError: triton was imported before kernels" in result.stderr
+    result = python("import triton, tilelab.kernels", TRITON_INTERPRET=None)
+    assert "ImportError: triton was imported before tilelab.kernels" in result.stderr
 
 
 @pytest.mark.core
@@ -262,7 +251,7 @@ def gpu(monkeypatch):
     table = {}
     monkeypatch.setattr(_launch, "INTERPRET", False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(_launch, "_tuned", lambda device: table)
+    monkeypatch.setattr(_tiles, "_tuned", lambda device: table)
     return table
 
 
@@ -373,7 +362,7 @@ def test_looking_a_tile_up_again(gpu, monkeypatch):
     assert tile()["num_warps"] == 1 and TILE["num_warps"] == 4
     assert tile(dtype=torch.bfloat16)["num_warps"] == tile(op="conv2d")["num_warps"] == 4
     assert tile(M=16)["BLOCK_M"] == 16 and tile()["BLOCK_M"] == 64
-    monkeypatch.setattr(_launch, "_tuned", lambda device: table(num_warps=2 + device))
+    monkeypatch.setattr(_tiles, "_tuned", lambda device: table(num_warps=2 + device))
     assert tile()["num_warps"] == 2
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 6)
     assert tile()["num_warps"] == 8
@@ -387,20 +376,20 @@ def test_forget_tuned(monkeypatch, tmp_path):
     monkeypatch.setattr(_launch, "INTERPRET", False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
-    monkeypatch.setattr(_launch, "tuned_path", lambda name: tuned_path(name, tmp_path))
+    monkeypatch.setattr(_tiles, "tuned_path", lambda name: tuned_path(name, tmp_path))
     for warps in (1, 2):
-        _launch.forget_tuned()
+        _tiles.forget_tuned()
         path.write_text(json.dumps({"tiles": [ENTRY | dict(tile=TILE | dict(num_warps=warps))]}))
         for _ in range(2):
             tile = choose_tile("matmul", torch.float16, DEFAULT, M=64, N=64, K=64)
             assert tile["num_warps"] == warps
         path.write_text("damaged")  # it is not read on every call
         assert choose_tile("matmul", torch.float16, DEFAULT, M=64, N=64, K=64) == tile
-    _launch.forget_tuned()
+    _tiles.forget_tuned()
     for _ in range(2):
         with pytest.raises(ValueError, match="some-gpu.json is not JSON"):
             choose_tile("matmul", torch.float16, DEFAULT, M=64, N=64, K=64)
-    _launch.forget_tuned()
+    _tiles.forget_tuned()
 
 
 def test_a_table_of_other_dimensions_is_passed_over(gpu):

@@ -8,7 +8,8 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from tilelab.kernels import matmul
-from tilelab.kernels._launch import launch, use_tile
+from tilelab.kernels._launch import launch
+from tilelab.kernels._tiles import use_tile
 from tilelab.kernels.matmul import reference
 
 from tests.tools.inputs import DEVICE, DTYPES, INTERPRET, double, gradients, laid_out, randn

@@ -104,7 +104,7 @@ def copy_kernel(x_ptr, y_ptr, N, stride, BLOCK: tl.constexpr):
     x = tl.load(x_ptr + offs * stride, mask=offs < N, other=0.0)
     tl.store(y_ptr + offs, x, mask=offs < N)
 
-offline.compile_for("sm_90")
+aot.compile_for("sm_90")
 x = torch.empty(4096, dtype=torch.bfloat16)
 for N, stride, BLOCK in [(4096, 1, 1024), (4096, 2, 1024), (4095, 1, 1024), (4096, 1, 512)]:
     meta = dict(BLOCK=BLOCK, num_warps=4)

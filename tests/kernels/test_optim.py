@@ -13,7 +13,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from tilelab.kernels._launch import launch, use_tile
+from tilelab.kernels._launch import launch
+from tilelab.kernels._tiles import use_tile
 from tilelab.kernels.optim import (
     SGD,
     TILES,

@@ -11,7 +11,8 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from tilelab.kernels import _launch, scaled_matmul
-from tilelab.kernels._launch import Device, use_tile
+from tilelab.kernels._launch import Device
+from tilelab.kernels._tiles import use_tile
 from tilelab.kernels.scaled_matmul import FAST_TILES, TILES, fast_tile, reference
 
 from tests.tools.inputs import DEVICE, DTYPES, laid_out, randn
@@ -378,7 +379,7 @@ for dtype in (torch.float8_e4m3fn, torch.int8):
     ):
         for tile in FAST_TILES[1]:
             with _launch.record(offline.device("sm_90")) as events:
-                with _launch.use_tile("scaled_matmul", tile):
+                with _tiles.use_tile("scaled_matmul", tile):
                     scaled_matmul(a, b.t(), *rest)
             found = offline.analyse(offline.compile_launch(events[-1]))
             keep = ("registers", "spills", "shared", "tensor_core", "operands", "tma", "serialised",

@@ -9,8 +9,8 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from tilelab.kernels import _launch, softmax
-from tilelab.kernels._launch import use_tile
 from tilelab.kernels._rows import as_rows
+from tilelab.kernels._tiles import use_tile
 from tilelab.kernels.softmax import reference
 
 from tests.tools.inputs import (

@@ -28,6 +28,11 @@ def classes(*shape, high):
 
 # name: [(inputs, options)]; floating tensors among the inputs get gradients, if the op has any
 SAMPLES = {
+    "bias_activation": lambda: [
+        ([randn(9, 6), randn(6, seed=1), "gelu"], {}),
+        ([images(2, 5, 4, 3), randn(5, seed=1), "silu"], {}),
+        ([randn(9, 6, layout="transposed"), None, "gelu_tanh"], {}),
+    ],
     "bias_relu": lambda: [
         ([randn(9, 6), randn(6, seed=1)], {}),
         ([images(2, 5, 4, 3), randn(5, seed=1)], {}),
@@ -36,6 +41,7 @@ SAMPLES = {
         ([randn(9, 7), randn(7, 5, seed=1), randn(5, seed=2)], dict(activation="relu")),
         ([randn(9, 7, layout="transposed"), randn(7, 5, seed=1), randn(5, seed=2)], {}),
         ([randn(9, 7), randn(7, 5, layout="transposed", seed=1), randn(5, seed=2)], {}),
+        ([randn(9, 7), randn(7, 5, seed=1), randn(5, seed=2)], dict(activation="gelu")),
     ],
     "conv2d": lambda: [
         (
@@ -44,6 +50,7 @@ SAMPLES = {
         ),
         ([randn(2, 4, 6, 5), randn(6, 2, 3, 3, seed=1)], dict(dilation=2, padding=2, groups=2)),
         ([images(2, 3, 6, 5), randn(4, 3, 2, 2, seed=1), randn(4, seed=2)], {}),
+        ([images(2, 3, 6, 5), randn(4, 3, 2, 2, seed=1)], dict(activation="silu")),
     ],
     "conv2d_im2col": lambda: [
         (

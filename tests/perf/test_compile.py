@@ -1,4 +1,4 @@
-"""`python -m perf compile`, from the command line to the file: tables, resuming, words."""
+"""`tilelab compile`, from the command line to the file: tables, resuming, words."""
 
 import argparse
 import importlib

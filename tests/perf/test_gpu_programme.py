@@ -15,13 +15,13 @@ import time
 
 import pytest
 import torch
-from tilelab.kernels import _launch
+from tilelab.kernels import _launch, _tiles
 from tilelab.perf.clock import devices
 from tilelab.perf.commands import arguments, doctor, gpu_programme, gpu_tasks, sweep
 from tilelab.perf.commands.gpu_programme import LATE, Programme, share
 from tilelab.perf.commands.gpu_tasks import OPS, ROOT, Entry, Outcome, Step
 from tilelab.perf.errors import PerfError
-from tilelab.perf.report import history, plot
+from tilelab.perf.report import history, html_page, plot
 from tilelab.perf.report import tuned_table as tuning
 from tilelab.perf.rows import results
 from tilelab.perf.work import shapes
@@ -349,7 +349,7 @@ def test_the_interpreter_is_not_the_gpu(monkeypatch, capsys):
 def test_the_gpu_is_asked_by_another_process(monkeypatch):
     assert gpu_programme.probe()["gpu"] == devices.here().name
     monkeypatch.setattr(gpu_programme, "PROBE", "raise SystemExit('no')")
-    with pytest.raises(PerfError, match="the GPU does not start: `python -m perf doctor`"):
+    with pytest.raises(PerfError, match="the GPU does not start: `tilelab doctor`"):
         gpu_programme.probe()
 
 
@@ -420,8 +420,8 @@ def test_every_step_is_a_command_that_exists(tmp_path):
             assert args.tiles == ("default" if s.group == "after" else "all")
             assert not args.save_tuned and not args.dry_run and args.out.parent == tmp_path
         assert s.source() == s.source() and (s.source() or s.group == "ceilings")
-    assert {module for s in every if s.group == "training" for module in s.command(1)[2:3]} == {
-        "nets.train"
+    assert {module for s in every if s.group == "training" for module in s.command(1)[3:4]} == {
+        "train"
     }
     assert "core and not gpu" in every[0].command(60) and "gpu" in every[1].command(60)
 
@@ -490,8 +490,8 @@ def test_before_and_after(tmp_path):
 
 
 def test_winners_are_tuned_even_of_an_interrupted_sweep(tmp_path, monkeypatch):
-    real = _launch.tuned_path
-    monkeypatch.setattr(_launch, "tuned_path", lambda gpu, folder=None: real(gpu, tmp_path))
+    real = _tiles.tuned_path
+    monkeypatch.setattr(_tiles, "tuned_path", lambda gpu, folder=None: real(gpu, tmp_path))
     every = gpu_tasks.steps(tmp_path, perf_rows.GPU, False, tmp_path / "log.jsonl")
     by_name = {s.name: s for s in every}
     names = ["after-matmul-square", "after-matmul-fp16", "after-softmax"]
@@ -501,7 +501,7 @@ def test_winners_are_tuned_even_of_an_interrupted_sweep(tmp_path, monkeypatch):
     screened = [row for row in rows if row["stage"] != "final"]
     perf_rows.write(path, perf_rows.header(), *screened)
     by_name["sweep-matmul-square"].keep()
-    (entry,) = _launch.read_tuned(real(perf_rows.GPU, tmp_path))["matmul", "bfloat16"]
+    (entry,) = _tiles.read_tuned(real(perf_rows.GPU, tmp_path))["matmul", "bfloat16"]
     best = min((r for r in screened if r["status"] == "ok"), key=lambda r: r["median_s"])
     assert entry["tile"] == best["tile"]
     after = [by_name[name].source() for name in names]

@@ -118,7 +118,7 @@ def test_it_says_what_was_measured_on_what(page):
         perf_rows.GPU, perf_rows.NOTE, "570.00", "torch 2.13.0, triton 3.9.0",
         perf_rows.header()["commit"] + " and changes that are not committed", "700 W",
         "2000-01-01 00:00 UTC, resumed 1 time, last 2000-01-02 00:00 UTC",
-        "sm 1755 MHz, memory 3201 MHz", "a CPU (synthetic), 16 cores", "python -m perf sweep",
+        "sm 1755 MHz, memory 3201 MHz", "a CPU (synthetic), 16 cores", "tilelab sweep",
     ):  # fmt: skip
         assert fact in said, fact
     assert said.count("resumed") == 1

@@ -45,7 +45,7 @@ OTHERS = ["conv2d", "softmax", "softmax, online", "bias_relu"]
 def compile_all(target: str, folder: pathlib.Path) -> None:
     """Write the machine code of every case, and the PTX of NVIDIA's, to `folder`."""
     import torch
-    from tilelab.kernels import _launch
+    from tilelab.kernels import _launch, _tiles
     from tilelab.perf.compiler import aot
 
     from tilelab import kernels
@@ -75,7 +75,7 @@ def compile_all(target: str, folder: pathlib.Path) -> None:
         torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
         with contextlib.ExitStack() as stack:
             if blocks is not None:
-                stack.enter_context(_launch.use_tile("matmul", blocks))
+                stack.enter_context(_tiles.use_tile("matmul", blocks))
             events = stack.enter_context(_launch.record())
             call()
         first = next(event for event in events if isinstance(event, _launch.Launch))

@@ -19,7 +19,7 @@ from matplotlib.image import imread
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from tilelab.perf.errors import PerfError
-from tilelab.perf.report import figures, ladder, plot
+from tilelab.perf.report import figures, html_page, ladder, plot
 from tilelab.perf.report.figures import DARK, LIGHT
 from tilelab.perf.rows import results, stats
 from tilelab.perf.rows.ranking import seconds, speed, workloads
@@ -321,7 +321,7 @@ def test_a_ladder_has_the_fastest_tile_of_each_kernel(measured):
     assert {"direct, no tensor cores", "implicit GEMM"} <= set(written(figure))
     (peak,) = ax.get_lines()
     assert peak.get_xdata()[0] == pytest.approx(989.4, rel=1e-3)
-    words = page.alt_text(page)
+    words = html_page.alt_text(page)
     assert f"layer4.1.conv2 direct {bars[-4].get_width():.3g}" in words
     assert ("Predicted, not measured." in words) == (not measured)
 

@@ -16,7 +16,7 @@ import time
 
 import pytest
 import torch
-from tilelab.kernels import _launch
+from tilelab.kernels import _launch, _tiles
 from tilelab.perf.clock.correctness import Gate
 from tilelab.perf.commands import arguments, sweep
 from tilelab.perf.compiler import aot
@@ -126,7 +126,7 @@ def test_a_wrong_kernel_is_caught_and_never_ranked(tmp_path, monkeypatch):
     wrong_tile = dict(BLOCK_M=16, BLOCK_N=16)
 
     def planted(s, a, b):
-        tile = _launch._forced.get("matmul", {})
+        tile = _tiles._forced.get("matmul", {})
         wrong = wrong_tile.items() <= tile.items()
         return right(a, b) * (1.05 if wrong else 1.0)
 
@@ -350,7 +350,7 @@ def test_energy(tmp_path):
 
 
 def test_only_the_tile_that_a_call_takes(tmp_path, monkeypatch):
-    monkeypatch.setattr(_launch, "_nearest", lambda *_: None)  # a table of the GPU that is here
+    monkeypatch.setattr(_tiles, "_nearest", lambda *_: None)  # a table of the GPU that is here
     args = parsed("matmul", "sgd", "--shapes", "tiny", "--tiles", "default")
     work, device = arguments.workloads(args), FakeDevice(1e-3, noise=0.002)
     path = tmp_path / "r.jsonl"
@@ -375,9 +375,9 @@ def test_the_tile_that_a_call_takes_is_the_tuned_one(monkeypatch):
     fitted = lesson | dict(BLOCK_M=64, BLOCK_N=64)  # of 48 rows and 40 columns
     described = dict(tile_op="matmul", tile=lesson, sizes=dict(w.shape), kernels=["pointer"])
     monkeypatch.setattr(_launch, "INTERPRET", False)
-    monkeypatch.setattr(_launch, "_nearest", lambda *_: None)
+    monkeypatch.setattr(_tiles, "_nearest", lambda *_: None)
     assert arguments.default_tile(described, w) == [fitted]
-    monkeypatch.setattr(_launch, "_nearest", lambda *_: tuned)
+    monkeypatch.setattr(_tiles, "_nearest", lambda *_: tuned)
     assert arguments.default_tile(described, w) == [tuned | dict(BLOCK_N=64)]
     assert arguments.default_tile({"tile_op": None}, w) == [None]
 
@@ -401,7 +401,7 @@ def test_the_loop_is_closed(tmp_path, monkeypatch):
     rows = swept(tmp_path / "r.jsonl")
     path = tuned_table.save(rows, tmp_path)
     best = min(of(rows, stage="final", impl="tilelab"), key=lambda row: row["median_s"])
-    table = _launch.read_tuned(path)
+    table = _tiles.read_tuned(path)
     assert table["matmul", "bfloat16"][0]["tile"] == best["tile"]
     assert table["matmul", "bfloat16"][0]["sizes"] == best["sizes"]
 

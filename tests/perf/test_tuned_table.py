@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from tilelab.kernels import _launch
+from tilelab.kernels import _launch, _tiles
 from tilelab.perf.errors import PerfError
 from tilelab.perf.report import tuned_table
 
@@ -42,14 +42,14 @@ def blocks(path):
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
     """choose_tile as on a tuned H200, whose tables are in a folder of the test's own."""
-    real = _launch.tuned_path
+    real = _tiles.tuned_path
     monkeypatch.setattr(_launch, "INTERPRET", False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
-    monkeypatch.setattr(_launch, "tuned_path", lambda name, folder=None: real(name, tmp_path))
-    _launch.forget_tuned()
+    monkeypatch.setattr(_tiles, "tuned_path", lambda name, folder=None: real(name, tmp_path))
+    _tiles.forget_tuned()
     yield tmp_path
-    _launch.forget_tuned()
+    _tiles.forget_tuned()
 
 
 def guest(block=32, seconds=2e-3, op="conv2d", **more):
@@ -82,7 +82,7 @@ def test_the_loop_is_closed(gpu):
     """A call gets the tile that the sweep found, and after the next sweep the better one."""
 
     def block(M):
-        return _launch.choose_tile("matmul", torch.bfloat16, DEFAULT, M=M, N=4096, K=4096)
+        return _tiles.choose_tile("matmul", torch.bfloat16, DEFAULT, M=M, N=4096, K=4096)
 
     assert block(4096) == DEFAULT[2]
     path = tuned_table.save([row(128), row(256, seconds=0.9e-3), row(16, seconds=2e-3)])
@@ -91,7 +91,7 @@ def test_the_loop_is_closed(gpu):
     assert block(3000) == row(256)["tile"]  # the nearest shape
     tuned_table.save([row(128, seconds=0.8e-3)])
     assert block(4096) == row(128)["tile"]
-    with _launch.use_tile("matmul", {"BLOCK_M": 1}):
+    with _tiles.use_tile("matmul", {"BLOCK_M": 1}):
         assert block(4096) == {"BLOCK_M": 1}
     assert block(4096) == row(128)["tile"]
 

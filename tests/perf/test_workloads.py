@@ -222,13 +222,13 @@ def test_torch_compile_is_a_peer():
 
 SWITCHES = """
 import torch
-from tilelab.kernels import _launch
+from tilelab.kernels import _checks, _launch
 from tilelab.perf.work import workloads
 
 for precision in ("tf32", "ieee", "tf32"):
     workloads.set_precision(precision)
     for switch in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):
-        assert _launch.dot_precision(torch.float32, switch) == precision
+        assert _checks.dot_precision(torch.float32, switch) == precision
     # Inductor reads these, and they raise where the older and the newer flags contradict.
     tf32 = precision == "tf32"
     assert torch.backends.cuda.matmul.allow_tf32 == tf32

@@ -24,7 +24,7 @@ import sys
 
 import torch
 import triton
-from tilelab.kernels import _launch
+from tilelab.kernels import _launch, _tiles
 from tilelab.nets import step as training
 from tilelab.perf.compiler import aot
 from tilelab.perf.work.workloads import set_precision
@@ -64,7 +64,7 @@ def rung(tile, dtype):
     if dtype.itemsize != 2:
         return
     x, weight = images(32, 128, 28, 28, dtype=dtype), images(256, 128, 3, 3, dtype=dtype)
-    with _launch.use_tile("conv2d", tile):
+    with _tiles.use_tile("conv2d", tile):
         kernels.conv2d(x, weight, torch.empty(256, dtype=dtype), padding=1, activation="relu")
 
 
@@ -300,7 +300,7 @@ def report_tiles():
         for tile in getattr(module, "TILES", []):
             with contextlib.ExitStack() as stack:
                 for name in set().union(*used.values()):
-                    stack.enter_context(_launch.use_tile(name, tile))
+                    stack.enter_context(_tiles.use_tile(name, tile))
                 rows += report(BFLOAT16, used, module.__name__, tile)
     return rows
 
@@ -312,10 +312,11 @@ def report_matmul():
     the longest; and in fp16, which has the same instructions, in the plain one.
     """
     lesson = importlib.import_module("tilelab.kernels.matmul")
+    fast = importlib.import_module("tilelab.kernels.matmul_tma").FAST_TILES
     set_precision("tf32")
     jobs = [(torch.bfloat16, x, tile) for tile in lesson.TILES for x in ("NN", "NT", "TN")]
     for item, layouts in {2: ["NN", "NT", "TN", "TT"], 4: ["NT"]}.items():
-        for tile in lesson.FAST_TILES[item]:
+        for tile in fast[item]:
             small = tile["kernel"] == "tma" and tile["BLOCK_M"] * tile["BLOCK_N"] <= 128 * 128
             dtype = torch.bfloat16 if item == 2 else torch.float32
             jobs += [(dtype, layout, tile) for layout in layouts]
@@ -327,7 +328,7 @@ def report_matmul():
             continue
         a, b = (torch.empty(4096, 4096, dtype=dtype) for _ in range(2))
         a, b = a.t() if layout[0] == "T" else a, b.t() if layout[1] == "T" else b
-        with _launch.use_tile("matmul", tile), _launch.record(DEVICE) as events:
+        with _tiles.use_tile("matmul", tile), _launch.record(DEVICE) as events:
             kernels.matmul(a, b, torch.empty(4096, dtype=dtype), "relu")
         about = {"case": layout, "dtype": str(dtype)[6:], "tile": tile}
         launches = [event for event in events if isinstance(event, _launch.Launch)]
@@ -377,7 +378,7 @@ def report_conv2d():
         inputs += (torch.empty(weight[0], dtype=dtype),)
         with contextlib.ExitStack() as stack:
             for name in ("conv2d", "conv2d_flat", "conv2d_grouped", "conv2d_relu_pool"):
-                stack.enter_context(_launch.use_tile(name, tile))
+                stack.enter_context(_tiles.use_tile(name, tile))
             events = stack.enter_context(_launch.record(DEVICE))
             if stride is None:
                 kernels.conv2d_relu_pool(*inputs, padding)
@@ -414,7 +415,7 @@ def report_input_grad():
         weight = weight.contiguous() if packed else weight
         geometry = [stride, stride], [1, 1], [1, 1], 1
         name = "conv2d_input_grad_relu" if relu else "conv2d_input_grad"
-        with _launch.use_tile(name, tile), _launch.record(DEVICE) as events:
+        with _tiles.use_tile(name, tile), _launch.record(DEVICE) as events:
             if relu:
                 lesson.conv2d_input_grad_relu(dy, weight, x, *geometry)
             else:
@@ -474,7 +475,7 @@ def report_weight_grad():
         P, Q = ((n + 2 * padding - taps) // stride + 1 for n, taps in ((H, R), (W, S)))
         fn = lesson.conv2d_weight_bias_grad if bias else lesson.conv2d_weight_grad
         geometry = [stride] * 2, [padding] * 2, [1, 1], 1
-        with _launch.use_tile("conv2d_weight_grad", tile), _launch.record(DEVICE) as events:
+        with _tiles.use_tile("conv2d_weight_grad", tile), _launch.record(DEVICE) as events:
             fn(x, images(N, K, P, Q, dtype=dtype), weight, *geometry)
         about = {"case": layer, "dtype": str(dtype)[6:], "tile": tile}
         launches = [e for e in events if isinstance(e, _launch.Launch)]

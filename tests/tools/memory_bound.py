@@ -20,7 +20,7 @@ import sys
 from collections import defaultdict
 
 import torch
-from tilelab.kernels import _launch
+from tilelab.kernels import _launch, _tiles
 from tilelab.perf.compiler import aot
 
 from tests.tools.aot import images, train
@@ -150,7 +150,7 @@ def launches(name, tile, dtype):
     _, ops, call = CASES[name]
     with contextlib.ExitStack() as stack:
         for op in ops:
-            stack.enter_context(_launch.use_tile(op, tile))
+            stack.enter_context(_tiles.use_tile(op, tile))
         events = stack.enter_context(_launch.record())
         call(tile, dtype)
     return [e for e in events if isinstance(e, _launch.Launch)]

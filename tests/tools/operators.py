@@ -473,6 +473,14 @@ BIAS_RELU = {
     "several of the interpreter's large tiles": Sample(((3, 1030, 11, 13), (1030,)), core=True),
 }
 
+BIAS_ACTIVATION = {
+    "GELU": Sample(((2, 5, 4, 3), (5,)), dict(activation="gelu"), core=True),
+    "its tanh form": Sample(((17, 65), (65,)), dict(activation="gelu_tanh")),
+    "SiLU": Sample(((3, 7, 11), (7,)), dict(activation="silu"), core=True),
+    "no bias": Sample(((9, 6), None), dict(activation="silu")),
+    "ReLU": Sample(((9, 6), (6,)), dict(activation="relu")),
+}
+
 
 # --- products -------------------------------------------------------------------------------------
 
@@ -629,6 +637,17 @@ OPERATORS = {
         {"images": Sample(((64, 64, 112, 112), (64,))), "odd": Sample(((128, 513, 7, 7), (513,)))},
         layouts=2, far=("0",),
     ),
+    "bias_activation": Operator(
+        kernels.bias_activation, bias_relu, BIAS_ACTIVATION,
+        ("argument 0", "argument 0", "row-major"),
+        dict.fromkeys(("bias_relu", "bias_relu_backward"), (
+            BIAS_RELU_TILES, lambda tile: Sample(
+                (beyond(5, 3)(tile), (tile["BLOCK_N"] + 3,)), dict(activation="gelu")
+            )
+        )),
+        {}, {"no rows": Sample(((0, 5), (5,)), dict(activation="silu"))},
+        exact=False, terms=64, far=("0",),
+    ),
     "conv2d": Operator(
         kernels.conv2d, conv2d, every_geometry(CORE),
         ("channels_last", "channels_last", "argument 1", "row-major"),
@@ -640,7 +659,7 @@ OPERATORS = {
         },
         wrong_inputs.CONV2D,
         {"no images": convolution(NO_IMAGES),
-         "no images of few channels": convolution(Conv((0, 5, 6, 7), 4, (3, 2)), activation="relu")},
+         "few channels": convolution(Conv((0, 5, 6, 7), 4, (3, 2)), activation="relu")},
         {name: convolution(conv) for name, conv in RESNET_50.items()},
         switch=CUDNN, layouts=3,
     ),
