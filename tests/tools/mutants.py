@@ -77,12 +77,13 @@ MUTANTS = {
         "rows = GROUP_M  # the last group may be", (own("matmul", "grouping"), own("matmul")),
     ),
     "matmul: TMA where the rows of C are no multiple of 16 bytes": Mutant(
-        "matmul.py", "if not (M and N and K) or N * item % 16:  # C has rows, too",
-        "if not (M and N and K):", (own("fast", "matmul"),),
+        "matmul_tma.py", "if not (M and N and K) or N * item % 16:", "if not (M and N and K):",
+        (own("fast", "borders_of_matmul"), own("fast")),
     ),
-    "matmul: TMA loses the last step of K": Mutant(
-        "matmul.py", "steps = tl.cdiv(K, SPLIT_K * BLOCK_K)", "steps = K // (SPLIT_K * BLOCK_K)",
-        (own("fast", "matmul"),),
+    "matmul: TMA loses the last step of every part": Mutant(
+        "matmul_tma.py", "range(part * steps, part * steps + steps)",
+        "range(part * steps, part * steps + steps - 1)",
+        (own("fast", "every_layer and matmul"), own("fast")),
     ),
     # --- bias_relu and sums of parts
     "bias_relu: every chunk of rows writes the first partial sum": Mutant(
@@ -90,12 +91,12 @@ MUTANTS = {
         (own("bias_relu", "chunks"), own("bias_relu")),
     ),
     "bias_relu: the gradient passes where y is 0": Mutant(
-        "bias_relu.py", "tl.where(y <= 0, 0.0, dx)", "tl.where(y < 0, 0.0, dx)",
-        (contracts("bias_relu"), own("bias_relu")),
+        "activation.py", "out = tl.where(z <= 0, 0.0, dy)", "out = tl.where(z < 0, 0.0, dy)",
+        (own("bias_relu", "zero"), contracts("bias_relu")),
     ),
     "sum_partials: rows past the last part are added": Mutant(
-        "_rows.py", "both = (s + rows < SPLITS)[:, None] & mask[None, :]",
-        "both = (rows >= 0)[:, None] & mask[None, :]", (own("launch", "sum_partials"),),
+        "_partial_sums.py", ")[:, None] & mask[None, :]", ")[:, None] | mask[None, :]",
+        (own("launch", "sum_partials"),),
     ),
     "rows: dimensions are joined though only one tensor lies so": Mutant(
         "_rows.py", "if sizes and all(a == size * b", "if sizes and any(a == size * b",
@@ -161,15 +162,15 @@ MUTANTS = {
     # --- the kernels for TMA
     "conv2d TMA: an odd padding at stride 2 begins at a group's first column": Mutant(
         "conv2d_tma.py", "FIRST_W: tl.constexpr = LEFT * STRIDE_W - PAD_W",
-        "FIRST_W: tl.constexpr = 0", (own("fast", "conv2d"),),
+        "FIRST_W: tl.constexpr = 0", (own("fast", "every_layer and conv2d"), own("fast"),),
     ),
     "conv2d TMA: the last step of the sum is lost": Mutant(
         "conv2d_tma.py", "range(first, tl.minimum(first + part_steps, steps))",
-        "range(first, tl.minimum(first + part_steps, steps - 1))", (own("fast", "conv2d"),),
+        "range(first, tl.minimum(first + part_steps, steps - 1))", (own("fast", "every_layer and conv2d"), own("fast"),),
     ),
     "conv2d TMA: chosen where x is not aligned": Mutant(
         "conv2d_tma.py", "if plan is None or (plan.fold is None and x.data_ptr() % 16):",
-        "if plan is None:", (own("fast", "conv2d"),),
+        "if plan is None:", (own("fast", "borders_of_conv2d"), own("fast")),
     ),
     "pool: of equal values the last wins": Mutant(
         "conv2d_tma.py", "(acc2 > best) | (acc2 != acc2)", "(acc2 >= best) | (acc2 != acc2)",
@@ -177,23 +178,23 @@ MUTANTS = {
     ),
     "input gradient TMA: a part begins at the first tap of its row": Mutant(
         "conv2d_input_grad_tma.py", "tap_s = first // blocks_k % tl.maximum(taps_s, 1)",
-        "tap_s = 0", (own("fast", "input_grad"),),
+        "tap_s = 0", (own("fast", "input_grad and (every_layer or parts)"), own("fast"),),
     ),
     "input gradient TMA: a tile reaches into the next pixel's channels": Mutant(
         "conv2d_input_grad_tma.py", "c = tl.minimum(c, C - BLOCK_N)", "c = c + 0",
-        (own("fast", "input_grad"),),
+        (own("fast", "input_grad and (every_layer or parts)"), own("fast"),),
     ),
     "weight gradient TMA: the steps that divide nothing are lost": Mutant(
         "conv2d_weight_grad_tma.py", "each * (part + 1) + tl.minimum(more, part + 1)",
-        "each * (part + 1) + tl.minimum(more, part)", (own("fast", "weight_grad"),),
+        "each * (part + 1) + tl.minimum(more, part)", (own("fast", "weight_grad and (every_layer or nan)"), own("fast"),),
     ),
     "weight gradient TMA: a window too many at the upper border": Mutant(
         "conv2d_weight_grad_tma.py", "tl.minimum(tl.cdiv(tl.maximum(-first, 0), STRIDE), windows)",
-        "tl.minimum(tl.maximum(-first, 0) // STRIDE, windows)", (own("fast", "weight_grad"),),
+        "tl.minimum(tl.maximum(-first, 0) // STRIDE, windows)", (own("fast", "weight_grad and (every_layer or nan)"), own("fast"),),
     ),
     "weight gradient TMA: the bias gradient of one part alone": Mutant(
         "conv2d_weight_grad_tma.py", "tl.store(db_ptr + part * K + offs_k",
-        "tl.store(db_ptr + offs_k", (own("fast", "weight_grad"),),
+        "tl.store(db_ptr + offs_k", (own("fast", "weight_grad and (every_layer or nan)"), own("fast"),),
     ),
     # --- the fused block, pooling, im2col
     "relu_pool: a window of 0 passes a gradient": Mutant(
