@@ -27,13 +27,13 @@ def busiest_sm(tile: dict, tiles: int, steps: int, results: int, item: int, sms:
         item: bytes of an element.
         sms: how many SMs there are.
     """
-    m, n, k, split = (tile[x] for x in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT_K"))
-    turns = cdiv(tiles * split, sms)
+    m, n, k, parts = (tile[x] for x in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT_K"))
+    turns = cdiv(tiles * parts, sms)
     # Two 128x128 tiles of float32 partial sums do not fit into an SM.
-    per_sm = 1 if split > 1 and m > 64 else tile["PROGRAMS_PER_SM"]
+    per_sm = 1 if parts > 1 and m > 64 else tile["PROGRAMS_PER_SM"]
     step = max(m * n * k * item / FLOPS_16, (m + n) * k * item / L2_BYTES)
-    clocks = turns * (cdiv(steps, split) * step + TILE_CLOCKS / per_sm)
-    if split == 1:
+    clocks = turns * (cdiv(steps, parts) * step + TILE_CLOCKS / per_sm)
+    if parts == 1:
         return clocks
-    traffic = results * (8 * split + item) / (MEMORY_BYTES * sms)
-    return clocks + LAUNCH_CLOCKS + max(traffic, split * PART_CLOCKS)
+    traffic = results * (8 * parts + item) / (MEMORY_BYTES * sms)
+    return clocks + LAUNCH_CLOCKS + max(traffic, parts * PART_CLOCKS)

@@ -97,18 +97,18 @@ def as_pixels(x, stride, padding, groups):
     sn, sc, sh, sw = x.stride()
     if groups > 1 or any(s != 1 for s in stride) or any(padding) or not x.numel():
         return None
-    step = even_step((N, H, W), (sn, sh, sw))
-    return None if step is None else x.as_strided((N * H * W, C), (step, sc))
+    apart = even_stride((N, H, W), (sn, sh, sw))
+    return None if apart is None else x.as_strided((N * H * W, C), (apart, sc))
 
 
-def even_step(sizes: tuple[int, ...], steps: tuple[int, ...]) -> int | None:
+def even_stride(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
     """From one element to the next, if all of them, in this order, lie evenly; None if not."""
-    step = expected = None
-    for size, s in zip(reversed(sizes), reversed(steps), strict=True):
+    stride = expected = None
+    for size, s in zip(reversed(sizes), reversed(strides), strict=True):
         if size > 1:
-            if step is None:
-                step = s
+            if stride is None:
+                stride = s
             elif s != expected:
                 return None
             expected = s * size
-    return steps[0] if step is None else step
+    return strides[0] if stride is None else stride

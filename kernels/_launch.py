@@ -59,8 +59,8 @@ def refuse_broken_versions(triton_version: str, numpy_version: str, interpret: b
 refuse_broken_versions(triton.__version__, np.__version__, INTERPRET)
 if INTERPRET and isinstance(tl.cdiv, triton.JITFunction):
     raise ImportError(
-        "triton was imported before tilelab.kernels, and not in interpreter mode, but torch sees no "
-        "GPU: import tilelab.kernels first, or set TRITON_INTERPRET=1 in the environment"
+        "triton was imported before tilelab.kernels, and not in interpreter mode, but torch sees "
+        "no GPU: import tilelab.kernels first, or set TRITON_INTERPRET=1 in the environment"
     )
 
 
@@ -70,10 +70,13 @@ class Device(NamedTuple):
     Attributes:
         capability: which GPU it is: 90 for sm_90, 0 for AMD's.
         sms: how many SMs it has.
+        modelled: whether it takes the time that counting its FLOPs and bytes says, as a GPU does;
+            so a lesson may choose by a count. The interpreter's time is that of its operations.
     """
 
     capability: int
     sms: int
+    modelled: bool = True
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -88,7 +91,9 @@ class Device(NamedTuple):
         return ("pointer", "tma", "tma_ws") if self.capability == 90 else ("pointer", "tma")
 
 
-INTERPRETER = Device(90, sms=2)  # so that a persistent kernel has programs and turns
+INTERPRETER = Device(
+    90, sms=2, modelled=False
+)  # two, so that a persistent kernel has programs and turns
 ANY_GPU = Device(89, sms=132)  # recorded for none in particular: every dtype, and no TMA
 
 
@@ -107,17 +112,17 @@ def _properties(index: int) -> Device:
 
 
 def tma_rows(x: torch.Tensor, item: int) -> tuple[torch.Tensor, bool, tuple, int] | None:
-    """`x` as rows that TMA can read: is it x^T that has them, its shape, and from row to row.
+    """`x` as rows that TMA can read: is it x^T that has them, its shape, its rows' stride.
 
     Rows are contiguous, begin at multiples of 16 bytes, and do not overlap. None if x has none.
     """
-    step, inner = x.stride()
+    stride, inner = x.stride()
     shape, transposed = x.shape, inner != 1
     if transposed:
-        step, inner, shape = inner, step, shape[::-1]
-    if inner != 1 or step < shape[1] or step * item % 16 or x.data_ptr() % 16:
+        stride, inner, shape = inner, stride, shape[::-1]
+    if inner != 1 or stride < shape[1] or stride * item % 16 or x.data_ptr() % 16:
         return None
-    return x, transposed, shape, step
+    return x, transposed, shape, stride
 
 
 def descriptor(

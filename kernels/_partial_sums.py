@@ -26,9 +26,9 @@ REDUCE_TILE = dict(BLOCK_M=4, BLOCK_N=128, num_warps=2)  # 32 bytes of each part
 
 @triton.jit
 def _sum_columns(
-    block, partials_ptr, out_ptr, SIZE, SPLITS, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr
+    block, partials_ptr, out_ptr, SIZE, parts, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """Block `block` of out, BLOCK_N column sums of partials [SPLITS, SIZE].
+    """Block `block` of out, BLOCK_N column sums of partials [parts, SIZE].
 
     It takes BLOCK_S rows at a time: of many, one by one, each would cost it the latency of a load.
     """
@@ -36,15 +36,15 @@ def _sum_columns(
     mask = offs < SIZE
     if BLOCK_S == 1:
         out = tl.full((BLOCK_N,), 0.0, tl.float32)
-        for _ in range(0, SPLITS):
+        for _ in range(0, parts):
             out += tl.load(partials_ptr + offs, mask=mask, other=0.0)
             partials_ptr += SIZE
     else:
         rows = tl.arange(0, BLOCK_S).to(tl.int64)
         acc = tl.full((BLOCK_S, BLOCK_N), 0.0, tl.float32)
-        for s in range(0, SPLITS, BLOCK_S):
+        for s in range(0, parts, BLOCK_S):
             ptrs = partials_ptr + ((s + rows) * SIZE)[:, None] + offs[None, :]
-            both = (s + rows < SPLITS)[:, None] & mask[None, :]
+            both = (s + rows < parts)[:, None] & mask[None, :]
             acc += tl.load(ptrs, mask=both, other=0.0)
         out = tl.sum(acc, axis=0)
     tl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask=mask)
@@ -52,7 +52,7 @@ def _sum_columns(
 
 @triton.jit
 def sum_partials_kernel(
-    partials_ptr, out_ptr, SIZE, SPLITS, more_ptr, more_out_ptr, MORE_SIZE, MORE_SPLITS,
+    partials_ptr, out_ptr, SIZE, parts, more_ptr, more_out_ptr, MORE_SIZE, more_parts,
     MORE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program computes BLOCK_N column sums of partials, or where there are MORE, of those."""
@@ -61,11 +61,11 @@ def sum_partials_kernel(
     if MORE:
         if block >= blocks:
             more = block - blocks
-            _sum_columns(more, more_ptr, more_out_ptr, MORE_SIZE, MORE_SPLITS, BLOCK_S, BLOCK_N)
+            _sum_columns(more, more_ptr, more_out_ptr, MORE_SIZE, more_parts, BLOCK_S, BLOCK_N)
         else:
-            _sum_columns(block, partials_ptr, out_ptr, SIZE, SPLITS, BLOCK_S, BLOCK_N)
+            _sum_columns(block, partials_ptr, out_ptr, SIZE, parts, BLOCK_S, BLOCK_N)
     else:
-        _sum_columns(block, partials_ptr, out_ptr, SIZE, SPLITS, BLOCK_S, BLOCK_N)
+        _sum_columns(block, partials_ptr, out_ptr, SIZE, parts, BLOCK_S, BLOCK_N)
 
 
 def sum_partials(
@@ -77,23 +77,23 @@ def sum_partials(
     """`out[...] = partials.sum(0)`, in the same order always: the same input gives the same bits.
 
     Args:
-        partials: float32 [SPLITS, ...], contiguous.
+        partials: float32 [parts, ...], contiguous.
         out: any floating dtype, of as many elements as one partial, dense in the same order.
         more: further partials, in the same launch: of no more rows and elements, since the tile is
             for the first.
         more_out: their sums.
     """
-    size, splits = out.numel(), partials.shape[0]
-    few = splits <= 8  # the compiler has several of them in flight at a time
+    size, parts = out.numel(), partials.shape[0]
+    few = parts <= 8  # the compiler has several of them in flight at a time
     default = FEW_ROWS if few else FEW_COLUMNS if size <= 4096 else MANY_OF_BOTH
     tile = choose_tile("sum_partials", partials.dtype, {4: default}, N=size)
     block_s = 1 if few else max(1, SUM_ELEMENTS // tile["BLOCK_N"])
-    block_s = min(block_s, triton.next_power_of_2(splits))
-    more_size, more_splits = (0, 0) if more is None else (more_out.numel(), more.shape[0])
+    block_s = min(block_s, triton.next_power_of_2(parts))
+    more_size, more_parts = (0, 0) if more is None else (more_out.numel(), more.shape[0])
     blocks = cdiv(size, tile["BLOCK_N"]) + cdiv(more_size, tile["BLOCK_N"])
     launch(
         sum_partials_kernel, (blocks,),
-        partials, out, size, splits, more, more_out, more_size, more_splits,
+        partials, out, size, parts, more, more_out, more_size, more_parts,
         MORE=more is not None, BLOCK_S=block_s, **tile,
     )  # fmt: skip
 

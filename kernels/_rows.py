@@ -31,19 +31,19 @@ def as_rows(dim: int, *tensors: torch.Tensor) -> tuple[int, ...]:
     strides = [list(t.stride() or (1,)) for t in tensors]
     length, along = shape.pop(dim), [s.pop(dim) for s in strides]
     sizes: list[int] = []
-    steps: list[tuple[int, ...]] = []  # of each size, the strides of all tensors
-    for size, step in zip(shape, zip(*strides, strict=True), strict=True):
+    merged: list[tuple[int, ...]] = []  # of each size, the strides of all tensors
+    for size, each in zip(shape, zip(*strides, strict=True), strict=True):
         if size == 1:
             continue
-        if sizes and all(a == size * b for a, b in zip(steps[-1], step, strict=True)):
+        if sizes and all(a == size * b for a, b in zip(merged[-1], each, strict=True)):
             sizes[-1] *= size
-            steps[-1] = step
+            merged[-1] = each
         else:
             sizes.append(size)
-            steps.append(step)
+            merged.append(each)
     missing = 3 - len(sizes)
-    steps += [(0,) * len(tensors)] * missing
-    return *sizes, *[1] * missing, length, *itertools.chain(*zip(*steps, along, strict=True))
+    merged += [(0,) * len(tensors)] * missing
+    return *sizes, *[1] * missing, length, *itertools.chain(*zip(*merged, along, strict=True))
 
 
 @triton.jit

@@ -92,18 +92,18 @@ def _fitted(interpret: bool, base: tuple, sizes: tuple) -> dict:
     return tile | {name: min(tile[name], block) for name, block in blocks.items()}
 
 
-def splits(programs: int, steps: int) -> int:
-    """Among how many programs to divide a reduction of `steps` steps, for `programs` results.
+def part_count(programs: int, steps: int) -> int:
+    """Into how many parts to divide a sum of `steps` steps, for `programs` results.
 
     A GPU wants some 512 programs; they are a constant and not its number of SMs, so that the order
     of the sum is the same on every GPU. Each keeps at least 8 steps, to be worth its partial
-    result. The interpreter runs one program after the other: it splits nothing.
+    result. The interpreter runs one program after the other: it divides nothing.
     """
     return 1 if _launch.INTERPRET else max(1, min(512 // max(programs, 1), steps // 8))
 
 
 def tma_tile(
-    m: int, n: int, k: int, warps: int, stages: int, *, per_sm: int, kernel: str = "tma", **own: int
+    *, m: int, n: int, k: int, warps: int, stages: int, per_sm: int, kernel: str = "tma", **own: int
 ) -> dict[str, Any]:
     """A tile of a kernel for TMA: BLOCK_M, BLOCK_N and BLOCK_K, `per_sm` programs on each SM.
 
@@ -126,13 +126,13 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def into_chunks(extent: int, block: int, parts: int) -> tuple[int, int]:
-    """Divide `extent` into at most `parts` chunks of whole blocks: one chunk's size, their number.
+def into_parts(extent: int, block: int, parts: int) -> tuple[int, int]:
+    """Divide `extent` into at most `parts` parts of whole blocks: one part's size, their number.
 
-    Of nothing there is one chunk, so that somebody writes the zeros.
+    Of nothing there is one part, so that somebody writes the zeros.
     """
-    chunk = cdiv(cdiv(extent, block), parts) * block
-    return chunk, max(1, cdiv(extent, max(chunk, 1)))
+    part_size = cdiv(cdiv(extent, block), parts) * block
+    return part_size, max(1, cdiv(extent, max(part_size, 1)))
 
 
 def _large_blocks(blocks: dict[str, int]) -> dict[str, int]:

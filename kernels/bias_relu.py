@@ -10,10 +10,10 @@ rows:
                C
          +-----+-----+        forward: one program owns a tile (@) of BLOCK_M rows and BLOCK_N
      M   |  @  |     |        channels.
-         +-----#-----+        backward: one program owns BLOCK_N channels of a chunk of rows: it
-         |     #     |        walks down the chunk tile by tile, keeps the sum of its columns and
-         |     #     |        writes it as one row of [chunks, C]. A second, small kernel adds the
-         +-----#-----+        chunks up. No atomics, so the same input gives the same bits.
+         +-----#-----+        backward: one program owns BLOCK_N channels of a part of the rows: it
+         |     #     |        walks down the part tile by tile, keeps the sum of its columns and
+         |     #     |        writes it as one row of [parts, C]. A second, small kernel adds the
+         +-----#-----+        parts up. No atomics, so the same input gives the same bits.
 
 What limits it: memory. n = M*C elements of e bytes cost 2n FLOPs forward and 2ne bytes (read x,
 write y): 0.5 FLOP a byte in 16-bit, where a GPU could do hundreds. So count bytes, not FLOPs. As
@@ -42,7 +42,7 @@ from tilelab.kernels._checks import autocast, check_choice, check_shape, check_t
 from tilelab.kernels._launch import launch
 from tilelab.kernels._partial_sums import sum_partials
 from tilelab.kernels._rows import as_rows, row_offsets
-from tilelab.kernels._tiles import cdiv, choose_tile, into_chunks
+from tilelab.kernels._tiles import cdiv, choose_tile, into_parts
 from tilelab.kernels.activation import ACTIVATIONS, activate, activated
 
 
@@ -93,20 +93,20 @@ def bias_activation_kernel(
 
 @triton.jit
 def bias_activation_backward_kernel(
-    dy_ptr, kept_ptr, b_ptr, dx_ptr, db_ptr, M, N, D1, D2, CHUNK, stride_b,
+    dy_ptr, kept_ptr, b_ptr, dx_ptr, db_ptr, M, N, D1, D2, part_rows, stride_b,
     stride_dy0, stride_dy1, stride_dy2, stride_dyn, stride_x0, stride_x1, stride_x2, stride_xn,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program computes BLOCK_N channels of CHUNK rows of dx, and their column sums.
+    """One program computes BLOCK_N channels of `part_rows` of dx, and their column sums.
 
     Kept is y or x: activation.py says which, and b is for x alone. dx lies in memory as it does.
     Without ACTIVATION only the sums are computed: they are the bias gradient.
     """
     offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
-    first = tl.program_id(0).to(tl.int64) * CHUNK
-    last = tl.minimum(first + CHUNK, M)
+    first = tl.program_id(0).to(tl.int64) * part_rows
+    last = tl.minimum(first + part_rows, M)
     acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)  # column sums, one row of them a tile row
     if HAS_BIAS:
         b = tl.load(b_ptr + offs_n * stride_b, mask=mask_n, other=0.0).to(tl.float32)
@@ -163,17 +163,17 @@ def _backward(dy, kept, bias, activation) -> tuple[torch.Tensor, torch.Tensor]:
     db = torch.empty(N, dtype=dy.dtype, device=dy.device)
     tile = choose_tile("bias_relu_backward", dy.dtype, DEFAULT, M=M, N=N)
     columns = cdiv(N, tile["BLOCK_N"])
-    chunk, chunks = into_chunks(M, tile["BLOCK_M"], max(1, PROGRAMS // max(columns, 1)))
+    part_rows, parts = into_parts(M, tile["BLOCK_M"], max(1, PROGRAMS // max(columns, 1)))
     partials = db
-    if chunks > 1:
-        partials = torch.empty(chunks, N, dtype=torch.float32, device=dy.device)
+    if parts > 1:
+        partials = torch.empty(parts, N, dtype=torch.float32, device=dy.device)
     launch(
-        bias_activation_backward_kernel, (chunks, columns),
-        dy, kept, bias, dx, partials, M, N, D1, D2, chunk,
+        bias_activation_backward_kernel, (parts, columns),
+        dy, kept, bias, dx, partials, M, N, D1, D2, part_rows,
         0 if bias is None else bias.stride(0), *strides,
         HAS_BIAS=bias is not None, ACTIVATION=activation, **tile,
     )  # fmt: skip
-    if chunks > 1:
+    if parts > 1:
         sum_partials(partials, db)
     return dx, db
 

@@ -61,7 +61,7 @@ from tilelab.kernels.conv2d_tma import (
     packed_filter,
     packed_filters,
     pixel_box,
-    pixel_steps,
+    pixel_strides,
 )
 
 
@@ -209,7 +209,7 @@ NARROWEST = min(tile["BLOCK_N"] for tiles in FAST_TILES.values() for tile in til
 
 @functools.lru_cache(maxsize=4096)
 def make_plan(
-    dy_size: tuple, dy_steps: tuple, w_size: tuple, w_steps: tuple, size: tuple,
+    dy_size: tuple, dy_strides: tuple, w_size: tuple, w_strides: tuple, size: tuple,
     stride: tuple, padding: tuple, dilation: tuple, groups: int, item: int,
 ) -> Plan | None:  # fmt: skip
     """The plan for tensors of these sizes and strides; None if the kernel cannot do them.
@@ -229,19 +229,19 @@ def make_plan(
             return None
         (N, H, W, C), (R, S), geometry, fold = folded.x[0], folded.taps, folded.geometry, stride
         size, w_size, stride = (N, C, H, W), (K, C, R, S), (1, 1)
-        w_steps = (R * S * C, 1, S * C, C)
+        w_strides = (R * S * C, 1, S * C, C)
     if C % unit or H % stride[0] or W % stride[1] or max(*dy_size, *size, N * H * W) > LARGEST:
         return None
     if stride[1] > 1 and C < NARROWEST:  # a tile would reach into the channels of the next pixel
         return None
-    steps = pixel_steps(dy_size, dy_steps, unit)
-    if steps is None or max(*steps, C * H * W) * item >= 2**40:  # what a descriptor's can be
+    strides = pixel_strides(dy_size, dy_strides, unit)
+    if strides is None or max(*strides, C * H * W) * item >= 2**40:  # what a descriptor's can be
         return None
-    w = filters_as_they_lie(w_size, w_steps, unit) if item == 2 else None
+    w = filters_as_they_lie(w_size, w_strides, unit) if item == 2 else None
     packed = w is None  # and for TF32, whose operands both have to be contiguous along the sum
     if packed:
         w = packed_filters(C, R * S, K, unit)
-    dy = tuple(dy_size[x] for x in (0, 2, 3, 1)), (*steps, 1)
+    dy = tuple(dy_size[x] for x in (0, 2, 3, 1)), (*strides, 1)
     return Plan((N, H, W, C), dy, fold, w, packed, (R, S), geometry, None)
 
 
@@ -259,13 +259,13 @@ def plan_for(dy, weight, size, stride, padding, dilation, groups, precision) -> 
 
 def _taps_of_classes(taps: int, stride: int, dilation: int) -> list[int]:
     """How many taps reach each class of rows, in the kernel's order."""
-    step = stride // math.gcd(dilation, stride)
-    return [cdiv(taps - t, step) if t < min(step, taps) else 0 for t in range(stride)]
+    apart = stride // math.gcd(dilation, stride)
+    return [cdiv(taps - t, apart) if t < min(apart, taps) else 0 for t in range(stride)]
 
 
 @functools.lru_cache(maxsize=4096)
 def fast_tile(plan: Plan, item: int, sms: int, relu: bool = False) -> dict:
-    """Of FAST_TILES the one, and the split, with which the busiest SM should be done first."""
+    """Of FAST_TILES the one, and the parts, with which the busiest SM should be done first."""
     N, H, W, C = plan.size
     K, stride, dilation = plan.x[0][3], plan.geometry[:2], plan.geometry[4:]
     rows, columns = map(_taps_of_classes, plan.taps, stride, dilation)
@@ -285,14 +285,14 @@ def fast_tile(plan: Plan, item: int, sms: int, relu: bool = False) -> dict:
 
     def fits(tile: dict) -> bool:
         """In float32 two of the largest do not fit: a tile of parts, or one and the box of x."""
-        split, large = tile["SPLIT_K"], tile["BLOCK_M"] * tile["BLOCK_N"] > 128 * 128
-        if split == 1:
+        parts, large = tile["SPLIT_K"], tile["BLOCK_M"] * tile["BLOCK_N"] > 128 * 128
+        if parts == 1:
             return not (large and relu and item == 4)
         steps = classes[0] * cdiv(K, tile["BLOCK_K"])  # parts have four at least
-        return len(classes) == 1 and not (relu or large) and split * 4 <= steps
+        return len(classes) == 1 and not (relu or large) and parts * 4 <= steps
 
     tiles = itertools.product(FAST_TILES[item], (1, 2, 4, 8, 16))
-    tiles = [tile | dict(SPLIT_K=split) for tile, split in tiles]
+    tiles = [tile | dict(SPLIT_K=parts) for tile, parts in tiles]
     return min(filter(fits, tiles), key=clocks)
 
 
@@ -317,10 +317,10 @@ def conv2d_input_grad_tma(plan, dy, weight, x, dx, dbias, tile, precision, paddi
     x came out of, and dbias that of its bias.
 
     Raises:
-        ValueError: with x, a tile that splits the sum.
+        ValueError: with x, a tile whose sum is in parts.
     """
-    relu, split = x is not None, tile["SPLIT_K"]
-    if relu and split > 1:
+    relu, parts = x is not None, tile["SPLIT_K"]
+    if relu and parts > 1:
         raise ValueError(f"through a ReLU the tile must have SPLIT_K=1, got {tile}")
     result = dx
     if plan.fold is not None:
@@ -332,7 +332,7 @@ def conv2d_input_grad_tma(plan, dy, weight, x, dx, dbias, tile, precision, paddi
     if packed:
         weight = packed_filter(plan, how.w[0], weight.transpose(0, 1))
     out, sums = dx, None
-    if split > 1:
+    if parts > 1:
         out = torch.empty(how.out[0], dtype=torch.float32, device=dy.device)
     if relu:
         sums = torch.empty(how.boxes, plan.size[3], dtype=torch.float32, device=dy.device)
@@ -345,9 +345,9 @@ def conv2d_input_grad_tma(plan, dy, weight, x, dx, dbias, tile, precision, paddi
     )  # fmt: skip
     if relu:
         sum_partials(sums, dbias)
-    if split > 1:
+    if parts > 1:
         N, H, W, C = plan.size
-        reduce_parts(out, None, None, dx, N * H * W, C, how.out[0][0] // split * H * W, split)
+        reduce_parts(out, None, None, dx, N * H * W, C, how.out[0][0] // parts * H * W, parts)
     if plan.fold is not None:
         _unfold(plan, dx, result, padding)
 
@@ -356,7 +356,7 @@ def conv2d_input_grad_tma(plan, dy, weight, x, dx, dbias, tile, precision, paddi
 def _layout(plan: Plan, items: tuple, sms: int, item: int, packed: bool) -> Layout:
     tile = dict(items)
     (N, H, W, C), K = plan.size, plan.x[0][3]
-    m, n, k, split = (tile[x] for x in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT_K"))
+    m, n, k, parts = (tile[x] for x in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT_K"))
     a, b, _, _, dil_h, dil_w = plan.geometry
     if b > 1:  # as in choose_tile: no block is larger than what it covers
         n = min(n, 1 << (C.bit_length() - 1))
@@ -364,19 +364,19 @@ def _layout(plan: Plan, items: tuple, sms: int, item: int, packed: bool) -> Layo
     tn, th, tw = pixel_box(N, rows, columns, m)
     boxes_n = cdiv(N, tn)
     boxes = boxes_n * cdiv(rows, th) * cdiv(columns, tw) * a * b
-    images = N if split == 1 else split * boxes_n * tn
+    images = N if parts == 1 else parts * boxes_n * tn
     out, out_box = ((images, H, W, C), (H * W * C, W * C, C, 1)), [tn, th, tw, n]
     if a * b > 1:
         out = (images, rows, a, columns, b * C), (H * W * C, a * W * C, W * C, b * C, 1)
         out_box = [tn, th, 1, tw, n]
     return Layout(
-        persistent(tile, boxes * cdiv(C, n) * split, sms), boxes,
+        persistent(tile, boxes * cdiv(C, n) * parts, sms), boxes,
         (N, rows, columns, C, K), [tn, th, tw, k],
         packed_filters(C, plan.w[0][0], K, 16 // item) if packed else plan.w,
         [1, n, k] if packed else [1, k, n], out, out_box,
         dict(
             GCD_H=math.gcd(dil_h, a), GCD_W=math.gcd(dil_w, b), PACKED=packed,
-            TILE_N=tn, TILE_H=th, TILE_W=tw, BLOCK_N=n, BLOCK_K=k, SPLIT_K=split,
+            TILE_N=tn, TILE_H=th, TILE_W=tw, BLOCK_N=n, BLOCK_K=k, SPLIT_K=parts,
             num_warps=tile["num_warps"], num_stages=tile["num_stages"],
         ),
     )  # fmt: skip

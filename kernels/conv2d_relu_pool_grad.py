@@ -12,7 +12,7 @@ Scattered. dz is written, and the convolution's own gradients read it. A window 
 of dz that it covers: each is written once, none has to be cleared first, and no two programs meet.
 
     dy       place        dz
-    5 7      0 3          5 . | . .        One program owns BLOCK_N channels of a chunk of windows,
+    5 7      0 3          5 . | . .        One program owns BLOCK_N channels of some windows,
     2 9      4 1          . . | . 7        and sums the columns of what it scatters: the bias
                           ----+----        gradient, in the same pass. Where P or Q is odd, the
                           . . | . 9        last row or column has no window; it belongs to half a
@@ -46,9 +46,9 @@ import triton
 import triton.language as tl
 from tilelab.kernels._checks import dot_precision
 from tilelab.kernels._geometry import empty_channels_last
-from tilelab.kernels._launch import INTERPRET, launch
+from tilelab.kernels._launch import device_of, launch
 from tilelab.kernels._partial_sums import sum_partials
-from tilelab.kernels._tiles import cdiv, choose_tile, into_chunks, splits
+from tilelab.kernels._tiles import cdiv, choose_tile, into_parts, part_count
 from tilelab.kernels.bias_relu import PROGRAMS, bias_activation_backward
 from tilelab.kernels.conv2d_input_grad import conv2d_input_grad, conv2d_input_grad_relu
 from tilelab.kernels.conv2d_weight_grad import conv2d_weight_grad
@@ -79,19 +79,19 @@ MOST_INT32 = 2**31
 
 @triton.jit
 def unpool_kernel(
-    dy_ptr, place_ptr, dz_ptr, db_ptr, M, K, P, Q, ROWS, COLUMNS, CHUNK,
+    dy_ptr, place_ptr, dz_ptr, db_ptr, M, K, P, Q, ROWS, COLUMNS, part_windows,
     stride_dyn, stride_dyk, stride_dyp, stride_dyq,
     INDEX: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program scatters CHUNK windows x BLOCK_N channels to dz [N, K, P, Q], and sums columns.
+    """One program scatters `part_windows` x BLOCK_N channels to dz [N, K, P, Q], and sums columns.
 
     An image has ROWS x COLUMNS windows, P / 2 and Q / 2 rounded up. Place and dz are channels_last.
-    INDEX numbers the windows, with 32 bits if they are enough. db_ptr is [chunks, K].
+    INDEX numbers the windows, with 32 bits if they are enough. db_ptr is [parts, K].
     """
     offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = (offs_n < K)[None, :]
-    first = tl.program_id(0).to(INDEX) * CHUNK
-    last = tl.minimum(first + CHUNK, M)
+    first = tl.program_id(0).to(INDEX) * part_windows
+    last = tl.minimum(first + part_windows, M)
     acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
 
     for m in range(first, last, BLOCK_M):
@@ -207,22 +207,22 @@ def conv2d_relu_pool_input_grad_kernel(
 
 @triton.jit
 def conv2d_relu_pool_weight_grad_kernel(
-    x_ptr, dy_ptr, place_ptr, dw_ptr, db_ptr, N, C, H, W, K, P, Q, CHUNK, SIZE,
+    x_ptr, dy_ptr, place_ptr, dw_ptr, db_ptr, N, C, H, W, K, P, Q, part_windows, SIZE,
     stride_xn, stride_xc, stride_xh, stride_xw, stride_dyn, stride_dyk, stride_dyp, stride_dyq,
     stride_pn, stride_pk, stride_pp, stride_pq, stride_wk, stride_wc, stride_wr, stride_ws,
     R: tl.constexpr, S: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program sums CHUNK windows into BLOCK_M channels k x BLOCK_N of the patch (u, v, c).
+    """One program sums `part_windows` into BLOCK_M channels k x BLOCK_N of the patch (u, v, c).
 
-    dw_ptr is [splits, 4, SIZE]: for each place a partial dweight, shifted into place. Programs of
-    the first patch block also write db_ptr [splits, K].
+    dw_ptr is [parts, 4, SIZE]: for each place a partial dweight, shifted into place. Programs of
+    the first patch block also write db_ptr [parts, K].
     """
     blocks_n = tl.cdiv((R + 1) * (S + 1) * C, BLOCK_N)
     pid_m = tl.program_id(0) // blocks_n
     pid_n = tl.program_id(0) % blocks_n
-    split = tl.program_id(1).to(tl.int64)
+    part = tl.program_id(1).to(tl.int64)
     k = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     c = cols % C
@@ -230,8 +230,8 @@ def conv2d_relu_pool_weight_grad_kernel(
     u = cols // C // (S + 1)
     mask_n = cols < (R + 1) * (S + 1) * C
     x_cols = u * stride_xh + v * stride_xw + c * stride_xc
-    first = split * CHUNK
-    last = tl.minimum(first + CHUNK, tl.cast(N, tl.int64) * P * Q)
+    first = part * part_windows
+    last = tl.minimum(first + part_windows, tl.cast(N, tl.int64) * P * Q)
 
     live = tl.full((BLOCK_M, BLOCK_K), 0.0, tl.float32)  # dy where it came through the ReLU
     acc0 = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
@@ -269,7 +269,7 @@ def conv2d_relu_pool_weight_grad_kernel(
 
     # Patch pixel (u, v) met the weight (u - a, v - b), if there is one.
     size = tl.cast(SIZE, tl.int64)
-    dw_ptr += split * 4 * size
+    dw_ptr += part * 4 * size
     dw_cols = u * stride_wr + v * stride_ws + c * stride_wc
     dw_ptrs = dw_ptr + (k * stride_wk)[:, None] + dw_cols[None, :]
     mask = (k < K)[:, None] & mask_n[None, :]
@@ -280,13 +280,13 @@ def conv2d_relu_pool_weight_grad_kernel(
     tl.store(dw_ptrs + (2 * size - stride_wr), acc2, mask=bottom & left)
     tl.store(dw_ptrs + (3 * size - stride_wr - stride_ws), acc3, mask=bottom & right)
     if pid_n == 0:
-        tl.store(db_ptr + split * K + k, tl.sum(live, axis=1), mask=k < K)
+        tl.store(db_ptr + part * K + k, tl.sum(live, axis=1), mask=k < K)
 
 
 def _unpool_tile(dy, channels):
-    """The tile to scatter dy with, or FUSED. The interpreter wants few operations: it fuses."""
+    """The tile to scatter dy with, or FUSED, which has the fewest operations."""
     N, K, P, Q = dy.shape
-    wide = min(channels, K) >= WIDE and not INTERPRET
+    wide = min(channels, K) >= WIDE and device_of(dy).modelled
     default = UNPOOL_DEFAULT if wide else dict.fromkeys(UNPOOL_DEFAULT, FUSED)
     return choose_tile("unpool", dy.dtype, default, ("pointer", "unpool"), M=N * P * Q, N=K)
 
@@ -298,16 +298,16 @@ def _unpool(dy, place, size, bias, tile):
     rows, columns = cdiv(P, 2), cdiv(Q, 2)
     M = N * rows * columns
     blocks = cdiv(K, tile["BLOCK_N"])
-    chunk, chunks = into_chunks(M, tile["BLOCK_M"], max(1, PROGRAMS // max(blocks, 1)))
+    part_windows, parts = into_parts(M, tile["BLOCK_M"], max(1, PROGRAMS // max(blocks, 1)))
     db = partials = None
     if bias:
         db = partials = dy.new_empty(K)
-        if chunks > 1:
-            partials = torch.empty(chunks, K, dtype=torch.float32, device=dy.device)
+        if parts > 1:
+            partials = torch.empty(parts, K, dtype=torch.float32, device=dy.device)
     launch(
-        unpool_kernel, (chunks, blocks),
-        dy, place, dz, partials, M, K, P, Q, rows, columns, chunk, *dy.stride(),
-        INDEX=tl.int32 if M + chunk <= MOST_INT32 else tl.int64, HAS_BIAS=bias,
+        unpool_kernel, (parts, blocks),
+        dy, place, dz, partials, M, K, P, Q, rows, columns, part_windows, *dy.stride(),
+        INDEX=tl.int32 if M + part_windows <= MOST_INT32 else tl.int64, HAS_BIAS=bias,
         **{k: v for k, v in tile.items() if k != "kernel"},
     )  # fmt: skip
     if partials is not db:
@@ -341,13 +341,13 @@ def _weight_grad(x, dy, place, weight, padding):
     tile = choose_tile("conv2d_relu_pool_weight_grad", x.dtype, WEIGHT_DEFAULT, K=M, M=K, N=patch)
     blocks = cdiv(K, tile["BLOCK_M"]) * cdiv(patch, tile["BLOCK_N"])
     steps = cdiv(M, tile["BLOCK_K"])
-    chunk, parts = into_chunks(M, tile["BLOCK_K"], splits(blocks, steps))
+    part_windows, parts = into_parts(M, tile["BLOCK_K"], part_count(blocks, steps))
     size = dweight.numel()
     partials = torch.empty(parts * 4, size, dtype=torch.float32, device=x.device)
     bias_partials = torch.empty(parts, K, dtype=torch.float32, device=x.device)
     launch(
         conv2d_relu_pool_weight_grad_kernel, (blocks, parts),
-        x, dy, place, partials, bias_partials, N, C, H, W, K, P, Q, chunk, size,
+        x, dy, place, partials, bias_partials, N, C, H, W, K, P, Q, part_windows, size,
         *x.stride(), *dy.stride(), *place.stride(), *dweight.stride(), R, S, *padding,
         PRECISION=dot_precision(x.dtype, torch.backends.cudnn.conv), **tile,
     )  # fmt: skip

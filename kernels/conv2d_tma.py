@@ -59,7 +59,7 @@ import triton
 import triton.language as tl
 from tilelab.kernels._cost_model import busiest_sm
 from tilelab.kernels._geometry import output_size
-from tilelab.kernels._launch import INTERPRETER, descriptor, device_of, launch
+from tilelab.kernels._launch import descriptor, device_of, launch
 from tilelab.kernels._partial_sums import reduce_parts
 from tilelab.kernels._tiles import cdiv, choose_tile, persistent, tma_tile
 from tilelab.kernels.activation import activate
@@ -71,21 +71,21 @@ _fast = functools.partial(tma_tile, SPLIT_K=1)  # pixels x filters x channels
 FAST_TILES = {
     2: [
         # the most reuse that the registers hold
-        _fast(256, 128, 64, 8, 3, per_sm=1),
+        _fast(m=256, n=128, k=64, warps=8, stages=3, per_sm=1),
         # two programs an SM: one multiplies while the other stores
-        _fast(128, 128, 64, 8, 2, per_sm=2),
+        _fast(m=128, n=128, k=64, warps=8, stages=2, per_sm=2),
         # 64 filters (the first stage of a ResNet): nothing of the tile is padding
-        _fast(256, 64, 64, 4, 2, per_sm=2),
+        _fast(m=256, n=64, k=64, warps=4, stages=2, per_sm=2),
         # few pixels: more tiles; with split-K even more
-        _fast(128, 64, 64, 4, 4, per_sm=2),
+        _fast(m=128, n=64, k=64, warps=4, stages=4, per_sm=2),
         # 32 and 16 channels: the second stage of a small network, packed stems and groups
-        _fast(256, 64, 32, 4, 4, per_sm=2),
-        _fast(256, 64, 16, 4, 6, per_sm=2),
+        _fast(m=256, n=64, k=32, warps=4, stages=4, per_sm=2),
+        _fast(m=256, n=64, k=16, warps=4, stages=6, per_sm=2),
     ],
     4: [  # TF32; a step of 32 is as many bytes
-        _fast(256, 128, 32, 8, 2, per_sm=1),
-        _fast(128, 64, 32, 4, 3, per_sm=2),
-        _fast(128, 64, 16, 4, 4, per_sm=2),
+        _fast(m=256, n=128, k=32, warps=8, stages=2, per_sm=1),
+        _fast(m=128, n=64, k=32, warps=4, stages=3, per_sm=2),
+        _fast(m=128, n=64, k=16, warps=4, stages=4, per_sm=2),
     ],
 }
 
@@ -289,9 +289,9 @@ class Plan(NamedTuple):
 
     Attributes:
         size: (N, P, Q, K).
-        x: sizes and steps of the tensor that boxes are fetched from, its channels last.
+        x: sizes and strides of the tensor that boxes are fetched from, its channels last.
         fold: pixels that become one (space to depth), height and width; None if x is read as it is.
-        w: sizes and steps of the filters as [taps, K, channels].
+        w: sizes and strides of the filters as [taps, K, channels].
         packed_w: whether the filters are packed first.
         taps: R and S, as the kernel counts them.
         geometry: stride, padding and dilation, likewise.
@@ -316,26 +316,26 @@ MOST_FOLDED = 4096  # channels of a folded pixel, which one program packs
 
 @functools.lru_cache(maxsize=4096)
 def make_plan(
-    x_size: tuple, x_steps: tuple, w_size: tuple, w_steps: tuple,
+    x_size: tuple, x_strides: tuple, w_size: tuple, w_strides: tuple,
     stride: tuple, padding: tuple, dilation: tuple, groups: int, item: int,
 ) -> Plan | None:  # fmt: skip
     """The plan for tensors of these sizes and strides; None if the kernel cannot do them.
 
-    They are those of x [N, C, H, W] and of weight [K, C / groups, R, S], steps in elements; `item`
-    is the bytes of one.
+    They are those of x [N, C, H, W] and of weight [K, C / groups, R, S], strides in elements;
+    `item` is the bytes of one.
     """
     (N, C, H, W), (K, channels, R, S) = x_size, w_size
     P, Q = output_size((H, W), (R, S), stride, padding, dilation)
-    unit = 16 // item  # what TMA steps by
+    unit = 16 // item  # a stride of TMA is a multiple of it
     if 0 in (*x_size, *w_size, P, Q) or K % unit or max(*x_size, K, N * P * Q) > LARGEST:
         return None
     if C < unit and groups == 1 and dilation == (1, 1):
         return folded_plan(x_size, w_size, stride, P, Q, unit)
 
-    steps = pixel_steps(x_size, x_steps, unit)
-    if C % unit or steps is None:
+    strides = pixel_strides(x_size, x_strides, unit)
+    if C % unit or strides is None:
         return None
-    sn, sh, sw = steps
+    sn, sh, sw = strides
     if (R, S, *padding) == (1, 1, 0, 0):  # every stride-th pixel, and no others
         x = (N, P, Q, C), (sn, sh * stride[0], sw * stride[1], 1)
         stride = (1, 1)
@@ -352,7 +352,7 @@ def make_plan(
             return None
         x = (N, rows, a, columns, b * C), (sn, a * sh, sh, b * sw, 1)
 
-    if max(x[1]) * item >= 2**40:  # what a descriptor's steps can be
+    if max(x[1]) * item >= 2**40:  # what a descriptor's strides can be
         return None
     grouped, span, diagonal = None, channels, False
     if groups > 1:
@@ -362,10 +362,10 @@ def make_plan(
             return None
         if diagonal:
             span = GROUP_BLOCK // filters * channels
-        if span % unit:  # the second block's channels would begin between two of TMA's steps
+        if span % unit:  # the second block's channels would not begin at a multiple of 16 bytes
             return None
         grouped = (GROUP_BLOCK if diagonal else filters), span
-    w = None if diagonal else filters_as_they_lie(w_size, w_steps, unit)
+    w = None if diagonal else filters_as_they_lie(w_size, w_strides, unit)
     packed_w = w is None
     if packed_w:
         w = packed_filters(K, R * S, span, unit)
@@ -373,34 +373,34 @@ def make_plan(
     return Plan((N, P, Q, K), x, None, w, packed_w, (R, S), geometry, grouped)
 
 
-def pixel_steps(size: tuple, steps: tuple, unit: int) -> tuple[int, int, int] | None:
+def pixel_strides(size: tuple, strides: tuple, unit: int) -> tuple[int, int, int] | None:
     """From image to image, row to row and pixel to pixel, as TMA can read [N, C, H, W]; or None.
 
     That is channels last, at multiples of `unit` elements, and no two of them in one place.
     """
     C = size[1]
-    sn, sc, sh, sw = (s if n > 1 else C for n, s in zip(size, steps, strict=True))
+    sn, sc, sh, sw = (s if n > 1 else C for n, s in zip(size, strides, strict=True))
     if (C > 1 and sc != 1) or any(s % unit or s < C for s in (sn, sh, sw)):
         return None
     return sn, sh, sw
 
 
-def filters_as_they_lie(size: tuple, steps: tuple, unit: int) -> tuple[tuple, tuple] | None:
-    """Sizes and steps of filters [K, C, R, S] as [taps, K, C], if TMA can read them so."""
+def filters_as_they_lie(size: tuple, strides: tuple, unit: int) -> tuple[tuple, tuple] | None:
+    """Sizes and strides of filters [K, C, R, S] as [taps, K, C], if TMA can read them so."""
     K, C, R, S = size
-    tap = steps[2] if S == 1 else steps[3]
-    in_rows = C == 1 or steps[1] == 1
+    tap = strides[2] if S == 1 else strides[3]
+    in_rows = C == 1 or strides[1] == 1
     in_rows &= R * S == 1 or not (
-        tap % unit or tap < C or (S > 1 and R > 1 and steps[2] != S * tap)
+        tap % unit or tap < C or (S > 1 and R > 1 and strides[2] != S * tap)
     )
-    in_rows &= K == 1 or not (steps[0] % unit or steps[0] < C)
+    in_rows &= K == 1 or not (strides[0] % unit or strides[0] < C)
     if not in_rows:
         return None
-    return (R * S, K, C), (tap if R * S > 1 else unit, steps[0] if K > 1 else unit, 1)
+    return (R * S, K, C), (tap if R * S > 1 else unit, strides[0] if K > 1 else unit, 1)
 
 
 def packed_filters(K: int, taps: int, span: int, unit: int) -> tuple[tuple, tuple]:
-    """Sizes and steps of filters as [taps, K, channels], after `packed_filter`."""
+    """Sizes and strides of filters as [taps, K, channels], after `packed_filter`."""
     depth = cdiv(span, unit) * unit
     return (taps, K, depth), (depth, taps * depth, 1)
 
@@ -452,7 +452,7 @@ def pixel_box(N: int, P: int, Q: int, pixels: int, pool: bool = False) -> tuple[
 
 @functools.lru_cache(maxsize=4096)
 def fast_tile(plan: Plan, item: int, sms: int, pool: bool = False) -> dict:
-    """Of FAST_TILES the one, and the split, with which the busiest SM should be done first."""
+    """Of FAST_TILES the one, and the parts, with which the busiest SM should be done first."""
     N, P, Q, K = plan.size
     (taps, _, span), _ = plan.w
 
@@ -472,8 +472,9 @@ def choices(plan, x, default: dict, kernels: tuple, fast: Callable[[int], dict])
     """
     if plan is None:
         return default, kernels
-    if device_of(x) is not INTERPRETER:
-        default = {x.itemsize: fast(device_of(x).sms)}
+    device = device_of(x)
+    if device.modelled:
+        default = {x.itemsize: fast(device.sms)}
     return default, (*kernels, "tma")
 
 
@@ -481,14 +482,14 @@ def _possible(plan: Plan, item: int, pool: bool = False) -> list[dict]:
     """FAST_TILES that can do the plan, each whole and with its sum in parts."""
     (taps, _, span), _ = plan.w
     found = []
-    for tile, split in itertools.product(FAST_TILES[item], (1, 2, 4, 8, 16)):
+    for tile, parts in itertools.product(FAST_TILES[item], (1, 2, 4, 8, 16)):
         steps = taps * cdiv(span, tile["BLOCK_K"])
         large = tile["BLOCK_M"] * tile["BLOCK_N"] > 128 * 128
-        if split > 1 and (pool or plan.grouped or large or split * 4 > steps):
+        if parts > 1 and (pool or plan.grouped or large or parts * 4 > steps):
             continue
         if plan.grouped and tile["BLOCK_N"] != GROUP_BLOCK:
             continue
-        found.append(tile | dict(SPLIT_K=split))
+        found.append(tile | dict(SPLIT_K=parts))
     return found
 
 
@@ -544,17 +545,17 @@ def conv2d_tma(plan, x, weight, bias, activation, y, tile, precision, padding, p
     """
     pool = place is not None
     packed_w = plan.packed_w or weight.data_ptr() % 16 != 0
-    sms, split = device_of(x).sms, tile["SPLIT_K"]
+    sms, parts = device_of(x).sms, tile["SPLIT_K"]
     how = _layout(plan, tuple(tile.items()), sms, x.element_size(), pool, packed_w)
     if plan.fold is not None:
         x = packed_image(plan, x, padding)
     if packed_w:
         weight = packed_filter(plan, how.w[0], weight)
     out = y
-    if split > 1:
+    if parts > 1:
         out = torch.empty(how.out[0], dtype=torch.float32, device=x.device)
     ends = dict(HAS_BIAS=bias is not None, ACTIVATION=activation)
-    if split > 1:  # what follows the whole sum
+    if parts > 1:  # what follows the whole sum
         ends = dict(HAS_BIAS=False, ACTIVATION=None)
     launch(
         conv2d_tma_kernel, (how.programs,),
@@ -564,9 +565,9 @@ def conv2d_tma(plan, x, weight, bias, activation, y, tile, precision, padding, p
         *how.sizes, 0 if bias is None else bias.stride(0), *plan.taps, *plan.geometry,
         **ends, PRECISION=precision, **how.meta,
     )  # fmt: skip
-    if split > 1:
+    if parts > 1:
         N, P, Q, K = plan.size
-        reduce_parts(out, bias, activation, y, N * P * Q, K, how.out[0][0] // split * P * Q, split)
+        reduce_parts(out, bias, activation, y, N * P * Q, K, how.out[0][0] // parts * P * Q, parts)
 
 
 class Layout(NamedTuple):
@@ -587,8 +588,8 @@ class Layout(NamedTuple):
 def _layout(plan: Plan, items: tuple, sms: int, item: int, pool: bool, packed_w: bool) -> Layout:
     tile = dict(items)
     N, P, Q, K = plan.size
-    m, n, k, split = (tile[x] for x in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT_K"))
-    if (plan.grouped and n != GROUP_BLOCK) or (split > 1 and (plan.grouped or pool)):
+    m, n, k, parts = (tile[x] for x in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT_K"))
+    if (plan.grouped and n != GROUP_BLOCK) or (parts > 1 and (plan.grouped or pool)):
         raise ValueError(
             f"groups want tiles of BLOCK_N={GROUP_BLOCK}, groups and pools of SPLIT_K=1; got {tile}"
         )
@@ -602,9 +603,9 @@ def _layout(plan: Plan, items: tuple, sms: int, item: int, pool: bool, packed_w:
     boxes = boxes_n * cdiv(P, tp) * cdiv(Q, tq)
     x_size = plan.x[0]
     rows, columns = P // scale, Q // scale
-    images = N if split == 1 else split * boxes_n * tn
+    images = N if parts == 1 else parts * boxes_n * tn
     return Layout(
-        persistent(tile, boxes * cdiv(K, n) * split, sms),
+        persistent(tile, boxes * cdiv(K, n) * parts, sms),
         boxes,
         (N, P, Q, K, x_size[-1] // plan.geometry[1], w[0][2], *(plan.grouped or (1, 0))),
         [tn, tp, tq, k] if len(x_size) == 4 else [tn, tp, 1, tq, k],
@@ -613,7 +614,7 @@ def _layout(plan: Plan, items: tuple, sms: int, item: int, pool: bool, packed_w:
         [tn, tp // scale, tq // scale, n],
         dict(
             POOL=pool, GROUPED=plan.grouped is not None, TILE_N=tn, TILE_P=tp, TILE_Q=tq,
-            BLOCK_N=n, BLOCK_K=k, SPLIT_K=split,
+            BLOCK_N=n, BLOCK_K=k, SPLIT_K=parts,
             num_warps=tile["num_warps"], num_stages=tile["num_stages"],
         ),
     )  # fmt: skip

@@ -43,8 +43,8 @@ above and in x below. Where there is a dot, the other one has padding:
      # # # .       # # # #       . # # #       # # # .       # # # #       . # # #
      . . . .       . . . .       . . . .       # # # .       # # # #       . # # #
 
-The result is small (K x RSC) and its sum is long (NPQ, millions), so the sum is split among
-programs. Each writes its partial result to a row of its own, and a second kernel adds the rows in
+The result is small (K x RSC) and its sum is long (NPQ, millions), so the sum is shared out
+among programs. Each writes its part of it to a row of its own, and a second kernel adds the rows in
 order. Atomics would save that kernel and make the last bits depend on who came first: no tile has
 them by default, but `use_tile("conv2d_weight_grad", tile | dict(ATOMIC=True))` shows what they do,
 unless torch is told to be deterministic.
@@ -73,7 +73,7 @@ call takes, its tile says.
 (On a CPU: `python -m pytest --doctest-modules kernels/conv2d_weight_grad.py`.)
 
 FLOPs: 2*N*P*Q*K*C*R*S, as for the forward. What limits it: as there, tensor cores; it reads x
-shifted by each tap, R*S times out of the cache, and needs enough splits to fill the GPU. With few
+shifted by each tap, R*S times out of the cache, and needs enough parts to fill the GPU. With few
 channels what limits it is that cache, unless taps share what is read, as they do there.
 
 Read first: conv2d.py, conv2d_input_grad.py.
@@ -85,7 +85,7 @@ import triton.language as tl
 from tilelab.kernels._checks import dot_precision
 from tilelab.kernels._launch import launch
 from tilelab.kernels._partial_sums import sum_partials
-from tilelab.kernels._tiles import cdiv, choose_tile, into_chunks, splits
+from tilelab.kernels._tiles import cdiv, choose_tile, into_parts, part_count
 from tilelab.kernels.conv2d_tma import choices
 from tilelab.kernels.conv2d_weight_grad_tma import conv2d_weight_grad_tma, fast_tile, plan_for
 
@@ -108,7 +108,7 @@ DEFAULT = {2: TILES[0], 4: TILES[1]}
 
 @triton.jit
 def conv2d_weight_grad_kernel(
-    x_ptr, dy_ptr, dw_ptr, db_ptr, N, C, H, W, K, P, Q, CHUNK, SIZE,
+    x_ptr, dy_ptr, dw_ptr, db_ptr, N, C, H, W, K, P, Q, part_pixels, SIZE,
     stride_xn, stride_xc, stride_xh, stride_xw, stride_dyn, stride_dyk, stride_dyp, stride_dyq,
     stride_wk, stride_wc, stride_wr, stride_ws,
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
@@ -116,10 +116,10 @@ def conv2d_weight_grad_kernel(
     PRECISION: tl.constexpr, HAS_BIAS: tl.constexpr, ATOMIC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program sums CHUNK pixels into BLOCK_M channels k x BLOCK_N of (r, s, c) of dweight.
+    """One program sums `part_pixels` into BLOCK_M channels k x BLOCK_N of (r, s, c) of dweight.
 
-    dw_ptr is [splits, SIZE], each row laid out as dweight; one row is dweight itself, or where
-    ATOMIC takes all. Programs of the first columns also write db_ptr [splits, groups * K].
+    dw_ptr is [parts, SIZE], each row laid out as dweight; one row is dweight itself, or where
+    ATOMIC takes all. Programs of the first columns also write db_ptr [parts, groups * K].
     """
     blocks_n = tl.cdiv(R * S * C, BLOCK_N)
     pid_m = tl.program_id(0) // blocks_n
@@ -136,8 +136,8 @@ def conv2d_weight_grad_kernel(
     mask_m = offs_m < K
     mask_n = offs_n < R * S * C
     x_cols = r * DIL_H * stride_xh + s * DIL_W * stride_xw + c * stride_xc
-    first = tl.program_id(2).to(tl.int64) * CHUNK
-    pixels = tl.minimum(N * tl.cast(P, tl.int64) * Q - first, CHUNK).to(tl.int32)
+    first = tl.program_id(2).to(tl.int64) * part_pixels
+    pixels = tl.minimum(N * tl.cast(P, tl.int64) * Q - first, part_pixels).to(tl.int32)
     first_q = (first % Q).to(tl.int32)  # from here on 32 bits do: they divide much faster than 64
     first_p = (first // Q % P).to(tl.int32)
     first_n = first // Q // P
@@ -207,7 +207,7 @@ def _weight_grad(x, dy, weight, stride, padding, dilation, groups, with_bias):
     atomic = options.pop("ATOMIC", False) and not torch.are_deterministic_algorithms_enabled()
     blocks = cdiv(K, tile["BLOCK_M"]) * cdiv(R * S * C, tile["BLOCK_N"])
     steps = cdiv(M, tile["BLOCK_K"])
-    chunk, parts = into_chunks(M, tile["BLOCK_K"], splits(blocks * groups, steps))
+    part_pixels, parts = into_parts(M, tile["BLOCK_K"], part_count(blocks * groups, steps))
     size = dweight.numel()
     partials, sums = dweight, dbias
     if atomic:
@@ -218,7 +218,7 @@ def _weight_grad(x, dy, weight, stride, padding, dilation, groups, with_bias):
         sums = torch.empty(parts, dbias.numel(), dtype=torch.float32, device=x.device)
     launch(
         conv2d_weight_grad_kernel, (blocks, groups, parts),
-        x, dy, partials, sums, N, C, H, W, K, P, Q, chunk, size,
+        x, dy, partials, sums, N, C, H, W, K, P, Q, part_pixels, size,
         *x.stride(), *dy.stride(), *dweight.stride(), R, S, *stride, *padding, *dilation,
         PRECISION=dot_precision(x.dtype, torch.backends.cudnn.conv), HAS_BIAS=with_bias,
         ATOMIC=atomic, **options,

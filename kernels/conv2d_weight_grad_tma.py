@@ -34,8 +34,8 @@ What follows from it:
 A filter of one pixel needs no images: all N*P*Q pixels are a batch of images of one pixel.
 
 Few channels. 16 channels are no 256 columns. But without padding the window of an output pixel is
-R pieces of memory, each of S*C numbers, and a descriptor's steps are free to overlap: seen as
-[N, P, R, Q, S*C], with steps (H*W*C, stride*W*C, dil*W*C, stride*C, 1), x is the im2col matrix,
+R pieces of memory, each of S*C numbers, and a descriptor's strides are free to overlap: seen as
+[N, P, R, Q, S*C], with strides (H*W*C, stride*W*C, dil*W*C, stride*C, 1), x is the im2col matrix,
 which nobody writes. A tile then has several rows of taps:
 
       x  | a b c d e f g ... |       window 0   a b c d        R = 1, S*C = 4, a step of C = 1:
@@ -62,7 +62,7 @@ that is seen as [P, Q/2, N, 2*K], have six products of 64x64 that are wanted, of
 With 128 filters, or where Q is odd, a tile has one pixel of dy, and three blocks of four. Whether
 pixels are columns follows from the tile's size: `as_neighbours`.
 
-The sum is long and the result small: PARTS programs share a tile's sum, each with a float32
+The sum is long and the result small: `parts` programs share a tile's sum, each with a float32
 result of its own, and sum_partials adds those up in order. `fast_tile` weighs how many. Parts are
 numbered outermost, so that programs which run at one time read the same pixels, and the L2 cache
 has them for all taps. The bias gradient is one more tile for each block of filters, whose
@@ -94,7 +94,7 @@ import triton
 import triton.language as tl
 from tilelab.kernels import conv2d_tma
 from tilelab.kernels._cost_model import busiest_sm
-from tilelab.kernels._geometry import even_step
+from tilelab.kernels._geometry import even_stride
 from tilelab.kernels._launch import descriptor, device_of, launch
 from tilelab.kernels._partial_sums import sum_partials
 from tilelab.kernels._tiles import cdiv, persistent, tma_tile
@@ -107,20 +107,20 @@ FAST_TILES = {
     2: [
         # the most reuse that the registers hold. The float32 result of a part leaves in quarters,
         # through 32 KiB, which leaves room for a fourth stage
-        _fast(128, 256, 64, 8, 4, SUBTILES=4, per_sm=1),
+        _fast(m=128, n=256, k=64, warps=8, stages=4, SUBTILES=4, per_sm=1),
         # two programs an SM: one multiplies while the other stores
-        _fast(128, 128, 64, 8, 3, SUBTILES=4, per_sm=2),
+        _fast(m=128, n=128, k=64, warps=8, stages=3, SUBTILES=4, per_sm=2),
         # 64 filters or 64 channels (the first stage of a ResNet): nothing of the tile is padding
-        _fast(64, 256, 64, 4, 2, SUBTILES=4, per_sm=2),
-        _fast(64, 128, 64, 4, 4, SUBTILES=2, per_sm=2),
-        _fast(128, 64, 64, 8, 4, SUBTILES=2, per_sm=2),
-        _fast(64, 64, 64, 4, 4, SUBTILES=1, per_sm=2),
+        _fast(m=64, n=256, k=64, warps=4, stages=2, SUBTILES=4, per_sm=2),
+        _fast(m=64, n=128, k=64, warps=4, stages=4, SUBTILES=2, per_sm=2),
+        _fast(m=128, n=64, k=64, warps=8, stages=4, SUBTILES=2, per_sm=2),
+        _fast(m=64, n=64, k=64, warps=4, stages=4, SUBTILES=1, per_sm=2),
         # batches of 32: half the images a step, and about twice the stages
-        _fast(128, 256, 32, 8, 7, SUBTILES=4, per_sm=1),
-        _fast(128, 128, 32, 8, 6, SUBTILES=4, per_sm=2),
-        _fast(64, 256, 32, 4, 4, SUBTILES=4, per_sm=2),
-        _fast(64, 128, 32, 4, 7, SUBTILES=2, per_sm=2),
-        _fast(64, 64, 32, 4, 8, SUBTILES=1, per_sm=2),
+        _fast(m=128, n=256, k=32, warps=8, stages=7, SUBTILES=4, per_sm=1),
+        _fast(m=128, n=128, k=32, warps=8, stages=6, SUBTILES=4, per_sm=2),
+        _fast(m=64, n=256, k=32, warps=4, stages=4, SUBTILES=4, per_sm=2),
+        _fast(m=64, n=128, k=32, warps=4, stages=7, SUBTILES=2, per_sm=2),
+        _fast(m=64, n=64, k=32, warps=4, stages=8, SUBTILES=1, per_sm=2),
     ],
 }
 
@@ -134,10 +134,10 @@ def _inside(first, size, windows, STRIDE: tl.constexpr):
 
 
 @triton.jit
-def _share(steps, part, PARTS):
+def _share(steps, part, parts):
     """The steps of one part, from and to: as many as of the others, or one more."""
-    each = steps // PARTS
-    more = steps % PARTS
+    each = steps // parts
+    more = steps % parts
     return each * part + tl.minimum(more, part), each * (part + 1) + tl.minimum(more, part + 1)
 
 
@@ -170,7 +170,7 @@ def _diagonal(tile, right):
 
 @triton.jit
 def conv2d_weight_grad_tma_kernel(
-    dy, x, dw, db_ptr, N, P, Q, K, H, W, ROWS, SPAN, PARTS,
+    dy, x, dw, db_ptr, N, P, Q, K, H, W, ROWS, SPAN, parts,
     S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
     DY_PIXELS: tl.constexpr, X_STEP: tl.constexpr, X_FIRST: tl.constexpr,
@@ -179,7 +179,7 @@ def conv2d_weight_grad_tma_kernel(
 ):  # fmt: skip
     """One program computes every tile of dweight, or part of its sum, whose number is its own.
 
-    dy [P, Q, N, K], x and dw [PARTS, K, ROWS, SPAN] are descriptors. A row of dw is one tap, its
+    dy [P, Q, N, K], x and dw [parts, K, ROWS, SPAN] are descriptors. A row of dw is one tap, its
     columns are channels; where WINDOWS, it is a row of taps, and its columns are (s, c). So it is
     where X_STEP is not 0: then pixels are columns, of x from X_FIRST + q * X_STEP on, and there are
     DY_PIXELS of dy.
@@ -192,7 +192,7 @@ def conv2d_weight_grad_tma_kernel(
     if HAS_BIAS:
         jobs += blocks_k
 
-    for work in tl.range(tl.program_id(0), jobs * PARTS, tl.num_programs(0)):
+    for work in tl.range(tl.program_id(0), jobs * parts, tl.num_programs(0)):
         part = work // jobs
         job = work % jobs
         if job < tiles:
@@ -212,7 +212,7 @@ def conv2d_weight_grad_tma_kernel(
             columns = tl.maximum(q1 - q0, 1)
             pixels = tl.maximum(p1 - p0, 1) * columns
             steps = (p1 - p0) * (q1 - q0) * tl.cdiv(N, BLOCK_K)
-            first, last = _share(steps, part, PARTS)
+            first, last = _share(steps, part, parts)
             n = first // pixels * BLOCK_K
             p = p0 + first % pixels // columns
             q = q0 + first % columns
@@ -253,7 +253,7 @@ def conv2d_weight_grad_tma_kernel(
                         _store_columns(dw, last_quarter, part, k, row, c, 3 * WIDTH, BOX_C)
         elif HAS_BIAS:  # the sum of dy, of one block of filters
             k = (job - tiles) * BLOCK_M
-            first, last = _share(P * Q * tl.cdiv(N, BLOCK_K), part, PARTS)
+            first, last = _share(P * Q * tl.cdiv(N, BLOCK_K), part, parts)
             total = tl.full((BLOCK_K, BLOCK_M), 0.0, tl.float32)
             # A loop without a product is pipelined only where it is told to be.
             for step in tl.range(first, last, num_stages=4):
@@ -277,8 +277,8 @@ class Plan(NamedTuple):
     Attributes:
         size: (N, P, Q, K), N the images that are summed in steps.
         image: H and W.
-        dy: sizes and steps of dy as [P, Q, N, K].
-        x: sizes and steps of x, [N, H, 1, W, C] or of its windows, [N, P, R, Q, S*C].
+        dy: sizes and strides of dy as [P, Q, N, K].
+        x: sizes and strides of x, [N, H, 1, W, C] or of its windows, [N, P, R, Q, S*C].
         dw: ROWS and SPAN of dweight [K, ROWS, SPAN]: [R*S, C], or of windows [R, S*C].
         taps_w: S, and 1 of windows.
         geometry: stride, padding and dilation, as the kernel has them.
@@ -300,7 +300,7 @@ class Plan(NamedTuple):
     neighbours: tuple[int, int, int] = (1, 0, 0)
 
 
-UNIT = 8  # elements that TMA steps by: 16 bytes
+UNIT = 8  # elements in 16 bytes, of which TMA's strides are multiples
 FEW_IMAGES = 16  # below this more than half of a step of 32 images would be zeros
 FEW_CHANNELS = 64  # below this a tile has the taps of whole windows, if it can
 # Estimates, in clocks: of a step, to wait for its barrier, by which equal tiles differ; and of a
@@ -311,7 +311,7 @@ PLAIN = (1, 1, 0, 0, 1, 1)  # stride, padding and dilation of a tap that is at e
 
 @functools.lru_cache(maxsize=4096)
 def make_plan(
-    x_size: tuple, x_steps: tuple, dy_size: tuple, dy_steps: tuple, taps: tuple,
+    x_size: tuple, x_strides: tuple, dy_size: tuple, dy_strides: tuple, taps: tuple,
     stride: tuple, padding: tuple, dilation: tuple, groups: int,
 ) -> Plan | None:  # fmt: skip
     """The plan for tensors of these sizes and strides; None if the kernel cannot do them.
@@ -327,20 +327,20 @@ def make_plan(
             folded = conv2d_tma.folded_plan(x_size, (K, C, R, S), stride, P, Q, UNIT)
         if folded is None:
             return None
-        (_, H, W, C), steps = folded.x[0], folded.x[1][:3]
+        (_, H, W, C), strides = folded.x[0], folded.x[1][:3]
         (R, S), geometry = folded.taps, folded.geometry
     else:
-        steps = conv2d_tma.pixel_steps(x_size, x_steps, UNIT)
-    dy_steps = conv2d_tma.pixel_steps(dy_size, dy_steps, UNIT)
-    if C % UNIT or steps is None or dy_steps is None:
+        strides = conv2d_tma.pixel_strides(x_size, x_strides, UNIT)
+    dy_strides = conv2d_tma.pixel_strides(dy_size, dy_strides, UNIT)
+    if C % UNIT or strides is None or dy_strides is None:
         return None
-    (sn, sh, sw), (dn, dp, dq) = steps, dy_steps
+    (sn, sh, sw), (dn, dp, dq) = strides, dy_strides
 
     if (R, S) == (1, 1) and geometry[:4] == PLAIN[:4]:  # as many images of one pixel
-        step_x, step_dy = even_step((N, H, W), steps), even_step((N, P, Q), dy_steps)
-        if step_x and step_dy:
+        stride_x, stride_dy = even_stride((N, H, W), strides), even_stride((N, P, Q), dy_strides)
+        if stride_x and stride_dy:
             N, H, W, P, Q = N * P * Q, 1, 1, 1, 1
-            sn, dn, dp, dq = step_x, step_dy, K, K
+            sn, dn, dp, dq = stride_x, stride_dy, K, K
     most, far = max(C, H, W, K, N * P * Q), max(sn, sh, sw, dn, dp, dq)
     if N < FEW_IMAGES or most > conv2d_tma.LARGEST or far >= 2**39:
         return None
@@ -411,16 +411,16 @@ def fast_tile(plan: Plan, sms: int, has_bias: bool = False) -> dict:
         tiles = blocks * cdiv(K, tile["BLOCK_M"])
         steps = _pixels(seen) * cdiv(N, tile["BLOCK_K"])
         # Whole turns of the GPU, and powers of two; a part has eight steps at least.
-        parts = {turns * sms // tiles for turns in range(1, 9)} | {1 << i for i in range(11)}
-        for split in sorted(parts - {0}):
-            if split == 1 or split * 8 <= steps:
-                tried = tile | dict(SPLIT_K=split)
+        counts = {turns * sms // tiles for turns in range(1, 9)} | {1 << i for i in range(11)}
+        for parts in sorted(counts - {0}):
+            if parts == 1 or parts * 8 <= steps:
+                tried = tile | dict(SPLIT_K=parts)
                 clocks = busiest_sm(tried, tiles, steps, K * rows * span, 2, sms)
-                turns = cdiv(tiles * split, sms)
+                turns = cdiv(tiles * parts, sms)
                 beside = max(1, min(turns, tile["PROGRAMS_PER_SM"]))  # programs of an SM
                 # Several rows of taps pass through registers, and then no load is ahead.
                 waits = LOAD_CLOCKS // beside if box_r > 1 else STEP_CLOCKS
-                clocks += waits * turns * cdiv(steps, split)
+                clocks += waits * turns * cdiv(steps, parts)
                 if best is None or clocks < best[0]:
                     best = clocks, tried
     return best[1]
@@ -454,7 +454,7 @@ class _Layout(NamedTuple):
     """What of a launch follows from its plan and tile: as the launch has it."""
 
     programs: int
-    dy: tuple[tuple, tuple, list]  # sizes, steps and a box
+    dy: tuple[tuple, tuple, list]  # sizes, strides and a box
     x: tuple[tuple, tuple, list]
     dw: tuple[tuple, tuple, list]
     sizes: tuple[int, ...]

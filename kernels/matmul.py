@@ -51,9 +51,9 @@ from tilelab.kernels._checks import (
     check_tensors,
     dot_precision,
 )
-from tilelab.kernels._launch import INTERPRETER, device_of, launch
+from tilelab.kernels._launch import device_of, launch
 from tilelab.kernels._partial_sums import reduce_parts
-from tilelab.kernels._tiles import cdiv, choose_tile, into_chunks, splits
+from tilelab.kernels._tiles import cdiv, choose_tile, into_parts, part_count
 from tilelab.kernels.activation import activate, activated, check_activation, kept_for, needs_z
 from tilelab.kernels.bias_relu import bias_activation, bias_activation_backward, bias_backward
 from tilelab.kernels.matmul_tma import fast_tile, matmul_tma, tma_operands
@@ -84,16 +84,16 @@ DEFAULT = {2: TILES[0], 4: TILES[1]}
 
 @triton.jit
 def matmul_kernel(
-    a_ptr, b_ptr, bias_ptr, c_ptr, sums_ptr, M, N, K, CHUNK,
+    a_ptr, b_ptr, bias_ptr, c_ptr, sums_ptr, M, N, K, part_size,
     stride_am, stride_ak, stride_bk, stride_bn, stride_bias, stride_cm, stride_cn,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
-    SPLIT: tl.constexpr, SUMS: tl.constexpr,
+    IN_PARTS: tl.constexpr, SUMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """One program computes one tile of C = act(A @ B + bias).
 
-    With SPLIT, it sums CHUNK of K alone, and c is of partial sums, [parts, M, N]. With SUMS it adds
-    up the rows of A besides, into sums [parts, M].
+    IN_PARTS, it sums `part_size` of K alone, and c is of partial sums, [parts, M, N]. With SUMS it
+    adds up the rows of A besides, into sums [parts, M].
     """
     # Which tile: down GROUP_M block rows, then on to the next block column.
     pid = tl.program_id(0)
@@ -104,14 +104,14 @@ def matmul_kernel(
     pid_m = first_m + pid % (GROUP_M * blocks_n) % rows
     pid_n = pid % (GROUP_M * blocks_n) // rows
 
-    if SPLIT:
+    if IN_PARTS:
         part = tl.program_id(1).to(tl.int64)
-        a_ptr += part * CHUNK * stride_ak
-        b_ptr += part * CHUNK * stride_bk
+        a_ptr += part * part_size * stride_ak
+        b_ptr += part * part_size * stride_bk
         c_ptr += part * M * N
         if SUMS:
             sums_ptr += part * M
-        K = tl.minimum(K - part * CHUNK, CHUNK)
+        K = tl.minimum(K - part * part_size, part_size)
 
     # int64 before any product with a stride: an offset may pass 2^31 elements.
     offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -169,7 +169,7 @@ def matmul_into(c, a, b, bias, activation, precision, sums=None):
     if operands is not None:
         # Without a loop along K there is nothing to specialise, and the compiler fails.
         kernels = device.kernels if K > 1 else device.kernels[:2]
-        if device is not INTERPRETER:
+        if device.modelled:
             default = {a.itemsize: fast_tile(M, N, K, a.itemsize, device.sms)}
     tile = choose_tile("matmul", a.dtype, default, kernels, M=M, N=N, K=K)
     if "kernel" in tile:
@@ -177,9 +177,9 @@ def matmul_into(c, a, b, bias, activation, precision, sums=None):
         return
     tiles = cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"])
     steps = cdiv(K, tile["BLOCK_K"])
-    chunk, parts, out, out_sums = K, 1, c, sums
+    part_size, parts, out, out_sums = K, 1, c, sums
     if M * N <= SMALL and steps >= LONG:
-        chunk, parts = into_chunks(K, tile["BLOCK_K"], splits(tiles, steps))
+        part_size, parts = into_parts(K, tile["BLOCK_K"], part_count(tiles, steps))
     if parts > 1:
         out = torch.empty(parts * M, N, dtype=torch.float32, device=c.device)
         if sums is not None:
@@ -189,10 +189,10 @@ def matmul_into(c, a, b, bias, activation, precision, sums=None):
         ends = dict(HAS_BIAS=False, ACTIVATION=None)
     launch(
         matmul_kernel, (tiles, parts) if parts > 1 else (tiles,),
-        a, b, bias, out, out_sums, M, N, K, chunk,
+        a, b, bias, out, out_sums, M, N, K, part_size,
         *a.stride(), *b.stride(), 0 if bias is None else bias.stride(0), *out.stride(),
         **ends, EVEN_K=K % tile["BLOCK_K"] == 0,
-        PRECISION=precision, SPLIT=parts > 1, SUMS=sums is not None, **tile,
+        PRECISION=precision, IN_PARTS=parts > 1, SUMS=sums is not None, **tile,
     )  # fmt: skip
     if parts > 1:
         reduce_parts(out, bias, activation, c, M, N, M, parts, out_sums, sums)

@@ -54,20 +54,24 @@ FAST_TILES = {
     2: [
         # the most reuse that the registers hold; half the tile at a time through the epilogue
         # leaves room for a fourth stage
-        _fast(128, 256, 64, 8, 4, SUBTILES=2),
-        _fast(128, 256, 64, 8, 3),  # the same with the whole tile at once
-        _fast(128, 256, 64, 4, 3, kernel="tma_ws"),  # four warps load, two groups of four multiply
+        _fast(m=128, n=256, k=64, warps=8, stages=4, SUBTILES=2),
+        _fast(m=128, n=256, k=64, warps=8, stages=3),  # the same with the whole tile at once
+        _fast(
+            m=128, n=256, k=64, warps=4, stages=3, kernel="tma_ws"
+        ),  # four warps load, two groups of four multiply
         # two programs an SM: one multiplies while the other stores
-        _fast(128, 128, 64, 8, 3, SUBTILES=2, per_sm=2),
-        _fast(128, 128, 128, 4, 3, kernel="tma_ws"),  # fewer, longer steps
+        _fast(m=128, n=128, k=64, warps=8, stages=3, SUBTILES=2, per_sm=2),
+        _fast(m=128, n=128, k=128, warps=4, stages=3, kernel="tma_ws"),  # fewer, longer steps
         # small grids: four times the tiles, and two programs an SM; with split-K even more
-        _fast(64, 128, 64, 4, 4, SUBTILES=2, per_sm=2),
-        _fast(64, 256, 64, 4, 3, SUBTILES=2),  # few rows: the columns stream through
+        _fast(m=64, n=128, k=64, warps=4, stages=4, SUBTILES=2, per_sm=2),
+        _fast(
+            m=64, n=256, k=64, warps=4, stages=3, SUBTILES=2
+        ),  # few rows: the columns stream through
     ],
     4: [  # TF32, both operands contiguous along K; a step of 32 is as many bytes
-        _fast(128, 256, 32, 8, 3, SUBTILES=2),
-        _fast(128, 128, 32, 8, 3),
-        _fast(64, 128, 32, 4, 4, SUBTILES=2, per_sm=2),
+        _fast(m=128, n=256, k=32, warps=8, stages=3, SUBTILES=2),
+        _fast(m=128, n=128, k=32, warps=8, stages=3),
+        _fast(m=64, n=128, k=32, warps=4, stages=4, SUBTILES=2, per_sm=2),
     ],
 }
 
@@ -185,54 +189,54 @@ def tma_operands(a, b, precision):
 
 @functools.lru_cache(maxsize=4096)
 def fast_tile(M: int, N: int, K: int, item: int, sms: int) -> dict:
-    """Of FAST_TILES the one, and the split of K, with which the busiest SM should be done first."""
+    """Of FAST_TILES the one, and the parts of K, with which the busiest SM should be done first."""
 
     def clocks(tile: dict) -> float:
         tiles = cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"])
         return busiest_sm(tile, tiles, cdiv(K, tile["BLOCK_K"]), M * N, item, sms)
 
     tiles = [
-        tile | dict(SPLIT_K=split)
+        tile | dict(SPLIT_K=parts)
         for tile in FAST_TILES[item]
         if tile["kernel"] == "tma"  # warp specialisation, when a GPU has shown that it pays
-        for split in (1, 2, 4, 8, 16, 32, 64, 128)
+        for parts in (1, 2, 4, 8, 16, 32, 64, 128)
         # Parts have four steps at least, and their float32 tiles fit into shared memory.
-        if split == 1
-        or (split * 4 * tile["BLOCK_K"] <= K and tile["BLOCK_M"] * tile["BLOCK_N"] <= 128 * 128)
+        if parts == 1
+        or (parts * 4 * tile["BLOCK_K"] <= K and tile["BLOCK_M"] * tile["BLOCK_N"] <= 128 * 128)
     ]
     return min(tiles, key=clocks)
 
 
 def matmul_tma(operands, bias, activation, c, tile, precision):
-    """Launch the fast kernel, and where K is split the one that adds the parts up."""
-    (a, a_t, a_shape, a_step), (b, b_t, b_shape, b_step) = operands
+    """Launch the fast kernel, and where K is in parts the one that adds the parts up."""
+    (a, a_t, a_shape, stride_a), (b, b_t, b_shape, stride_b) = operands
     (M, N), K = c.shape, a_shape[0 if a_t else 1]
     tile = tile.copy()
     specialize = tile.pop("kernel") == "tma_ws"
-    m, n, k, split = (tile[x] for x in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT_K"))
-    programs = persistent(tile, cdiv(M, m) * cdiv(N, n) * split, device_of(c).sms)
+    m, n, k, parts = (tile[x] for x in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT_K"))
+    programs = persistent(tile, cdiv(M, m) * cdiv(N, n) * parts, device_of(c).sms)
     del tile["PROGRAMS_PER_SM"]
     rows = cdiv(M, m) * m
     out = c
-    if split > 1:
-        out = torch.empty(split * rows, N, dtype=torch.float32, device=c.device)
+    if parts > 1:
+        out = torch.empty(parts * rows, N, dtype=torch.float32, device=c.device)
     matrices = a, b, out
     if not specialize:
         matrices = (
-            descriptor(a, a_shape, (a_step, 1), [k, m] if a_t else [m, k]),
-            descriptor(b, b_shape, (b_step, 1), [n, k] if b_t else [k, n]),
+            descriptor(a, a_shape, (stride_a, 1), [k, m] if a_t else [m, k]),
+            descriptor(b, b_shape, (stride_b, 1), [n, k] if b_t else [k, n]),
             descriptor(out, out.shape, (N, 1), [m, n // tile["SUBTILES"]]),
         )
     a_arg, b_arg, out_arg = matrices
     stride_bias = 0 if bias is None else bias.stride(0)
     ends = dict(HAS_BIAS=bias is not None, ACTIVATION=activation)
-    if split > 1:  # what follows the whole sum
+    if parts > 1:  # what follows the whole sum
         ends = dict(HAS_BIAS=False, ACTIVATION=None)
     launch(
         matmul_tma_kernel, (programs,), a_arg, b_arg, bias, out_arg, M, N, K,
-        a_step, b_step, stride_bias, N, A_T=a_t, B_T=b_t,
+        stride_a, stride_b, stride_bias, N, A_T=a_t, B_T=b_t,
         **ends, PRECISION=precision,
         WARP_SPECIALIZE=specialize, **tile,
     )  # fmt: skip
-    if split > 1:
-        reduce_parts(out, bias, activation, c, M, N, rows, split)
+    if parts > 1:
+        reduce_parts(out, bias, activation, c, M, N, rows, parts)

@@ -45,7 +45,7 @@ import triton
 import triton.language as tl
 from tilelab.kernels._checks import DTYPES, check_device, check_shape, check_tensors
 from tilelab.kernels._cost_model import FLOPS_16, L2_BYTES, TILE_CLOCKS
-from tilelab.kernels._launch import INTERPRETER, descriptor, device_of, launch, tma_rows
+from tilelab.kernels._launch import descriptor, device_of, launch, tma_rows
 from tilelab.kernels._tiles import cdiv, choose_tile, persistent, tma_tile
 from tilelab.kernels.activation import activate, activated, check_activation
 
@@ -80,12 +80,16 @@ _fast = functools.partial(tma_tile, GROUP_M=8)
 FAST_TILES = {
     1: [
         # the most reuse that the registers hold; in halves through the epilogue, for a fourth stage
-        _fast(128, 256, 128, 8, 4, SUBTILES=2, per_sm=1),
-        _fast(128, 256, 128, 8, 3, SUBTILES=1, per_sm=1),  # the same with the whole tile at once
-        _fast(128, 128, 128, 8, 4, SUBTILES=1, per_sm=1),  # more tiles
+        _fast(m=128, n=256, k=128, warps=8, stages=4, SUBTILES=2, per_sm=1),
+        _fast(
+            m=128, n=256, k=128, warps=8, stages=3, SUBTILES=1, per_sm=1
+        ),  # the same with the whole tile at once
+        _fast(m=128, n=128, k=128, warps=8, stages=4, SUBTILES=1, per_sm=1),  # more tiles
         # two programs an SM: one multiplies while the other stores
-        _fast(128, 128, 128, 8, 3, SUBTILES=2, per_sm=2),
-        _fast(64, 128, 128, 4, 4, SUBTILES=1, per_sm=2),  # small grids: four times the tiles
+        _fast(m=128, n=128, k=128, warps=8, stages=3, SUBTILES=2, per_sm=2),
+        _fast(
+            m=64, n=128, k=128, warps=4, stages=4, SUBTILES=1, per_sm=2
+        ),  # small grids: four times the tiles
     ],
 }
 
@@ -258,7 +262,7 @@ def fast_tile(M: int, N: int, K: int, sms: int) -> dict:
 
 def _scaled_matmul_tma(operands, scales, strides, bias, c, ends, tile):
     """Launch the fast kernel."""
-    (a, _, a_shape, a_step), (b, _, b_shape, b_step) = operands
+    (a, _, a_shape, stride_a), (b, _, b_shape, stride_b) = operands
     (M, N), K = c.shape, a_shape[1]
     tile = tile.copy()
     del tile["kernel"]
@@ -269,8 +273,8 @@ def _scaled_matmul_tma(operands, scales, strides, bias, c, ends, tile):
     del tile["PROGRAMS_PER_SM"]
     launch(
         scaled_matmul_tma_kernel, (programs,),
-        descriptor(a, a_shape, (a_step, 1), [m, k]),
-        descriptor(b, b_shape, (b_step, 1), [n, k]),
+        descriptor(a, a_shape, (stride_a, 1), [m, k]),
+        descriptor(b, b_shape, (stride_b, 1), [n, k]),
         *scales, bias, descriptor(c, c.shape, (N, 1), [m, n // tile["SUBTILES"]]), M, N, K,
         *strides, **ends, **tile,
     )  # fmt: skip
@@ -291,7 +295,7 @@ def _scaled_matmul(
     operands = _operands(a, b, dtype) if len(device.kernels) > 1 else None
     if operands is not None:
         kernels = ("pointer", "tma")
-        if device is not INTERPRETER:
+        if device.modelled:
             default = {1: fast_tile(M, N, K, device.sms)}
     # Tensor cores take 32 bytes along K at least.
     tile = choose_tile("scaled_matmul", a.dtype, default, kernels, M=M, N=N, K=max(K, 32))

@@ -345,7 +345,7 @@ def _weight_grad_work(given: dict) -> tuple[int, int, int, int]:
         )  # fmt: skip
         pixels = high * wide
     steps = blocks * pixels * _tiles.cdiv(given["N"], given["BLOCK_K"])
-    return rows * blocks, steps, given["PARTS"], given["BLOCK_M"]
+    return rows * blocks, steps, given["parts"], given["BLOCK_M"]
 
 
 _TILES_AND_STEPS = {  # of a kernel's launch: tiles, steps of all of them, parts of one, its rows

@@ -136,7 +136,7 @@ def test_inverse():
 @pytest.mark.parametrize("conv", [FEW, GROUPED], ids=["few channels", "groups"])
 def test_weight_grad_lies_as_the_weight_does(conv, weight, monkeypatch):
     """Partial results too are laid out as the weight: their sum runs through memory in order."""
-    monkeypatch.setattr(module, "splits", lambda programs, steps: 3)
+    monkeypatch.setattr(module, "part_count", lambda programs, steps: 3)
     tile = {**SMALL, "BLOCK_M": 32, "BLOCK_N": 128}
     with use_tile("conv2d_weight_grad", tile):
         dw, _ = check_weight(conv, torch.float32, weight=weight)
@@ -168,7 +168,7 @@ def test_empty_batch(C, dtype):
 @pytest.mark.parametrize("parts", [1, 4])
 def test_float32_accumulation(parts, dtype, monkeypatch):
     """2048 + 1 is 2048 in fp16, and 256 + 1 is 256 in bf16: such a sum would stand still there."""
-    monkeypatch.setattr(module, "splits", lambda programs, steps: parts)
+    monkeypatch.setattr(module, "part_count", lambda programs, steps: parts)
     conv = Conv((1, 1, 64, 64), 1, (1, 1))
     x = torch.ones(conv.x, dtype=dtype, device=DEVICE)
     with use_tile("conv2d_weight_grad", {**SMALL, "BLOCK_K": 512}):
@@ -212,7 +212,7 @@ LONG = Conv((3, 4, 6, 7), 5, (3, 2), padding=1)  # a sum over 144 pixels: 9 step
 def test_split_sum(parts, conv, monkeypatch):
     """Parts of equal length, a shorter last one, one step each; fewer than were asked for."""
     dtype = DTYPES[parts % 3]
-    monkeypatch.setattr(module, "splits", lambda programs, steps: min(parts, steps))
+    monkeypatch.setattr(module, "part_count", lambda programs, steps: min(parts, steps))
     tile = {**SMALL, "BLOCK_N": 128}
     with use_tile("conv2d_weight_grad", tile):
         check_weight(conv, dtype)
@@ -223,14 +223,14 @@ def test_split_sum_is_exact_and_the_same_for_any_number_of_parts(monkeypatch):
     dy = LONG.dy(torch.float32, values=integers)
     want = reference(LONG, x, dy, weight)[1]
     for parts in range(1, 10):
-        monkeypatch.setattr(module, "splits", lambda programs, steps, parts=parts: parts)
+        monkeypatch.setattr(module, "part_count", lambda programs, steps, parts=parts: parts)
         with use_tile("conv2d_weight_grad", SMALL):
             assert torch.equal(weight_grad(LONG, x, dy, weight).double(), want)
 
 
 def test_split_sum_is_asked_for_the_programs_and_steps_there_are(monkeypatch):
     asked = []
-    monkeypatch.setattr(module, "splits", lambda *args: asked.append(args) or 1)
+    monkeypatch.setattr(module, "part_count", lambda *args: asked.append(args) or 1)
     for conv in (LONG, GROUPED):
         with use_tile("conv2d_weight_grad", SMALL):
             check_weight(conv, torch.float32)
@@ -240,7 +240,7 @@ def test_split_sum_is_asked_for_the_programs_and_steps_there_are(monkeypatch):
 
 def test_partial_results_are_float32(monkeypatch):
     """16-bit ones would each be rounded: eight parts of one half ulp are lost, or they are not."""
-    monkeypatch.setattr(module, "splits", lambda programs, steps: steps)
+    monkeypatch.setattr(module, "part_count", lambda programs, steps: steps)
     conv = Conv((1, 1, 1, 32), 1, (1, 1))
     x = torch.ones(conv.x, dtype=torch.bfloat16, device=DEVICE)
     dy = torch.zeros_like(x)
@@ -270,7 +270,7 @@ def test_steps_with_and_without_a_remainder(K):
 @every_dtype
 def test_the_same_bits_twice(dtype, monkeypatch):
     """In parts, which the interpreter has none of by itself."""
-    monkeypatch.setattr(module, "splits", lambda programs, steps: 3)
+    monkeypatch.setattr(module, "part_count", lambda programs, steps: 3)
     (x, weight), dy = GROUPED.inputs(dtype), GROUPED.dy(dtype)
     with use_tile("conv2d_weight_grad", {**SMALL, "BLOCK_N": 128}):
         first, second = (weight_grad(GROUPED, x, dy, weight) for _ in range(2))
@@ -287,7 +287,7 @@ def test_the_same_bits_twice(dtype, monkeypatch):
 )
 def test_nothing_is_read_or_written_out_of_bounds(dtype, layout, monkeypatch):
     """In parts, which the interpreter has none of by itself."""
-    monkeypatch.setattr(module, "splits", lambda programs, steps: 3)
+    monkeypatch.setattr(module, "part_count", lambda programs, steps: 3)
     (x, weight), dy = GROUPED.inputs(dtype, layout, layout), GROUPED.dy(dtype, layout)
     with use_tile("conv2d_weight_grad", {**SMALL, "BLOCK_N": 128}), poison() as p:
         weight_grad(GROUPED, p(x), p(dy), p(weight))
@@ -310,7 +310,7 @@ def test_any_convolution(conv, dtype, x, weight, dy, parts):
     with poison() as p:
         assert torch.equal(input_grad(conv, p(grad), p(w)), dx64.to(dtype))
     with pytest.MonkeyPatch.context() as patch, poison() as p:
-        patch.setattr(module, "splits", lambda programs, steps: parts)
+        patch.setattr(module, "part_count", lambda programs, steps: parts)
         tile = dict(BLOCK_M=64, BLOCK_N=1024, BLOCK_K=32, num_warps=4, num_stages=2)
         with use_tile("conv2d_weight_grad", tile):
             dw = weight_grad(conv, p(image), p(grad), p(w))
@@ -334,7 +334,7 @@ ANY_GPU = _launch.Device(80, sms=108)
 @pytest.mark.parametrize("layer", OTHERS)
 def test_bias_gradient_parts_and_atomics(layer, parts, atomic, monkeypatch):
     """In integers all are exact, in whatever order they are added up."""
-    monkeypatch.setattr(module, "splits", lambda programs, steps: parts)
+    monkeypatch.setattr(module, "part_count", lambda programs, steps: parts)
     conv, dtype = OTHERS[layer], DTYPES[(list(OTHERS).index(layer) + parts) % 3]
     tile = PORTABLE | (dict(ATOMIC=True) if atomic else {})
     given = tile.copy()

@@ -297,7 +297,7 @@ def test_two_blocks_in_a_row():
 def test_split_sum(parts, monkeypatch):
     """96 windows in 6 steps of 16: equal parts, a shorter last one, one step each."""
     dtype = DTYPES[parts % 3]
-    monkeypatch.setattr(gradient, "splits", lambda programs, steps: parts)
+    monkeypatch.setattr(gradient, "part_count", lambda programs, steps: parts)
     with use_tile(OPS[2], {**SMALL, "BLOCK_N": 64}):
         check((2, 3, 14, 18), 5, (3, 3), 0, dtype)
 
@@ -306,7 +306,7 @@ def test_split_sum(parts, monkeypatch):
 @pytest.mark.parametrize("taps", [(1, 1), (2, 5), (3, 3)], ids="{0[0]}x{0[1]}".format)
 def test_partial_results_lie_as_the_weight_does(taps, weight, monkeypatch):
     """Each part holds four sums, shifted against each other: in any layout of the weight."""
-    monkeypatch.setattr(gradient, "splits", lambda programs, steps: 2)
+    monkeypatch.setattr(gradient, "part_count", lambda programs, steps: 2)
     with use_tile(OPS[2], {**SMALL, "BLOCK_N": 64}):
         check((2, 3, 9, 10), 5, taps, 0, weight=weight)
 
@@ -314,7 +314,7 @@ def test_partial_results_lie_as_the_weight_does(taps, weight, monkeypatch):
 @every_dtype
 def test_the_same_bits_twice(dtype, monkeypatch):
     """In parts, which the interpreter has none of by itself."""
-    monkeypatch.setattr(gradient, "splits", lambda programs, steps: 3)
+    monkeypatch.setattr(gradient, "part_count", lambda programs, steps: 3)
     *inputs, dy = make((2, 3, 14, 18), 5, (3, 3), 1, dtype)
     with use_tile(OPS[2], {**SMALL, "BLOCK_N": 64}):
         first, second = (gradients(call(1), inputs, dy) for _ in range(2))
@@ -430,9 +430,8 @@ def launched(C, K, wanted, device=H100, dtype=torch.bfloat16):
 
 
 @pytest.mark.skipif(not INTERPRET, reason="records on CPU tensors")
-def test_wide_layers_scatter_and_the_demo_does_not(monkeypatch):
+def test_wide_layers_scatter_and_the_demo_does_not():
     """And a tile forces either way."""
-    monkeypatch.setattr(gradient, "INTERPRET", False)
     fused = ["relu_pool_input_grad", "relu_pool_weight_grad", "sum_partials"]
     for C, K in [(1, 16), (16, 32), (16, 512), (512, 16)]:
         assert launched(C, K, "x weight bias") == fused

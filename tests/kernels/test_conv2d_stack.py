@@ -300,7 +300,6 @@ def test_the_launches_of_vgg16s_backward(monkeypatch):
     The input gradient and the ReLU before it are one operator: what it launches, and what the
     weight's gradient does, is those lessons' concern.
     """
-    monkeypatch.setattr(gradient, "INTERPRET", False)
     counts = dict(dx=0, dz=0, dw=0)
     for module in (gradient, importlib.import_module("tilelab.kernels.conv2d_stack")):
         monkeypatch.setattr(module, "conv2d_input_grad", counted(counts, "dx", input_gradient))

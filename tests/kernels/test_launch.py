@@ -19,7 +19,14 @@ from tilelab.kernels._checks import check_choice, check_shape, check_tensors, do
 from tilelab.kernels._launch import launch, refuse_broken_versions
 from tilelab.kernels._partial_sums import sum_partials
 from tilelab.kernels._rows import as_rows
-from tilelab.kernels._tiles import choose_tile, persistent, read_tuned, splits, tuned_path, use_tile
+from tilelab.kernels._tiles import (
+    choose_tile,
+    part_count,
+    persistent,
+    read_tuned,
+    tuned_path,
+    use_tile,
+)
 
 from tests.tools.inputs import DEVICE, DTYPES, INTERPRET, double, gradients, randn
 from tests.tools.poison import poison
@@ -476,13 +483,13 @@ def test_persistent(per_sm, work, programs):
 
 def test_splits(monkeypatch):
     monkeypatch.setattr(_launch, "INTERPRET", False)
-    assert splits(programs=1, steps=10_000) == 512
-    assert splits(programs=100, steps=10_000) == 5
-    assert splits(programs=1000, steps=10_000) == 1
-    assert splits(programs=1, steps=80) == 10  # at least 8 steps each
-    assert splits(programs=1, steps=0) == splits(programs=0, steps=7) == 1
+    assert part_count(programs=1, steps=10_000) == 512
+    assert part_count(programs=100, steps=10_000) == 5
+    assert part_count(programs=1000, steps=10_000) == 1
+    assert part_count(programs=1, steps=80) == 10  # at least 8 steps each
+    assert part_count(programs=1, steps=0) == part_count(programs=0, steps=7) == 1
     monkeypatch.setattr(_launch, "INTERPRET", True)
-    assert splits(programs=1, steps=10_000) == 1
+    assert part_count(programs=1, steps=10_000) == 1
 
 
 # --- launch -------------------------------------------------------------------------------------
@@ -593,11 +600,11 @@ def test_as_rows_joins_what_lies_together_in_all_tensors():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("splits", [1, 2, 37])
+@pytest.mark.parametrize("parts", [1, 2, 37])
 @pytest.mark.parametrize("size", [1, 15, 16, 129, 5000])
-def test_sum_partials(size, splits, dtype):
-    partials = randn(splits, size)
+def test_sum_partials(size, parts, dtype):
+    partials = randn(parts, size)
     with poison() as p:
         out = p(torch.empty(size, dtype=dtype, device=DEVICE), written=True)
         sum_partials(p(partials), out)
-    assert_close(out, double(partials).sum(0), dtype=dtype, terms=splits)
+    assert_close(out, double(partials).sum(0), dtype=dtype, terms=parts)

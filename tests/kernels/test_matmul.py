@@ -158,7 +158,7 @@ module = importlib.import_module("tilelab.kernels.matmul")
 @pytest.fixture(params=[2, 5])
 def shared_out(request, monkeypatch):
     """The portable kernel's sums are in so many parts, where they have 32 steps or more."""
-    monkeypatch.setattr(module, "splits", lambda tiles, steps: request.param)
+    monkeypatch.setattr(module, "part_count", lambda tiles, steps: request.param)
     with use_tile("matmul", dict(BLOCK_M=16, BLOCK_N=32, BLOCK_K=16, GROUP_M=8, num_warps=4,
                                  num_stages=2)):  # fmt: skip
         yield request.param

@@ -148,8 +148,7 @@ MUTANTS = {
     ),
     "weight gradient: the last chunk of pixels is as long as the others": Mutant(
         "conv2d_weight_grad.py",
-        "pixels = tl.minimum(N * tl.cast(P, tl.int64) * Q - first, CHUNK).to(tl.int32)",
-        "pixels = CHUNK", (own("conv2d_grad", "parts or split"), own("conv2d_grad")),
+        "tl.minimum(N * tl.cast(P, tl.int64) * Q - first, ", "tl.maximum(0 * first, ", (own("conv2d_grad", "parts or split"), own("conv2d_grad")),
     ),
     "weight gradient: the bias gradient of every group is that of the first": Mutant(
         "conv2d_weight_grad.py", "db_ptr + part * filters + group * K + offs_m",

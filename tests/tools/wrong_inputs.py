@@ -19,7 +19,7 @@ BIAS_RELU = {
     "bias is a number": ((X, 1.0), TypeError, "bias must be a torch.Tensor, got float"),
     "bias is None": ((X, None), TypeError, "bias must be a torch.Tensor, got NoneType"),
     "integers": ((X.int(), BIAS), TypeError, "x must be float32, .* or bfloat16, got int32"),
-    "float64": ((X.double(), BIAS.double()), TypeError, "x must be float32.*, got float64"),
+    "float64": ((X.double(), BIAS), TypeError, "x must be float32.*, got float64"),
     "dtypes differ": ((X, BIAS.half()), TypeError, r"bias .* x \(float32\), got float16"),
     "devices differ": ((X, BIAS.to("meta")), TypeError, "bias must be on .* like x, got meta"),
     "sparse": ((X.to_sparse(), BIAS), TypeError, "x must be .*strided.*got torch.sparse_coo"),
