@@ -820,6 +820,7 @@ def test_the_output_is_a_line_per_epoch(tmp_path, capsys):
 
 
 def test_importing_does_not_wait_for_what_few_need():
-    code = "import tilelab.nets.train, sys; print({'matplotlib', 'pooch', 'requests'} & set(sys.modules))"
+    few = "{'matplotlib', 'pooch', 'requests'}"
+    code = f"import tilelab.nets.train, sys; print({few} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert out.stdout == "set()\n" and out.stderr == ""
