@@ -46,9 +46,9 @@ class Mutant(NamedTuple):
     tests: tuple[str, ...]
 
 
-def contracts(operator: str) -> str:
-    """The tests of one operator in the contract suite."""
-    return f"tests/kernels/test_contracts.py -k {operator}"
+def contracts(operator: str, words: str = "") -> str:
+    """The tests of one operator in the contract suite, or those that have these words."""
+    return f"tests/kernels/test_contracts.py -k {operator}" + (f" and {words}" if words else "")
 
 
 def own(name: str, words: str = "") -> str:
@@ -68,7 +68,7 @@ MUTANTS = {
         "matmul.py",
         "offs_m = pid_m.to(tl.int64) * BLOCK_M",
         "offs_m = pid_m * BLOCK_M",
-        (contracts("matmul"), own("matmul")),
+        (contracts("matmul", "past"), contracts("matmul"), own("matmul")),
     ),
     "matmul: sums in float16": Mutant(
         "matmul.py",
@@ -137,25 +137,25 @@ MUTANTS = {
         "conv2d.py",
         "j = j0 + tl.arange(0, BLOCK_K).to(tl.int64)",
         "j = j0 + tl.arange(0, BLOCK_K)",
-        (contracts("conv2d"), own("conv2d")),
+        (contracts("conv2d", "past"), contracts("conv2d"), own("conv2d")),
     ),
     "conv2d: far tensors in 32 bits": Mutant(
         "conv2d.py",
         "return max(far) < 2**30",
         "return max(far) < 2**40",
-        (contracts("conv2d"), own("conv2d")),
+        (contracts("conv2d", "past"), contracts("conv2d"), own("conv2d")),
     ),
     "conv2d: a bias of any stride is read as contiguous": Mutant(
         "conv2d.py",
         "0 if bias is None else bias.stride(0), *y.stride(), R, S",
         "0 if bias is None else 1, *y.stride(), R, S",
-        (contracts("conv2d"), own("conv2d")),
+        (contracts("conv2d", "layouts"), contracts("conv2d"), own("conv2d")),
     ),
     "conv2d: TF32 follows the switch of matmul": Mutant(
         "conv2d.py",
         "precision = dot_precision(x.dtype, torch.backends.cudnn.conv)",
         "precision = dot_precision(x.dtype, torch.backends.cuda.matmul)",
-        (contracts("conv2d"), own("conv2d")),
+        (contracts("conv2d", "switch"), contracts("conv2d"), own("conv2d")),
     ),
     "depthwise: rows above the image are read": Mutant(
         "conv2d_depthwise.py",
@@ -167,7 +167,7 @@ MUTANTS = {
         "_geometry.py",
         "elif s != expected:",
         "elif s < 0:",
-        (contracts("conv2d"), own("fast", "borders_of_conv2d")),
+        (own("fast", "borders_of_conv2d"), contracts("conv2d")),
     ),
     # --- its gradients
     "input gradient: the first tap of a class without the inverse": Mutant(
@@ -192,13 +192,13 @@ MUTANTS = {
         "conv2d_weight_grad.py",
         "db_ptr + part * filters + group * K + offs_m",
         "db_ptr + part * filters + offs_m",
-        (contracts("conv2d"), own("conv2d_grad")),
+        (own("conv2d_grad", "atomics"), contracts("conv2d"), own("conv2d_grad")),
     ),
     "weight gradient: atomics by default": Mutant(
         "conv2d_weight_grad.py",
         'options.pop("ATOMIC", False)',
         'options.pop("ATOMIC", True)',
-        (contracts("conv2d"), own("conv2d_grad")),
+        (own("conv2d_grad", "atomics"), contracts("conv2d"), own("conv2d_grad")),
     ),
     # --- the kernels for TMA
     "conv2d TMA: an odd padding at stride 2 begins at a group's first column": Mutant(
@@ -229,7 +229,7 @@ MUTANTS = {
         "conv2d_tma.py",
         "(acc2 > best) | (acc2 != acc2)",
         "(acc2 >= best) | (acc2 != acc2)",
-        (contracts("relu_pool"), own("conv2d_relu_pool")),
+        (own("conv2d_relu_pool", "first_of"), contracts("relu_pool"), own("conv2d_relu_pool")),
     ),
     "input gradient TMA: a part begins at the first tap of its row": Mutant(
         "conv2d_input_grad_tma.py",
@@ -281,7 +281,7 @@ MUTANTS = {
         "conv2d_relu_pool.py",
         "place = tl.where(best <= 0, 4, place)",
         "place = tl.where(best < 0, 4, place)",
-        (contracts("relu_pool"), own("conv2d_relu_pool")),
+        (own("conv2d_relu_pool", "first_of"), contracts("relu_pool"), own("conv2d_relu_pool")),
     ),
     "relu_pool: weights below the filter are read": Mutant(
         "conv2d_relu_pool_grad.py",
@@ -293,7 +293,7 @@ MUTANTS = {
         "conv2d_relu_pool_grad.py",
         "live += tl.where(place < 4, dy.to(tl.float32), 0.0)",
         "live += dy.to(tl.float32)",
-        (contracts("relu_pool"), own("conv2d_relu_pool")),
+        (own("conv2d_relu_pool", "first_of"), contracts("relu_pool"), own("conv2d_relu_pool")),
     ),
     "max_pool2d: a NaN does not win": Mutant(
         "pool.py",
@@ -305,7 +305,7 @@ MUTANTS = {
         "pool.py",
         "offs = h.to(tl.int64) * stride_xh + w.to(tl.int64) * stride_xw",
         "offs = h * stride_xh + w * stride_xw",
-        (contracts("max_pool2d"), own("pool")),
+        (contracts("max_pool2d", "past"), contracts("max_pool2d"), own("pool")),
     ),
     "col2im: windows between two strides are summed": Mutant(
         "im2col.py",
@@ -330,7 +330,7 @@ MUTANTS = {
         "cross_entropy.py",
         "rest = g * (smoothing / N) if SMOOTH",
         "rest = g * (smoothing / BLOCK_N) if SMOOTH",
-        (contracts("cross_entropy"), own("cross_entropy")),
+        (own("cross_entropy", "options"), contracts("cross_entropy"), own("cross_entropy")),
     ),
     "cross_entropy: what comes down to an ignored row is read": Mutant(
         "cross_entropy.py",
@@ -342,14 +342,14 @@ MUTANTS = {
         "cross_entropy.py",
         "weight = weight / (target != ignore_index).sum()",
         "weight = weight / target.numel()",
-        (contracts("cross_entropy"), own("cross_entropy")),
+        (own("cross_entropy", "mean_counts"), contracts("cross_entropy"), own("cross_entropy")),
     ),
     # --- the rest
     "scaled_matmul: the scales of a row are strided like a column's": Mutant(
         "scaled_matmul.py",
         "scale_b.stride(-1) if scale_b.dim() else 0",
         "scale_b.stride(0) if scale_b.dim() else 0",
-        (contracts("scaled_matmul"), own("scaled_matmul")),
+        (own("scaled_matmul", "matrices"), contracts("scaled_matmul"), own("scaled_matmul")),
     ),
     "SGD: maximize takes the weight decay along": Mutant(
         "optim.py",
