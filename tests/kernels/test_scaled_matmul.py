@@ -368,7 +368,7 @@ from tilelab.kernels import _launch, scaled_matmul
 from tilelab.kernels.scaled_matmul import FAST_TILES
 from tilelab.perf.compiler import aot
 
-offline.compile_for("sm_90")
+aot.compile_for("sm_90")
 for dtype in (torch.float8_e4m3fn, torch.int8):
     a, b = (torch.empty(4096, 4096, dtype=dtype) for _ in range(2))
     each, one = torch.empty(4096), torch.empty(())
@@ -378,10 +378,10 @@ for dtype in (torch.float8_e4m3fn, torch.int8):
         (torch.float32, (each, each, each, "relu", torch.float32)),
     ):
         for tile in FAST_TILES[1]:
-            with _launch.record(offline.device("sm_90")) as events:
+            with _launch.record(aot.device("sm_90")) as events:
                 with _tiles.use_tile("scaled_matmul", tile):
                     scaled_matmul(a, b.t(), *rest)
-            found = offline.analyse(offline.compile_launch(events[-1]))
+            found = aot.analyse(aot.compile_launch(events[-1]))
             keep = ("registers", "spills", "shared", "tensor_core", "operands", "tma", "serialised",
                     "loop_instructions", "load_bytes", "store_bytes")
             print(json.dumps([str(dtype), str(out), tile, {k: found[k] for k in keep}]))

@@ -8,7 +8,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from tilelab.kernels import _launch, softmax
+from tilelab.kernels import _launch, _tiles, softmax
 from tilelab.kernels._rows import as_rows
 from tilelab.kernels._tiles import use_tile
 from tilelab.kernels.softmax import reference
@@ -163,7 +163,7 @@ GPU_TILES = {
 @pytest.mark.parametrize("shape, dim, blocks", GPU_TILES.values(), ids=GPU_TILES)
 def test_tiles_chosen_on_a_gpu(shape, dim, blocks, monkeypatch):
     monkeypatch.setattr(_launch, "INTERPRET", False)
-    monkeypatch.setattr(_launch, "_nearest", lambda *_: None)  # nothing tuned
+    monkeypatch.setattr(_tiles, "_nearest", lambda *_: None)  # nothing tuned
     D0, D1, D2, N, *strides = as_rows(dim, torch.empty(shape, device="meta"))
     tile = module.row_tile("softmax", torch.float32, D0 * D1 * D2, N, strides[3])
     assert {k: tile[k] for k in blocks} == blocks

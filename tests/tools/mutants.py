@@ -461,7 +461,8 @@ def main() -> int:
         by = "" if not found else f"{found['seconds']:6.1f} s  {found['caught'] or ''}"
         print(f"{state:8} {name:75} {by}")
     missed = [name for name in mutants if name in results and not results[name]["caught"]]
-    print(f"{len(results)} of {len(mutants)} run, {len(missed)} missed")
+    run_so_far = sum(name in results for name in mutants)
+    print(f"{run_so_far} of {len(mutants)} run, {len(missed)} missed")
     return 1 if missed else 0
 
 
