@@ -25,7 +25,7 @@ from tests.tools.inputs import DEVICE  # noqa: E402
 
 # An interpreted kernel takes milliseconds: few examples, and no deadline for the first of them.
 hypothesis.settings.register_profile(
-    "tilelab", deadline=None, max_examples=20, derandomize=bool(os.environ.get("CI"))
+    "tilelab", deadline=None, max_examples=12, derandomize=bool(os.environ.get("CI"))
 )
 hypothesis.settings.load_profile("tilelab")
 

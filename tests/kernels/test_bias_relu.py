@@ -1,4 +1,4 @@
-"""bias_relu: forward, both gradients, the chunks of the backward, and what it refuses."""
+"""bias_relu: special values, and the parts of its backward."""
 
 import importlib
 

@@ -1,4 +1,4 @@
-"""conv2d: forward and what autograd returns; test_conv2d_grad.py has each gradient alone."""
+"""conv2d: what the contract suite does not have; test_conv2d_grad.py has each gradient alone."""
 
 import importlib
 

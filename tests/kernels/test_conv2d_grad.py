@@ -1,4 +1,4 @@
-"""The gradients of conv2d by its input and by its weight, each alone, as the custom ops."""
+"""The gradients of conv2d by its input and by its weight, each alone, and in parts."""
 
 import importlib
 import itertools

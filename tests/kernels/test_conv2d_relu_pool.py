@@ -1,4 +1,4 @@
-"""conv2d_relu_pool: the demo network's block in one kernel, and its gradients, each alone."""
+"""conv2d_relu_pool: which of four values wins, sums in parts, and the way that scatters."""
 
 import importlib
 
@@ -24,7 +24,6 @@ from tests.tools.inputs import (
 from tests.tools.poison import poison
 from tests.tools.tolerance import assert_close
 
-module = importlib.import_module("tilelab.kernels.conv2d_relu_pool")
 gradient = importlib.import_module("tilelab.kernels.conv2d_relu_pool_grad")
 WEIGHT_LAYOUTS = ["contiguous", "channels_last", "transposed", "sliced", "expanded"]  # [1] is KRSC
 OPS = ["conv2d_relu_pool", "conv2d_relu_pool_input_grad", "conv2d_relu_pool_weight_grad"]

@@ -1,6 +1,4 @@
-"""im2col, its transpose col2im, and the convolution that is made of them and a matmul."""
-
-import importlib
+"""im2col and col2im: their order, each other's transpose, and what is not finite."""
 
 import hypothesis
 import hypothesis.strategies as st
@@ -33,7 +31,6 @@ from tests.tools.inputs import (
 from tests.tools.poison import poison
 from tests.tools.tolerance import assert_close
 
-module = importlib.import_module("tilelab.kernels.im2col")
 SMALL = dict(BLOCK_M=16, BLOCK_N=16, num_warps=4)
 
 

@@ -1,4 +1,4 @@
-"""max_pool2d: forward bit by bit, the places of the maxima, the gradient, and what it refuses."""
+"""max_pool2d: the places of the maxima, of equal and of special values, and large windows."""
 
 import importlib
 import math

@@ -1,4 +1,4 @@
-"""softmax: both kernels of both passes, where they meet, every dimension, and what it refuses."""
+"""softmax: where its two kernels meet, special values, and what is true of any row."""
 
 import contextlib
 import importlib
