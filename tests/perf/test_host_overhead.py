@@ -5,6 +5,7 @@ import json
 import tempfile
 
 import pytest
+
 from tilelab.perf.clock import host_overhead
 from tilelab.perf.clock.host_overhead import ROOT, run_python
 from tilelab.perf.clock.host_overhead import child as real_child

@@ -4,10 +4,10 @@ import importlib
 import json
 
 import pytest
-from tilelab.perf.clock.host_overhead import ROOT
-from tilelab.perf.report import history, tables
 
 from tests.tools import perf_rows
+from tilelab.perf.clock.host_overhead import ROOT
+from tilelab.perf.report import history, tables
 
 README = (ROOT / "README.md").read_text()
 

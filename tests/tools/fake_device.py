@@ -18,9 +18,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from tilelab.perf.clock.devices import SAMPLE, cache_label
 
 from tests.tools.inputs import DEVICE
+from tilelab.perf.clock.devices import SAMPLE, cache_label
 
 
 class BrokenGPU(RuntimeError):
