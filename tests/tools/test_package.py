@@ -62,7 +62,7 @@ def test_the_wheel_has_everything_and_no_name_but_its_own(tmp_path):
     assert not any(name.startswith("tilelab/perf/results") for name in names)
 
 
-# --- The command -----------------------------------------------------------------------------------
+# --- The command ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", COMMANDS)
