@@ -4,7 +4,7 @@
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: help train sweep gpu test test-oldest test-gpu mutants lint format clean
+.PHONY: help train sweep gpu test test-oldest test-compile test-gpu mutants lint format clean
 
 help:  ## this list
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -26,6 +26,10 @@ test: .venv/.ready  ## run the tests, kernels interpreted on the CPU (no GPU nee
 
 test-oldest: .venv-oldest/.ready  ## run the core of the tests with the oldest supported triton
 	.venv-oldest/bin/python -m pytest $(IN_PARALLEL) -m "core and not gpu" $(ARGS)
+
+test-compile: .venv/.ready .venv-oldest/.ready  ## compile every kernel, compare with the facts; ARGS=--write writes them
+	.venv/bin/python -m tests.tools.compile_facts $(ARGS)
+	.venv-oldest/bin/python -m tests.tools.compile_facts --core $(ARGS)
 
 test-gpu: .venv/.ready  ## run the tests on this machine's GPU, then those at real sizes, one by one
 	@.venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \

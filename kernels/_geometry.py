@@ -1,16 +1,19 @@
-"""The geometry that convolution, im2col and pooling share: a window slid over an image.
+"""The geometry that convolution, im2col and pooling share: windows that slide over an image.
 
     one dimension, R = 3 taps        stride 2, padding 1, dilation 1       P = 3 windows
     padded image   o # # # # # o     window 0: o # #
                                      window 1:     # # #
                                      window 2:         # # o
 
-Sizes are in pixels. Window p has its tap r at p*stride - padding + r*dilation.
+A tap is one of the R positions of a window; o is padding. Tap r of window p lies on the pixel
+p*stride - padding + r*dilation. All of these sizes are in pixels. The second dimension is the same
+with S taps and Q windows.
 """
 
 from collections.abc import Sequence
 
 import torch
+
 from tilelab.kernels._checks import check_shape, check_tensors, pair
 from tilelab.kernels.activation import check_activation
 
@@ -22,7 +25,10 @@ def output_size(
     padding: Sequence[int],
     dilation: Sequence[int] = (1, 1),
 ) -> tuple[int, int]:
-    """(P, Q), how many windows fit: floor((H + 2*padding - dilation*(R - 1) - 1)/stride) + 1."""
+    """Return (P, Q), the number of windows that fit into each dimension.
+
+    P = floor((H + 2*padding - dilation*(R - 1) - 1) / stride) + 1, and Q likewise.
+    """
 
     def windows(i: int) -> int:
         return (size[i] + 2 * padding[i] - dilation[i] * (taps[i] - 1) - 1) // stride[i] + 1
@@ -38,9 +44,9 @@ def check_geometry(
     padding: int | Sequence[int],
     dilation: int | Sequence[int],
 ) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-    """The pairs of stride, padding and dilation, or the error of the first that is wrong.
+    """Return stride, padding and dilation as pairs, or raise for the first that is wrong.
 
-    `name` is the argument that gives the taps: one window at least must fit into the padded image.
+    At least one window must fit into the padded image. `name` is the argument that gives its taps.
     """
     stride, padding = pair("stride", stride, 1), pair("padding", padding, 0)
     dilation = pair("dilation", dilation, 1)
@@ -57,7 +63,7 @@ def check_geometry(
 
 
 def check_groups(groups: int, channels: int) -> None:
-    """`groups` is an int that divides the channels of x."""
+    """Raise unless `groups` is an int that divides the channels of x."""
     if isinstance(groups, bool) or not isinstance(groups, int):
         raise TypeError(f"groups must be an int, got {groups!r}")
     if groups < 1 or channels % groups:
@@ -65,9 +71,9 @@ def check_groups(groups: int, channels: int) -> None:
 
 
 def check_conv2d(x, weight, bias, stride, padding, dilation, groups, activation):
-    """Raise for what no convolution can be made of; return the pairs of the geometry."""
+    """Raise if the arguments make no convolution. Return stride, padding and dilation as pairs."""
     check_tensors(x=x, weight=weight, bias=bias, optional=("bias",))
-    if x.dim() != 4 or weight.dim() != 4:  # most calls are spared the search for what is wrong
+    if x.dim() != 4 or weight.dim() != 4:  # Search for the mistake only if there is one.
         check_shape("x", x, "[N, C, H, W]", N=None, C=None, H=None, W=None)
         check_shape("weight", weight, "[K, C/groups, R, S]", K=None, C=None, R=None, S=None)
     (_, channels, H, W), (K, C, R, S) = x.shape, weight.shape
@@ -86,13 +92,19 @@ def check_conv2d(x, weight, bias, stride, padding, dilation, groups, activation)
 def empty_channels_last(
     size: Sequence[int], like: torch.Tensor, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """[N, C, H, W] of `like`'s dtype and device, channels_last whatever the sizes."""
+    """Return an empty [N, C, H, W] on `like`'s device, channels_last whatever its sizes are.
+
+    Its dtype is `dtype`, or else that of `like`.
+    """
     memory = torch.channels_last
     return torch.empty(size, dtype=dtype or like.dtype, device=like.device, memory_format=memory)
 
 
 def as_pixels(x, stride, padding, groups):
-    """Return x as [N*H*W, C], a view, where a filter of one pixel is no more than a matmul."""
+    """Return x as [N*H*W, C], a view. A convolution with 1x1 filters is a matmul of it.
+
+    Return None if there are groups, padding or a stride, if x is empty, or if it has no such view.
+    """
     N, C, H, W = x.shape
     sn, sc, sh, sw = x.stride()
     if groups > 1 or any(s != 1 for s in stride) or any(padding) or not x.numel():
@@ -102,7 +114,7 @@ def as_pixels(x, stride, padding, groups):
 
 
 def even_stride(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
-    """From one element to the next, if all of them, in this order, lie evenly; None if not."""
+    """Return the one stride between all neighbours if the dimensions are flattened, or None."""
     stride = expected = None
     for size, s in zip(reversed(sizes), reversed(strides), strict=True):
         if size > 1:

@@ -11,6 +11,7 @@ bits, which atomics would not.
 import torch
 import triton
 import triton.language as tl
+
 from tilelab.kernels._launch import launch
 from tilelab.kernels._tiles import cdiv, choose_tile
 from tilelab.kernels.activation import activate

@@ -39,6 +39,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+
 from tilelab.kernels._checks import check_choice
 
 
@@ -71,7 +72,7 @@ def activate(z, ACTIVATION: tl.constexpr, dy=None):
     """act(z) of a float32 tile; of dy, if it is given, the gradient with respect to z: dz."""
     if ACTIVATION == "relu":
         if dy is None:
-            out = tl.where(z < 0, 0.0, z)  # and NaN passes
+            out = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)  # one instruction
         else:
             out = tl.where(z <= 0, 0.0, dy)  # z or y: both say which
     elif ACTIVATION == "gelu":
@@ -82,8 +83,10 @@ def activate(z, ACTIVATION: tl.constexpr, dy=None):
         poly = t * (0.319381530 + t * (-0.356563782 + t * poly))
         density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
         tail = poly * density
-        P = tl.where(z < 0, tail, 1 - tail)
-        out = z * P if dy is None else dy * (P + z * density)
+        if dy is None:
+            out = 0.5 * z + tl.abs(z) * (0.5 - tail)  # z * P, without a choice
+        else:
+            out = dy * (tl.where(z < 0, tail, 1 - tail) + z * density)
     elif ACTIVATION == "gelu_tanh":
         u2 = z * (1.5957691216057308 + 0.07135481282636164 * z * z)  # 2u
         s = tl.sigmoid(u2)  # 1 / (1 + exp(-2u)): an overflow gives 0, as it should

@@ -1,32 +1,37 @@
-"""A stack of convolutions with ReLUs and pools, and one backward that knows what lies between them.
+"""A stack of convolutions with ReLUs and pools, whose backward fuses across layers.
 
-    forward     x_{i+1} = relu(conv2d(x_i, w_i) + b_i), in some layers with a 2x2 max-pool behind it
-    backward    from the gradient of the last x to the first, for each layer
+    forward     x_{i+1} = relu(conv2d(x_i, w_i) + b_i), in some layers followed by a 2x2 max-pool
+    backward    for each layer i, from the last one to the first:
 
-        dz_i     the gradient before the ReLU of layer i
+        dz_i     the gradient of z_i, the value before the ReLU of layer i
         db_i     the sum of dz_i over images and pixels
         dw_i     from x_i and dz_i
-        dx_i     from dz_i and w_i: of the output of layer i-1, if there is one
+        dx_i     from dz_i and w_i: the gradient of the output of layer i-1
 
-Layer by layer, autograd calls each layer with the gradient of its output, and no layer knows of the
-next one. So a ReLU is a pass of its own: dx is written, read with x, and written again as dz, with
-the column sums. But x_i = relu(z) is what layer i has anyway: dx_i can be masked by it before it is
-written, and its columns summed there. The input gradient of layer i ends with what layer i-1 would
-have begun with:
+Autograd goes layer by layer, and no layer knows its neighbours. So each ReLU costs a pass: it reads
+dx_i and x_i, writes dz_{i-1} and sums its columns. But x_i = relu(z_{i-1}) is an input of layer i
+anyway. So the kernel of dx_i can mask it with x_i and sum its columns before it writes anything.
+The kernel of layer i does the first work of layer i-1:
 
-    a layer without a pool before it    dz_{i-1}, db_{i-1} = conv2d_input_grad_relu(dz_i, w_i, x_i)
-    after a pool                        dx_i as it is: the place of a maximum says whether it came
-                                        through the ReLU, and conv2d_relu_pool_grad.py looks there
-    the last layer                      a pass of its own, if it has no pool
+    layer i        dw_i from x_i, dz_i          dx_i from dz_i, w_i
+                                                   | mask by x_i > 0, sum the columns
+                                                   v
+    layer i-1      dw_{i-1} from x_{i-1}, dz_{i-1}   and db_{i-1}
 
-Behind a layer without a pool an activation of n elements of e bytes costs 4ne bytes layer by layer
-(dx written, dx and x read, dz written) and 2ne here (x read, dz written), where the input gradient
-has a kernel that can; the two gradients that read dz do so either way. Eight of VGG16's thirteen
-convolutions are followed so.
+    layer i-1 has no pool       dz_{i-1}, db_{i-1} = conv2d_input_grad_relu(dz_i, w_i, x_i)
+    layer i-1 has a pool        dx_i is not masked. The forward kept the place of each maximum, and
+                                the place says whether it came through the ReLU. The code in
+                                conv2d_relu_pool_grad.py reads it.
+    the last layer, no pool     the mask and the sum are a pass of their own
 
-What is kept: of a layer its input, which is the output before it; of a pool a byte an output
-besides. The input is kept for dw, and to mask; where neither is asked for, it is not, and nothing
-is computed for a layer below the lowest that has anything to learn.
+The bytes for an activation x_i of n elements of e bytes, behind a layer without a pool:
+
+    layer by layer    4ne    write dx_i; read dx_i and x_i; write dz_{i-1}
+    here              2ne    read x_i; write dz_{i-1}
+
+Both then read dz_{i-1} for the two gradients of layer i-1. The 2ne need an input gradient by TMA
+(conv2d_input_grad_tma.py); else the pass stays. Eight of the thirteen convolutions of VGG16 have
+another one directly behind them. The FLOPs are those of the convolutions.
 
 Read first: conv2d.py, conv2d_input_grad.py, conv2d_relu_pool_grad.py.
 """
@@ -34,6 +39,7 @@ Read first: conv2d.py, conv2d_input_grad.py, conv2d_relu_pool_grad.py.
 from typing import Any, NamedTuple
 
 import torch
+
 from tilelab.kernels._checks import autocast
 from tilelab.kernels._geometry import check_conv2d
 from tilelab.kernels.bias_relu import bias_activation_backward
@@ -45,14 +51,15 @@ from tilelab.kernels.conv2d_weight_grad import conv2d_weight_grad
 
 
 class Layer(NamedTuple):
-    """What of a layer of a stack is no tensor, as conv2d takes it.
+    """The settings of one layer of a stack, as conv2d takes them.
 
     Attributes:
-        pool: whether a 2x2 max-pool follows the ReLU; then there is padding and nothing else.
-        stride: in pixels.
-        padding: zeros on each side.
-        dilation: distance of the filter's taps.
-        groups: of channels.
+        pool: whether a 2x2 max-pool follows the ReLU. Such a layer takes only padding: its stride
+            and dilation are 1, and so is its number of groups.
+        stride: the distance between windows in pixels.
+        padding: the rows and columns of zeros on each side of the image.
+        dilation: the distance between the taps of a filter in pixels.
+        groups: the number of groups of channels.
     """
 
     pool: bool = False
@@ -70,8 +77,17 @@ def reference(x, *parameters, layers):
     return x
 
 
+# What is kept. The input x_i of a layer is kept for dw_i and as the mask of dx_i. It is also the
+# output of layer i-1, so it is stored once. A pool keeps one more byte per element of its output.
+# What no gradient needs is not kept. Below the lowest layer that needs a gradient, the backward
+# computes nothing.
+
+
 class _Stack(torch.autograd.Function):
-    """Layers, x, and a weight and a bias for each; `needs` numbers them: x is 0, w_i is 2i + 1."""
+    """The stack as one operator, of x and then a weight and a bias per layer.
+
+    `needs` says which of these need a gradient: x is number 0, w_i 2i + 1, b_i 2i + 2.
+    """
 
     @staticmethod
     def forward(ctx: Any, layers: tuple[Layer, ...], x: torch.Tensor, *parameters: Any) -> Any:
@@ -80,8 +96,8 @@ class _Stack(torch.autograd.Function):
         inputs, weights, places = [], [], []
         for i, layer in enumerate(layers):
             weight, bias = parameters[2 * i : 2 * i + 2]
-            below = any(needs[: 2 * i + 1])  # is a gradient of x_i asked for?
-            reached = any(needs[: 2 * i + 3])
+            below = any(needs[: 2 * i + 1])  # The backward computes dx_i.
+            reached = any(needs[: 2 * i + 3])  # The backward goes down to layer i.
             masks = below and i > 0 and not layers[i - 1].pool
             ctx.sizes.append(list(x.shape))
             inputs.append(x if needs[2 * i + 1] or masks else None)
@@ -109,7 +125,8 @@ class _Stack(torch.autograd.Function):
         dbias = None
         if last is not None:
             dy, dbias = bias_activation_backward(dy, last, None, "relu")
-        for i in reversed(range(count)):  # dy: of layer i's output; without a pool, before its ReLU
+        # dy is the gradient of layer i's output if it has a pool, and dz_i if it has none.
+        for i in reversed(range(count)):
             below = any(needs[: 2 * i + 1])
             needs_w, needs_b = needs[2 * i + 1 : 2 * i + 3]
             if not (below or needs_w or needs_b):
@@ -140,21 +157,23 @@ def conv2d_stack(
 ) -> torch.Tensor:
     """Compute convolutions with bias and ReLU one after the other, some with a 2x2 max-pool.
 
-    The same as `conv2d(..., activation="relu")` and `conv2d_relu_pool` in a row, but for the
-    backward, which has a pass less for each layer without a pool that another one follows.
+    The result is that of `conv2d(..., activation="relu")` and `conv2d_relu_pool`, one layer after
+    the other. Only the backward differs: it saves a pass for each layer without a pool that is
+    followed by another layer.
 
     Args:
         x: [N, C, H, W]; float32, float16 or bfloat16; any strides, fastest in channels_last memory.
-        parameters: for each layer its weight [K, C/groups, R, S] and its bias [K] or None, of x's
-            dtype.
-        layers: what is no tensor of each; at least one.
+        parameters: a weight [K, C/groups, R, S] and a bias [K] or None for each layer, in x's
+            dtype: weight, bias, weight, bias and so on.
+        layers: the settings of each layer; at least one.
 
     Returns:
-        The last layer's output, in channels_last memory. Differentiable in x and all parameters.
+        The last layer's output, in channels_last memory. It is differentiable in x and in all
+        parameters.
 
     Raises:
-        TypeError: a dtype or device that is not supported, or differs between the tensors.
-        ValueError: shapes or geometry that do not fit, or not two parameters a layer.
+        TypeError: a dtype or device is not supported, or differs between the tensors.
+        ValueError: shapes or geometry do not fit, or there are not two parameters per layer.
 
     Source: torch.nn.functional.conv2d, relu and max_pool2d.
 

@@ -1,43 +1,34 @@
-"""Cross-entropy of logits and class indices: a loss in one pass over the logits, and its gradient.
+"""Cross-entropy of logits and class indices, in one pass over the logits, and its gradient.
 
     p       = softmax(x) over the C classes
-    q       = the target: 1 - eps at class t, and eps / C more at every class (label smoothing)
-    loss    = -sum of q * log p = lse - x[t] - eps * (mean of x - x[t])     lse = log sum exp(x)
-    dx      = (p - q) * g       g = what comes down for this row's loss
+    q       = the target: 1 - eps at class t, plus eps / C at every class (label smoothing)
+    loss    = -sum of q * log p = lse - x[t] - eps * mean of (x - x[t])     lse = log sum exp(x)
+    dx      = (p - q) * g       g = the gradient that arrives for this row's loss
 
                   C classes
          +---------------------+     loss  kept      forward: one program owns BLOCK_M rows of
-         |                     |      +-+  +--+      logits, reads them once, and keeps two numbers
-     M   |#####################| ->   |#|  |##|      of each: its maximum m and 1 / sum exp(x - m).
-         |          @@         |      +-+  +--+      backward: with these, p is known element by
-         +---------------------+                     element, and one program owns a tile (@).
+         |                     |      +-+  +--+      logits. It reads them once and keeps two
+     M   |#####################| ->   |#|  |##|      numbers per row: m and 1 / sum exp(x - m).
+         |          @@         |      +-+  +--+      backward: these two numbers give p for each
+         +---------------------+                     element alone. One program owns a tile (@).
 
-What to keep. The backward needs p, which is as large as the logits. To keep p costs ne to write it
-and ne to read it; to read the logits again, which are in memory anyway, costs ne. So nothing is
-kept but two float32 a row. (Of the logarithm lse alone there would be one: but p = exp(x - lse) has
-lse's rounding error as its relative error, which is 1e-4 where the logits are some 1,000.)
+Rows that are too long for the registers take the online form of softmax.py in the forward. The
+backward does not care how long the rows are.
 
-What limits it: memory. With n = M*C elements of e bytes, counted as in softmax.py:
+What to keep. The backward needs p, which has as many elements as the logits: n = M*C, of e bytes.
+To keep p costs ne bytes to write it and ne to read it. To read the logits again costs ne, and they
+are in memory anyway. So the forward keeps only two float32 numbers per row (m is the maximum, as in
+softmax.py). The one number lse would do too. But p = exp(x - lse) would take over the rounding
+error of lse as a relative error, and near 1,000 neighbouring float32 numbers are 6e-5 apart.
 
-    forward                                ne     torch: log_softmax 2ne (read x, write log p)
-    backward: read x, write dx            2ne     torch: ne to scatter -1 into zeros, 3ne for dx
-                                          ---
-    a training step                       3ne     torch: 6ne; so it should take half the time
+Memory traffic limits the speed. A training step should take half of torch's time:
 
-llm.c, whose loss is the end of the program, has nothing to scale by: its fused_classifier writes
-the gradient in the forward pass, 2ne in all. Autograd may hand down anything, and a GPU cannot tell
-the host that it was 1 without making it wait: p - q written in the forward pass would have to be
-read and written once more to be scaled, 4ne. Rows too long for the registers are walked along once,
-online as in softmax.py, and the backward does not care how long they are.
+    bytes moved      this file                  torch
+    forward          ne    read x               2ne   log_softmax: read x, write log p
+    backward         2ne   read x, write dx     4ne   ne to write -1 into zeros, 3ne for dx
+    training step    3ne                        6ne
 
-With a vocabulary of 50,257 each row begins at another alignment, and loads are 2 bytes wide; padded
-to 50,304, a multiple of 16, as llm.c has it, the same kernel loads 16 bytes at a time. Of rows that
-lie side by side (contiguous [N, C, H, W]) one load has pixels of eight rows: so there the ignored
-ones are read, and dropped afterwards. Elsewhere they are not read at all.
-
-In 16-bit instructions are near: compiled for sm_90, the forward of rows in registers issues 92 to
-180 for each 16-byte load of a thread, and an H200 has time for 99. Reading alone is too fast for
-it. It is not for the forward of a vocabulary (68 in its loop) and for the backward (48 to 70).
+The forward needs about 4n FLOPs (maximum, subtraction, exp, sum): 2 FLOPs per byte in 16-bit.
 
 Read first: softmax.py. Sources: Milakov and Gimelshein, Online normalizer calculation for softmax
 (2018); Liger-Kernel and llm.c, which write the gradient in the forward pass.
@@ -46,6 +37,7 @@ Read first: softmax.py. Sources: Milakov and Gimelshein, Online normalizer calcu
 import torch
 import triton
 import triton.language as tl
+
 from tilelab.kernels._checks import check_choice, check_device, check_tensors, reduction_dtype
 from tilelab.kernels._launch import launch
 from tilelab.kernels._rows import as_rows, row_offsets
@@ -69,6 +61,19 @@ def reference(logits, target, ignore_index=-100, label_smoothing=0.0, reduction=
     return loss.sum() if reduction == "sum" else loss.sum() / live.sum()
 
 
+# The kernels share the tiles of softmax.py. Padding the classes can make their loads wider: with a
+# vocabulary of 50,257, each row begins at another alignment and loads are 2 bytes wide. llm.c pads
+# it to 50,304, a multiple of 16, and then the same kernel loads 16 bytes at a time.
+#
+# In 16-bit, instructions limit the forward in registers: it only reads, so it moves few bytes.
+# An H200 has time for 99 instructions per 16 bytes (softmax.py derives this number).
+#
+#     instructions per 16 bytes moved,      forward          forward,            backward
+#     compiled for sm_90 (H100, H200)       in registers     online, its loop
+#     contiguous rows                       92 to 176        68                  48 to 70
+#     strided rows                          238 to 272                           133
+
+
 @triton.jit
 def cross_entropy_kernel(
     x_ptr, t_ptr, loss_ptr, row_ptr, M, N, D1, D2, ignore_index, smoothing,
@@ -78,8 +83,7 @@ def cross_entropy_kernel(
 ):  # fmt: skip
     """One program computes the losses of BLOCK_M rows in registers: N <= BLOCK_N.
 
-    With NEEDS_GRAD it also keeps two numbers a row, [2, M]: m, and what exp(x - m) is scaled by.
-    With SKIP, of an ignored row no byte of the logits is read.
+    With NEEDS_GRAD it also writes two numbers per row to row_ptr, [2, M]: m and 1 / s.
     """
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N).to(tl.int64)
@@ -87,11 +91,14 @@ def cross_entropy_kernel(
     t_ptrs = t_ptr + row_offsets(offs_m, D1, D2, stride_t0, stride_t1, stride_t2)
     t = tl.load(t_ptrs, mask=mask_m, other=0).to(tl.int64)  # [BLOCK_M]
     live = mask_m & (t != ignore_index)
-    valid = live & (t >= 0) & (t < N)  # a class that is none makes the row NaN
+    valid = live & (t >= 0) & (t < N)  # A class out of range makes the row NaN.
 
     rows = row_offsets(offs_m, D1, D2, stride_x0, stride_x1, stride_x2)
     x_t = tl.load(x_ptr + rows + t * stride_xn, mask=valid, other=float("nan")).to(tl.float32)
     x_ptrs = x_ptr + rows[:, None] + (offs_n * stride_xn)[None, :]
+    # SKIP: the classes of a row are neighbours in memory, and ignored rows are not read. Otherwise,
+    # as in contiguous [N, C, H, W], one load has the pixels of several rows. It reads the ignored
+    # ones too, and tl.where drops them: a mask per row would split the load.
     mask = (live if SKIP else mask_m)[:, None] & mask_n[None, :]  # [BLOCK_M, BLOCK_N]
     x = tl.load(x_ptrs, mask=mask, other=float("-inf")).to(tl.float32)
     if not SKIP:
@@ -104,7 +111,7 @@ def cross_entropy_kernel(
     loss = tl.log(s) - x_t
     if SMOOTH:
         mean = tl.sum(tl.where(mask_n[None, :], x - x_t[:, None], 0.0), axis=1) / N
-        loss = tl.where(loss == float("inf"), loss, loss - smoothing * mean)  # not inf - inf
+        loss = tl.where(loss == float("inf"), loss, loss - smoothing * mean)  # Avoid inf - inf.
     loss = tl.where(live, loss, 0.0)
     tl.store(loss_ptr + offs_m, loss.to(loss_ptr.dtype.element_ty), mask=mask_m)
     if NEEDS_GRAD:
@@ -120,7 +127,7 @@ def cross_entropy_online_kernel(
     SMOOTH: tl.constexpr, SKIP: tl.constexpr, NEEDS_GRAD: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program computes the same for BLOCK_M rows of any length, as in softmax.py."""
+    """One program computes the same for BLOCK_M rows of any length, online as in softmax.py."""
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N).to(tl.int64)
     mask_m = offs_m < M
@@ -132,7 +139,7 @@ def cross_entropy_online_kernel(
     rows = row_offsets(offs_m, D1, D2, stride_x0, stride_x1, stride_x2)
     x_t = tl.load(x_ptr + rows + t * stride_xn, mask=valid, other=float("nan")).to(tl.float32)
     x_rows = x_ptr + rows[:, None]
-    m = tl.full((BLOCK_M, BLOCK_N // GROUP), LOWEST, tl.float32)  # a maximum and a sum a group
+    m = tl.full((BLOCK_M, BLOCK_N // GROUP), LOWEST, tl.float32)  # one m and s per group
     s = tl.full((BLOCK_M, BLOCK_N // GROUP), 0.0, tl.float32)
     others = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
     for n in range(0, N, BLOCK_N):
@@ -163,6 +170,12 @@ def cross_entropy_online_kernel(
         tl.store(row_ptr + M + offs_m, scale, mask=mask_m)
 
 
+# Why not write the gradient in the forward, as llm.c does? The loss is the end of its program, so g
+# is 1, and fused_classifier moves 2ne bytes in all. Autograd may hand down any g. The host cannot
+# see that a g on the GPU is 1 without waiting for the GPU. So p - q, written in the forward (2ne),
+# would have to be read, scaled and written once more: 4ne instead of the 3ne here.
+
+
 @triton.jit
 def cross_entropy_backward_kernel(
     x_ptr, t_ptr, g_ptr, row_ptr, dx_ptr, M, N, D1, D2, ignore_index, smoothing,
@@ -170,7 +183,7 @@ def cross_entropy_backward_kernel(
     stride_g0, stride_g1, stride_g2, stride_gn, stride_dx0, stride_dx1, stride_dx2, stride_dxn,
     SMOOTH: tl.constexpr, SKIP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program computes a tile of dx = (p - q) * g: with m and s known, no row is summed up."""
+    """One program computes a tile of dx = (p - q) * g. No row is summed: m and 1 / s are known."""
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < M, (offs_n < N)[None, :]
@@ -188,9 +201,9 @@ def cross_entropy_backward_kernel(
     x = x.to(tl.float32) if SKIP else tl.where(live[:, None], x, 0.0).to(tl.float32)
     e = tl.exp2((x - m[:, None]) * LOG2_E)  # [BLOCK_M, BLOCK_N]
 
-    # What is the same for a row is computed once: p * g = e * (scale * g), and which column of this
-    # tile is its class, -1 for none. Of an ignored row all is 0, even where g is 1 / 0 since there
-    # are no others.
+    # Two things are the same for a whole row, so compute them once per row: scale * g, because
+    # p * g = e * (scale * g); and the column of its class in this tile, or -1 if it is in none.
+    # An ignored row gets dx = 0. Its g was not loaded: it is 1 / 0 where all rows are ignored.
     t -= tl.program_id(1).to(tl.int64) * BLOCK_N
     column = tl.where(live & (t >= 0) & (t < BLOCK_N), t, -1).to(tl.int32)
     here = tl.arange(0, BLOCK_N)[None, :] == column[:, None]
@@ -225,7 +238,7 @@ def _check_target(logits: torch.Tensor, target: torch.Tensor) -> None:
 
 
 def _check_classes(target: torch.Tensor, classes: int, ignore_index: int) -> None:
-    """The class indices are in range. On a GPU that would make the host wait: it is left out."""
+    """Raise if a class index is out of range; do not check on a GPU, where the host would wait."""
     if target.device.type != "cpu":
         return
     wrong = target[(target != ignore_index) & ((target < 0) | (target >= classes))]
@@ -246,7 +259,7 @@ def _cross_entropy(
     dtype: torch.dtype,
     needs_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the loss, two numbers a row for the backward (none unless needed), a row's weight."""
+    """Return the loss, two numbers per row (empty unless needs_grad), and the weight of a row."""
     dim = _class_dim(logits)
     _check_classes(target, logits.shape[dim], ignore_index)
     losses = torch.empty(
@@ -265,8 +278,9 @@ def _cross_entropy(
         **(group(logits, tile, strides[3]) if online else {}), **tile,
     )  # fmt: skip
     if reduction == "none":
-        return losses, kept, kept.new_empty(0)  # no row has a weight
-    # Sums by torch: of few numbers, in the same order each time, and nothing waits for the GPU.
+        return losses, kept, kept.new_empty(0)  # No weight is needed.
+    # Torch adds up the losses. They are few, the order of the sum is the same in every call, and
+    # the host does not wait for the GPU.
     weight = torch.ones((), dtype=torch.float32, device=logits.device)
     if reduction == "mean":
         weight = weight / (target != ignore_index).sum()
@@ -290,7 +304,7 @@ def _cross_entropy_backward(
     ignore_index: int,
     label_smoothing: float,
 ) -> torch.Tensor:
-    """Return (p - q) * g, for g in float32 and of target's shape."""
+    """Return (p - q) * g. g is float32 and has target's shape."""
     dx, dim = torch.empty_like(logits), _class_dim(logits)
     D0, D1, D2, N, *strides = as_rows(dim, logits, target.unsqueeze(dim), g.unsqueeze(dim), dx)
     M = D0 * D1 * D2
@@ -311,14 +325,14 @@ def _(logits, target, kept, g, ignore_index, label_smoothing):
 def _setup_context(ctx, inputs, output):
     logits, target, *ctx.options, ctx.reduction = inputs[:5]
     ctx.save_for_backward(logits, target, *output[1:])
-    ctx.set_materialize_grads(False)  # or zeros would come for what is kept
+    ctx.set_materialize_grads(False)  # Otherwise torch makes zeros for kept and weight.
 
 
 def _autograd(ctx, dloss, _kept, _weight):
     logits, target, kept, weight = ctx.saved_tensors
     g = dloss.float()
     if ctx.reduction != "none":
-        g = (g * weight).expand(target.shape)  # one number for all rows has stride 0
+        g = (g * weight).expand(target.shape)  # All rows share one number, at stride 0.
     dx = _cross_entropy_backward(logits, target, kept, g, *ctx.options)
     return dx, None, None, None, None, None, None
 
@@ -338,20 +352,20 @@ def cross_entropy(
     Args:
         logits: [C], [N, C], [N, C, L] or [N, C, H, W] for C classes; float32, float16 or bfloat16;
             any strides.
-        target: the class of each row, of logits' shape without C; int64 or int32; any strides.
-        ignore_index: rows of this class have no loss and no gradient, nor do they count.
-        label_smoothing: from 0 to 1, the part of the target that is spread over all classes.
-        reduction: "none" for each row's loss, "sum", or "mean" over the rows that count: NaN if
-            there is none.
+        target: the class of each row, in logits' shape without C; int64 or int32; any strides.
+        ignore_index: rows with this target have loss 0 and gradient 0, and "mean" leaves them out.
+        label_smoothing: the part of the target that is spread over all classes, from 0 to 1.
+        reduction: "none" returns the loss of each row, "sum" their sum, "mean" their mean. The mean
+            is NaN if all rows are ignored.
 
     Returns:
-        The loss in nats, of logits' dtype; float32 under `torch.autocast`, as torch has it.
+        The loss in nats, in logits' dtype. Under `torch.autocast` it is float32, as in torch.
 
     Raises:
-        TypeError: a dtype or device that is not supported, or differs between the two.
-        ValueError: shapes that do not fit, a label_smoothing out of range, an unknown reduction,
-            or a class that does not exist. On a GPU such a class is not looked for, since the host
-            would have to wait: its row's loss and gradient are NaN.
+        TypeError: a dtype or device is not supported, or the devices differ.
+        ValueError: the shapes do not fit, label_smoothing is out of range, reduction is unknown, or
+            a class does not exist. On a GPU the host would have to wait to find such a class, so
+            nothing is raised: the loss and the gradient of its row are NaN.
 
     Source: torch.nn.functional.cross_entropy.
 

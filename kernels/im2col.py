@@ -1,25 +1,32 @@
-"""Convolution as one matmul: write the input out patch by patch (im2col), then multiply.
+"""Convolution as one matmul: copy the input window by window (im2col), then multiply.
 
     columns[(n,p,q), (g,r,s,c)] = x[n, g*C/G + c, p*stride - pad + r*dil, q*stride - pad + s*dil]
-    y = act(columns @ weight + bias)                            per group of channels g
+    y = act(columns @ weight + bias)                            for each group g of channels
     backward: dcolumns = dy @ weight^T, dweight = columns^T @ dy, dx = col2im(dcolumns)
 
-im2col copies, so its gradient sums: each pixel of dx is the sum of all the columns it was copied
-to. That sum is col2im. The two are linear and each other's transpose, so each is the other's
-gradient.
+A row of columns is a window: everything that one output pixel (n, p, q) reads. im2col copies a
+pixel into several windows, so its gradient sums: each pixel of dx is the sum of all columns it was
+copied to. That sum is col2im. Both are linear, and each is the transpose of the other. So each is
+the gradient of the other.
 
-    x, one channel    columns, 2x2 filter         col2im: pixel 4 was copied four times, so it
-    0 1 2             0 1 3 4   <- window (0,0)   sums four numbers. It gathers: one program owns
-    3 4 5             1 2 4 5   <- window (0,1)   pixels and fetches what was copied from them, so
-    6 7 8             3 4 6 7                     no two programs write to one address.
+    x, one channel    columns, 2x2 filter         col2im: pixel 4 was copied four times, so dx sums
+    0 1 2             0 1 3 4   <- window (0,0)   four numbers there. col2im gathers: one program
+    3 4 5             1 2 4 5   <- window (0,1)   owns pixels and fetches what was copied from them.
+    6 7 8             3 4 6 7                     So no two programs write to one address.
                       4 5 7 8
 
-What it costs: 2*N*P*Q*C*R*S*e bytes are written and read again, where the input itself has
-N*H*W*C*e. For a 3x3 filter that is 18 times the input through memory. The matmul then runs at full
-speed, and nothing but the copy needs to know about strides, padding or dilation: that is why it
-was how convolutions were done (Caffe), and why conv2d.py, which computes the same addresses but
-never stores the copies, replaced it. A 1x1 filter with stride 1 has nothing to copy in principle,
-and is copied here all the same: this is the lesson, not the fast path.
+What limits it: memory. The columns are written and read again, N*P*Q*C*R*S elements of e bytes:
+
+    x itself      N*H*W*C*e bytes
+    columns       2*N*P*Q*C*R*S*e bytes: for a 3x3 filter at stride 1, 18 times x
+    products      2*N*P*Q*C*R*S*K/G FLOPs: K/(G*e) for each byte of columns
+
+An H200 can do 206 FLOPs per byte in 16-bit, so memory is the limit up to K/G = 412 filters. (The
+copy alone issues too many instructions to run at the speed of memory; see TILES.) Still, this is
+how Caffe computed convolutions: the matmul runs at full speed, and only the copy has to know
+strides, padding and dilation. conv2d.py replaced it: it computes the same addresses, but it never
+stores the copies. A 1x1 filter with stride 1 needs no copy, and is copied here all the same: this
+file is a lesson and not the fast path.
 
 Read first: matmul.py. Then conv2d.py, to see the copy disappear. Source: Chellapilla, Puri &
 Simard, High Performance Convolutional Neural Networks for Document Processing (2006).
@@ -28,6 +35,7 @@ Simard, High Performance Convolutional Neural Networks for Document Processing (
 import torch
 import triton
 import triton.language as tl
+
 from tilelab.kernels._checks import autocast, check_shape, check_tensors, pair
 from tilelab.kernels._geometry import (
     check_conv2d,
@@ -50,14 +58,19 @@ def reference(x, kernel_size, stride=1, padding=0, dilation=1, groups=1):
     return columns.permute(0, 5, 1, 3, 4, 2).reshape(-1, C * R * S)
 
 
+# In 16-bit, the copy is limited by instructions rather than by memory: each thread divides several
+# times to find its addresses. An H200 has time for 99 instructions per 16 bytes that a thread moves
+# (softmax.py derives this number). Compiled for sm_90 (H100, H200), im2col issues 134 at the
+# default tile, and 200 at the tiles with 8 elements per thread.
 TILES = [
-    # the default: 32 bytes a thread, two loads in flight; and the same in float32
+    # This is the default in 16-bit: each thread moves 32 bytes and has two loads in flight.
     dict(BLOCK_M=32, BLOCK_N=64, num_warps=4),
+    # This is the default in float32: the same 32 bytes and two loads.
     dict(BLOCK_M=16, BLOCK_N=64, num_warps=4),
     dict(BLOCK_M=16, BLOCK_N=128, num_warps=4),  # wide layers: longer runs of a pixel's channels
     dict(BLOCK_M=64, BLOCK_N=16, num_warps=4),  # few channels
-    dict(BLOCK_M=64, BLOCK_N=64, num_warps=8),  # the same by more threads
-    dict(BLOCK_M=8, BLOCK_N=256, num_warps=4),  # one tap of 256 channels a row
+    dict(BLOCK_M=64, BLOCK_N=64, num_warps=8),  # the default with twice the windows and threads
+    dict(BLOCK_M=8, BLOCK_N=256, num_warps=4),  # one tap of 256 channels per row
 ]
 DEFAULT = {2: TILES[0], 4: TILES[1]}
 
@@ -70,19 +83,22 @@ def im2col_kernel(
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program copies BLOCK_M windows x BLOCK_N columns. C is per group, COLUMNS = G*R*S*C."""
+    """One program computes BLOCK_M windows x BLOCK_N columns, by copying.
+
+    C is the number of channels per group, COLUMNS = G*R*S*C.
+    """
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     j = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     n = m // Q // P
-    h = m // Q % P * STRIDE_H - PAD_H  # of tap (0, 0)
+    h = m // Q % P * STRIDE_H - PAD_H  # (h, w) is the pixel under tap (0, 0).
     w = m % Q * STRIDE_W - PAD_W
-    group = j // C // (R * S)
+    group = j // C // (R * S)  # j = ((group * R + r) * S + s) * C + c
     r = j // C % (R * S) // S * DIL_H
     s = j // C % S * DIL_W
     c = group * C + j % C
 
     mask = (n < N)[:, None] & (j < COLUMNS)[None, :]  # [BLOCK_M, BLOCK_N]
-    inside = mask
+    inside = mask  # The padding is not in memory: other=0.0 makes its zeros.
     if PAD_H > 0:
         inside &= (h[:, None] + r[None, :] >= 0) & (h[:, None] + r[None, :] < H)
     if PAD_W > 0:
@@ -102,18 +118,22 @@ def col2im_kernel(
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program sums BLOCK_M pixels x BLOCK_N channels of x. C is per group, CHANNELS = G*C."""
+    """One program computes BLOCK_M pixels x BLOCK_N channels of x.
+
+    C is the number of channels per group, CHANNELS = G*C.
+    """
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     channel = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     n = m // W // H
     h = m // W % H + PAD_H
     w = m % W + PAD_W
-    cols = (channel // C * (R * S * C) + channel % C) * stride_cn  # of tap (0, 0)
+    cols = (channel // C * (R * S * C) + channel % C) * stride_cn  # for tap (0, 0)
     mask = (n < N)[:, None] & (channel < CHANNELS)[None, :]  # [BLOCK_M, BLOCK_N]
 
     acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
     for tap in range(0, R * S):
-        # The window (p, q) whose tap this pixel was: p * stride = h - r * dil, if p is whole.
+        # This pixel was copied to tap (r, s) of window (p, q) if p * stride = h - r * dil, with p a
+        # whole number. The same holds for q.
         up = h - tap // S * DIL_H
         left = w - tap % S * DIL_W
         p = up // STRIDE_H
@@ -220,18 +240,18 @@ def im2col(
 
     Args:
         x: [N, C, H, W]; float32, float16 or bfloat16; any strides.
-        kernel_size: of the window, R x S taps.
-        stride: in pixels.
-        padding: zeros on each side.
-        dilation: distance of the taps in pixels.
-        groups: of channels; it orders the columns so that a group's are side by side.
+        kernel_size: the size of a window, R x S taps.
+        stride: the distance between windows in pixels.
+        padding: the rows and columns of zeros on each side of the image.
+        dilation: the distance between taps in pixels.
+        groups: the number of groups of channels. The columns of a group are side by side.
 
     Returns:
-        [N*P*Q, C*R*S] of x's dtype, row-major; its columns in the order (group, r, s, channel).
+        [N*P*Q, C*R*S] of x's dtype, row-major. The order of its columns is (group, r, s, channel).
 
     Raises:
-        TypeError: a dtype or device that is not supported.
-        ValueError: a shape or geometry that does not fit.
+        TypeError: the dtype or device is not supported, or an argument is not an int or a pair.
+        ValueError: the shape or the geometry does not fit.
 
     Source: torch.nn.functional.unfold, which returns [N, C*R*S, P*Q] ordered (channel, r, s).
 
@@ -256,25 +276,27 @@ def col2im(
     dilation: int | tuple[int, int] = 1,
     groups: int = 1,
 ) -> torch.Tensor:
-    """Sum what `im2col` copied back into the pixels it came from: its transpose, not its inverse.
+    """Sum columns into the pixels that they were copied from, differentiable.
+
+    This is the transpose of `im2col`, not its inverse.
 
     Args:
-        columns: [N*P*Q, C*R*S], as `im2col` orders them; any strides.
+        columns: [N*P*Q, C*R*S] in the order of `im2col`; float32, float16 or bfloat16; any strides.
         size: (N, C, H, W) of the result.
-        kernel_size: as for `im2col`, like the other arguments.
-        stride: in pixels.
-        padding: zeros on each side.
-        dilation: distance of the taps in pixels.
-        groups: of channels.
+        kernel_size: the size of a window, R x S taps. This and what follows is as for `im2col`.
+        stride: the distance between windows in pixels.
+        padding: the rows and columns of zeros on each side of the image.
+        dilation: the distance between taps in pixels.
+        groups: the number of groups of channels.
 
     Returns:
         [N, C, H, W] of the columns' dtype in channels_last memory, summed in float32.
 
     Raises:
-        TypeError: a dtype or device that is not supported.
-        ValueError: a shape or geometry that does not fit.
+        TypeError: the dtype or device is not supported, or an argument is not an int or a pair.
+        ValueError: the shape or the geometry does not fit.
 
-    Source: torch.nn.functional.fold, but for the order of the columns.
+    Source: torch.nn.functional.fold, which takes the columns in another order.
 
     Example:
         >>> col2im(torch.ones(4, 4), (1, 1, 3, 3), 2).squeeze()
@@ -306,12 +328,14 @@ def conv2d_im2col(
     groups: int = 1,
     activation: str | None = None,
 ) -> torch.Tensor:
-    """Compute what `conv2d` does through explicit columns: to compare with, and to learn from.
+    """Compute the same as `conv2d` through explicit columns: to compare with, and to learn from.
 
-    Arguments, result and errors are those of `conv2d`. It needs N*P*Q*C*R*S elements of memory for
-    the columns, which the backward keeps, copies a weight that is not channels_last, and is one
-    matmul a group: slow for many groups. Whether float32 is rounded to TF32 is decided by torch's
-    switch for matmuls, not by that for convolutions.
+    Arguments, result and errors are those of `conv2d`. The columns need N*P*Q*C*R*S elements of
+    memory, and they are kept for the backward. A weight that is not channels_last is copied. Each
+    group is a matmul of its own, so many groups are slow. Whether float32 is rounded to TF32 is up
+    to torch's switch for matmuls, not to its switch for convolutions.
+
+    Source: torch.nn.functional.conv2d.
 
     Example:
         >>> conv2d_im2col(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 2, 2)).squeeze()
@@ -325,7 +349,7 @@ def conv2d_im2col(
     K, C, R, S = weight.shape
     P, Q = output_size(x.shape[2:], (R, S), stride, padding, dilation)
     columns = _im2col(x, (R, S), stride, padding, dilation, groups)
-    rows = weight.permute(0, 2, 3, 1).reshape(K, R * S * C)  # a view for channels_last weights
+    rows = weight.permute(0, 2, 3, 1).reshape(K, R * S * C)  # a view if weight is channels_last
     parts = [
         matmul(c, w.t(), b, activation)
         for c, w, b in zip(

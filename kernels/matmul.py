@@ -45,6 +45,7 @@ goes back to Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplic
 import torch
 import triton
 import triton.language as tl
+
 from tilelab.kernels._checks import (
     autocast,
     check_shape,

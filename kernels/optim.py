@@ -1,4 +1,4 @@
-"""SGD and AdamW: one launch for all parameters of a network.
+"""SGD and AdamW: one launch updates all parameters of a network.
 
     SGD      g = grad + weight_decay * p                     (-grad with maximize, in AdamW too)
              m = momentum * m + (1 - dampening) * g          (m = g in the first step)
@@ -9,49 +9,34 @@
              p = (1 - lr * weight_decay) * p  -  lr * m' / (sqrt(v') + eps)
              with m' = m / (1 - beta1^t) and v' = v / (1 - beta2^t), which undo the start from zero
 
-Every element is on its own, so the arithmetic is a few lines. What matters is the launch: a network
-has some hundred parameter tensors, most of them small, and a kernel for each would spend more time
-being launched than running. So one launch gets all of them. A kernel cannot take a list of tensors,
-but it can take a table of their addresses, and a second table that says which piece is whose:
+The arithmetic is easy, since every element is updated on its own. The lesson is the launch. A
+network has some hundred parameters (tensors), most of them small. A kernel for each would take more
+time to launch than to run, so one launch gets all of them. A kernel cannot take a list of tensors,
+but it can take two tables. The addresses say where the tensors are, and the plan says which piece
+belongs to which program:
 
     parameters    p0 [==========|==========|====]     p1 [===]     p2 [==========|=======]
     programs             0          1        2             3             4           5
     plan             (0, 0)     (0, 1)     (0, 2)        (1, 0)       (2, 0)      (2, 1)
-                     parameter 0, its chunk 1, and how many elements are left from there on
+                     parameter 0, its chunk 1
 
-One program owns one chunk of BLOCK_M elements of a parameter, its gradient and its state: it looks
-up its row of the plan, then their addresses, and from there on it is an ordinary kernel. Both
-tables stay on the GPU for as long as shapes and addresses stay what they are.
+One program owns one chunk: BLOCK_M elements of a parameter, of its gradient and of its state (m, or
+m and v). It looks up its row of the plan and then the addresses. From there on it is an ordinary
+kernel.
 
-What limits it: memory. AdamW reads p, grad, m, v and writes p, m, v: 7e bytes an element of e bytes
-for some 15 FLOPs. SGD moves 3e bytes, with momentum 5e. With a torch call for each operation, AdamW
-would move about 20e. Loads have to be 16 bytes wide for that, and two things stand in the way. The
-compiler cannot see that an address out of a table is a multiple of 16: the host looks, and the
-kernel says so (`tl.multiple_of`). And a mask that may end anywhere splits a wide load into narrow
-ones: so a full chunk is loaded without a mask.
+What limits it: memory. The bytes for one element, of e bytes:
 
-Mixed precision. A float32 parameter p computes as 16-bit numbers. Under autocast each is cast in
-every forward pass, and each gradient back: two small launches a tensor. With `make_copies` nothing
-is cast: the network runs on 16-bit copies, the kernel reads the copy's gradient, updates p and the
-state in float32, and writes p, rounded, to the copy while it has it in registers. AdamW then moves
-2 + 12 bytes in and 12 + 2 out, as many as without copies.
+    SGD                  3e    read p, grad; write p
+    SGD with momentum    5e    read p, grad, m; write p, m
+    AdamW                7e    read p, grad, m, v; write p, m, v
+    AdamW in torch       about 20e with a call for each operation
 
-In a CUDA graph a replay runs the same launches with the same arguments, and no line of Python. So
-what changes from step to step has to lie on the GPU: the learning rate, if it is to change, in a
-tensor, and AdamW's t in a counter for each parameter (`capturable`). All programs of a parameter
-read its counter, and it is advanced in the same launch: each program takes a ticket once it has
-read, and the one with the last ticket writes t. Gradients of a captured step have addresses that
-nobody knows before; `capture` fills the tables in when the capture is over.
+AdamW does about 15 FLOPs for these 7e bytes: half a FLOP per byte in float32.
 
-    1 - beta^t = 1 - exp(x)  with x = t * log(beta)      float32 rounds exp(x) to a multiple of
-               = -x (1 + x/2 (1 + x/3 (1 + ...)))        6e-8: near x = 0 little would be left
-
-The arithmetic is in float32, and rounds once, when p, m and v are stored in the parameter's dtype.
-
-Read first: bias_relu.py. Source: Sutskever et al., On the importance of initialization and momentum
-in deep learning (2013); Loshchilov & Hutter, Decoupled Weight Decay Regularization (2019); in the
-form of torch.optim.SGD and torch.optim.AdamW; Micikevicius et al., Mixed Precision Training (2018),
-for the float32 parameters. The tables are those of Apex's multi_tensor_apply.
+Read first: bias_relu.py. Sources: Sutskever et al., On the importance of initialization and
+momentum in deep learning (2013); Loshchilov & Hutter, Decoupled Weight Decay Regularization (2019),
+in the form of torch.optim.SGD and AdamW; Micikevicius et al., Mixed Precision Training (2018), for
+float32 parameters. The tables are those of Apex's multi_tensor_apply.
 """
 
 import contextlib
@@ -64,13 +49,14 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+
 from tilelab.kernels._checks import check_tensors
 from tilelab.kernels._launch import launch, stream_of
 from tilelab.kernels._tiles import choose_tile
 
 
 def sgd_reference(p, grad, m, lr, momentum=0, dampening=0, weight_decay=0, nesterov=False):
-    """One step in plain torch, for any dtype: the new p and m. m is None before the first."""
+    """Return p and m after one step, in plain torch, for any dtype. At the first step m is None."""
     g = grad + weight_decay * p
     if momentum == 0:
         return p - lr * g, m
@@ -79,7 +65,7 @@ def sgd_reference(p, grad, m, lr, momentum=0, dampening=0, weight_decay=0, neste
 
 
 def adamw_reference(p, grad, m, v, t, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2):
-    """Step number t in plain torch, for any dtype: the new p, m and v."""
+    """Return p, m and v after step number t, in plain torch, for any dtype."""
     m = betas[0] * m + (1 - betas[0]) * grad
     v = betas[1] * v + (1 - betas[1]) * grad**2
     update = m / (1 - betas[0] ** t) / ((v / (1 - betas[1] ** t)).sqrt() + eps)
@@ -87,14 +73,32 @@ def adamw_reference(p, grad, m, v, t, lr, betas=(0.9, 0.999), eps=1e-8, weight_d
 
 
 TILES = [
-    dict(BLOCK_M=1024, num_warps=4),  # 8 elements a thread, a 16-byte load in 16-bit: the default
-    dict(BLOCK_M=512, num_warps=2),  # small parameters: fewer lanes without work
-    dict(BLOCK_M=1024, num_warps=2),  # 16 elements a thread: twice the loads in flight
-    dict(BLOCK_M=2048, num_warps=4),  # the plan and the addresses are looked up half as often
-    dict(BLOCK_M=2048, num_warps=8),  # the same, with as many elements a thread as the default
-    dict(BLOCK_M=4096, num_warps=8),  # large parameters: least to look up
+    # This is the default. Each thread has 8 elements, which are one 16-byte load in 16-bit.
+    dict(BLOCK_M=1024, num_warps=4),
+    dict(BLOCK_M=512, num_warps=2),  # small parameters: a shorter chunk wastes less
+    dict(BLOCK_M=1024, num_warps=2),  # 16 elements per thread: twice the loads in flight
+    dict(BLOCK_M=2048, num_warps=4),  # half as many look-ups of the plan and the addresses
+    dict(BLOCK_M=2048, num_warps=8),  # half as many look-ups, 8 elements per thread
+    dict(BLOCK_M=4096, num_warps=8),  # large parameters: fewest look-ups
 ]
 DEFAULT = {2: TILES[0], 4: TILES[0]}
+
+# Loads have to be 16 bytes wide for the speed of memory, and two things stand in the way. The
+# compiler cannot see that an address out of a table is a multiple of 16. So the host checks it
+# (ALIGNED), and the kernel states it (`tl.multiple_of`). And a mask that may end anywhere splits a
+# wide load into narrow ones. So full chunks are loaded without a mask.
+#
+# Mixed precision. The network uses a float32 parameter p as 16-bit numbers. Under autocast, every
+# forward pass casts each parameter, and every backward pass casts its gradient back: two small
+# launches per tensor. With `make_copies` nothing is cast, since the network runs on 16-bit copies.
+# The kernel reads the copy's gradient and updates p and the state in float32. It then writes p,
+# rounded, to the copy, while p is still in registers. AdamW moves as many bytes either way:
+#
+#     bytes per element
+#     without copies    read 4 grad + 12 p, m, v    write 12 p, m, v             28
+#     with copies       read 2 grad + 12 p, m, v    write 12 p, m, v + 2 copy    28
+#
+# The arithmetic is in float32. It rounds once, when p, m and v are stored in the parameter's dtype.
 
 
 @triton.jit
@@ -103,10 +107,10 @@ def sgd_kernel(
     MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, COPY: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """One program updates one chunk of one parameter, its momentum, and its copy.
+    """One program computes one chunk of one parameter: the new p, m and copy.
 
-    p_like_ptr and g_like_ptr are there for their types. A row of addresses is p, grad, copy, m.
-    lr_ptr has the learning rate where it is not None.
+    A row of addresses is p, grad, copy, m; p_like_ptr and g_like_ptr give their types. A row of the
+    plan is as in _plan_of. If lr_ptr is not None, it holds the learning rate.
     """
     element: tl.constexpr = tl.pointer_type(p_like_ptr.dtype.element_ty)
     g_element: tl.constexpr = tl.pointer_type(g_like_ptr.dtype.element_ty)
@@ -131,7 +135,7 @@ def sgd_kernel(
     full = left >= BLOCK_M
     mask = lanes < left
     m = tl.full((BLOCK_M,), 0.0, p_like_ptr.dtype.element_ty)
-    if full:  # without a mask: 16-byte loads
+    if full:  # 16-byte loads, since there is no mask
         p = tl.load(p_ptrs)
         g = tl.load(g_ptrs)
         if MOMENTUM:
@@ -165,9 +169,14 @@ def sgd_kernel(
             tl.store(c_ptrs, p.to(g_like_ptr.dtype.element_ty), mask=mask)
 
 
+# 1 - beta^t = 1 - exp(x), with x = t * log(beta). Just below 1, float32 rounds exp(x) to a multiple
+# of 6e-8. Near x = 0, the difference is not much larger than that, and few of its digits would be
+# right. So a series is used there: 1 - exp(x) = -x * (1 + x/2 * (1 + x/3 * (1 + ...))).
+
+
 @triton.jit
 def rest_of_power(log_beta, t):
-    """1 - beta^t to the precision of float32, from log(beta) < 0 and t >= 1."""
+    """Return 1 - beta^t to the precision of float32, for log(beta) < 0 and t >= 1."""
     x = log_beta * t
     near = 1 + x / 8
     near = 1 + x / 7 * near
@@ -185,10 +194,10 @@ def adamw_kernel(
     beta1, rest1, beta2, rest2, eps, weight_decay, sign,
     COPY: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """One program updates one chunk of one parameter, its moments, and its copy.
+    """One program computes one chunk of one parameter: the new p, m, v and copy.
 
-    A row of addresses is p, grad, copy, m, v, counter. Where ticket_ptr is not None, t is the
-    counter's, plus 1; lr_ptr, p_like_ptr and g_like_ptr as above.
+    A row of addresses is p, grad, copy, m, v, counter. If ticket_ptr is not None, t is the counter
+    plus 1. rest1 and rest2 are 1 - beta1 and 1 - beta2. The other arguments are as in sgd_kernel.
     """
     element: tl.constexpr = tl.pointer_type(p_like_ptr.dtype.element_ty)
     g_element: tl.constexpr = tl.pointer_type(g_like_ptr.dtype.element_ty)
@@ -226,7 +235,7 @@ def adamw_kernel(
         m = tl.load(m_ptrs, mask=mask, other=0.0)
         v = tl.load(v_ptrs, mask=mask, other=0.0)
 
-    # The same for all elements, and some 70 instructions: little beside the chunk's loads.
+    # These lines are the same for all elements of a chunk. They take some 70 instructions.
     if lr_ptr is not None:
         lr = tl.load(lr_ptr).to(tl.float32)
     if ticket_ptr is not None:
@@ -234,7 +243,7 @@ def adamw_kernel(
     step_size = lr / rest_of_power(log_beta1, t)
     scale_v = 1 / tl.sqrt(rest_of_power(log_beta2, t))
 
-    # 1 - beta comes from the host: made of a float32 0.999, it would be off by a part in 100,000.
+    # 1 - beta comes from the host. From a float32 0.999 it would be off by 1e-5 of its value.
     p, g, m, v = p.to(tl.float32), sign * g.to(tl.float32), m.to(tl.float32), v.to(tl.float32)
     m = beta1 * m + rest1 * g
     v = beta2 * v + rest2 * g * g
@@ -256,15 +265,20 @@ def adamw_kernel(
         if COPY:
             tl.store(c_ptrs, p.to(g_like_ptr.dtype.element_ty), mask=mask)
 
+    # All programs of a parameter read its counter, and one of them has to advance it afterwards.
+    # Each program takes a ticket after it has read. The program with the last ticket writes t.
     if ticket_ptr is not None:
-        tl.debug_barrier()  # all threads of this program have read the counter
+        tl.debug_barrier()  # All threads of this program have read the counter.
         if tl.atomic_add(ticket_ptr + parameter, 1) == tl.load(plan_ptr + 3) - 1:
-            tl.store(t_ptr, t)  # and so have all other programs
-            tl.store(ticket_ptr + parameter, 0)  # for the next step
+            tl.store(t_ptr, t)  # All other programs have read the counter too.
+            tl.store(ticket_ptr + parameter, 0)  # Reset the tickets for the next step.
 
 
 def _plan_of(sizes: tuple[int, ...], block: int) -> torch.Tensor:
-    """For each program its parameter, its chunk of it, the elements from there, all its chunks."""
+    """Return a row for each program: (parameter, chunk, elements left, chunks of the parameter).
+
+    `left` counts the elements of the parameter from the beginning of this chunk on.
+    """
     numel = torch.tensor(sizes)
     chunks = -(-numel // block)
     parameter = torch.repeat_interleave(torch.arange(len(sizes)), chunks)
@@ -275,11 +289,16 @@ def _plan_of(sizes: tuple[int, ...], block: int) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _plan(sizes: tuple[int, ...], block: int, device: torch.device, stream: int) -> torch.Tensor:
-    """The plan, kept for the stream that it is made and read on."""
+    """Return the plan on `device`. It is kept for the next step on the same stream."""
     return _plan_of(sizes, block).to(device)
 
 
-# Of the capture under way: what its graph refers to, and what that is to be filled with.
+# A CUDA graph records launches once (the capture) and replays them, with the same arguments and
+# without Python. So what changes from step to step must lie on the GPU. The learning rate, if it
+# changes, is a tensor. AdamW's t is a counter for each parameter (`capturable`).
+#
+# During a capture, this list has the tables that the graph refers to. Each comes with the values
+# that it gets when the capture is over, or with None if it has its values already.
 _captured: list[tuple[torch.Tensor, torch.Tensor | None]] | None = None
 
 
@@ -288,12 +307,15 @@ def _capturing(device: torch.device) -> bool:
 
 
 def _beside_the_capture(device: torch.device) -> contextlib.AbstractContextManager:
-    """Within it memory is not the graph's, and the work is done: no default stream is captured."""
+    """Return a context in which work is done at once and memory does not belong to the graph.
+
+    It switches to the default stream, which is never captured.
+    """
     return torch.cuda.stream(torch.cuda.default_stream(device))
 
 
 def _filled_later(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A table for the step that is being captured, which gets its values when that is over."""
+    """Return an empty table for the captured step. `capture` fills it when the capture is over."""
     if _captured is None:
         raise RuntimeError(
             "an optimizer's step is captured within kernels.optim.capture, which takes the "
@@ -307,17 +329,20 @@ def _filled_later(values: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 @contextlib.contextmanager
 def capture(graph: "torch.cuda.CUDAGraph", **options: Any) -> Iterator[None]:
-    """`torch.cuda.graph(graph, **options)`, for work with steps of these optimizers in it.
+    """Capture steps of these optimizers: use it in the place of `torch.cuda.graph`.
 
-    A launch of theirs reads a table of addresses. In a capture gradients get new memory, so a table
-    has to be made, but a copy from the host would be part of the graph. So tables only get memory
-    in the capture, which the graph keeps, and are filled in behind it. It is not the graph's own
-    memory: there a table would lie where an activation has been freed, which every replay writes
-    before the table is read.
+    As with torch's optimizers, first take at least one step outside, on the stream of the capture:
+    it compiles the kernels and makes the state. AdamW must be `capturable`. A learning rate that is
+    a number becomes part of the graph; every replay reads one that is a tensor on the GPU.
 
-    As for torch's optimizers: take a step or more before, on the stream of the capture (kernels
-    are compiled, state is made), and let AdamW be `capturable`. A learning rate that is a number is
-    part of the graph; one in a tensor on the GPU is read in every replay.
+    How it works. In a capture the gradients get new addresses, so a step needs a new table. A copy
+    from the host would become part of the graph. So a table only gets its memory in the capture.
+    It is filled in afterwards. That memory is not from the graph's own pool. There, a table could
+    lie where an activation was freed before, and every replay writes that activation first.
+
+    Args:
+        graph: the graph to capture into. It keeps the tables, as `graph.optimizer_tables`.
+        options: what else `torch.cuda.graph` takes.
     """
     global _captured
     before, _captured = _captured, []
@@ -327,23 +352,23 @@ def capture(graph: "torch.cuda.CUDAGraph", **options: Any) -> Iterator[None]:
         for table, values in _captured:
             if values is not None:
                 with _beside_the_capture(table.device):
-                    table.copy_(values)  # the host waits for it
-        graph.optimizer_tables = [table for table, _ in _captured]  # for as long as it lives
+                    table.copy_(values)  # The host waits for this copy.
+        graph.optimizer_tables = [table for table, _ in _captured]  # They live as long as it.
     finally:
         _captured = before
 
 
 def _update(kernel: Any, rows: list[tuple[torch.Tensor, ...]], *scalars: Any, **flags: bool):
-    """Launch `kernel` once for all rows, each a parameter, its gradient, its copy and its state.
+    """Launch `kernel` once for all rows. A row is a parameter, its gradient, copy and state.
 
-    Where there is no copy, or no state, the parameter itself takes its place.
+    If there is no copy or no state, the parameter itself takes its place.
     """
     sizes = tuple(row[0].numel() for row in rows)
     first, grad, copy, *_ = rows[0]
     tensors = [t for row in rows for t in row]
-    typical = min(max(sizes), 4 * sum(sizes) // len(sizes))  # where most are small, smaller chunks
+    typical = min(max(sizes), 4 * sum(sizes) // len(sizes))  # If most are small, so are chunks.
     tile = choose_tile(kernel.__name__.removesuffix("_kernel"), first.dtype, DEFAULT, M=typical)
-    aligned = all(t.data_ptr() % 16 == 0 for row in rows for t in row[:5])  # not a counter
+    aligned = all(t.data_ptr() % 16 == 0 for row in rows for t in row[:5])  # not the counter
     addresses: Any = tensors
     if _capturing(first.device):
         plan = _filled_later(_plan_of(sizes, tile["BLOCK_M"]), first.device)
@@ -355,7 +380,7 @@ def _update(kernel: Any, rows: list[tuple[torch.Tensor, ...]], *scalars: Any, **
         COPY=copy is not first, ALIGNED=aligned, **tile,
     )  # fmt: skip
     changed = [t for row in rows for t in (row[0], row[2])]
-    torch.autograd.graph.increment_version(changed)  # autograd cannot see it
+    torch.autograd.graph.increment_version(changed)  # Tell autograd that they have changed.
 
 
 def _check_parameter(p: torch.Tensor) -> None:
@@ -373,9 +398,9 @@ def _check_parameter(p: torch.Tensor) -> None:
 
 
 def _beside(name: str, t: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """`t`, laid out in memory as `p`: itself where it is, else a copy.
+    """Return `t` in the memory layout of `p`: `t` itself if it has that layout, else a copy.
 
-    The kernels walk along the memory of all tensors of a parameter at once.
+    The kernels walk along the memory of a parameter, its gradient and its state at once.
     """
     if (t.dtype, t.device, t.layout, t.shape) != (p.dtype, p.device, p.layout, p.shape):
         check_tensors(params=p, **{name: t})
@@ -405,10 +430,10 @@ def _check_group(group: dict[str, Any]) -> None:
 
 
 class _Optimizer(torch.optim.Optimizer):
-    """What both do: check, and gather the parameters that one launch can update together.
+    """The common part: it checks, and it gathers the parameters that share a launch.
 
     Attributes:
-        copies: of each parameter that `make_copies` has copied, its copy.
+        copies: a dict from each parameter that `make_copies` has copied to its copy.
     """
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
@@ -417,7 +442,7 @@ class _Optimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("copies", {})  # a copied or unpickled optimizer has none
+        self.__dict__.setdefault("copies", {})  # A copied or unpickled optimizer has none.
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -429,15 +454,22 @@ class _Optimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def make_copies(self, dtype: torch.dtype) -> dict[torch.Tensor, torch.Tensor]:
-        """Copy all parameters to `dtype`, and from now on work for the copies.
+        """Copy all parameters to `dtype`, and keep the copies up to date from now on.
 
-        A step takes the gradient of a copy where it took the parameter's, and writes the updated
-        parameter, rounded, to its copy. So a network can compute with the copies
-        (`torch.func.functional_call`), and nothing is cast. They are no part of the state_dict:
+        A step then takes the gradient of the copy instead of the parameter's. It writes the updated
+        parameter, rounded, to the copy. So a network can compute with the copies
+        (`torch.func.functional_call`), and nothing is cast. The copies are not in the state_dict:
         make them again after parameters have been loaded.
 
+        Args:
+            dtype: float16, bfloat16 or float32.
+
         Returns:
-            Of each parameter its copy, which requires a gradient; `copies` has them too.
+            A dict from each parameter to its copy, which requires a gradient. It is `copies`, too.
+
+        Raises:
+            TypeError: the dtype is not supported.
+            ValueError: a parameter has strides that its copy cannot have.
         """
         params = [p for group in self.param_groups for p in group["params"]]
         copies = {p: p.to(dtype, copy=True) for p in params}
@@ -450,7 +482,7 @@ class _Optimizer(torch.optim.Optimizer):
         return copies
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients, those of the copies too."""
+        """Forget the gradients of the parameters and of their copies."""
         super().zero_grad(set_to_none)
         for copy in self.copies.values():
             if set_to_none:
@@ -461,7 +493,7 @@ class _Optimizer(torch.optim.Optimizer):
     @torch.compiler.disable
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the parameters that have a gradient; return what `closure` returned, if given."""
+        """Update the parameters that have a gradient. Return what `closure` returns, if given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -488,7 +520,7 @@ class _Optimizer(torch.optim.Optimizer):
 
 
 def _rate(group: dict[str, Any], p: torch.Tensor) -> tuple[float, torch.Tensor | None]:
-    """The learning rate: a number, or a tensor that the kernel reads."""
+    """Return the learning rate: as a number, or as a tensor that the kernel reads."""
     lr = group["lr"]
     if isinstance(lr, torch.Tensor) and lr.device == p.device:
         return 0.0, lr
@@ -496,28 +528,28 @@ def _rate(group: dict[str, Any], p: torch.Tensor) -> tuple[float, torch.Tensor |
 
 
 class SGD(_Optimizer):
-    """Stochastic gradient descent, with momentum; a step is one launch a group and dtype.
+    """Stochastic gradient descent with momentum. A step is one launch per group and dtype.
 
-    Takes the place of torch.optim.SGD: the same steps to rounding, and a state_dict goes both ways.
-    With dampening, parameters in their first step get a launch of their own. Its later steps can be
-    captured in a CUDA graph, see `capture`.
+    It takes the place of torch.optim.SGD: its steps are the same up to rounding, and either class
+    can load the state_dict of the other. With dampening, parameters in their first step get a
+    launch of their own. All steps but the first can be captured in a CUDA graph, see `capture`.
 
     Args:
-        params: tensors or groups of them, as in torch.optim; float32, float16 or bfloat16, of any
-            layout without gaps. A gradient or a state that lies differently in memory is copied to
-            lie as its parameter does.
-        lr: the learning rate: a number, or a tensor of one element. On the parameters' device the
-            host does not read it.
-        momentum: 0 for none.
-        dampening: of what enters the momentum.
-        weight_decay: added to the gradient, times the parameter.
+        params: tensors or groups of them, as in torch.optim; float32, float16 or bfloat16, in any
+            layout without gaps. A gradient or a state in another layout than its parameter is
+            copied first.
+        lr: the learning rate, a number or a tensor of one element. If the tensor is on the
+            parameters' device, the kernel reads it and the host does not.
+        momentum: the part of m that is kept in a step; 0 for no momentum.
+        dampening: the part of the gradient that does not enter m.
+        weight_decay: this times the parameter is added to the gradient.
         nesterov: look ahead by one step of the momentum.
         maximize: go up instead of down.
 
     Raises:
-        TypeError: a dtype or device that is not supported, or differs between a parameter and its
-            gradient; a sparse gradient.
-        ValueError: a parameter with gaps, or a number out of range.
+        TypeError: a dtype or device is not supported, or differs between a parameter and its
+            gradient; or a gradient is sparse.
+        ValueError: a parameter has gaps, or a number is out of range.
 
     Source: torch.optim.SGD.
 
@@ -553,7 +585,7 @@ class SGD(_Optimizer):
         if group["momentum"] == 0:
             return 1.0, [p]
         state, keep = self.state[p], 1.0 - group["dampening"]
-        if state.get("momentum_buffer") is None:  # momentum * 0 + 1 * g: the first step's m = g
+        if state.get("momentum_buffer") is None:  # The first m is momentum * 0 + 1 * g.
             state["momentum_buffer"], keep = torch.zeros_like(p), 1.0
         state["momentum_buffer"] = _beside("momentum_buffer", state["momentum_buffer"], p)
         return keep, [state["momentum_buffer"]]
@@ -567,25 +599,26 @@ class SGD(_Optimizer):
 
 
 class AdamW(_Optimizer):
-    """Adam with decoupled weight decay; a step is one launch a group and dtype.
+    """Adam with decoupled weight decay. A step is one launch per group and dtype.
 
-    Takes the place of torch.optim.AdamW: the same steps to rounding, and a state_dict goes both
-    ways. Parameters that have taken a different number of steps get a launch of their own, unless
-    the steps are counted on the GPU.
+    It takes the place of torch.optim.AdamW: its steps are the same up to rounding, and either class
+    can load the state_dict of the other. Parameters that have taken different numbers of steps need
+    a launch for each number, unless the steps are counted on the GPU (`capturable`).
 
     Args:
         params: as for SGD.
         lr: as for SGD.
-        betas: how much of the mean of the gradients, and of their squares, is kept in a step.
-        eps: added to the root of the mean square, so that nothing is divided by zero.
-        weight_decay: how much of lr times the parameter is taken from it in a step.
+        betas: the parts of m (the mean gradient) and v (the mean squared gradient) that are kept
+            in a step.
+        eps: is added to sqrt(v'), so that nothing is divided by zero.
+        weight_decay: lr * weight_decay is the part of a parameter that a step takes away.
         maximize: go up instead of down.
-        capturable: count the steps on the parameters' device, so that a step can be captured in a
-            CUDA graph, see `capture`.
+        capturable: count the steps on the parameters' device. A step can then be captured in a CUDA
+            graph, see `capture`.
 
     Raises:
         TypeError: as for SGD.
-        ValueError: as for SGD; a loaded state_dict with amsgrad.
+        ValueError: as for SGD, or a loaded state_dict has amsgrad.
 
     Source: torch.optim.AdamW.
 
@@ -627,7 +660,7 @@ class AdamW(_Optimizer):
                     self.state[p]["step"] = self._counter(group, p, self.state[p]["step"])
 
     def _counter(self, group: dict[str, Any], p: torch.Tensor, steps: Any) -> torch.Tensor:
-        """The steps of a parameter, on the host unless the GPU counts."""
+        """Return the step counter of a parameter. It is on the host unless the GPU counts."""
         device = p.device if group["capturable"] else "cpu"
         return torch.as_tensor(steps, dtype=torch.float32, device=device)
 
@@ -651,10 +684,10 @@ class AdamW(_Optimizer):
         return state["step"].item(), [*moments, p]
 
     def _ticket(self, group: dict[str, Any], rows: list) -> torch.Tensor | None:
-        """A zero for each row, or more. The kernel leaves them zero."""
+        """Return at least one zero for each row. The kernel leaves them zero."""
         if not group["capturable"]:
             return None
-        device, count = rows[0][0].device, len(group["params"])  # all, or a capture may need more
+        device, count = rows[0][0].device, len(group["params"])  # A capture may need all.
         if len(self._tickets.get(device, ())) < count:
             self._tickets[device] = torch.zeros(count, dtype=torch.int32, device=device)
         if _captured is not None:

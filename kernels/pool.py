@@ -4,13 +4,14 @@
                               with h = p*stride_h - pad_h + r,  w = q*stride_w - pad_w + s
     backward    dx[n,c,h,w] = sum of dy[n,c,p,q] over the windows whose maximum is at (h, w)
 
-A window hands its whole gradient to one pixel: the first maximum in reading order, as in torch. So
-the forward keeps which tap of the window that was, r*S + s, one byte for windows of up to 256 taps,
-and the backward needs nothing else, neither x nor y.
+A tap (r, s) is one of the R*S positions of a window. A window passes its whole gradient to one
+pixel: the first maximum in reading order, as in torch. So the forward saves the number of that tap,
+r*S + s. It takes one byte per element of y if a window has at most 256 taps. The backward reads
+these taps and dy, and neither x nor y.
 
-Scattering dy to those pixels would need atomics, since windows overlap, and the order of a float
-sum would be left to chance. Gathering turns the question round: each pixel of dx asks the windows
-that cover it "was I your maximum?", and adds up their dy in an order that never changes.
+The backward could scatter dy to those pixels. Where windows overlap this needs atomics, and atomics
+add floats in an order that is left to chance. Gathering turns the question round: each pixel of dx
+asks the windows that cover it "was I your maximum?", and adds up their dy in a fixed order.
 
     3x3 windows at stride 2:      forward     y    of window k = the largest of its nine x
                                               taps of window k = which of the nine, 0 to 8
@@ -20,27 +21,20 @@ that cover it "was I your maximum?", and adds up their dy in an order that never
         2 2 * 3 3   # is in four                + dy of window 1, if its tap is 6 (r = 2, s = 0)
         2 2 * 3 3                               + ... 2, if 2, and 3, if 0
 
-Which windows those are depends on where the pixel lies between two of them. Pixels STRIDE_H and
-STRIDE_W apart lie alike, so dx is divided into cells of STRIDE_H x STRIDE_W pixels, and one after
-the other the pixels of a cell ask only those windows that can cover them: each tap of a window is
-asked for once. Here a pixel has 9/4 questions on average. To ask as many of each pixel as the worst
-one needs would be four, and half of the instructions for nothing.
+One program owns BLOCK_M pixels of y, numbered through [N, P, Q], and BLOCK_N channels. In
+channels_last memory the channels of a pixel are neighbours. In the backward it owns BLOCK_M cells
+of dx, which are explained there.
 
-One program owns BLOCK_M pixels of y, numbered through [N, P, Q], and BLOCK_N channels: in
-channels_last memory, runs of channels for each pixel. In the backward, BLOCK_M cells of dx.
+Memory traffic limits the speed. In bytes for one plane of H x W pixels, of e bytes an element:
 
-Padding is -inf and is nowhere in memory: a tap outside of the image is masked, and -inf is better
-than nothing. Where all of a window is -inf, the first of its pixels has the gradient.
+    forward     reads HWe, writes PQ(e + 1): y and the taps. Without a gradient it writes no taps.
+    backward    reads PQ(e + 1), writes HWe
 
-What limits it: memory. Forward reads HWe bytes a plane, of e bytes an element, and writes
-PQ(e + 1): 2.75 bytes an input pixel for 2x2 windows in 16-bit, and 3/4 of a comparison. Where
-windows overlap, a pixel is read several times, all but once out of the cache. Backward reads
-PQ(e + 1) and writes HWe. Where no gradient will be asked for, the taps are not written. In 16-bit
-instructions come second by little: a tap costs a conversion, a comparison and two selections for
-each element, so of 3x3 windows they are the limit, by an estimate from the compiled code.
+For 2x2 windows in 16-bit the forward moves 2.75 bytes per pixel of x, for 3/4 of a comparison.
+Where windows overlap, a pixel is read several times, but only the first time from memory.
 
-Read first: bias_relu.py. Source: torch.nn.functional.max_pool2d, whose rules are kept: the first of
-equal maxima has the gradient; NaN is larger than everything, and the last of several has it.
+Read first: bias_relu.py. Source: torch.nn.functional.max_pool2d, whose rules for equal maxima and
+for NaN are kept.
 """
 
 from collections.abc import Sequence
@@ -48,6 +42,7 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+
 from tilelab.kernels._checks import check_shape, check_tensors, pair
 from tilelab.kernels._geometry import empty_channels_last, output_size
 from tilelab.kernels._launch import launch
@@ -55,26 +50,33 @@ from tilelab.kernels._tiles import cdiv, choose_tile
 
 
 def reference(x, kernel_size, stride=None, padding=0):
-    """The same in plain torch, for any dtype; its gradient is shared among equal maxima."""
+    """The same in plain torch, for any dtype. Its gradient is shared among equal maxima."""
     (R, S), pad = pair("kernel_size", kernel_size, 1), pair("padding", padding, 0)
     step = pair("stride", kernel_size if stride is None else stride, 1)
     x = torch.nn.functional.pad(x, (pad[1], pad[1], pad[0], pad[0]), value=float("-inf"))
     return x.unfold(-2, R, step[0]).unfold(-2, S, step[1]).amax((-2, -1))
 
 
-# Loads and stores are 16 bytes a thread for channels_last images of 16, 32, ... channels, but that
-# eight taps are eight bytes. Of contiguous NCHW x is read a pixel at a time: y is channels_last.
+# A thread loads and stores 16 bytes at a time if x is channels_last and has 16, 32, ... channels.
+# Taps are the exception: the taps of eight channels are only 8 bytes. A contiguous NCHW x is read
+# one element at a time, since its channels are not neighbours and y is always channels_last.
 TILES = [
-    # the default in 16-bit: 16 channels a thread, so that its taps are 16 bytes, too
+    # This is the default in 16-bit. A thread has 16 channels, so their taps are 16 bytes too.
     dict(BLOCK_M=32, BLOCK_N=64, num_warps=4),
-    dict(BLOCK_M=16, BLOCK_N=64, num_warps=4),  # and in float32: 8, since 16 would spill
+    # This is the default in float32. A thread has 8 channels, because 16 would spill registers.
+    dict(BLOCK_M=16, BLOCK_N=64, num_warps=4),
     dict(BLOCK_M=8, BLOCK_N=64, num_warps=2),  # more programs, for small images
     dict(BLOCK_M=4, BLOCK_N=256, num_warps=4),  # wide layers: whole cache lines of a pixel
     dict(BLOCK_M=64, BLOCK_N=16, num_warps=4),  # few channels
-    dict(BLOCK_M=128, BLOCK_N=16, num_warps=8),  # the same by more threads
+    dict(BLOCK_M=128, BLOCK_N=16, num_warps=8),  # few channels, in larger programs
 ]
 DEFAULT = {2: TILES[0], 4: TILES[1]}
 MOST_INT32 = 2**31
+
+
+# In 16-bit, instructions are almost as much of a limit as memory. A tap costs a conversion, a
+# comparison and two selections per element. For 3x3 windows instructions are the limit; this is an
+# estimate from the compiled code, not a measurement.
 
 
 @triton.jit
@@ -86,8 +88,8 @@ def max_pool2d_kernel(
 ):  # fmt: skip
     """One program computes BLOCK_M pixels x BLOCK_N channels of y, and the taps of the maxima.
 
-    M = N*P*Q. y and taps are channels_last. The window is constexpr: the compiler unrolls short
-    loops, wholly or in part, and has several loads in flight.
+    M = N*P*Q. y and taps are channels_last. R and S are constexpr, so the compiler can unroll the
+    loops, wholly or in part, and have several loads in flight.
     """
     offs_m = tl.program_id(0).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -95,19 +97,21 @@ def max_pool2d_kernel(
 
     row = offs_m // Q
     n = row // P
-    h0 = (row - n * P) * STRIDE_H - PAD_H  # the window's upper left corner
+    h0 = (row - n * P) * STRIDE_H - PAD_H  # upper left corner of the window
     w0 = (offs_m - row * Q) * STRIDE_W - PAD_W
     x_ptrs = x_ptr + (n.to(tl.int64) * stride_xn)[:, None] + (offs_n * stride_xc)[None, :]
 
     best = tl.full((BLOCK_M, BLOCK_N), float("-inf"), tl.float32)
-    if SAVE_TAPS:  # where all is -inf, that of the first pixel
+    # If a window has only -inf, no x below is larger than best. Its first pixel in the image then
+    # counts as the maximum.
+    if SAVE_TAPS:
         first = (tl.maximum(-h0, 0) * S + tl.maximum(-w0, 0)).to(tl.int32)
         taps = tl.full((BLOCK_M, BLOCK_N), 0, tl.int32) + first[:, None]
     for r in range(R):
         h = h0 + r
         for s in range(S):
             w = w0 + s
-            inside = mask_m
+            inside = mask_m  # The padding of -inf is not in memory: skip its taps.
             if PAD_H > 0:
                 inside &= (h >= 0) & (h < H)
             if PAD_W > 0:
@@ -115,6 +119,8 @@ def max_pool2d_kernel(
             offs = h.to(tl.int64) * stride_xh + w.to(tl.int64) * stride_xw
             mask = inside[:, None] & mask_n  # [BLOCK_M, BLOCK_N]
             x = tl.load(x_ptrs + offs[:, None], mask=mask, other=float("-inf")).to(tl.float32)
+            # The first of equal maxima stays. x != x is true for NaN, which beats everything, so
+            # the last of several NaN stays.
             better = (x > best) | (x != x)
             best = tl.where(better, x, best)
             if SAVE_TAPS:
@@ -127,6 +133,15 @@ def max_pool2d_kernel(
         tl.store(tap_ptr + offs, taps.to(tap_ptr.dtype.element_ty), mask=mask)
 
 
+# Which windows cover a pixel depends on where it lies between two of them. Pixels that are STRIDE_H
+# rows or STRIDE_W columns apart lie alike. So dx is divided into cells of STRIDE_H x STRIDE_W
+# pixels. A program goes through the pixels (i, j) of its cells. Each pixel asks only the windows
+# that can cover it, so each tap of a window is asked for once.
+#
+# In the picture above this is 9/4 questions per pixel on average. If each pixel asked as many
+# windows as the worst one, it would be 4, and almost half of them would be in vain.
+
+
 @triton.jit
 def max_pool2d_backward_kernel(
     dy_ptr, tap_ptr, dx_ptr, M, A, B, C, H, W, P, Q,
@@ -135,7 +150,10 @@ def max_pool2d_backward_kernel(
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, INDEX: tl.constexpr,
     CELL_H: tl.constexpr, CELL_W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program computes BLOCK_M cells x BLOCK_N channels of dx. M = N*A*B."""
+    """One program computes BLOCK_M cells x BLOCK_N channels of dx. An image has A x B cells.
+
+    M = N*A*B. Pixel (i, j) of cell (a, b) is pixel (a*STRIDE_H + i - PAD_H, ...) of the image.
+    """
     offs_m = tl.program_id(0).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = (offs_n < C)[None, :]
@@ -160,7 +178,7 @@ def max_pool2d_backward_kernel(
                     taps = tl.load(tap_ptrs + offs[:, None], mask=mask, other=0).to(tl.int32)
                     offs = p.to(tl.int64) * stride_dyp + q.to(tl.int64) * stride_dyq
                     dy = tl.load(dy_ptrs + offs[:, None], mask=mask, other=0.0).to(tl.float32)
-                    acc = tl.where(taps == r * S + s, acc + dy, acc)  # one predicated addition
+                    acc = tl.where(taps == r * S + s, acc + dy, acc)  # one predicated add
             h = a * STRIDE_H + (i - PAD_H)
             w = b * STRIDE_W + (j - PAD_W)
             mask = (offs_m < M) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
@@ -170,10 +188,10 @@ def max_pool2d_backward_kernel(
 
 
 def _constants(window, stride, padding, M, tile) -> dict:
-    """What is known when the kernels are compiled.
+    """Return what the kernels know when they are compiled.
 
-    INDEX numbers the pixels, with 32 bits if they are enough: to divide 64 costs several times as
-    much, and a program divides before it can load.
+    INDEX is the type that numbers the pixels: 32 bits if they suffice. A division of 64 bits costs
+    several times as much, and a program has to divide before its first load.
     """
     names = ("R", "S", "STRIDE_H", "STRIDE_W", "PAD_H", "PAD_W")
     index = tl.int32 if M + tile["BLOCK_M"] <= MOST_INT32 else tl.int64
@@ -252,7 +270,7 @@ def _setup_context(ctx, inputs, output):
     x, *window, _ = inputs
     ctx.geometry = (*x.shape[2:], *window, not x.is_contiguous())
     ctx.save_for_backward(output[1])
-    ctx.set_materialize_grads(False)  # or zeros would come for the taps
+    ctx.set_materialize_grads(False)  # Otherwise torch makes zeros as a gradient of taps.
 
 
 def _autograd(ctx, dy, _):
@@ -273,17 +291,18 @@ def max_pool2d(
 
     Args:
         x: [N, C, H, W] or [C, H, W]; float32, float16 or bfloat16; any strides.
-        kernel_size: of the window in pixels, an int or (height, width).
-        stride: from window to window in pixels; the window's own size where it is None.
-        padding: rows and columns of -inf around the image, at most half of the window.
+        kernel_size: the size of a window in pixels, an int or (height, width).
+        stride: the distance between windows in pixels. None means kernel_size.
+        padding: the rows and columns of -inf on each side of the image, at most half a window.
 
     Returns:
         [N, C, P, Q] or [C, P, Q] of x's dtype, in channels_last memory, with
         P = floor((H + 2 * padding - height) / stride) + 1, and Q likewise.
 
     Raises:
-        TypeError: a dtype or device that is not supported; a window that is no int or pair of them.
-        ValueError: a shape that does not fit, or a window, stride or padding out of range.
+        TypeError: the dtype or device is not supported, or kernel_size, stride or padding is not an
+            int or a pair of ints.
+        ValueError: the shape does not fit, or kernel_size, stride or padding is out of range.
 
     Source: torch.nn.functional.max_pool2d.
 

@@ -1,6 +1,6 @@
-"""Networks composed of the kernels: layers, models, data, training.
+"""Networks made of the kernels: layers, models, data and training.
 
-Start a training run with ``tilelab train``; `nets/README.md` says what each file holds.
+The command `tilelab train` starts a training run. `nets/README.md` says what each file holds.
 """
 
 if __name__ != "tilelab.nets":

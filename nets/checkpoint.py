@@ -1,11 +1,13 @@
-"""Checkpoints that survive a kill -9: written whole, checked before they are believed.
+"""Checkpoints: the state of a run in files that survive a `kill -9` and are checked when read.
 
-Files are written under a temporary name and renamed (files.py), so at every moment the folder holds
-complete files only.
+Each file is written under a temporary name and then renamed (files.py). So every checkpoint in the
+folder is complete at every moment.
 
-`torch.save` writes a zip archive with a CRC-32 of every tensor, but `torch.load` does not check
-them: a flipped bit would silently become a wrong weight. `load` checks them, and unpickles tensors
-and plain Python values only (weights_only), so a checkpoint from a stranger cannot run code.
+`torch.save` writes a zip archive with a checksum (CRC-32) of every tensor. `torch.load` does not
+check it: a flipped bit would become a wrong weight, and nobody would know. `load` checks it.
+
+`load` accepts tensors and plain Python values only (`weights_only=True`). So a checkpoint from a
+stranger cannot run code.
 """
 
 import io
@@ -22,24 +24,24 @@ FORMAT = "tilelab.nets 1"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged or of another kind; the message is one line."""
+    """A checkpoint is missing, is damaged or is no checkpoint of ours. The message is one line."""
 
 
 def save(path: Path, state: dict) -> None:
-    """Write the state of a run: tensors, numbers, strings, lists and dicts of them."""
+    """Write the state of a run: tensors, numbers and strings, in lists and dicts."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
     write_whole(path, buffer.getvalue())
 
 
 def load(path: str | Path) -> dict:
-    """Read a checkpoint onto the CPU, after checking every byte of it.
+    """Check every byte of a checkpoint, then read it onto the CPU.
 
     Returns:
-        What was saved, and its "path".
+        The state that was saved, and under "path" the path of the file.
 
     Raises:
-        CheckpointError: if it is missing, damaged, or not a checkpoint of nets.train.
+        CheckpointError: if the file is missing, damaged, or not a checkpoint of tilelab.nets.train.
     """
     path = Path(path)
     try:
@@ -52,7 +54,7 @@ def load(path: str | Path) -> dict:
         raise
     except FileNotFoundError as error:
         raise CheckpointError(f"no checkpoint {path}") from error
-    except Exception as error:  # zipfile, pickle and torch raise many kinds for damaged files
+    except Exception as error:  # zipfile, pickle and torch raise many types for damaged files.
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise CheckpointError(f"checkpoint {path} is damaged: {reason}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
@@ -61,12 +63,12 @@ def load(path: str | Path) -> dict:
 
 
 def checkpoint_path(folder: Path, epoch: int) -> Path:
-    """Return where the checkpoint after that many epochs is; 0 is the untrained network."""
+    """Return the path of the checkpoint after `epoch` epochs. Epoch 0 is the untrained network."""
     return folder / f"checkpoint-{epoch:03d}.pt"
 
 
 def find(folder: Path) -> list[Path]:
-    """Return the checkpoints in a folder, the newest (of the highest epoch) first."""
+    """Return the paths of the checkpoints in a folder; the one with the highest epoch is first."""
     paths = folder.iterdir() if folder.is_dir() else ()
     found = [
         (int(match[1]), path)
@@ -77,10 +79,12 @@ def find(folder: Path) -> list[Path]:
 
 
 def load_newest(folder: Path) -> dict:
-    """Read the newest good checkpoint of a folder; say on stderr which damaged ones it skipped.
+    """Read the newest good checkpoint of a folder.
+
+    It skips damaged checkpoints, and prints a note on stderr for each.
 
     Raises:
-        CheckpointError: if there is none.
+        CheckpointError: if the folder has no good checkpoint.
     """
     skipped = []
     for path in find(folder):

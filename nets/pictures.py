@@ -1,10 +1,12 @@
-"""Pictures of a run: curves, confusion matrix, first-layer filters, worst mistakes.
+"""Pictures of a run: curves, the confusion matrix, the first layer's filters, the worst mistakes.
 
-Each function returns a `matplotlib.figure.Figure`; `png` turns one into a file's bytes. Figures are
-made directly, not through pyplot: no window, no global state, nothing to close.
+Each function returns a `matplotlib.figure.Figure`. `png` turns a figure into the bytes of a file.
+The functions make figures directly and not with pyplot: so there is no window, no global state and
+nothing to close.
 
-Colours are Okabe and Ito's (https://jfly.uni-koeln.de/color), told apart by colour-blind readers
-too: blue is what went right or the held-out data, orange what went wrong or the training data.
+The colours are Okabe and Ito's (https://jfly.uni-koeln.de/color), which colour-blind readers can
+tell apart. Blue means the held-out data or a right answer; orange means the training data or a
+wrong answer.
 """
 
 import io
@@ -46,7 +48,7 @@ _WRONG = LinearSegmentedColormap.from_list("wrong", ["#ffffff", ORANGE])
 
 
 def png(figure: Figure) -> bytes:
-    """Return the figure as a PNG file of 2x resolution."""
+    """Return the figure as the bytes of a PNG file, at twice the usual resolution (200 dpi)."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=200, facecolor="white")
     return buffer.getvalue()
@@ -54,16 +56,16 @@ def png(figure: Figure) -> bytes:
 
 @rc_context(STYLE)
 def curves(history: Sequence[dict], losses: Tensor) -> Figure:
-    """Draw loss and accuracy over the epochs.
+    """Draw the loss and the accuracy over the epochs.
 
     Args:
-        history: an epoch's metrics each, as in metrics.jsonl.
-        losses: the training loss of every step, [steps].
+        history: one dict of metrics for each epoch, as in metrics.jsonl.
+        losses: [steps], the training loss of every step, in nats.
     """
     epochs = [line["epoch"] for line in history]
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
-    losses = np.maximum(np.asarray(losses, dtype=np.float64), 1e-6)  # 0 has no logarithm
+    losses = np.maximum(np.asarray(losses, dtype=np.float64), 1e-6)  # 0 has no logarithm.
     held_out = [max(line["test_loss"], 1e-6) for line in history]
     steps = np.arange(1, len(losses) + 1) * epochs[-1] / len(losses)
     left.plot(steps, losses, color=ORANGE, alpha=0.25, linewidth=1)
@@ -119,7 +121,7 @@ def curves(history: Sequence[dict], losses: Tensor) -> Figure:
 
 
 def _smooth(values: np.ndarray, share: float = 0.08) -> np.ndarray:
-    """Return the mean over a window of 8% of all values, smaller at both ends."""
+    """Return a running mean. Its window has 8% of all values, and is smaller at both ends."""
     half = max(1, int(len(values) * share / 2))
     total = np.concatenate([[0.0], np.cumsum(values)])
     low = np.maximum(np.arange(len(values)) - half, 0)
@@ -129,11 +131,11 @@ def _smooth(values: np.ndarray, share: float = 0.08) -> np.ndarray:
 
 @rc_context(STYLE)
 def confusion(matrix: Tensor, classes: Sequence[str]) -> Figure:
-    """Draw a confusion matrix with recall at the right and precision below.
+    """Draw a confusion matrix, with the recall at the right and the precision below.
 
     Args:
-        matrix: integers [classes, classes]; row: the true class, column: the predicted one.
-        classes: their names.
+        matrix: integers [classes, classes]; rows are true classes, columns are predicted ones.
+        classes: the names of the classes.
     """
     matrix = np.asarray(matrix, dtype=np.int64)
     count, hits = len(matrix), matrix.diagonal()
@@ -141,12 +143,12 @@ def confusion(matrix: Tensor, classes: Sequence[str]) -> Figure:
     size = min(4.2 + 0.46 * count, 14)
     figure = Figure(figsize=(size, size * 0.93), layout="constrained")
     axes = figure.subplots()
-    # Two scales: on one, a handful of errors beside a hundred hits would all look white.
+    # Hits and errors have a scale each. On one scale, a few errors beside 100 hits look white.
     share = np.where(np.eye(count, dtype=bool), 0, matrix / np.maximum(true, 1)[:, None])
     axes.imshow(share, cmap=_WRONG, vmin=0, vmax=max(0.05, share.max()))
     recall = np.where(np.eye(count, dtype=bool), (hits / np.maximum(true, 1))[:, None], np.nan)
     axes.imshow(recall, cmap=_RIGHT, vmin=0, vmax=1.3)
-    few = count <= 30  # numbers in more cells than that could not be read
+    few = count <= 30  # With more classes, nobody could read the numbers in the cells.
     if few:
         for row, column in np.argwhere((matrix > 0) | np.eye(count, dtype=bool)):
             strong = row == column and hits[row] > 0.6 * true[row]
@@ -206,12 +208,12 @@ def _percent(part: int, whole: int) -> str:
 
 @rc_context(STYLE)
 def filters(weight: Tensor, bias: Tensor, image: Tensor, limit: int = 32) -> Figure:
-    """Draw the first layer's filters, and for a convolution what each one makes of an image.
+    """Draw the filters of the first layer. For a convolution, also draw each one's output.
 
     Args:
         weight: [K, C, R, S] of a convolution, or [K, H * W] of a linear layer.
         bias: [K].
-        image: [H, W], standardised as the network sees it.
+        image: [H, W], the input for the outputs, standardised as for the network.
         limit: draw at most this many filters.
     """
     linear = weight.dim() == 2
@@ -242,14 +244,14 @@ def filters(weight: Tensor, bias: Tensor, image: Tensor, limit: int = 32) -> Fig
 def mistakes(
     images: Tensor, labels: Tensor, probability: Tensor, classes: Sequence[str], limit: int = 16
 ) -> Figure:
-    """Draw the wrongly classified images, the most confident mistakes first.
+    """Draw the images that the network got wrong; its most confident mistakes come first.
 
     Args:
         images: uint8 [N, H, W].
         labels: int64 [N].
-        probability: [N, classes], the network's.
-        classes: their names.
-        limit: draw at most this many.
+        probability: [N, classes], computed by the network.
+        classes: the names of the classes.
+        limit: draw at most this many images.
     """
     guess = probability.argmax(1)
     wrong = (guess != labels).nonzero()[:, 0]
@@ -289,13 +291,14 @@ def mistakes(
     return figure
 
 
-COLUMNS = 8  # of the pictures that are made of small images
+COLUMNS = 8  # A picture that is made of small images has this many columns.
 
 
 def _tiled(title: str, height: float, top: float = 0.0, scale: float = 1.02) -> tuple[Figure, Axes]:
-    """Return a figure whose only axes count in tiles: one tile is 1 wide, 1 high, y downwards.
+    """Return a figure, and its only axes. Their unit is a tile, the room of one small image.
 
-    A tile is `scale` inches. One axes for all of them: matplotlib takes seconds to lay out dozens.
+    y points down, and a tile is `scale` inches wide and high. All tiles share one axes object,
+    because matplotlib takes seconds to lay out dozens of them.
     """
     width, height = COLUMNS * 1.08 - 0.08, max(height, 0.1)
     figure = Figure(figsize=(9, 0.5 + scale * height), layout="constrained")
@@ -308,7 +311,7 @@ def _tiled(title: str, height: float, top: float = 0.0, scale: float = 1.02) -> 
 
 
 def _tile(axes: Axes, image: np.ndarray, column: int, y: float, frame=False, **options):
-    """Draw an image [H, W] into the square whose upper edge is at y."""
+    """Draw an image [H, W] into the square in `column` whose upper edge is at y."""
     height, width = image.shape
     x, long = column * 1.08, max(height, width)
     x, y = x + (1 - width / long) / 2, y + (1 - height / long) / 2

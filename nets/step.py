@@ -1,30 +1,38 @@
 """A whole training step in few launches, and on a GPU in one CUDA graph.
 
-    batch            gather, shift and standardise the images; the labels; the learning rate    1
-    forward          the model's layers
-    loss             of each image, and its gradient                                            2
-    backward         the model's layers
-    optimizer        all parameters, their state and their 16-bit copies                        1
-    record           the step's loss, the right answers so far, and on to the next step         1
+    part         what it does                                                             launches
+    batch        gather, shift and standardise the images; get the labels and the
+                 learning rate                                                            1
+    forward      run the model's layers                                                   (model's)
+    loss         compute the loss of each image, and its gradient                         2
+    backward     run the model's layers backward                                          (model's)
+    optimizer    update all parameters, their state and their 16-bit copies               1
+    record       write the loss, count the right answers, go on to the next step          1
 
-A step of a small network takes a GPU less time than it takes Python to launch it: some 16 kernels
-of a few microseconds each, beside 10 to 50 microseconds of the host for each. A CUDA graph is the
-way out. A step runs once as it is, on a stream of its own, and so everything is compiled and
-allocated; then the same Python runs again while torch captures what it launches, and does none of
-it. From then on a step is one replay, which Python only asks for.
+What limits it: Python. A step of the demo has about 15 launches. The GPU is predicted to need a few
+microseconds for each, but a call from Python takes the host more than 20 microseconds (measured:
+perf/results/cpu/doctor.json).
 
-A replay has the same arguments each time, and so everything that changes from step to step lies on
-the GPU: `batch_kernel` finds its images and the learning rate by the number of the step, which
-`record_kernel` advances. Nothing is copied, and nobody waits, from the epoch's first step to its
-last. The last batch of an epoch may be smaller, and then has a graph of its own.
+A CUDA graph removes this limit: it is a recording of launches that the GPU can run again (a
+replay). `Graph` makes one in two passes over the same Python code:
 
-Mixed precision. In bfloat16 the network runs on copies of its float32 parameters, which the
-optimizer writes in its one launch (kernels/optim.py), so nothing is cast. In float16 the gradients
-have to be scaled, and whether a step is to be skipped the host decides: so it runs under autocast,
-without a graph.
+1. The first step runs as usual, on a stream of its own. It compiles the kernels and allocates
+   memory.
+2. The same code runs again while torch captures its launches. The GPU does none of this work.
 
-Read first: kernels/optim.py. Source: Micikevicius et al., Mixed Precision Training (2018); CUDA
-graphs, as torch.cuda.graph has them.
+From then on, Python asks for one replay in each step.
+
+A replay has the same arguments each time. So everything that changes from step to step lies on the
+GPU. `batch_kernel` uses the number of the step to find its images and the learning rate.
+`record_kernel` advances this number. From the first step of an epoch to the last, the host copies
+nothing and waits for nothing. If the last batch of an epoch is smaller, it has a graph of its own.
+
+Mixed precision: in bfloat16 the network runs on copies of its float32 parameters. The optimizer
+writes them in its one launch (kernels/optim.py), so nothing is cast. In float16 the gradients have
+to be scaled, and the host decides which steps to skip. So float16 uses autocast and no graph.
+
+Read first: kernels/optim.py. Sources: Micikevicius et al., Mixed Precision Training (2018); the
+documentation of torch.cuda.graph.
 """
 
 from collections.abc import Callable
@@ -32,16 +40,18 @@ from collections.abc import Callable
 import torch
 import triton
 import triton.language as tl
-from tilelab.kernels import cross_entropy
-from tilelab.kernels._launch import launch
-from tilelab.kernels._tiles import cdiv, choose_tile
-from tilelab.kernels.optim import capture
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Optimizer
 
-BATCH_TILE = dict(BLOCK_M=512, num_warps=4)  # pixels: enough programs for 64 digits, too
-RECORD_ELEMENTS = 4096  # logits at a time, by eight warps
+from tilelab.kernels import cross_entropy
+from tilelab.kernels._launch import launch
+from tilelab.kernels._tiles import cdiv, choose_tile
+from tilelab.kernels.optim import capture
+
+# 512 pixels a program: 64 digits of 28 x 28 pixels still make 98 programs. A warp is 32 threads.
+BATCH_TILE = dict(BLOCK_M=512, num_warps=4)
+RECORD_ELEMENTS = 4096  # record_kernel reads this many logits at a time, with eight warps.
 
 
 @triton.jit
@@ -49,27 +59,30 @@ def batch_kernel(
     images_ptr, labels_ptr, order_ptr, moves_ptr, rates_ptr, step_ptr, x_ptr, y_ptr, lr_ptr,
     BATCH, N, H, W, mean, std, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """One program makes BLOCK_M pixels of x, [N, H, W] standardised images, and its part of y.
+    """One program computes BLOCK_M pixels of x, the standardised images [N, H, W], and some of y.
 
-    Image n of step i is number order[i * BATCH + n] of all, moved down and right by moves.
+    With row = i * BATCH + n, image n of step i is image order[row], moved by moves[row].
     """
     step = tl.load(step_ptr)
     first = tl.program_id(0).to(tl.int64) * BLOCK_M
     offs = first + tl.arange(0, BLOCK_M)
-    # Divisions of 64 bits are a hundred instructions: one for the program, none for its pixels.
-    pixel = (first % (H * W)).to(tl.int32) + tl.arange(0, BLOCK_M)  # from its first image on
+    # A 64-bit division costs many instructions. The program divides `first` once, and its pixels
+    # divide in 32 bits. They count from the first pixel of the image that `first` is in.
+    pixel = (first % (H * W)).to(tl.int32) + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     n = first // (H * W) + pixel // (H * W)
     mask = n < N
-    row = step * BATCH + n
+    row = step * BATCH + n  # the place in the epoch's order
     h, w = pixel // W % H, pixel % W
     h -= tl.load(moves_ptr + 2 * row, mask=mask, other=0)
     w -= tl.load(moves_ptr + 2 * row + 1, mask=mask, other=0)
     image = tl.load(order_ptr + row, mask=mask, other=0)
     inside = mask & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-    x = tl.load(images_ptr + (image * H + h) * W + w, mask=inside, other=0)  # 0 comes in behind
+    # Where the move leaves a gap, the mask fills it with 0.
+    x = tl.load(images_ptr + (image * H + h) * W + w, mask=inside, other=0)
     x = (x.to(tl.float32) - mean) / std
     tl.store(x_ptr + offs, x.to(x_ptr.dtype.element_ty), mask=mask)
 
+    # The first programs write the N labels too.
     image = tl.load(order_ptr + step * BATCH + offs, mask=offs < N, other=0)
     y = tl.load(labels_ptr + image, mask=offs < N, other=0)
     tl.store(y_ptr + offs, y, mask=offs < N)
@@ -82,9 +95,10 @@ def record_kernel(
     logits_ptr, y_ptr, loss_ptr, losses_ptr, right_ptr, step_ptr, N, C, stride_n, stride_c,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program records a step: the mean of its N losses, and how often the label is largest.
+    """One program computes the mean of a step's N losses, and counts the right answers.
 
-    It is the only one, so that sums have one order, and the number of the step one writer.
+    It is the only program. So the order of each sum is fixed, and only one program writes the
+    number of the step.
     """
     offs_n = tl.arange(0, BLOCK_N)
     total = tl.full((BLOCK_M,), 0.0, tl.float32)
@@ -105,21 +119,22 @@ def record_kernel(
 
 
 class Graph:
-    """Work of no arguments, which on a GPU is captured in a CUDA graph when it has run once.
+    """A function without arguments, which a GPU can replay from a CUDA graph after the first call.
 
     Args:
-        work: launches the same, on the same memory, each time. What it returns is returned by every
-            call: after a replay the same tensors, with new values.
-        stream: where the first call runs, and is captured. None: no graph, each call runs the work.
-        pool: memory (torch.cuda.graph_pool_handle) of several Graphs, which must not run side by
-            side. Only those of one stream share what they have freed.
+        work: the function. Each call must launch the same kernels on the same memory. Its result
+            is the result of every call: a replay returns the same tensors, with new values.
+        stream: the first call runs on this stream and is captured there. If it is None there is no
+            graph, and each call runs `work`.
+        pool: memory that several Graphs share (torch.cuda.graph_pool_handle). They must not run at
+            the same time, and must have the same stream to share memory that they have freed.
     """
 
     def __init__(self, work: Callable[[], object], stream: torch.cuda.Stream | None, pool=None):
         self.work, self.stream, self.pool, self.graph = work, stream, pool, None
 
     def __call__(self) -> object:
-        """Do the work once."""
+        """Do the work once: replay it, or run it and capture it."""
         if self.stream is None:
             return self.work()
         if self.graph is not None:
@@ -128,23 +143,23 @@ class Graph:
         outer = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(outer)
         with torch.cuda.stream(self.stream):
-            result = self.work()  # a step like any other
+            result = self.work()  # This call computes its step.
         outer.wait_stream(self.stream)
         graph = torch.cuda.CUDAGraph()
         with capture(graph, stream=self.stream, pool=self.pool):
-            self.result = self.work()  # which only takes down what is launched
+            self.result = self.work()  # This call only records the launches.
         self.graph = graph
         return result
 
 
 def copies_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Make bfloat16 copies of the model's parameters, by name, which the optimizer keeps up."""
+    """Make bfloat16 copies of the model's parameters, by name. The optimizer keeps them current."""
     copies = optimizer.make_copies(torch.bfloat16)
     return {name: copies[p] for name, p in model.named_parameters()}
 
 
 def weights(size: int, device: torch.device) -> Tensor:
-    """Return what each of `size` losses counts in their mean: one number, seen `size` times."""
+    """Return the weight of each of `size` losses in their mean: 1 / size, as a view [size]."""
     return torch.full((), 1 / size, device=device).expand(size)
 
 
@@ -159,23 +174,25 @@ def learn(
     label_smoothing: float = 0.0,
     scaler: torch.amp.GradScaler | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Forward, backward and the optimizer.
+    """Run the forward pass, the backward pass and the optimizer.
 
-    Losses are not added up for the gradient: it is that of each image's, times its weight.
+    The gradient needs no sum of the losses: the backward pass begins at the loss of each image,
+    with the image's weight as its gradient.
 
     Args:
         model: computes logits [N, classes].
-        optimizer: over its parameters.
-        x: the images.
+        optimizer: updates the model's parameters.
+        x: [N, 1, H, W], the images.
         y: int64 [N], the labels.
-        weight: float32 [N], of `weights`.
-        copies: of `copies_of`, to compute with; empty for the parameters themselves.
-        dtype: to compute in.
-        label_smoothing: of the loss.
-        scaler: of the loss, in float16.
+        weight: float32 [N], from `weights`.
+        copies: the parameters to compute with, from `copies_of`. If it is empty, the model computes
+            with its own.
+        dtype: the dtype to compute in.
+        label_smoothing: the label smoothing of the loss.
+        scaler: scales the loss in float16.
 
     Returns:
-        The logits, and the loss of each image.
+        The logits [N, classes], and the loss of each image [N].
     """
     with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
         logits = functional_call(model, copies, (x,)) if copies else model(x)
@@ -192,24 +209,24 @@ def learn(
 
 
 class TrainStep:
-    """The steps of an epoch over images that lie on a device: `begin`, then `step` again and again.
+    """The steps of an epoch over images on a device: call `begin`, then `step` for each batch.
 
     Args:
         model: computes logits [N, classes] of images [N, 1, H, W]. Its parameters are float32.
-        optimizer: one of ours, or of torch.optim, over the model's parameters. Its learning rate
+        optimizer: one of ours or of torch.optim, for the model's parameters. Its learning rate
             becomes a tensor on the device.
         images: uint8 [count, H, W].
         labels: int64 [count].
-        mean, std: of pixels, to standardise by.
-        batch_size: images of a step; the epoch's last may have fewer.
-        dtype: to compute in. bfloat16 needs one of our optimizers.
-        label_smoothing: of the loss.
-        scaler: of the loss, in float16.
-        graph: capture the steps in CUDA graphs.
+        mean, std: the mean and the standard deviation of the pixels, from 0 to 255.
+        batch_size: the number of images in a step; the last step of an epoch may have fewer.
+        dtype: the dtype to compute in. bfloat16 needs one of our optimizers.
+        label_smoothing: the label smoothing of the loss.
+        scaler: scales the loss in float16.
+        graph: whether to capture the steps in CUDA graphs.
 
     Attributes:
-        losses: float32 [steps], of the epoch's steps so far.
-        right: int64 [], right answers in the epoch so far.
+        losses: float32 [steps], the losses of the epoch's steps so far, and 0 for the others.
+        right: int64 [], the number of right answers in the epoch so far.
     """
 
     def __init__(
@@ -233,7 +250,7 @@ class TrainStep:
         self.scaler = scaler
         self.copies = copies_of(model, optimizer) if dtype == torch.bfloat16 else {}
 
-        # All that changes from step to step.
+        # These tensors hold everything that changes from step to step.
         self.order = torch.zeros(count, dtype=torch.int64, device=device)
         self.moves = torch.zeros(count, 2, dtype=torch.int64, device=device)
         self.rates = torch.zeros(cdiv(count, batch_size), device=device)
@@ -254,14 +271,20 @@ class TrainStep:
             self.steps[size] = Graph(self._work(x, y, weights(size, device)), stream, pool)
 
     def input(self, size: int) -> Tensor:
-        """Return an empty batch."""
+        """Return memory for a batch of `size` images, [size, 1, H, W] in channels_last."""
         dtype = torch.float32 if self.dtype == torch.float16 else self.dtype
         shape = size, 1, *self.images.shape[1:]
         x = torch.empty(shape, dtype=dtype, device=self.images.device)
         return x.to(memory_format=torch.channels_last)
 
     def begin(self, order: Tensor, moves: Tensor, rates: Tensor) -> None:
-        """Begin an epoch: its images [count], their moves [count, 2], a learning rate a step."""
+        """Begin an epoch.
+
+        Args:
+            order: int64 [count], the order of the images.
+            moves: int64 [count, 2], how far each one moves down and right, in pixels.
+            rates: float32 [steps], the learning rate of each step.
+        """
         for mine, new in ((self.order, order), (self.moves, moves), (self.rates, rates)):
             mine.copy_(new)
         self.taken = 0
@@ -269,14 +292,14 @@ class TrainStep:
             x.zero_()
 
     def step(self) -> int:
-        """Take the next step of the epoch, and return how many images it had; nobody waits."""
+        """Take the next step of the epoch without waiting for it. Return its number of images."""
         size = self.sizes[self.taken]
         self.steps[size]()
         self.taken += 1
         return size
 
     def _work(self, x: Tensor, y: Tensor, weight: Tensor) -> Callable[[], None]:
-        """The whole step, for a batch of as many images as x."""
+        """Return the function that takes a whole step, for batches of the size of x."""
         N, _, H, W = x.shape
 
         def work() -> None:

@@ -1,17 +1,20 @@
 """Train a network on images with our kernels: `tilelab train`, or `fit` from Python.
 
-The recipe: AdamW, a short linear warm-up and then a linear decay of the learning rate, images
-shifted by up to a pixel, no other tricks. The same flags and seed give the same losses, bit for
-bit, on the same machine, and a run that was killed and resumed gives those of an unbroken one:
+The recipe is AdamW, a short linear warm-up of the learning rate, then a linear decay. Training
+images are shifted by up to one pixel. There are no other tricks.
 
-- the order of the images and their shifts come from (seed, epoch), never from a generator that
-  remembers what happened before;
-- the learning rate depends on the number of the step alone;
-- a step replayed from a CUDA graph (nets/step.py) launches what a step without one would;
-- parameters, the optimizer's state and the metrics so far are in every checkpoint.
+The same flags and seed give the same losses on the same machine, bit for bit. A run that was killed
+and resumed gives the same losses as an unbroken one, for these reasons:
 
-Under --out a run leaves config.json (flags, data, versions), metrics.jsonl (a line per epoch),
-checkpoint-NNN.pt (after each epoch; 000 is the untrained network) and four pictures.
+- The order of the images and their shifts are computed from (seed, epoch). No random generator
+  carries a state from one epoch to the next.
+- The learning rate depends on the number of the step, and on the flags.
+- A step that is replayed from a CUDA graph (nets/step.py) launches what a step without one does.
+- Every checkpoint holds the parameters, the optimizer's state and the metrics so far.
+
+A run writes these files into its folder (--out): config.json (flags, data, versions), metrics.jsonl
+(a line for each epoch), checkpoint-NNN.pt (one after each epoch; 000 is the untrained network) and
+four pictures.
 """
 
 import argparse
@@ -27,29 +30,32 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tilelab.kernels import SGD, AdamW, cross_entropy, softmax
-from tilelab.kernels._launch import INTERPRET
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from tilelab.kernels import SGD, AdamW, cross_entropy, softmax
+from tilelab.kernels._launch import INTERPRET
 
 from . import checkpoint as ckpt
 from . import data as datasets
 from .config import DTYPES, WARMUP, Config, ConfigError, check_same
-from .config import add_arguments as add_arguments  # the command `tilelab train`: this, and `run`
+from .config import add_arguments as add_arguments  # `tilelab train` is made of this and of `run`.
 from .files import numbered, write_whole
 from .models import build
 from .step import TrainStep
 
-EVAL_BATCH = 1000  # large: without a GPU a launch costs more than the arithmetic of 100 images
+# Evaluation uses a large batch: without a GPU, a launch takes longer than the arithmetic of 100
+# images.
+EVAL_BATCH = 1000
 PICTURES = ("curves.png", "confusion.png", "filters.png", "mistakes.png")
 
 
 class Evaluation(NamedTuple):
-    """What a network does on labelled images.
+    """The results of a network on labelled images.
 
     Attributes:
-        loss: mean cross-entropy, in nats.
-        confusion: int64 [classes, classes]; row: the true class, column: the predicted one.
+        loss: the mean cross-entropy, in nats.
+        confusion: int64 [classes, classes]. Rows are true classes, columns are predicted ones.
         probability: float32 [N, classes], on the CPU.
     """
 
@@ -59,7 +65,7 @@ class Evaluation(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What `fit` returns: the trained model, a dict per epoch, and float32 losses [steps]."""
+    """What `fit` returns: the trained model, a dict for each epoch, and float32 losses [steps]."""
 
     model: nn.Module
     history: list[dict]
@@ -67,16 +73,19 @@ class Result(NamedTuple):
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Return the rate of a step, counted from 0: linear warm-up to the peak, linear decay to 0."""
+    """Return the learning rate of a step: linear warm-up to the peak, then linear decay to 0.
+
+    Steps count from 0.
+    """
     warmup = max(1, int(WARMUP * steps))
     return peak * min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
 
 
 def scores(confusion: Tensor) -> tuple[float, float, float]:
-    """Return accuracy, precision and recall of a confusion matrix [true, predicted].
+    """Return the accuracy, precision and recall of a confusion matrix [true, predicted].
 
-    Precision and recall are means over the classes (macro); a class that was never predicted has
-    precision 0, and one that neither occurs nor was predicted is left out.
+    Precision and recall are means over the classes ("macro"). A class that was never predicted has
+    precision 0. A class that neither occurs nor was predicted is left out.
     """
     confusion = confusion.double()
     hits, true, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
@@ -87,14 +96,14 @@ def scores(confusion: Tensor) -> tuple[float, float, float]:
 
 
 class Images:
-    """One part of a data set on a device, and how it becomes the network's input."""
+    """One part of a data set on a device. `input` makes the network's input from images."""
 
     def __init__(self, images, labels, mean, std, device):
         self.images, self.labels = images.to(device), labels.to(device)
         self.mean, self.std = mean, std
 
     def input(self, images: Tensor) -> Tensor:
-        """Return uint8 [N, H, W] as standardised float32 [N, 1, H, W]."""
+        """Return images, uint8 [N, H, W], as standardised float32 [N, 1, H, W] in channels_last."""
         x = (images.float() - self.mean) / self.std
         return x[:, None].contiguous(memory_format=torch.channels_last)
 
@@ -103,7 +112,7 @@ class Images:
 def evaluate(
     model: nn.Module, part: Images, classes: int, dtype: torch.dtype = torch.float32
 ) -> Evaluation:
-    """Run the model over all images of a part and compare with the labels."""
+    """Run the model on all images of a part, and compare its answers with the labels."""
     model.eval()
     device = part.labels.device
     loss = torch.zeros((), dtype=torch.float64, device=device)
@@ -125,11 +134,12 @@ def evaluate(
 
 
 def train_epoch(step: TrainStep, config: Config, epoch: int, bar):
-    """Train for one epoch; epochs count from 1.
+    """Train for one epoch. Epochs count from 1.
 
     Returns:
-        The loss of every step, float32 [steps] on the CPU; their mean over the images; and the
-        accuracy. All are measured on the way: on shifted images, while the network changes.
+        The loss of every step, float32 [steps] on the CPU; the mean loss of the images; and the
+        accuracy. All three are taken during training: from shifted images, while the network
+        changes.
     """
     step.model.train()
     count, steps = len(step.labels), len(step.sizes)
@@ -142,25 +152,25 @@ def train_epoch(step: TrainStep, config: Config, epoch: int, bar):
     shown, seen = time.perf_counter(), 0
     for i in range(steps):
         seen += step.step()
-        # Reading a number makes the CPU wait for the GPU, so not at every step.
+        # Reading a number makes the CPU wait for the GPU, so this happens every 0.2 s only.
         if (now := time.perf_counter()) - shown > 0.2:
             shown = now
             loss, right = step.losses[i].item(), step.right.item()
             bar.set_postfix_str(f"loss {loss:.3f}, accuracy {right / seen:.1%}", refresh=False)
         bar.update()
-    # .cpu() and .item() wait for the GPU, so the caller's clock sees all of the work.
+    # .cpu() and .item() wait for the GPU, so the caller's clock measures all of the work.
     losses = step.losses.cpu()
-    sizes = torch.tensor(step.sizes)  # the last batch may be smaller
+    sizes = torch.tensor(step.sizes)  # The last batch may be smaller.
     return losses, (losses.double() * sizes).sum().item() / count, step.right.item() / count
 
 
 class _Run:
-    """A run's state: all that a checkpoint holds."""
+    """The state of a run: everything that a checkpoint holds."""
 
     def __init__(self, config: Config, data, device: torch.device):
-        """Build the network and the optimizer as they are before the first step."""
+        """Make the network and the optimizer as they are before the first step."""
         self.config, self.out, self.checksum = config, Path(config.out), data.checksum()
-        with torch.random.fork_rng(devices=[]):  # leave the caller's random numbers alone
+        with torch.random.fork_rng(devices=[]):  # The caller's random numbers stay as they are.
             torch.manual_seed(config.seed)
             try:
                 self.model = build(config.model, data.shape, len(data.classes)).to(device)
@@ -179,20 +189,22 @@ class _Run:
                 nesterov=config.momentum > 0,
                 weight_decay=config.weight_decay,
             )
-        # float16 gradients below 6e-8 would vanish: the scaler multiplies the loss, and skips the
-        # steps whose gradients overflow. It does nothing for the other dtypes.
+        # The smallest positive float16 is 6e-8: smaller gradients would become 0. So the scaler
+        # multiplies the loss, and skips steps whose gradients overflow. It does nothing for the
+        # other dtypes.
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
         self.epoch, self.history, self.losses = 0, [], torch.zeros(0)
 
     def restore(self, state: dict) -> None:
-        """Take over the state of a checkpoint."""
+        """Continue from the state in a checkpoint."""
         if state["checksum"] != self.checksum:
             raise ConfigError(
                 f"--dataset {self.config.dataset} is not the data that the "
                 f"checkpoint was trained on ({state['config']['dataset']})"
             )
         optimizer = {**state["optimizer"]}
-        if self.config.optimizer == "adamw":  # also of checkpoints whose steps the host counted
+        # Older checkpoints come from an AdamW whose steps the host counted (capturable=False).
+        if self.config.optimizer == "adamw":
             groups = optimizer["param_groups"]
             optimizer["param_groups"] = [{**group, "capturable": True} for group in groups]
         try:
@@ -204,7 +216,7 @@ class _Run:
             raise ckpt.CheckpointError(
                 f"checkpoint {state['path']} does not fit: {reason}"
             ) from error
-        # Moments of a FlattenLinear's weights, had they been saved as torch.nn.Linear's are.
+        # A checkpoint may hold the state for a FlattenLinear in the shape of torch.nn.Linear.
         for p, moments in self.optimizer.state.items():
             for name, x in moments.items():
                 if p.dim() == 4 and x.dim() == 2:
@@ -213,9 +225,9 @@ class _Run:
         self.losses = state["losses"]
 
     def write(self) -> None:
-        """Write the checkpoint and the metrics up to now."""
+        """Write a checkpoint, and the metrics of all epochs so far."""
         optimizer = self.optimizer.state_dict()
-        for group in optimizer["param_groups"]:  # on a device while it trains
+        for group in optimizer["param_groups"]:  # During training the rate is a tensor.
             group["lr"] = float(group["lr"])
         ckpt.save(
             ckpt.checkpoint_path(self.out, self.epoch),
@@ -230,26 +242,27 @@ class _Run:
                 "scaler": self.scaler.state_dict(),
             },
         )
-        # The whole file each time, from the history that the checkpoint has too: a kill never
-        # leaves half a line, and resuming brings the two together again.
+        # Write the whole file each time, so that a kill never leaves half a line. If a kill comes
+        # between the two files, resuming makes them agree again: the checkpoint has the history.
         write_whole(self.out / "metrics.jsonl", jsonl(self.history))
 
 
 def fit(
     config: Config, resume: dict | None = None, overwrite: bool = False, progress: bool = True
 ) -> Result:
-    """Train, evaluate after every epoch, and leave everything under config.out.
+    """Train, evaluate after every epoch, and write everything into the folder config.out.
 
     Args:
         config: the flags.
-        resume: a checkpoint from checkpoint.load or load_newest, to go on from.
-        overwrite: replace a run that config.out holds.
-        progress: show a bar on stderr (if it is a terminal) and a line per epoch on stdout.
+        resume: a checkpoint from checkpoint.load or load_newest; training continues from it.
+        overwrite: whether to replace a run that config.out holds.
+        progress: whether to show a bar on stderr (if it is a terminal) and a line for each epoch on
+            stdout.
 
     Raises:
-        ConfigError: for flags that cannot work, here or with the checkpoint.
-        DataError: for missing or broken data.
-        CheckpointError: for a checkpoint that does not fit.
+        ConfigError: if a flag cannot work on this machine, or contradicts the checkpoint.
+        DataError: if data are missing or broken.
+        CheckpointError: if the checkpoint does not fit the network.
         OSError: if config.out cannot be written.
     """
     device, dtype = pick_device(config.device), DTYPES[config.dtype]
@@ -325,7 +338,7 @@ def fit(
         unit=" step",
         dynamic_ncols=True,
         disable=None if progress else True,
-    ) as bar:  # None: a bar on terminals only
+    ) as bar:  # disable=None shows a bar on terminals only.
         for epoch in range(run.epoch + 1, config.epochs + 1):
             bar.set_description(f"epoch {epoch}/{config.epochs}")
             start = time.perf_counter()
@@ -358,7 +371,7 @@ def fit(
             if progress:
                 bar.write(epoch_line(line))
                 sys.stdout.flush()
-    if result is None:  # a finished run was resumed, perhaps for its pictures
+    if result is None:  # A finished run was resumed, perhaps for its pictures.
         result = evaluate(run.model, test, len(data.classes), dtype)
     draw(run, data, result)
     if progress:
@@ -376,7 +389,7 @@ HEADER = (
 
 
 def epoch_line(line: dict) -> str:
-    """Format an epoch's metrics under HEADER; the seconds are those of training."""
+    """Format the metrics of an epoch as a line under HEADER. The seconds are those of training."""
     return (
         "{epoch:5d}  {train_loss:10.4f}  {test_loss:9.4f}  {train_accuracy:10.2%}  "
         "{accuracy:8.2%}  {precision:9.2%}  {recall:6.2%}  {seconds:8.2f}  "
@@ -385,13 +398,13 @@ def epoch_line(line: dict) -> str:
 
 
 def jsonl(history: list[dict]) -> bytes:
-    """Return metrics as the content of metrics.jsonl: an epoch a line."""
+    """Return the content of metrics.jsonl: a line for each epoch."""
     return "".join(json.dumps(line) + "\n" for line in history).encode()
 
 
 def draw(run: _Run, data, result: Evaluation) -> None:
-    """Write the four pictures."""
-    from . import pictures  # matplotlib takes a second to import, and is needed only here
+    """Draw the four pictures, and write them."""
+    from . import pictures  # matplotlib takes a second to import, and only this function needs it.
 
     weight, bias = (value.cpu() for value in list(run.model.state_dict().values())[:2])
     mean, std = data.mean_std()
@@ -407,7 +420,7 @@ def draw(run: _Run, data, result: Evaluation) -> None:
 
 
 def describe(run: _Run, data, device: torch.device) -> dict:
-    """Return what config.json says: flags, data, model, and what they ran on."""
+    """Return the content of config.json: flags, data, model, machine and versions."""
     import triton
 
     place = (
@@ -442,7 +455,7 @@ def pick_device(name: str) -> torch.device:
     """Return the device for "auto", "cpu" or "cuda".
 
     Raises:
-        ConfigError: if it is not there, or Triton cannot use it as it was started.
+        ConfigError: if the device is not there; if it is the CPU, and Triton was started for a GPU.
     """
     gpu = torch.cuda.is_available()
     if name == "cuda" and not gpu:
@@ -456,7 +469,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def clear(out: Path) -> None:
-    """Remove what an earlier run left in its folder, and nothing else."""
+    """Remove the files of an earlier run from its folder, and no other files."""
     for path in (
         *ckpt.find(out),
         *(out / name for name in ("config.json", "metrics.jsonl")),
@@ -466,18 +479,18 @@ def clear(out: Path) -> None:
 
 
 def holds_run(out: Path) -> bool:
-    """Return whether something was trained into this folder."""
+    """Return whether the folder holds a run."""
     return (out / "config.json").exists() or bool(ckpt.find(out))
 
 
 def default_folder(out: Path, latest: bool) -> Path:
-    """Return the first of out, out-2, out-3, ... that is free, or the last that is not."""
+    """Return the last of out, out-2, ... that holds a run if `latest`, else the first free one."""
     free, last = numbered(out, holds_run)
     return (last or out) if latest else free
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train as the command line says; return 0, 2 for a user's error, 130 for Ctrl-C."""
+    """Train as the command line says. Return 0, or 2 after a user's error, or 130 after Ctrl-C."""
     names = {field.name for field in fields(Config)} | {"resume", "overwrite"}
     given = {name: value for name, value in vars(args).items() if name in names}
     resume, overwrite = given.pop("resume", None), given.pop("overwrite", False)

@@ -2,8 +2,8 @@
 
 `CudaDevice` is a GPU (NVIDIA's, or AMD's through the same torch.cuda), `HostDevice` the CPU with
 Triton's interpreter, for dry runs of everything around a measurement. Both have the same methods,
-and so has the simulated device of the tests. perf/clock/timing.py decides how often to measure; this file
-makes one sample, a time per call, worth having:
+and so has the simulated device of the tests. perf/clock/timing.py decides how often to measure;
+this file makes one sample, a time per call, worth having:
 
     prepare(calls) -> runner     warms up and decides how the calls are timed
     runner.sample()              seconds per call, over about a millisecond of work
@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+
 from tilelab.perf.errors import PerfError
 from tilelab.perf.work import gpus
 
@@ -51,7 +52,7 @@ THROTTLE = {
 }
 
 
-def here() -> "CudaDevice | HostDevice":
+def current_device() -> "CudaDevice | HostDevice":
     """The device that the kernels use: the GPU if torch sees one and TRITON_INTERPRET is not 1."""
     interpret = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
     return HostDevice() if interpret or not torch.cuda.is_available() else CudaDevice()
@@ -524,20 +525,13 @@ class HostDevice:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
     def processes(self) -> None:
-        """Not known."""
-        return None
+        """Not known, as are the clock and the energy."""
 
-    def clock_mhz(self) -> None:
-        """Not known."""
-        return None
+    clock_mhz = energy_j = processes
 
     def throttle_reasons(self) -> list[str]:
         """Not known: empty."""
         return []
-
-    def energy_j(self) -> None:
-        """Not known."""
-        return None
 
 
 class HostRunner:

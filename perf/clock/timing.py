@@ -1,4 +1,4 @@
-"""How often to measure, and when to stop: the rules of timing, over any device of perf/clock/devices.py.
+"""How often to measure, and when to stop: the rules of timing, over any device of devices.py.
 
 One workload goes through these steps, on runners that `device.prepare` made:
 
@@ -112,7 +112,9 @@ def warm(
     if runner.timer == "host":
         runner.run()
         return False
-    seen: list[tuple[float, float]] = []  # (time, MHz): the last `steady` seconds, and one before
+    readings: list[
+        tuple[float, float]
+    ] = []  # (time, MHz): the last `steady` seconds, and one before
     while True:
         clock = _busy(device, runner)
         now = device.now()
@@ -120,12 +122,12 @@ def warm(
             if now - began >= steady:
                 return False
         else:
-            seen.append((now, clock))
-            while len(seen) > 1 and seen[1][0] <= now - steady:
-                del seen[0]
-            clocks = [mhz for _, mhz in seen]
+            readings.append((now, clock))
+            while len(readings) > 1 and readings[1][0] <= now - steady:
+                del readings[0]
+            clocks = [mhz for _, mhz in readings]
             same = max(clocks) - min(clocks) <= tolerance * max(clocks)
-            if same and now - seen[0][0] >= steady:
+            if same and now - readings[0][0] >= steady:
                 return True
         if now - began >= most:
             return False

@@ -1,51 +1,22 @@
-"""What a sweep or a compilation is about: from the command line to workloads, tiles and a header.
+"""What a sweep or a compilation is about: from the command line to workloads and tiles.
 
-`perf sweep` and `perf compile` take the same arguments for the same things.
+`tilelab sweep` and `tilelab compile` take the same arguments for the same things.
 """
 
 import argparse
-import datetime
-import importlib.metadata
-import os
-import pathlib
-import platform
-import subprocess
-import sys
+from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
-import torch
 from tilelab.kernels import _tiles
 from tilelab.perf.errors import Help, PerfError
 from tilelab.perf.work import search_space, shapes
-from tilelab.perf.work.workloads import DTYPES, OPS, Workload, modes
-
-_LAYER = "n=32,c=128,h=28,w=28,k=128,r=3,s=3,padding=1"  # the middle of a ResNet
-SOURCES = ("--", ":/", ":(top,exclude)perf/results")  # as git names them: all but the results
-DEFAULT_SHAPES = {
-    "matmul": "m=4096",
-    "matmul_bias_relu": "m=4096",
-    "scaled_matmul": "m=4096",
-    "conv2d": _LAYER,
-    "conv2d_bias_relu": _LAYER,
-    "conv2d_im2col": _LAYER,
-    "conv2d_relu_pool": _LAYER,
-    "im2col": _LAYER,
-    "col2im": _LAYER,
-    "bias_relu": "resnet50@32",
-    "max_pool2d": "resnet50@32",
-    "softmax": "classes",
-    "cross_entropy": "classes",
-    "sgd": "resnet50",
-    "adamw": "resnet50",
-    "train_step": "demo",
-    "conv_stack": "vgg16@32",
-}
+from tilelab.perf.work.operators import OPERATORS
+from tilelab.perf.work.workloads import DTYPES, Workload, modes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what to measure: operators, modes, dtypes, shapes, axes."""
-    parser.add_argument("ops", nargs="+", metavar="OP", help=f"all, or of: {', '.join(OPS)}")
+    parser.add_argument("ops", nargs="+", metavar="OP", help=f"all, or of: {', '.join(OPERATORS)}")
     parser.add_argument(
         "--mode",
         default="fwd",
@@ -96,8 +67,8 @@ def workloads(args: argparse.Namespace) -> list[Workload]:
     """
     if args.shapes == "help":
         raise Help(shapes.describe())
-    ops = list(OPS) if args.ops == ["all"] else args.ops
-    search_space.parse_axes(args.axis)  # an error in them comes first
+    ops = list(OPERATORS) if args.ops == ["all"] else args.ops
+    parse_axes(args.axis)  # an error in them comes first
     dtypes = args.dtype.split(",")
     for dtype in dtypes:
         if dtype not in DTYPES:
@@ -105,15 +76,54 @@ def workloads(args: argparse.Namespace) -> list[Workload]:
     chosen, default = [], args.shapes is None
     for op in ops:
         for mode in modes(op, args.mode):
-            for shape in shapes.shapes(op, DEFAULT_SHAPES[op] if default else args.shapes):
-                for dtype in (d for d in dtypes if d in OPS[op].dtypes):
+            for shape in shapes.shapes(op, OPERATORS[op].default if default else args.shapes):
+                for dtype in (d for d in dtypes if d in OPERATORS[op].dtypes):
                     chosen.append(Workload(op, mode, *DTYPES[dtype], shape.sizes, shape.name))
     if not chosen:
-        have = ", ".join(sorted({d for op in ops for d in OPS[op].dtypes}))
+        have = ", ".join(sorted({d for op in ops for d in OPERATORS[op].dtypes}))
         raise PerfError(
             f"{', '.join(ops)} has no mode {args.mode} in {args.dtype} ({have}): nothing to do"
         )
     return chosen
+
+
+def parse_axes(texts: Iterable[str]) -> dict[str, tuple]:
+    """["BLOCK_M=64,128", "num_warps=8", "kernel=tma"] as a dict.
+
+    Raises:
+        PerfError: not of that form, given twice, or a value that no tile can have.
+    """
+    axes = {}
+    for text in texts:
+        name, _, values = text.partition("=")
+        if name == "kernel":
+            axes[name] = tuple(values.split(","))
+            if not set(axes[name]) <= set(search_space.KERNELS):
+                raise PerfError(f"kernel is of {', '.join(search_space.KERNELS)}; got {text!r}")
+            continue
+        try:
+            numbers = tuple(int(v) for v in values.split(","))
+        except ValueError:
+            raise PerfError(f"an axis is given as BLOCK_M=64,128; got {text!r}") from None
+        block = name.startswith("BLOCK_") or name == "num_warps"
+        least = 0 if name in search_space.FAST_AXES else 1
+        if any(v < least or (block and v & (v - 1)) for v in numbers):
+            raise PerfError(
+                f"{name} takes {'powers of two' if block else 'positive numbers'}: {text!r}"
+            )
+        if name in axes:
+            raise PerfError(f"{name} is given twice: all its values go into one -a")
+        axes[name] = numbers
+    known = sorted(_known_axes())
+    for name in axes:
+        if name not in (*known, "kernel"):
+            raise PerfError(f"unknown axis {name!r}: there are {', '.join(known)}")
+    return axes
+
+
+def _known_axes() -> set[str]:
+    every = (t for row in OPERATORS.values() for mode in row.modes.values() for t in mode.tile_ops)
+    return {name for t in every for name in (*t.axes, *search_space.FAST_AXES)}
 
 
 def identity(w: Workload, source: str) -> dict[str, Any]:
@@ -131,99 +141,30 @@ def identity(w: Workload, source: str) -> dict[str, Any]:
     }
 
 
-def tiles(described: dict, axes: list[str], lesson: bool = False) -> list[dict | None]:
+def tiles(described: dict, w: Workload, axes: list[str], which: str = "all") -> list[dict | None]:
     """The tiles to try for what `aot.describe` has described: the default first.
 
-    With `lesson`, only those that the kernel's file lists. [None] where the work has no tile of its
-    own, as a whole training step.
-    """
-    if described["tile_op"] is None:
-        return [None]
-    given = [described["tile"], *described["lesson"]]
-    narrowed, kernels = search_space.parse_axes(axes), described["kernels"]
-    chosen = search_space.tiles(
-        described["tile_op"], described["sizes"], given, narrowed,
-        () if lesson else kernels, described["itemsize"],
-    )  # fmt: skip
-    if not chosen:
-        sizes = " ".join(f"{k}={v}" for k, v in described["sizes"].items())
-        raise PerfError(
-            f"no tile of {described['tile_op']} has {' and '.join(axes)}, of those for {sizes}"
-        )
-    return chosen
-
-
-def default_tile(described: dict, w: Workload) -> list[dict | None]:
-    """The one tile that a call of `w` takes here: of the tuned table, or the lesson's default.
+    [None] where the work has no tile of its own, as a whole training step.
 
     Args:
         described: by `aot.describe`, which knows no tuned table.
         w: the work.
+        axes: what `-a` says.
+        which: as `--tiles` says. "default" is the one tile that a call of `w` takes here: of the
+            tuned table, or the lesson's default.
     """
     if described["tile_op"] is None:
         return [None]
-    lesson, kernels = {w.torch_dtype.itemsize: described["tile"]}, tuple(described["kernels"])
-    op, sizes = described["tile_op"], described["sizes"]
-    return [_tiles.choose_tile(op, w.torch_dtype, lesson, kernels, **sizes)]
-
-
-def header(fields: dict[str, Any], measured: bool, args: argparse.Namespace) -> dict[str, Any]:
-    """The header of a results file; `fields` are those about the GPU."""
-    return {
-        "created": now(),
-        "command": ["tilelab", *sys.argv[1:]],
-        "measured": measured,
-        "versions": versions(),
-        **commit(),
-        "host": {"cpu": _cpu(), "cores": len(os.sched_getaffinity(0))},
-        "seed": getattr(args, "seed", 0),
-        "note": args.note,
-        **fields,
-    }
-
-
-def now() -> str:
-    """The time, ISO 8601, UTC."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-
-
-def versions() -> dict[str, str | None]:
-    """Of what the numbers depend on."""
-    cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None
-    try:
-        tilelab = importlib.metadata.version("tilelab")
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout
-        tilelab = None
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": importlib.metadata.version("triton"),
-        "numpy": np.__version__,
-        "cuda": torch.version.cuda or torch.version.hip,
-        "cudnn": None if cudnn is None else str(cudnn),
-        "tilelab": tilelab,
-    }
-
-
-def commit() -> dict[str, Any]:
-    """The commit, and whether the working tree differs from it: new results are no difference."""
-
-    def git(*command: str) -> str | None:
-        try:
-            folder = pathlib.Path(__file__).parent
-            result = subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True)
-        except OSError:
-            return None
-        return result.stdout.strip() if result.returncode == 0 else None
-
-    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", *SOURCES)
-    return {"commit": commit, "dirty": None if changes is None else bool(changes)}
-
-
-def _cpu() -> str:
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
+    (tile_op,) = (t for t in w.about.tile_ops if t.name == described["tile_op"])
+    sizes, kernels = described["sizes"], tuple(described["kernels"])
+    if which == "default":
+        lesson = {w.torch_dtype.itemsize: described["tile"]}
+        return [_tiles.choose_tile(tile_op.name, w.torch_dtype, lesson, kernels, **sizes)]
+    chosen = search_space.tiles(
+        tile_op, sizes, [described["tile"], *described["lesson"]], parse_axes(axes),
+        () if which == "lesson" else kernels, described["itemsize"],
+    )  # fmt: skip
+    if not chosen:
+        text = " ".join(f"{k}={v}" for k, v in sizes.items())
+        raise PerfError(f"no tile of {tile_op.name} has {' and '.join(axes)}, of those for {text}")
+    return chosen

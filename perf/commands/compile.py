@@ -7,24 +7,25 @@ and the predicted time. Nothing is run. `--explain` says in words what one tile 
 
 import argparse
 import concurrent.futures
+import itertools
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+
+from tqdm import tqdm
 
 from tilelab.nets.files import numbered
-from tilelab.perf.commands import arguments
+from tilelab.perf.commands import arguments, provenance
 from tilelab.perf.compiler import aot
 from tilelab.perf.compiler.prediction import predict, refused
 from tilelab.perf.errors import PerfError
-from tilelab.perf.report import explanation
+from tilelab.perf.report import diagnosis
 from tilelab.perf.rows import ranking, results
 from tilelab.perf.work import gpus
 from tilelab.perf.work.workloads import Workload
-from tqdm import tqdm
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `perf compile`."""
+    """Add the arguments of `tilelab compile`."""
     arguments.add_arguments(parser)
     parser.add_argument(
         "-t",
@@ -91,12 +92,10 @@ def compile_all(
         raise PerfError("--tiles default needs the GPU whose tuned table it is about")
     fields = {"gpu": f"{label(gpu)} (compiled)", "target": gpu.target}
     print(f"{gpu.target}: compiled, not run; times are predictions for the {gpu.title}")
-    rows = []
-    with results.Writer(path, arguments.header(fields, False, args)) as writer:
-        todo = Todo(work, args.axis, compilers, writer, gpu.target, which=args.tiles)
-        rows += todo.done
-        with tqdm(total=len(todo), unit="tile", desc=gpu.target, disable=None) as bar:
-            for row in compile_rows(todo.jobs, gpu.target, gpu, compilers):
+    with results.Writer(path, provenance.header(fields, False, args)) as writer:
+        jobs, rows = missing(work, args, compilers, writer, gpu.target)
+        with tqdm(total=len(jobs), unit="tile", desc=gpu.target, disable=None) as bar:
+            for row in compile_rows(jobs, gpu.target, gpu, compilers):
                 row["status"] = "predicted" if row["status"] == "ok" else row["status"]
                 writer.write(stored(row))
                 rows.append(row)
@@ -108,65 +107,50 @@ def compile_all(
     return rows
 
 
-class Todo:
-    """The tiles still to do, as (workload, row fields): one of each workload in turn.
+Job = tuple[Workload, dict]  # a tile to do, as the fields of its row
+
+
+def missing(
+    work: list[Workload],
+    args: argparse.Namespace,
+    compilers: aot.Compilers,
+    writer: results.Writer,
+    target: str,
+    attempts: Sequence[dict] = ({"stage": "compile"},),
+) -> tuple[list[Job], list[dict]]:
+    """The tiles still to do, one of each workload in turn; and the rows that the file has already.
+
+    So a sweep that is cut short has tried as many tiles of each workload.
 
     Args:
         work: the workloads.
-        axes: what `-a` says.
+        args: of the command line: which tiles.
         compilers: to ask for the tiles there are.
-        writer: of the file that may have some already.
+        writer: of the file.
         target: what they are compiled for; "" where they are interpreted.
         attempts: the stage, or stage and cache, of a row that makes a tile done.
-        which: as `--tiles` says.
-
-    Attributes:
-        jobs: so ordered that a sweep which is cut short has tried as many tiles of each workload.
-        done: rows that the file already had, of today's sources.
     """
-
-    def __init__(
-        self,
-        work: list[Workload],
-        axes: list[str],
-        compilers: aot.Compilers,
-        writer: results.Writer,
-        target: str,
-        attempts: Sequence[dict] = ({"stage": "compile"},),
-        which: str = "all",
-    ) -> None:
-        asked = [compilers.submit("describe", w, None, target) for w in work]
-        lists, self.done = [], []
-        for w, future in zip(work, asked, strict=True):
-            described = future.result()
-            if described.get("failed"):
-                raise PerfError(f"{w.op} {w.mode} {w.name}: {described['failed']}")
-            base = arguments.identity(w, aot.source_hash(w))
-            jobs = []
-            if which == "default":
-                tiles = arguments.default_tile(described, w)
-            else:
-                tiles = arguments.tiles(described, axes, which == "lesson")
-            for tile in tiles:
-                default = tile == described.get("tile")
-                fields = base | {"impl": "tilelab", "tile": tile, "default": default}
-                fields["lesson"] = tile in described.get("lesson", ())  # to sort by; not stored
-                known = [writer.find(fields | attempt, base["source"]) for attempt in attempts]
-                known = [row for row in known if row and row["status"] != "skipped"]
-                if known:
-                    self.done += known
-                else:
-                    jobs.append((w, fields))
-            lists.append(jobs)
-        longest = max(map(len, lists), default=0)
-        self.jobs = [jobs[i] for i in range(longest) for jobs in lists if i < len(jobs)]
-
-    def __len__(self) -> int:
-        return len(self.jobs)
+    asked = [compilers.submit("describe", w, None, target) for w in work]
+    lists, done = [], []
+    for w, future in zip(work, asked, strict=True):
+        described = future.result()
+        if described.get("failed"):
+            raise PerfError(f"{w.op} {w.mode} {w.name}: {described['failed']}")
+        base, jobs = arguments.identity(w, aot.source_hash(w.op)), []
+        for tile in arguments.tiles(described, w, args.axis, args.tiles):
+            fields = base | {"impl": "tilelab", "tile": tile}
+            fields["default"] = tile == described.get("tile")
+            fields["lesson"] = tile in described.get("lesson", ())  # to sort by; not stored
+            known = [writer.find(fields | attempt, base["source"]) for attempt in attempts]
+            known = [row for row in known if row and row["status"] != "skipped"]
+            done += known
+            jobs += [] if known else [(w, fields)]
+        lists.append(jobs)
+    return [job for turn in itertools.zip_longest(*lists) for job in turn if job], done
 
 
 def compile_rows(
-    jobs: Iterable[tuple[Workload, dict]],
+    jobs: Iterable[Job],
     target: str,
     gpu: gpus.GPU | None,
     compilers: aot.Compilers,
@@ -186,7 +170,7 @@ def compile_rows(
 
 def finish(row: dict, gpu: gpus.GPU | None) -> dict:
     """A compiled tile's row: with its prediction (of a known GPU), and whether to run it."""
-    row = row | {"stage": "compile", "status": "ok", "time": arguments.now()}
+    row = row | {"stage": "compile", "status": "ok"}
     if gpu is not None and not row.get("failed"):
         row |= predict(row, gpu)
     reason = refused(row)
@@ -196,8 +180,8 @@ def finish(row: dict, gpu: gpus.GPU | None) -> dict:
 
 
 def stored(row: dict) -> dict:
-    """The part of a row that the results file keeps; the rest served the prediction."""
-    return {name: value for name, value in row.items() if name in results.ROW}
+    """The part of a row that the results file keeps, with the time; the rest was for predicting."""
+    return {k: v for k, v in row.items() if k in results.ROW} | {"time": provenance.now()}
 
 
 def by_work(rows: Iterable[dict]) -> dict[tuple, list[dict]]:
@@ -219,7 +203,7 @@ COLUMNS = {  # of the table: heading, and how a row fills it
     "loop": lambda r: r.get("loop_instructions"),
     "waves": lambda r: f"{r['waves']:.2f}" if "waves" in r else "",
     "padding": lambda r: f"{r['padding']:.2f}" if "padding" in r else "",
-    "us": lambda r: f"{r['predicted_s'] * 1e6:.1f}" if "predicted_s" in r else "",
+    "µs": lambda r: f"{r['predicted_s'] * 1e6:.1f}" if "predicted_s" in r else "",
     "TFLOP/s": lambda r: f"{r['predicted_tflops']:.0f}" if "predicted_tflops" in r else "",
     "bound": lambda r: r.get("bound", ""),
 }
@@ -236,9 +220,11 @@ def table(rows: list[dict], top: int) -> str:
         if not good:
             return f"{title}: {first['reason']}"
         row = good[0]
-        return f"{title}: {row['predicted_s'] * 1e6:.1f} us, {row['launches']} launches"
+        return f"{title}: {ranking.time_text(row['predicted_s'])}, {row['launches']} launches"
     cells = [list(COLUMNS)]
-    cells += [[_text(fill(row)) for fill in COLUMNS.values()] for row in good[:top]]
+    for row in good[:top]:
+        found = (fill(row) for fill in COLUMNS.values())
+        cells.append(["" if value is None else str(value) for value in found])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [title]
     for line in cells:
@@ -253,10 +239,6 @@ def table(rows: list[dict], top: int) -> str:
     return "\n".join(lines)
 
 
-def _text(value: Any) -> str:
-    return "" if value is None else str(value)
-
-
 def _explain(work: list[Workload], args: argparse.Namespace, chosen: list[gpus.GPU]) -> int:
     w = work[0]
     with aot.Compilers(1) as compilers:
@@ -264,14 +246,17 @@ def _explain(work: list[Workload], args: argparse.Namespace, chosen: list[gpus.G
             described = compilers.submit("describe", w, None, gpu.target).result()
             if described.get("failed"):
                 raise PerfError(described["failed"])
-            tile = arguments.tiles(described, args.axis)[0]
+            tile = arguments.tiles(described, w, args.axis)[0]
             if tile is None:
                 raise PerfError(f"{w.op} has no tile of its own to explain")
-            fields = arguments.identity(w, aot.source_hash(w)) | {"impl": "tilelab", "tile": tile}
+            fields = arguments.identity(w, aot.source_hash(w.op)) | {
+                "impl": "tilelab",
+                "tile": tile,
+            }
             compiled = compilers.submit("compile", w, tile, gpu.target).result()
             row = finish(fields | compiled, gpu)
-            print(explanation.words(row, gpu))
+            print(diagnosis.describe_tile(row, gpu))
             if not row.get("failed"):
                 loop = compilers.submit("annotate", w, tile, gpu.target).result()
-                print(explanation.annotated(loop))
+                print(diagnosis.annotate(loop))
     return 0

@@ -19,26 +19,24 @@ import importlib.util
 import json
 import os
 import pathlib
-import platform
 import statistics
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+
 from tilelab.perf.clock import timing
-from tilelab.perf.clock.devices import HostDevice, first_line, here
+from tilelab.perf.clock.devices import HostDevice, current_device, first_line
+from tilelab.perf.commands import provenance
 from tilelab.perf.errors import PerfError
 from tilelab.perf.rows import results
 from tilelab.perf.work import gpus
 
 LEVELS = ("ok", "note", "warning", "error")
 SLOW_COPY = 0.75  # of the data sheet's bandwidth; HBM gives about 0.9
-SLOW_MATMUL = (
-    0.6  # of the data sheet's peak; cuBLAS at 8192^3 gives about 0.8 within the power limit
-)
+SLOW_MATMUL = 0.6  # of its peak; cuBLAS at 8192^3 gives about 0.8 within the power limit
 TOO_FAST = 1.05  # of any data sheet: then the clock is wrong
 SPREAD = 0.02  # between the quartiles of one kernel's samples
 SETTINGS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}
@@ -72,14 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Look, print, and return the exit status: 1 if there is an error among the findings."""
     try:
-        device, broken = here(), None
+        device, broken = current_device(), None
     except Exception as error:  # torch says that there is a GPU, and it does not start
         device, broken = HostDevice(), first_line(error)
     findings = examine(device, quick=args.quick, host=args.host)
     if broken:
-        findings.insert(
-            0, Finding("error", "GPU", f"torch sees a GPU that does not start: {broken}")
-        )
+        detail = f"torch sees a GPU that does not start: {broken}"
+        findings.insert(0, Finding("error", "GPU", detail))
     print("\n".join(lines(findings)))
     if args.json:
         found = {"findings": [finding._asdict() for finding in findings]}
@@ -97,17 +94,14 @@ def lines(findings: list[Finding]) -> list[str]:
 
 
 def examine(device: Any, quick: bool = False, host: bool = False) -> list[Finding]:
-    """Look at everything.
+    """Look at everything; return the findings in the order in which they are to be read.
 
     Args:
         device: of perf/clock/devices.py, or with its methods.
         quick: leave out what takes more than a few seconds.
         host: measure what a call costs on the host too.
-
-    Returns:
-        The findings in the order in which they are to be read.
     """
-    findings = [*_software(), *_cache(), *_tools()]
+    findings = _software()
     if device.timer_name == "host":
         findings += [*_no_gpu(), *_interpreter()]
     else:
@@ -128,53 +122,15 @@ def examine(device: Any, quick: bool = False, host: bool = False) -> list[Findin
 
 
 def _software() -> list[Finding]:
-    names = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-    }
+    found = provenance.versions()
+    text = ", ".join(f"{name} {found[name]}" for name in ("python", "torch", "numpy", "triton"))
     try:
-        importlib.import_module(
-            "tilelab.kernels"
-        )  # before triton; refuses pairs that are known not to work
-        names["triton"] = importlib.import_module("triton").__version__
+        importlib.import_module("tilelab.kernels")  # refuses pairs of versions that do not work
     except ImportError as error:
-        text = ", ".join(f"{name} {version}" for name, version in names.items())
         return [Finding("error", "versions", f"{text}; the kernels cannot be imported: {error}")]
-    text = ", ".join(f"{name} {version}" for name, version in names.items())
     built = torch.version.cuda and f"CUDA {torch.version.cuda}"
     built = built or (torch.version.hip and f"ROCm {torch.version.hip}") or "the CPU alone"
     return [Finding("ok", "versions", f"{text}; torch is built for {built}")]
-
-
-def _cache() -> list[Finding]:
-    """Whether Triton can keep what it compiles: otherwise every process compiles again."""
-    home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
-    default = os.path.join(home, ".triton", "cache")
-    folder = os.environ.get("TRITON_CACHE_DIR") or default
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        detail = f"{folder} cannot be written ({error.strerror}): set TRITON_CACHE_DIR to a folder"
-        return [Finding("warning", "compile cache", f"{detail} of yours")]
-    home = os.path.expanduser("~")  # a report that is shared need not say whose it is
-    shown = "~" + folder.removeprefix(home) if folder.startswith(home + os.sep) else folder
-    return [Finding("ok", "compile cache", shown)]
-
-
-def _tools() -> list[Finding]:
-    """What the analysis of compiled kernels needs; it ships inside triton's wheels."""
-    spec = importlib.util.find_spec("triton")
-    if spec is None or not spec.submodule_search_locations:
-        return []
-    folder = pathlib.Path(spec.submodule_search_locations[0]) / "backends" / "nvidia" / "bin"
-    missing = [t for t in ("ptxas", "cuobjdump", "nvdisasm") if not os.access(folder / t, os.X_OK)]
-    if missing:
-        detail = f"not in {folder}: {', '.join(missing)}. Kernels for NVIDIA's GPUs cannot be "
-        return [Finding("warning", "analysis", detail + "analysed; triton's own wheel has them")]
-    return [Finding("ok", "analysis", f"ptxas, cuobjdump, nvdisasm; for {', '.join(gpus.TARGETS)}")]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -191,11 +147,9 @@ def _no_gpu() -> list[Finding]:
     if _driver() and not hidden:
         built = torch.version.cuda or torch.version.hip
         why = "torch cannot use it" if built else "this build of torch is for the CPU alone"
-        todo = (
-            "see whether nvidia-smi works, and whether the driver is new enough for CUDA " + built
-            if built
-            else "install a build of torch for CUDA"
-        )
+        todo = "install a build of torch for CUDA"
+        if built:
+            todo = f"see whether nvidia-smi works, and the driver is new enough for CUDA {built}"
         return [Finding("error", "GPU", f"the machine has NVIDIA's driver, but {why}: {todo}")]
     why = "CUDA_VISIBLE_DEVICES hides them" if hidden else "torch sees none"
     return [Finding("note", "GPU", f"{why}, so no kernel can be timed here")]
@@ -235,10 +189,9 @@ def _gpu(device: Any) -> list[Finding]:
     found = [Finding("ok", "GPU", f"{device.name} ({device.target}), {memory}{driver}")]
     gpu = gpus.find_device(device.name)
     if gpu is None:
-        detail = (
-            f"{device.name} is not in perf/work/gpus.py: shares of its peak are left out. Known: "
-        )
-        found.append(Finding("warning", "data sheet", detail + ", ".join(gpus.GPUS)))
+        detail = f"{device.name} is not in perf/work/gpus.py: shares of its peak are left out."
+        known = f" Known: {', '.join(gpus.GPUS)}"
+        found.append(Finding("warning", "data sheet", detail + known))
     else:
         found.append(Finding("ok", "data sheet", f"{gpu.title}: {gpu.source}"))
     if device.nvml_missing:
@@ -278,14 +231,14 @@ def _works(device: Any) -> Finding:
     except Exception as error:
         detail = f"the GPU is visible but fails: {first_line(error)}"
         return Finding("error", "a small kernel", detail)
-    micro, detail = seconds * 1e6, f"{seconds * 1e6:.1f} us, timed with {timer}"
+    micro, detail = seconds * 1e6, f"{seconds * 1e6:.1f} µs, timed with {timer}"
     if late:
         detail += ": the host is too slow to hide its own time, which makes such times too long"
-        return Finding("warning", "a small kernel", detail, micro, "us")
+        return Finding("warning", "a small kernel", detail, micro, "µs")
     if timer == "events":
         detail += f": {reason or 'it is slow'}"
-        return Finding("warning", "a small kernel", detail, micro, "us")
-    return Finding("ok", "a small kernel", detail, micro, "us")
+        return Finding("warning", "a small kernel", detail, micro, "µs")
+    return Finding("ok", "a small kernel", detail, micro, "µs")
 
 
 def _measured(device: Any) -> list[Finding]:
@@ -299,9 +252,8 @@ def _measured(device: Any) -> list[Finding]:
         try:
             found += step()
         except Exception as error:  # no memory left, say: the other steps may still work
-            found.append(
-                Finding("error", "measuring", f"a measurement failed: {first_line(error)}")
-            )
+            detail = f"a measurement failed: {first_line(error)}"
+            found.append(Finding("error", "measuring", detail))
     return found
 
 
@@ -320,21 +272,14 @@ def _share(title: str, detail: str, rate: float, peak: float | None, least: floa
     return Finding("ok", title, detail, value, unit)
 
 
-@contextmanager
-def _runner(device: Any, calls: list, cache: str) -> Iterator[Any]:
-    runner = device.prepare(calls, cache)
-    try:
-        yield runner
-    finally:
-        runner.close()
-
-
 def _copy(device: Any, gpu: gpus.GPU | None) -> list[Finding]:
     """The memory's bandwidth: a large copy, bytes read and written both counted."""
     size = min(2**30, device.memory_free() // 4)
     source, to = (torch.empty(size, dtype=torch.uint8, device=device.torch_device) for _ in "ab")
     source.random_()
-    with _runner(device, [functools.partial(torch.Tensor.copy_, to, source)], "cold") as runner:
+    with closing(
+        device.prepare([functools.partial(torch.Tensor.copy_, to, source)], "cold")
+    ) as runner:
         timing.warm(device, runner)
         seconds = statistics.median(timing.screen(device, runner, 0.2))
     rate = 2 * size / seconds
@@ -352,7 +297,7 @@ def _matmul(device: Any, gpu: gpus.GPU | None, kind: str) -> list[Finding]:
     before = switch.fp32_precision
     switch.fp32_precision = "tf32" if kind == "tf32" else "ieee"
     try:
-        with _runner(device, [functools.partial(torch.matmul, a, b)], "cold") as runner:
+        with closing(device.prepare([functools.partial(torch.matmul, a, b)], "cold")) as runner:
             timing.warm(device, runner)
             samples, clocks, reasons = _under_load(device, runner)
     finally:
@@ -419,7 +364,7 @@ def _rotation(device: Any, gpu: gpus.GPU | None) -> list[Finding]:
 
     rates = {}
     for cache, count in (("hot", 1), ("cold", sets.count)):
-        with _runner(device, [call() for _ in range(count)], cache) as runner:
+        with closing(device.prepare([call() for _ in range(count)], cache)) as runner:
             rates[cache] = 2 * size / statistics.median(timing.screen(device, runner, 0.1)) / 1e12
     hot, cold = rates["hot"], rates["cold"]
     detail = f"{2 * size / 2**20:.0f} MiB hot {hot:.2f} TB/s, in {sets.count} sets {cold:.2f} TB/s"
@@ -451,17 +396,6 @@ def _peers() -> list[Finding]:
         ok = first_line(error)
     detail = f"does not work, the peers compile and inductor are left out: {ok}" if ok else "works"
     found.append(Finding("warning" if ok else "ok", "torch.compile", detail))
-    try:
-        from torch._inductor.utils import is_big_gpu
-
-        big = is_big_gpu(torch.cuda.current_device())
-    except Exception:  # private, and may move
-        big = None
-    if big is False:
-        detail = "Inductor takes no Triton template on so small a GPU: there is no peer inductor"
-        found.append(Finding("note", "templates", detail))
-    elif big:
-        found.append(Finding("ok", "templates", "Inductor's Triton templates are possible"))
     return found
 
 
@@ -472,7 +406,6 @@ def _host() -> list[Finding]:
     except (ImportError, PerfError) as error:
         return [Finding("warning", "host", f"was not measured: {first_line(error)}")]
     found = []
-    for name, m in measured.items():
-        value = "needs a GPU" if m["value"] is None else f"{m['value']:.4g} {m['unit']}"
-        found.append(Finding("note", f"host {name}", value, m["value"], m["unit"]))
+    for name, (cost, unit) in measured.items():
+        found.append(Finding("note", f"host {name}", f"{cost:.4g} {unit}", cost, unit))
     return found

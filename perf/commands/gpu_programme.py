@@ -6,12 +6,12 @@
     make gpu ARGS="--only sweep,report"
     make gpu ARGS="--dry-run"                the whole path on the CPU, in a minute
 
-The steps are in perf/commands/gpu_tasks.py: are the kernels right here, the GPU's ceilings, sweeps against every
+gpu_tasks.py lists the tasks: are the kernels right here, the GPU's ceilings, sweeps against every
 peer, the same again with the tuned table, training, pictures and the log. Each is a process of its
-own, so a GPU context that breaks takes one step along. What a step has finished is in its files,
-and which steps are done is in programme.json, written whole before and after each: Ctrl-C, kill -9
-and the end of the budget cost what was under way, and the next call goes on there. A step whose
-sources have changed since (kernels, the tuned table) is done again.
+own, so a GPU context that breaks takes one task along. A task's files hold what it has finished,
+and programme.json says which tasks are done. It is written whole before and after each: Ctrl-C,
+kill -9 and the end of the budget cost what was under way, and the next call goes on there. A task
+whose sources have changed since (kernels, the tuned table) is done again.
 """
 
 import argparse
@@ -30,27 +30,28 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+
 from tilelab.kernels import _launch, _tiles
-from tilelab.perf.commands import arguments
-from tilelab.perf.commands.gpu_tasks import GROUPS, ROOT, Outcome, Step, steps
+from tilelab.perf.commands import provenance
+from tilelab.perf.commands.gpu_tasks import GROUPS, ROOT, Outcome, Task, tasks
 from tilelab.perf.errors import PerfError
 from tilelab.perf.rows import results
 
 BUDGET = 1500.0  # s
-OVERTIME = 60.0  # s beyond its share that a step may take: to finish the race it is in
+OVERTIME = 60.0  # s beyond its share that a task may take: to finish the race it is in
 PATIENCE = 10.0  # s that a process has to stop by itself
 ATTEMPTS = 3  # at a sweep that a broken GPU ended: it goes on behind the tile that broke it
 GOES_ON = "--resume goes on behind it"  # how such a sweep ends its last line
 LATE = "ran out of time"
 PROBE = (
     "import json; from tilelab.perf.clock import devices; "
-    "from tilelab.perf.commands import arguments; "
-    "print(json.dumps(devices.here().header() | {'versions': arguments.versions()}))"
+    "from tilelab.perf.commands import provenance; "
+    "print(json.dumps(devices.current_device().header() | {'versions': provenance.versions()}))"
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `perf gpu`."""
+    """Add the arguments of `tilelab gpu`."""
     parser.add_argument(
         "--budget",
         type=float,
@@ -61,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=pathlib.Path, help="folder, to go on in as well (default: perf/results/<gpu>)"
     )
-    parser.add_argument("--only", metavar="STEP,...", help=f"steps, or of {', '.join(GROUPS)}")
+    parser.add_argument("--only", metavar="TASK,...", help=f"tasks, or of {', '.join(GROUPS)}")
     parser.add_argument("--list", action="store_true", help="say what there is to do, and stop")
     parser.add_argument(
         "--dry-run",
@@ -79,12 +80,12 @@ def run(args: argparse.Namespace) -> int:
     if args.out and args.out.exists() and not args.out.is_dir():
         raise PerfError(f"--out {args.out} is a file: it takes a folder")
     nowhere = pathlib.Path()
-    groups = {s.name: s.group for s in steps(nowhere, "none", args.dry_run, nowhere)}
-    names = only(args.only, groups)
-    about = here(args, {groups[name] for name in names})
+    groups = {task.name: task.group for task in tasks(nowhere, "none", args.dry_run, nowhere)}
+    names = chosen_tasks(args.only, groups)
+    about = machine(args, {groups[name] for name in names})
     out = folder(args, about["gpu"])
     to = (out.parent if out.parent == ROOT / "perf" / "results" else out) / "log.jsonl"
-    every = steps(out, about["gpu"], args.dry_run, to)
+    every = tasks(out, about["gpu"], args.dry_run, to)
     programme = Programme(out, every, names, args.budget, about, environment(args.dry_run), began)
     if args.list:
         print(programme.table())
@@ -92,35 +93,23 @@ def run(args: argparse.Namespace) -> int:
     return programme.run()
 
 
-def only(text: str | None, groups: dict[str, str]) -> set[str]:
-    """The names of the steps that --only leaves.
-
-    Args:
-        text: of the command line; None: all of them.
-        groups: the group of each step.
-
-    Raises:
-        PerfError: a name of neither a step nor a group.
-    """
+def chosen_tasks(text: str | None, groups: dict[str, str]) -> set[str]:
+    """The names of the tasks that --only leaves; `groups` has the group of each task."""
     words = list(GROUPS) if text is None else text.split(",")
     for word in words:
         if word not in {*groups, *GROUPS}:
             known = f"{', '.join(GROUPS)}, or one of {', '.join(groups)}"
-            raise PerfError(f"unknown step {word!r}: there are {known}")
+            raise PerfError(f"unknown task {word!r}: there are {known}")
     return {name for name, group in groups.items() if name in words or group in words}
 
 
 # -- where this is -------------------------------------------------------------------------------
 
 
-def here(args: argparse.Namespace, groups: set[str]) -> dict[str, Any]:
-    """The GPU, its driver and the versions: what may not change between two calls.
-
-    Raises:
-        PerfError: there is no GPU and something needs one, or it does not start.
-    """
+def machine(args: argparse.Namespace, groups: set[str]) -> dict[str, Any]:
+    """The GPU, its driver and the versions: what may not change between two calls."""
     if args.dry_run:
-        return {"gpu": "interpreter", "driver": None, "versions": arguments.versions()}
+        return {"gpu": "interpreter", "driver": None, "versions": provenance.versions()}
     known = load(args.out) if args.out else None
     if args.list or groups == {"report"}:  # reads and draws, on any machine
         if known:
@@ -129,7 +118,7 @@ def here(args: argparse.Namespace, groups: set[str]) -> dict[str, Any]:
             raise PerfError("no GPU here: --only report needs the --out of what was measured")
     if not torch.cuda.is_available():
         if args.list:
-            return {"gpu": "<gpu>", "driver": None, "versions": arguments.versions()}
+            return {"gpu": "<gpu>", "driver": None, "versions": provenance.versions()}
         raise PerfError(
             "torch sees no GPU here: `make test` runs the tests and `make sweep` compiles and "
             "predicts without one; `make gpu ARGS=--dry-run` tries this command"
@@ -140,11 +129,7 @@ def here(args: argparse.Namespace, groups: set[str]) -> dict[str, Any]:
 
 
 def probe() -> dict[str, Any]:
-    """Ask a process of its own, since a context in this one would disturb what is measured.
-
-    Raises:
-        PerfError: the GPU does not start.
-    """
+    """Ask a process of its own, since a context in this one would disturb what is measured."""
     command = [sys.executable, "-c", PROBE]
     try:
         asked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -164,7 +149,7 @@ def folder(args: argparse.Namespace, gpu: str) -> pathlib.Path:
 
 
 def environment(dry: bool) -> dict[str, str]:
-    """Of the steps' processes."""
+    """Of the tasks' processes."""
     found = {"PYTHONUNBUFFERED": "1", "OPENBLAS_NUM_THREADS": "1"}
     if dry:
         found |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -175,36 +160,31 @@ def environment(dry: bool) -> dict[str, str]:
 
 
 def load(out: pathlib.Path) -> dict[str, Any] | None:
-    """What programme.json says; None where there is none.
-
-    Raises:
-        PerfError: for a file that cannot be read, or is something else.
-    """
+    """What programme.json says; None where there is none."""
     path = out / "programme.json"
     try:
         state = json.loads(path.read_text())
-        valid = isinstance(state["steps"], dict) and isinstance(state["gpu"], str)
+        if isinstance(state["tasks"], dict) and isinstance(state["gpu"], str):
+            return state
     except FileNotFoundError:
         return None
     except OSError as error:
         raise PerfError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError):
-        valid = False
-    if not valid:
-        raise PerfError(f"{path} is damaged: remove it, and what was measured is kept and found")
-    return state
+        pass
+    raise PerfError(f"{path} is damaged: remove it, and what was measured is kept and found")
 
 
 class Programme:
-    """The steps on one GPU, and what is known of them.
+    """The tasks on one GPU, and what is known of them.
 
     Args:
         out: the folder.
-        every: the steps, the most valuable first.
+        every: the tasks, the most valuable first.
         names: of those that are asked for.
         budget: s, for all of them.
-        about: of `here`.
-        environment: of the steps' processes.
+        about: of `machine`.
+        environment: of the tasks' processes.
         began: when the budget's clock started, by time.monotonic.
 
     Raises:
@@ -214,7 +194,7 @@ class Programme:
     def __init__(
         self,
         out: pathlib.Path,
-        every: list[Step],
+        every: list[Task],
         names: set[str],
         budget: float,
         about: dict[str, Any],
@@ -222,101 +202,85 @@ class Programme:
         began: float | None = None,
     ) -> None:
         self.out, self.every, self.environment = out, every, environment
-        self.steps = [step for step in every if step.name in names]
+        self.tasks = [task for task in every if task.name in names]
         self.budget, self.began = budget, time.monotonic() if began is None else began
-        known = load(out)
-        self._check_same(known or about, about)
-        self.state = about | {"steps": known["steps"] if known else {}}
-        self.records: dict[str, dict] = self.state["steps"]
-
-    def _check_same(self, old: dict[str, Any], new: dict[str, Any]) -> None:
-        """As a results file would, but before anything has begun."""
-        facts = [
-            {"gpu": about["gpu"], "driver": about["driver"]}
-            | {name: about["versions"].get(name) for name in ("torch", "triton")}
-            for about in (old, new)
-        ]
-        for name, was in facts[0].items():
-            now = facts[1][name]
+        known = load(out) or about | {"tasks": {}}
+        for name in ("gpu", "driver", "torch", "triton"):
+            was, now = (a.get(name, a["versions"].get(name)) for a in (known, about))
             if was != now:
                 raise PerfError(
-                    f"{self.out} is about {name} {was!r}, this is {now!r}: they do not belong "
+                    f"{out} is about {name} {was!r}, this is {now!r}: they do not belong "
                     "together, choose another --out"
                 )
-
-    # --- the budget ------------------------------------------------------------------------------
+        self.records: dict[str, dict] = known["tasks"]
+        self.state = about | {"tasks": self.records}
 
     def left(self) -> float:
         """Seconds of the budget that are left."""
         return self.began + self.budget - time.monotonic()
 
-    def done(self, step: Step) -> bool:
+    def done(self, task: Task) -> bool:
         """Whether it was finished, with the sources as they are now."""
-        record = self.records.get(step.name, {})
-        return record.get("status") == "done" and record.get("source") == step.source()
-
-    # --- doing it --------------------------------------------------------------------------------
+        record = self.records.get(task.name, {})
+        return record.get("status") == "done" and record.get("source") == task.source()
 
     def run(self) -> int:
         """Do what is left; print the summary however it ends. Returns the exit status."""
         with _one_at_a_time(self.out), _termination_interrupts():
             interrupted = False
             try:
-                for i, step in enumerate(self.steps):
-                    if not self.done(step):
-                        self._step(step, self.steps[i + 1 :])
+                for i, task in enumerate(self.tasks):
+                    if not self.done(task):
+                        self._do(task, self.tasks[i + 1 :])
             except KeyboardInterrupt:
                 interrupted = True
             self._save()
             print(f"\n{self.summary()}")
             print(f"{self.out}: the next call with this --out goes on" if self._unfinished()
                   else f"{self.out}: everything is done")  # fmt: skip
-        mine = [self.records.get(step.name, {}) for step in self.steps]
+        mine = [self.records.get(task.name, {}) for task in self.tasks]
         failed = any(r.get("status") == "failed" or r.get("failures") for r in mine)
         return 130 if interrupted else int(failed)
 
-    def _step(self, step: Step, later: list[Step]) -> None:
-        """Do one step, in its share of what is left; record what came of it."""
-        seconds, most = share(step, [s for s in later if not self.done(s)], self.left())
-        old, source = self.records.get(step.name, {}), step.source()
+    def _do(self, task: Task, later: list[Task]) -> None:
+        """Do one task, in its share of what is left; record what came of it."""
+        seconds, most = share(task, [t for t in later if not self.done(t)], self.left())
+        old, source = self.records.get(task.name, {}), task.source()
         if old.get("source") != source:
             old = {}
-        command = step.command(seconds) if seconds >= step.least else None
+        command = task.command(seconds) if seconds >= task.least else None
         if command is None:  # with no source: what is fresh is still to be removed
-            self._record(step, old | {"status": LATE, "came": old.get("came", "not begun")})
+            self._record(task, old | {"status": LATE, "came": old.get("came", "not begun")})
             return
-        for path in step.fresh if not old else ():
+        for path in task.fresh if not old else ():
             path.unlink(missing_ok=True)
-        print(f"{step.name}: {seconds:.0f} s of {self.left():.0f}", flush=True)
+        print(f"{task.name}: {seconds:.0f} s of {self.left():.0f}", flush=True)
         record = {"status": "interrupted", "source": source, "seconds": None, "came": ""}
-        record |= {
-            **arguments.commit(),
-            "versions": self.state["versions"],
-            "when": arguments.now(),
-        }
-        self._record(step, record)  # all that a kill -9 leaves
-        start, log = time.monotonic(), self.out / "logs" / f"{step.name}.log"
+        record |= provenance.commit()
+        record |= {"versions": self.state["versions"], "when": provenance.now()}
+        self._record(task, record)  # all that a kill -9 leaves
+        start, log = time.monotonic(), self.out / "logs" / f"{task.name}.log"
         limit = min(seconds + OVERTIME, max(most - PATIENCE, 0.5 * most))
         try:
             record["status"] = self._attempts(command, log, limit)
         finally:  # interrupted, too
             record["seconds"] = round(time.monotonic() - start, 1)
-            self._finish(step, record, log)
+            self._finish(task, record, log)
 
-    def _finish(self, step: Step, record: dict, log: pathlib.Path) -> None:
-        """Read what a step has left, keep it, and say how it went."""
-        with _note_errors(step):
-            if step.keep:
-                step.keep()
+    def _finish(self, task: Task, record: dict, log: pathlib.Path) -> None:
+        """Read what a task has left, keep it, and say how it went."""
+        with _note_errors(task):
+            if task.keep:
+                task.keep()
         outcome = Outcome("its results cannot be read")
-        with _note_errors(step):
-            outcome = step.outcome()
+        with _note_errors(task):
+            outcome = task.outcome()
         if record["status"] == "done" and not outcome.complete:
             record["status"] = LATE
-        self._record(step, record | {"came": outcome.text, "failures": list(outcome.failures)})
+        self._record(task, record | {"came": outcome.text, "failures": list(outcome.failures)})
         print(f"  {record['status']} in {record['seconds']:.0f} s: {outcome.text}", flush=True)
         if record["status"] == "failed":
-            end = "\n".join(f"    {line[:200]}" for line in last(log))
+            end = "\n".join(f"    {line[:200]}" for line in last_lines(log))
             print(f"  the end of {log}:\n{end}", flush=True)
 
     def _attempts(self, command: list[str], log: pathlib.Path, seconds: float) -> str:
@@ -324,12 +288,12 @@ class Programme:
         end = time.monotonic() + seconds
         for _ in range(ATTEMPTS):
             status = execute(command, log, end - time.monotonic(), self.environment)
-            if status != "failed" or not any(line.endswith(GOES_ON) for line in last(log)):
+            if status != "failed" or not any(line.endswith(GOES_ON) for line in last_lines(log)):
                 break
         return status
 
-    def _record(self, step: Step, record: dict) -> None:
-        self.records[step.name] = record
+    def _record(self, task: Task, record: dict) -> None:
+        self.records[task.name] = record
         self._save()
 
     def _save(self) -> None:
@@ -337,13 +301,11 @@ class Programme:
         text = json.dumps(self.state, indent=1)
         results.write_whole(self.out / "programme.json", f"{text}\n".encode())
 
-    # --- saying it -------------------------------------------------------------------------------
-
     def _unfinished(self) -> bool:
-        return any(self.records.get(s.name, {}).get("status") != "done" for s in self.every)
+        return any(self.records.get(task.name, {}).get("status") != "done" for task in self.every)
 
     def summary(self) -> str:
-        """Markdown: the tests that failed, then what came of each step."""
+        """Markdown: the tests that failed, then what came of each task."""
         versions = self.state["versions"]
         about = [f"driver {self.state['driver']}"] if self.state["driver"] else []
         about += [f"{name} {versions[name]}" for name in ("torch", "triton")]
@@ -356,47 +318,47 @@ class Programme:
             lines += [f"- `{name}`" for name in failures[:20]]
             lines += [f"- and {len(failures) - 20} more"] if len(failures) > 20 else []
             lines += [""]
-        lines += ["| step | status | s | what came of it |", "|---|---|---|---|"]
-        for step in self.every:
-            record = self.records.get(step.name, {})
+        lines += ["| task | status | s | what came of it |", "|---|---|---|---|"]
+        for task in self.every:
+            record = self.records.get(task.name, {})
             seconds = record.get("seconds")
-            words = [step.name, record.get("status", "not begun")]
+            words = [task.name, record.get("status", "not begun")]
             words += ["" if seconds is None else f"{seconds:.0f}", record.get("came", "")]
             lines.append(f"| {' | '.join(words)} |")
         return "\n".join(lines)
 
     def table(self) -> str:
-        """What `--list` prints: each step with its share, if each takes all of its own."""
-        lines, left = [f"{'step':24} {'group':9} {'share':>7}  status"], self.budget
-        todo = [step for step in self.steps if not self.done(step)]
-        for step in self.steps:
-            record = self.records.get(step.name, {})
+        """What `--list` prints: each task with its share, if each takes all of its own."""
+        lines, left = [f"{'task':24} {'group':9} {'share':>7}  status"], self.budget
+        todo = [task for task in self.tasks if not self.done(task)]
+        for task in self.tasks:
+            record = self.records.get(task.name, {})
             status = record.get("status", "to do")
-            if step in todo:
+            if task in todo:
                 status = "to do again" if status == "done" else status
-                seconds, _ = share(step, todo[todo.index(step) + 1 :], left)
-                words = f"{seconds:.0f} s" if seconds >= step.least else "-"
-                left -= seconds if seconds >= step.least else 0.0
+                seconds, _ = share(task, todo[todo.index(task) + 1 :], left)
+                words = f"{seconds:.0f} s" if seconds >= task.least else "-"
+                left -= seconds if seconds >= task.least else 0.0
             else:
                 words = "done"
             came = f": {record['came']}" if record.get("came") else ""
-            lines.append(f"{step.name:24} {step.group:9} {words:>7}  {status}{came}")
+            lines.append(f"{task.name:24} {task.group:9} {words:>7}  {status}{came}")
         return "\n".join(lines)
 
 
-def share(step: Step, later: list[Step], left: float) -> tuple[float, float]:
-    """How long a step may take of what is left, s: its share, and the most.
+def share(task: Task, later: list[Task], left: float) -> tuple[float, float]:
+    """How long a task may take of what is left, s: its share, and the most.
 
     Its even share, by weight; or what it needs at least, though others of its group, which are
     worth less, then get nothing. Other groups are left theirs, and the pictures and the log of what
     was measured what they need.
     """
-    total = sum(other.weight for other in (step, *later))
-    others = [other for other in later if other.group != step.group]
+    total = sum(other.weight for other in (task, *later))
+    others = [other for other in later if other.group != task.group]
     report = sum(other.least for other in others if other.group == "report")
     rest = sum(other.weight for other in others if other.group != "report")
     most = left - report - left * rest / total
-    return min(max(step.least, left * step.weight / total), most), most
+    return min(max(task.least, left * task.weight / total), most), most
 
 
 # -- processes -----------------------------------------------------------------------------------
@@ -407,11 +369,7 @@ def execute(
 ) -> str:
     """Run a command with its output in a file, and stop it when its time is over.
 
-    Returns:
-        The status: done, failed, or ran out of time.
-
-    Raises:
-        KeyboardInterrupt: this was interrupted; the process has been stopped by then.
+    Returns the status: done, failed, or ran out of time. Ctrl-C stops the process, too.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "wb") as file:
@@ -469,11 +427,7 @@ def _termination_interrupts() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _one_at_a_time(out: pathlib.Path) -> Iterator[None]:
-    """Make the folder, and hold it against another programme.
-
-    Raises:
-        PerfError: one is at work there, or the folder cannot be made.
-    """
+    """Make the folder, and hold it against another programme."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         held = os.open(out, os.O_RDONLY)
@@ -489,15 +443,15 @@ def _one_at_a_time(out: pathlib.Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _note_errors(step: Step) -> Iterator[None]:
-    """What cannot be read or saved of one step must not end the others."""
+def _note_errors(task: Task) -> Iterator[None]:
+    """What cannot be read or saved of one task must not end the others."""
     try:
         yield
     except PerfError as error:
-        print(f"  {step.name}: {error}", flush=True)
+        print(f"  {task.name}: {error}", flush=True)
 
 
-def last(log: pathlib.Path, count: int = 8) -> list[str]:
+def last_lines(log: pathlib.Path, count: int = 8) -> list[str]:
     """The last lines of a log."""
     try:
         return log.read_text(errors="replace").strip().splitlines()[-count:]

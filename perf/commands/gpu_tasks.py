@@ -1,10 +1,9 @@
-"""What there is to do on a GPU: the steps of `perf gpu`, in order of value.
+"""What there is to do on a GPU: the tasks of `tilelab gpu`, in order of value.
 
-The two tables come first: what is tested, and what is swept. A step is a command line, run in a
-process of its own by perf/commands/gpu_programme.py, and what can be read of the files that it left.
+A task is a command line, run in a process of its own by perf/commands/gpu_programme.py, and what
+can be read of the files that it left. What is swept is in the operators' rows.
 """
 
-import argparse
 import hashlib
 import importlib.util
 import json
@@ -15,13 +14,12 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from tilelab.kernels import _tiles
-from tilelab.perf.commands import arguments
 from tilelab.perf.compiler import aot
 from tilelab.perf.errors import PerfError
 from tilelab.perf.report import history
 from tilelab.perf.rows import ranking, results, stats
-from tilelab.perf.work import shapes
-from tilelab.perf.work.workloads import DTYPES, OPS
+from tilelab.perf.work.operators import OPERATORS, Sweep
+from tilelab.perf.work.workloads import DTYPES
 
 ROOT = pathlib.Path(__file__).parents[2]
 AFTER = 0.35  # of a sweep's weight has the second look at its default tile
@@ -30,93 +28,14 @@ GROUPS = ("tests", "ceilings", "sweep", "after", "training", "report")
 NOTE_AFTER = "only the tile that a call takes, tuned or not"
 
 
-class Entry(NamedTuple):
-    """A sweep.
-
-    Attributes:
-        name: of the step and its folder.
-        weight: seconds of a budget of 1500, about.
-        op: one operator, or a few with spaces between.
-        shapes: as --shapes takes them; where the operator has no such set, its default.
-        mode, dtype, peers: as the options of `perf sweep`.
-        more: options of the sweep, but not of the second look at the default tile.
-    """
-
-    name: str
-    weight: float
-    op: str
-    shapes: str
-    mode: str = "all"
-    dtype: str = "bf16"
-    peers: str = "torch"
-    more: tuple[str, ...] = ()
-
-
-TRAIN_STEP = Entry(
-    "train-step", 30, "train_step", "demo@256,demo@1024,demo@4096", peers="torch,graph,compile"
-)
-SWEEPS = (
-    Entry("matmul-square", 90, "matmul", "square", "fwd"),
-    Entry("matmul-transformer", 90, "matmul", "transformer", "fwd"),
-    Entry("matmul-skinny", 50, "matmul", "skinny", "fwd"),
-    Entry("matmul-bias-relu", 60, "matmul_bias_relu", "square,transformer", peers="torch,compile"),
-    Entry("bias-relu", 25, "bias_relu", "resnet50@32", peers="torch,compile"),
-    Entry("softmax", 35, "softmax", "classes,transformer", peers="torch,compile"),
-    Entry("cross-entropy", 35, "cross_entropy", "classes,transformer", peers="torch,compile"),
-    Entry("max-pool2d", 20, "max_pool2d", "resnet50@32,vgg16@32", peers="torch,compile"),
-    Entry("optimizers", 25, "sgd adamw", "resnet50,vgg16", peers="torch,compile"),
-    Entry("conv2d-resnet50", 80, "conv2d", "resnet50@32", "fwd"),
-    Entry("conv2d-vgg16", 50, "conv2d", "vgg16@32", "fwd"),
-    Entry("conv2d-bias-relu", 60, "conv2d_bias_relu", "resnet50@32,vgg16@32",
-          peers="torch,compile"),
-    Entry("conv2d-large", 80, "conv2d", "resnet50@256,vgg16@256", "fwd"),
-    Entry("conv2d-stems", 25, "conv2d", "stems", "fwd"),
-    Entry("conv2d-resnext50", 30, "conv2d", "resnext50", "fwd"),
-    Entry("conv2d-mobilenet", 40, "conv2d", "mobilenet", "fwd"),
-    Entry("conv2d-dgrad", 80, "conv2d", "resnet50@32,vgg16@32", "dgrad"),
-    Entry("conv2d-wgrad", 80, "conv2d", "resnet50@32,vgg16@32", "wgrad"),
-    Entry("conv2d-dgrad-large", 90, "conv2d", "resnet50@256,vgg16@256", "dgrad"),
-    Entry("conv2d-wgrad-large", 90, "conv2d", "resnet50@256,vgg16@256", "wgrad"),
-    Entry("conv2d-relu-pool", 35, "conv2d_relu_pool", "vgg16@32", peers="torch,compile"),
-    Entry("conv-stack", 60, "conv_stack", "vgg16@32,vgg16@256", peers="torch,compile"),
-    TRAIN_STEP,
-    Entry("matmul-fp16", 30, "matmul", "square,transformer", "fwd", "fp16"),
-    Entry("conv2d-fp16", 30, "conv2d", "resnet50@32", "fwd", "fp16"),
-    Entry("matmul-tf32", 20, "matmul", "square", "fwd", "tf32"),
-    Entry("conv2d-tf32", 20, "conv2d", "resnet50@32", "fwd", "tf32"),
-    Entry("scaled-matmul-fp8", 20, "scaled_matmul", "square,transformer", "fwd", "fp8"),
-    Entry("scaled-matmul-int8", 15, "scaled_matmul", "square,transformer", "fwd", "int8"),
-    Entry("matmul-gradients", 20, "matmul", "transformer", "dgrad,wgrad"),
-    Entry("conv2d-im2col", 15, "conv2d_im2col im2col col2im", "resnet50@32", "fwd"),
-    # What torch.compile makes of products: its tuning takes long, and cannot be cut off.
-    Entry("matmul-peers", 60, "matmul", "square,transformer", "fwd", peers="compile,inductor"),
-    Entry("conv2d-peers", 60, "conv2d", "resnet50@32", "fwd", peers="compile,inductor"),
-)  # fmt: skip
 _FEW = ("-a", "BLOCK_M=16,32", "-a", "num_warps=4", "-a", "num_stages=2")
-DRY_SWEEPS = (Entry("matmul-square", 90, "matmul", "tiny", "fwd", "fp32", "torch", _FEW),)
-
-
-class Tests(NamedTuple):
-    """A run of pytest: `marks` are its -m, `only` further arguments in a dry run."""
-
-    name: str
-    weight: float
-    marks: str
-    parallel: bool
-    only: tuple[str, ...]
-
-
-TESTS = (
-    Tests(
-        "tests-core",
-        180,
-        "core and not gpu",
-        True,
-        ("tests/kernels/test_bias_relu.py", "-k", "zero"),
-    ),
-    Tests("tests-gpu", 60, "gpu", False, ("tests/kernels/test_bias_relu.py",)),
-)
-TRAINING = {  # of nets.train: ours, and the same network of torch's kernels beside it
+DRY_SWEEP = Sweep("matmul-square", 90, "tiny", "fwd", "fp32", "torch", ops=("matmul",), more=_FEW)
+FEW_TESTS = "tests/kernels/test_bias_relu.py"  # of a dry run
+TESTS = {  # of pytest, by task: the weight, its -m, and further words of a dry run
+    "tests-core": (180, "core and not gpu", (FEW_TESTS, "-k", "zero")),
+    "tests-gpu": (60, "gpu", (FEW_TESTS,)),
+}
+TRAINING = {  # of `tilelab train`: ours, and the same network of torch's kernels beside it
     "training": (),
     "training-torch": ("--model", "cnn-torch"),
 }
@@ -124,18 +43,18 @@ DRY_TRAINING = ("--limit", "64", "--epochs", "1", "--batch-size", "32")
 
 
 class Outcome(NamedTuple):
-    """What came of a step: in words; whether nothing is left to do; which tests failed."""
+    """What came of a task: in words; whether nothing is left to do; which tests failed."""
 
     text: str
     complete: bool = True
     failures: tuple[str, ...] = ()
 
 
-class Step(NamedTuple):
-    """One step.
+class Task(NamedTuple):
+    """One task.
 
     Attributes:
-        name: of the step.
+        name: of the task.
         group: one of GROUPS, for --only.
         weight: its share of the budget, among the weights of what is left.
         least: s; with less it is not begun.
@@ -157,8 +76,8 @@ class Step(NamedTuple):
     keep: Callable[[], Any] | None = None
 
 
-def steps(out: pathlib.Path, gpu: str, dry: bool, to: pathlib.Path) -> list[Step]:
-    """Every step, in order.
+def tasks(out: pathlib.Path, gpu: str, dry: bool, to: pathlib.Path) -> list[Task]:
+    """Every task, in order.
 
     Args:
         out: folder of all that is written, but for the tuned table and the log.
@@ -166,19 +85,19 @@ def steps(out: pathlib.Path, gpu: str, dry: bool, to: pathlib.Path) -> list[Step
         dry: on the CPU, kernels interpreted, as little as possible of each.
         to: the log.
     """
-    entries = [entry for e in (DRY_SWEEPS if dry else SWEEPS) if (entry := known(e))]
-    after = [
-        entry._replace(name=f"after-{entry.name}", weight=AFTER * entry.weight, more=())
-        for entry in entries
+    first = [DRY_SWEEP] if dry else sweeps()
+    second = [
+        sweep._replace(name=f"after-{sweep.name}", seconds=AFTER * sweep.seconds, more=())
+        for sweep in first
     ]
     training = {"training": ()} if dry else TRAINING
-    swept = [out / f"sweep-{entry.name}" / "results.jsonl" for entry in entries]
-    again = [out / entry.name / "results.jsonl" for entry in after]
+    swept = [out / f"sweep-{sweep.name}" / "results.jsonl" for sweep in first]
+    again = [out / sweep.name / "results.jsonl" for sweep in second]
     return [
-        *(_tests(t, out, dry) for t in TESTS),
+        *(_tests(name, out, dry) for name in TESTS),
         _ceilings(out),
-        *(_sweep(e, path, dry) for e, path in zip(entries, swept, strict=True)),
-        *(_after(e, *paths, gpu, dry) for e, *paths in zip(after, again, swept, strict=True)),
+        *(_sweep(s, path, dry) for s, path in zip(first, swept, strict=True)),
+        *(_after(s, *paths, gpu, dry) for s, *paths in zip(second, again, swept, strict=True)),
         *(_training(name, flags, out, dry) for name, flags in training.items()),
         _plots("plots", swept, out / "figures", 15),
         _report("report", swept, out / "report.html", 40),
@@ -188,17 +107,15 @@ def steps(out: pathlib.Path, gpu: str, dry: bool, to: pathlib.Path) -> list[Step
     ]
 
 
-def known(entry: Entry) -> Entry | None:
-    """The entry as this checkout can do it: None if it has not all of the operators and sets."""
-    ops, sets = entry.op.split(), entry.shapes.split(",")
-    if any(op not in OPS for op in ops) or any(s.split("@")[0] not in shapes.SETS for s in sets):
-        return None
-    try:
-        for op in ops:
-            shapes.shapes(op, entry.shapes)
-    except PerfError:  # the operator is newer than the table
-        return entry._replace(shapes="")
-    return entry
+def sweeps() -> list[Sweep]:
+    """The sweeps of all rows, what is worth most first; those of one name are one."""
+    found: dict[str, Sweep] = {}
+    every = [(sweep, op) for op, row in OPERATORS.items() for sweep in row.sweeps]
+    for sweep, op in sorted(every, key=lambda pair: pair[0].turn):
+        name, dtype = sweep.name or op.replace("_", "-"), sweep.dtype or OPERATORS[op].dtypes[0]
+        before = found.get(name, sweep._replace(name=name, dtype=dtype, seconds=0))
+        found[name] = before._replace(seconds=before.seconds + sweep.seconds, ops=(*before.ops, op))
+    return list(found.values())
 
 
 def _python(*words: object) -> list[str]:
@@ -218,25 +135,23 @@ def digest(*parts: object) -> str:
 # -- correctness and ceilings --------------------------------------------------------------------
 
 
-def _tests(tests: Tests, out: pathlib.Path, dry: bool) -> Step:
-    report = out / f"{tests.name}.xml"
+def _tests(name: str, out: pathlib.Path, dry: bool) -> Task:
+    weight, marks, few = TESTS[name]
+    report = out / f"{name}.xml"
 
     def command(seconds: float) -> list[str]:
         report.unlink(missing_ok=True)  # what is there afterwards is of this run
-        spread = tests.parallel and not dry and importlib.util.find_spec("xdist")
+        spread = marks != "gpu" and not dry and importlib.util.find_spec("xdist")
         words = ["-n", "auto", "--maxprocesses", "8", "--dist", "worksteal"] if spread else []
-        words += ["-p", "no:cacheprovider", "-m", tests.marks, "--junitxml", report]
-        return _python("-m", "pytest", *words, *(tests.only if dry else ()))
+        words += ["-p", "no:cacheprovider", "-m", marks, "--junitxml", report]
+        return _python("-m", "pytest", *words, *(few if dry else ()))
 
     def source() -> str:
         folders = ("kernels", "nets", "perf", "tests")
         files = sorted(path for name in folders for path in (ROOT / name).rglob("*.py"))
         return digest([(path.name, path.read_bytes()) for path in files])
 
-    def outcome() -> Outcome:
-        return read_junit(report)
-
-    return Step(tests.name, "tests", tests.weight, 45, command, source, outcome)
+    return Task(name, "tests", weight, 45, command, source, lambda: read_junit(report))
 
 
 def read_junit(path: pathlib.Path) -> Outcome:
@@ -252,7 +167,7 @@ def read_junit(path: pathlib.Path) -> Outcome:
     return Outcome(f"{passed} passed, {len(failed)} failed, {skipped} skipped", True, names)
 
 
-def _ceilings(out: pathlib.Path) -> Step:
+def _ceilings(out: pathlib.Path) -> Task:
     path = out / "doctor.json"
 
     def outcome() -> Outcome:
@@ -267,102 +182,87 @@ def _ceilings(out: pathlib.Path) -> Step:
         return Outcome(", ".join(words) or "nothing measured")
 
     command = _python("-m", "tilelab", "doctor", "--json", path)
-    return Step("ceilings", "ceilings", 40, 30, lambda seconds: command, lambda: "", outcome)
+    return Task("ceilings", "ceilings", 40, 30, lambda seconds: command, lambda: "", outcome)
 
 
 # -- sweeps, and the tuned table -----------------------------------------------------------------
 
 
-def words_of(entry: Entry) -> list[str]:
+def words_of(sweep: Sweep) -> list[str]:
     """What to sweep, as the command line says it."""
-    words = [*entry.op.split(), "--mode", entry.mode, "--dtype", entry.dtype]
-    words += ["--shapes", entry.shapes] if entry.shapes else []
-    return [*words, "--peers", entry.peers, *entry.more]
+    words = [*sweep.ops, "--mode", sweep.mode, "--dtype", sweep.dtype]
+    words += ["--shapes", sweep.shapes] if sweep.shapes else []
+    return [*words, "--peers", sweep.peers, *sweep.more]
 
 
-def _command(entry: Entry, path: pathlib.Path, dry: bool, *more: str):
+def _tile_ops(sweep: Sweep) -> list[str]:
+    """The names by which `choose_tile` knows what is swept; none of a whole training step."""
+    modes = (mode for op in sweep.ops for mode in OPERATORS[op].modes.values())
+    return sorted({tile_op.name for mode in modes for tile_op in mode.tile_ops})
+
+
+def _source(sweep: Sweep) -> str:
+    """A hash of the kernels' sources, and of what is asked of them."""
+    return digest([aot.source_hash(op) for op in sweep.ops], sweep._replace(seconds=0))
+
+
+def _command(sweep: Sweep, path: pathlib.Path, dry: bool, *more: str):
     def command(seconds: float) -> list[str]:
         path.parent.mkdir(parents=True, exist_ok=True)
         budget = f"{max(1.0, seconds - STARTUP):.0f}"
-        words = [*words_of(entry), "--no-plots", "--resume", "--budget", budget, *more]
+        words = [*words_of(sweep), "--no-plots", "--resume", "--budget", budget, *more]
         words += ["--dry-run"] if dry else []
         return _python("-m", "tilelab", "sweep", *words, "--out", path.parent)
 
     return command
 
 
-def _tile_ops(entry: Entry) -> list[str]:
-    """The names by which `choose_tile` knows what is swept; none of a whole training step."""
-    return sorted({n for op in entry.op.split() for ns in OPS[op].modes.values() for n in ns})
-
-
-def sources(entry: Entry) -> str:
-    """A hash of the kernels' sources, and of what is asked of them."""
-    parser = argparse.ArgumentParser()
-    arguments.add_arguments(parser)
-    parser.add_argument("--peers")
-    work = arguments.workloads(parser.parse_args(words_of(entry)))
-    hashes = sorted({aot.source_hash(w) for w in work})
-    return digest(hashes, entry._replace(weight=0))
-
-
-def _sweep(entry: Entry, path: pathlib.Path, dry: bool) -> Step:
+def _sweep(sweep: Sweep, path: pathlib.Path, dry: bool) -> Task:
     def keep() -> None:
         from tilelab.perf.report import tuned_table
 
         if path.exists():
-            tuned_table.save(results.read(path, note=_quiet).rows)
+            tuned_table.save(_rows(path))
 
-    return Step(
-        f"sweep-{entry.name}", "sweep", entry.weight, 45, _command(entry, path, dry),
-        lambda: sources(entry), lambda: read_sweep(path),
-        keep=None if dry or not _tile_ops(entry) else keep,
+    return Task(
+        f"sweep-{sweep.name}", "sweep", sweep.seconds, 45, _command(sweep, path, dry),
+        lambda: _source(sweep), lambda: read_sweep(path),
+        keep=None if dry or not _tile_ops(sweep) else keep,
     )  # fmt: skip
 
 
-def _after(entry: Entry, path: pathlib.Path, before: pathlib.Path, gpu: str, dry: bool) -> Step:
+def _after(sweep: Sweep, path: pathlib.Path, before: pathlib.Path, gpu: str, dry: bool) -> Task:
     def source() -> str:
-        dtype, _ = DTYPES[entry.dtype]
+        dtype, _ = DTYPES[sweep.dtype]
         try:
             table = _tiles.read_tuned(_tiles.tuned_path(gpu))
         except ValueError as error:  # says which file, and what is wrong with it
             raise PerfError(str(error)) from error
-        return digest(sources(entry), [table.get((name, dtype)) for name in _tile_ops(entry)])
+        return digest(_source(sweep), [table.get((name, dtype)) for name in _tile_ops(sweep)])
 
     more = ("--tiles", "default", "--note", NOTE_AFTER)
-    return Step(
-        entry.name, "after", entry.weight, 30, _command(entry, path, dry, *more),
+    return Task(
+        sweep.name, "after", sweep.seconds, 30, _command(sweep, path, dry, *more),
         source, lambda: read_after(path, before), fresh=(path,),
     )  # fmt: skip
 
 
-def _quiet(text: str) -> None:
-    """Readers' notes of what they leave out are for those who asked for a file."""
-
-
-def _read(path: pathlib.Path) -> list[ranking.Row]:
+def _rows(path: pathlib.Path) -> list[ranking.Row]:
     """The rows of a results file; none where there is no file, or none in it."""
-    return results.read(path, note=_quiet).rows if path.exists() else []
-
-
-def _has_rows(path: pathlib.Path) -> bool:
-    try:
-        return bool(_read(path))
-    except PerfError:  # its own step has said so
-        return False
+    return results.read(path, note=lambda text: None).rows if path.exists() else []
 
 
 def read_sweep(path: pathlib.Path) -> Outcome:
     """How our best tiles did against the best peer, what failed, and what is left."""
-    rows = _read(path)
+    rows = _rows(path)
     statuses: dict[tuple, set[str]] = {}
     for row in rows:
         attempt = results.workload(row), row["impl"], json.dumps(row.get("tile"))
         statuses.setdefault(attempt, set()).add(row["status"])
     left = sum(found == {"skipped"} for found in statuses.values())
     wrong = sum("wrong" in found for found in statuses.values())
-    work = history.chosen(rows)
-    words = [against(history.ratios(work), len(work))] if work else ["nothing measured"]
+    work = history.distinct_work(rows)
+    words = [ratios_text(ranking.speedups(work), len(work))] if work else ["nothing measured"]
     failed = [w.name for w in work if w.best is None]
     words += [f"no right result for {', '.join(failed)}"] if failed else []
     words += [f"{wrong} wrong"] if wrong else []
@@ -370,22 +270,22 @@ def read_sweep(path: pathlib.Path) -> Outcome:
     return Outcome("; ".join(words), complete=not left)
 
 
-def against(ratios: list[tuple[float, ranking.Workload]], count: int) -> str:
-    """The mean and the worst of ratios to the best peer, of `count` workloads."""
-    if not ratios:
+def ratios_text(speedups: list[ranking.Speedup], count: int) -> str:
+    """The mean and the worst of the speed-ups over the best peer, of `count` workloads."""
+    if not speedups:
         return f"{count} shapes, none beside a peer"
-    worst, whose = min(ratios, key=lambda pair: pair[0])
-    mean = stats.geomean([ratio for ratio, _ in ratios])
-    text = f"{mean:.3g}x the best peer in {len(ratios)} of {count} shapes"
-    return f"{text}, worst {worst:.3g}x {whose.mode} {whose.name}"
+    worst = min(speedups, key=lambda speedup: speedup.ratio)
+    mean = stats.geomean([speedup.ratio for speedup in speedups])
+    text = f"{mean:.3g}x the best peer in {len(speedups)} of {count} shapes"
+    return f"{text}, worst {worst.ratio:.3g}x {worst.workload.mode} {worst.workload.name}"
 
 
 def read_after(path: pathlib.Path, before: pathlib.Path) -> Outcome:
     """As `read_sweep`, with what the default tiles did before there was a tuned table."""
     found = read_sweep(path)
-    mine = {results.workload(w._asdict()) for w in history.chosen(_read(path))}
+    mine = {results.workload(w._asdict()) for w in history.distinct_work(_rows(path))}
     old = []
-    for w in history.chosen(_read(before)):
+    for w in history.distinct_work(_rows(before)):
         default = [row for row in w.tiles if row.get("default") and row.get("median_s")]
         if default and w.best_peer and results.workload(w._asdict()) in mine:
             old.append(ranking.paired(default[0], w.best_peer)[0])
@@ -397,13 +297,13 @@ def read_after(path: pathlib.Path, before: pathlib.Path) -> Outcome:
 # -- training ------------------------------------------------------------------------------------
 
 
-def _training(name: str, flags: Iterable[str], out: pathlib.Path, dry: bool) -> Step:
+def _training(name: str, flags: Iterable[str], out: pathlib.Path, dry: bool) -> Task:
     folder = out / name
     few = DRY_TRAINING if dry else ()
     command = _python("-m", "tilelab", "train", "--overwrite", "--out", folder, *flags, *few)
 
     def source() -> str:
-        return digest(sources(TRAIN_STEP), flags)
+        return digest(aot.source_hash("train_step"), flags)
 
     def outcome() -> Outcome:
         try:
@@ -416,7 +316,7 @@ def _training(name: str, flags: Iterable[str], out: pathlib.Path, dry: bool) -> 
             f"{last['images_per_second']:,.0f} images/s"
         ))  # fmt: skip
 
-    return Step(name, "training", 20, 15, lambda seconds: command, source, outcome)
+    return Task(name, "training", 20, 15, lambda seconds: command, source, outcome)
 
 
 # -- pictures, pages and the log -----------------------------------------------------------------
@@ -424,29 +324,35 @@ def _training(name: str, flags: Iterable[str], out: pathlib.Path, dry: bool) -> 
 
 def _of_files(
     name: str, files: list[pathlib.Path], least: float, words: tuple, text: Callable[[], str]
-) -> Step:
-    """A step about results files: those that have rows by then."""
+) -> Task:
+    """A task about results files: those that have rows by then."""
+
+    def has_rows(path: pathlib.Path) -> bool:
+        try:
+            return bool(_rows(path))
+        except PerfError:  # its own task has said so
+            return False
 
     def command(seconds: float) -> list[str] | None:
-        have = [path for path in files if _has_rows(path)]
+        have = [path for path in files if has_rows(path)]
         verb, *options = words
         return _python("-m", "tilelab", verb, *have, *options) if have else None
 
     def source() -> str:
         return digest([path.stat().st_size for path in files if path.exists()])
 
-    return Step(name, "report", least, least, command, source, lambda: Outcome(text()))
+    return Task(name, "report", least, least, command, source, lambda: Outcome(text()))
 
 
-def _plots(name: str, files: list[pathlib.Path], folder: pathlib.Path, least: float) -> Step:
+def _plots(name: str, files: list[pathlib.Path], folder: pathlib.Path, least: float) -> Task:
     words = ("plot", "--out", folder, "--kind", "forest,curves,roofline,predicted")
     return _of_files(name, files, least, words, lambda: f"{len(list(folder.glob('*')))} figures")
 
 
-def _report(name: str, files: list[pathlib.Path], page: pathlib.Path, least: float) -> Step:
+def _report(name: str, files: list[pathlib.Path], page: pathlib.Path, least: float) -> Task:
     return _of_files(name, files, least, ("report", "--out", page), lambda: page.name)
 
 
-def _log(files: list[pathlib.Path], to: pathlib.Path) -> Step:
+def _log(files: list[pathlib.Path], to: pathlib.Path) -> Task:
     words = ("log", "--to", to)
     return _of_files("log", files, 10, words, lambda: f"{len(history.read(to))} entries in {to}")

@@ -4,12 +4,12 @@ The order of things, for all workloads and then for each:
 
     compile     every tile in parallel processes; what spills, does not fit or misses the tensor
                 cores is pruned, and reported as pruned
-    gate        a wrong result is reported as wrong and never ranked (perf/clock/correctness.py)
+    gate        a wrong result is reported as wrong and never ranked (clock/correctness.py)
     screen      about 20 ms each
-    final       the eight fastest, the default and every peer, in a race of rounds (perf/clock/timing.py)
+    final       the eight fastest, the default and every peer, in a race of rounds (clock/timing.py)
 
 Each row is in the file as soon as it is known, and `--resume` goes on from there. With no GPU the
-first step is all there is; then this is `perf compile`, and says so.
+first step is all there is; then this is `tilelab compile`, and says so.
 """
 
 import argparse
@@ -21,18 +21,21 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from tqdm import tqdm
+
+from tilelab.kernels import _tiles
 from tilelab.perf.clock import devices, timing
 from tilelab.perf.clock.correctness import Gate
-from tilelab.perf.commands import arguments
+from tilelab.perf.commands import arguments, provenance
 from tilelab.perf.commands import compile as compiling
-from tilelab.perf.commands.compile import Todo, by_work, compile_rows, stored
+from tilelab.perf.commands.compile import by_work, compile_rows, missing, stored
 from tilelab.perf.compiler import aot
 from tilelab.perf.errors import PerfError
 from tilelab.perf.report import diagnosis, tuned_table
 from tilelab.perf.rows import ranking, results, stats
 from tilelab.perf.work import gpus, workloads
-from tilelab.perf.work.workloads import OPS, PEERS, Workload
-from tqdm import tqdm
+from tilelab.perf.work.peers import PEERS, forget_compiled
+from tilelab.perf.work.workloads import Workload
 
 FINALISTS = 8
 SLOW = 2.0  # a tile this much slower than the best of its screening is no finalist
@@ -41,7 +44,7 @@ SCREEN_SHARE = 0.6  # of what is left for a workload
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `perf sweep`."""
+    """Add the arguments of `tilelab sweep`."""
     arguments.add_arguments(parser)
     parser.add_argument(
         "--peers", default="torch", help=f"all, none, or of {', '.join(PEERS)} (default: torch)"
@@ -79,28 +82,22 @@ def run(args: argparse.Namespace) -> int:
         raise PerfError("--tiles default is one tile: -a has nothing to choose from")
     work = arguments.workloads(args)
     peers(args.peers)  # an error in them comes first
-    device = devices.here()
+    device = devices.current_device()
     if args.dry_run and device.target is not None:
         raise PerfError("--dry-run where there is a GPU needs TRITON_INTERPRET=1 before `python`")
     if device.target is None and args.save_tuned:
         raise PerfError("--save-tuned saves what a GPU has measured: there is none here")
-    if device.target is None and not args.dry_run:
-        print("No GPU here: tiles are compiled and predicted, not timed (perf compile).")
-        args.explain = False
-        folder = compiling.out_folder(args, "sweep")
-        gpu = gpus.find(args.target)
-        path = folder / f"{compiling.label(gpu)}.jsonl"
-        with aot.Compilers(args.workers) as compilers:
-            compiling.compile_all(work, gpu, compilers, path, args)
-        finish_up(path, args)
-        return 0
     folder = compiling.out_folder(args, "sweep")
-    path = folder / "results.jsonl"
-    with (
-        aot.Compilers(args.workers) as compilers,
-        results.Writer(path, arguments.header(device.header(), True, args)) as writer,
-    ):
-        Sweep(device, work, args, compilers, writer).run()
+    with aot.Compilers(args.workers) as compilers:
+        if device.target is None and not args.dry_run:
+            print("No GPU here: tiles are compiled and predicted, not timed (tilelab compile).")
+            gpu = gpus.find(args.target)
+            path = folder / f"{compiling.label(gpu)}.jsonl"
+            compiling.compile_all(work, gpu, compilers, path, args)
+        else:
+            path = folder / "results.jsonl"
+            with results.Writer(path, provenance.header(device.header(), True, args)) as writer:
+                Sweep(device, work, args, compilers, writer).run()
     finish_up(path, args)
     return 0
 
@@ -109,7 +106,7 @@ def finish_up(path: pathlib.Path, args: argparse.Namespace) -> None:
     """Print who won and why the others lost, save what was asked for, draw the pictures."""
     headers, rows = ranking.read([path])
     if any(row["measured"] for row in rows):
-        print("\n" + diagnosis.leaderboard(rows, args.top))
+        print("\n" + diagnosis.leaderboard_text(rows, args.top))
     print("\n" + diagnosis.format_table(diagnosis.table(rows)))
     if args.save_tuned:
         print(f"tuned table: {tuned_table.save(rows)}")
@@ -178,17 +175,16 @@ class Sweep:
         caches = ("hot",) if self.args.hot else ("cold", "hot")
         attempts = [{"stage": "screen", "cache": cache} for cache in caches]
         attempts.append({"stage": "compile"})
-        args, target = self.args, self.device.target
-        todo = Todo(
-            self.work, args.axis, self.compilers, self.writer, target or "", attempts, args.tiles
+        target = self.device.target
+        jobs, rows = missing(
+            self.work, self.args, self.compilers, self.writer, target or "", attempts
         )
-        rows = list(todo.done)
         if target is None:  # the interpreter: nothing to compile for
-            return rows + [fields | {"stage": "compile", "status": "ok"} for _, fields in todo.jobs]
+            return rows + [fields | {"stage": "compile", "status": "ok"} for _, fields in jobs]
         deadline = self._left(COMPILE_SHARE)
         done = set()
-        with tqdm(total=len(todo), unit="tile", desc="compile", disable=None) as bar:
-            for row in compile_rows(todo.jobs, target, self.model, self.compilers):
+        with tqdm(total=len(jobs), unit="tile", desc="compile", disable=None) as bar:
+            for row in compile_rows(jobs, target, self.model, self.compilers):
                 bar.update()
                 rows.append(row)
                 done.add(results.key(row))
@@ -196,7 +192,7 @@ class Sweep:
                     self.writer.write(stored(row))
                 if deadline is not None and self.device.now() > deadline:
                     break
-        late = [fields | {"stage": "compile"} for _, fields in todo.jobs]
+        late = [fields | {"stage": "compile"} for _, fields in jobs]
         late = [row for row in late if results.key(row) not in done]
         self._skip(late, "not compiled: the time budget ran out")
         return rows
@@ -204,7 +200,7 @@ class Sweep:
     def _skip(self, rows: list[dict], reason: str) -> None:
         for row in rows:
             if "median_s" not in row and row.get("status", "ok") == "ok":
-                row = row | {"status": "skipped", "reason": reason, "time": arguments.now()}
+                row = row | {"status": "skipped", "reason": reason}
                 self.writer.write(stored(row))
 
     # --- measure ---------------------------------------------------------------------------------
@@ -215,13 +211,12 @@ class Sweep:
         if self._has_final(w) and not new:
             return
         until = None if share is None else self.device.now() + share
-        try:
+        nothing = self._row(w, "tilelab", None, "screen")
+        with self._failing(nothing, "cannot be set up: ") as failure:
             gate = Gate(w, self.device.torch_device, self._seed())
             sets = self._sets(w)
             calls = [self._call(w, "tilelab", self._seed()) for _ in range(sets.count)]
-        except Exception as e:
-            self._broken(devices.first_line(e))
-            self._failed(w, "tilelab", None, "screen", f"cannot be set up: {devices.first_line(e)}")
+        if failure:
             return
         cache = "cold" if sets.cold and not self.args.hot else "hot"
         screened = self._screen(w, compiled, gate, calls, cache, share)
@@ -267,8 +262,8 @@ class Sweep:
             if until is not None and self.device.now() > until:
                 self._skip(todo[i:], "not timed: the time budget ran out")
                 break
-            row = row | {"stage": "screen", "cache": cache, "time": arguments.now()}
-            try:
+            row = row | {"stage": "screen", "cache": cache}
+            with self._failing(row):
                 if checked is None or w.mode == "step":  # a second step would have other results
                     checked = self._call(w, "tilelab", gate.seed)
                 verdict = gate.check(with_tile(checked, row["tile"]))
@@ -281,12 +276,8 @@ class Sweep:
                             self._warm(r, share)
                             warm = True
                         row |= self._timed(w, timing.screen(self.device, r), r)
-            except Exception as e:
-                self._broken(devices.first_line(e), row)
-                row |= {"status": "error", "reason": devices.first_line(e)}
-            self.writer.write(stored(row))
-            if row["status"] == "ok":
-                rows.append(row)
+                self.writer.write(stored(row))
+                rows += [row] if row["status"] == "ok" else []
         return rows
 
     def _final(self, w, screened, calls, cache, share, until) -> None:
@@ -303,35 +294,31 @@ class Sweep:
             runners = {}
             for name, row in list(entries.items()):
                 tiled = [with_tile(call, row["tile"]) for call in calls]
-                try:
+                # All of them at once may be too much for the memory.
+                with self._failing(self._row(w, "tilelab", row["tile"], "final")) as failure:
                     runners[name] = stack.enter_context(self._runner(tiled, cache))
-                except Exception as e:  # all of them at once may be too much for the memory
-                    self._broken(devices.first_line(e), entries.pop(name))
-                    self._failed(w, "tilelab", row["tile"], "final", devices.first_line(e))
+                if failure:
+                    del entries[name]
             if set(self.peers) - {"torch"}:
-                workloads.forget_compiled()
+                forget_compiled()
             for peer in self._peers_of(w):
-                row = arguments.identity(w, None) | {"impl": peer, "tile": None, "stage": "final"}
-                try:
-                    with warnings.catch_warnings():  # of what a peer's compiler finds worth saying
-                        warnings.simplefilter("ignore")
-                        peer_calls = [self._call(w, peer, self._seed()) for _ in calls]
-                        runners[peer] = stack.enter_context(self._runner(peer_calls, cache))
+                row = self._row(w, peer, None, "final")
+                with self._failing(row), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # what a peer's compiler finds worth saying
+                    peer_calls = [self._call(w, peer, self._seed()) for _ in calls]
+                    runners[peer] = stack.enter_context(self._runner(peer_calls, cache))
                     entries[peer] = row | {"status": "ok"}
-                except Exception as e:
-                    self._broken(devices.first_line(e), row)
-                    self._failed(w, peer, None, "final", devices.first_line(e))
             if not runners:
                 return
             self._warm(next(iter(runners.values())), share)
-            race = f"{arguments.now()} {self._seed():08x}"
+            race = f"{provenance.now()} {self._seed():08x}"
             timed = timing.race(self.device, runners, self.rng, self._rules(), until)
             for name, result in timed.items():
                 if result.error:
                     self._broken(result.error, entries[name])
             verdicts = self._recheck(w, entries)
             for name, result in timed.items():
-                row = entries[name] = entries[name] | {"race": race, "time": arguments.now()}
+                row = entries[name] = entries[name] | {"race": race}
                 error, tolerance, problem = verdicts[name]
                 row |= {"error": error, "tolerance": tolerance}
                 if result.samples:
@@ -387,13 +374,8 @@ class Sweep:
                 verdicts[name] = (None, None, devices.first_line(e))
         return verdicts
 
-    @contextlib.contextmanager
-    def _runner(self, calls: list, cache: str) -> Iterator[Any]:
-        runner = self.device.prepare(calls, cache)
-        try:
-            yield runner
-        finally:
-            runner.close()
+    def _runner(self, calls: list, cache: str) -> contextlib.AbstractContextManager:
+        return contextlib.closing(self.device.prepare(calls, cache))
 
     def _timed(self, w: Workload, samples: list[float], runner: Any) -> dict[str, Any]:
         """The row fields that follow from samples."""
@@ -406,11 +388,7 @@ class Sweep:
         return {
             "status": "ok",
             "samples_s": list(samples),
-            "median_s": seconds,
-            "q25_s": s["q25"],
-            "q75_s": s["q75"],
-            "low_s": s["low"],
-            "high_s": s["high"],
+            **{f"{name}_s": value for name, value in s.items()},
             "rounds": len(samples),
             "timer": runner.timer,
             "timer_reason": runner.reason,
@@ -426,7 +404,7 @@ class Sweep:
 
     def _has_final(self, w: Workload) -> bool:
         """Whether the file already has the race of this workload, as it would be run today."""
-        source, about = aot.source_hash(w), results.workload(w._asdict())
+        source, about = aot.source_hash(w.op), results.workload(w._asdict())
         raced = {
             row["impl"]
             for row in self.writer.rows
@@ -440,12 +418,26 @@ class Sweep:
     def _peers_of(self, w: Workload) -> list[str]:
         return [peer for peer in self.peers if workloads.offers(peer, w)]
 
-    def _failed(self, w: Workload, impl: str, tile: dict | None, stage: str, reason: str) -> None:
-        source = aot.source_hash(w) if impl == "tilelab" else None
-        row = arguments.identity(w, source) | {"impl": impl, "tile": tile, "stage": stage}
-        self.writer.write(
-            stored(row | {"status": "error", "reason": reason, "time": arguments.now()})
-        )
+    def _row(self, w: Workload, impl: str, tile: dict | None, stage: str) -> dict[str, Any]:
+        """A row of which nothing is known yet."""
+        source = aot.source_hash(w.op) if impl == "tilelab" else None
+        return arguments.identity(w, source) | {"impl": impl, "tile": tile, "stage": stage}
+
+    @contextlib.contextmanager
+    def _failing(self, row: dict, what: str = "") -> Iterator[list[str]]:
+        """Within this context an error becomes the row's; the list that it gives has it then.
+
+        Args:
+            row: whose it is.
+            what: said before the error, where it is about all tiles.
+        """
+        failure: list[str] = []
+        try:
+            yield failure
+        except Exception as e:
+            failure.append(devices.first_line(e))
+            self._broken(failure[0], None if what else row)
+            self.writer.write(stored(row | {"status": "error", "reason": what + failure[0]}))
 
     def _broken(self, what: str, row: dict | None = None) -> None:
         """Stop if the GPU itself no longer works; out of memory and the like are only a row.
@@ -460,12 +452,7 @@ class Sweep:
         except Exception as e:
             if row is not None:
                 stage = "screen" if row["impl"] == "tilelab" else "final"
-                failed = {
-                    "stage": stage,
-                    "status": "error",
-                    "reason": what,
-                    "time": arguments.now(),
-                }
+                failed = {"stage": stage, "status": "error", "reason": what}
                 self.writer.write(stored(row | failed))
             raise PerfError(
                 f"the GPU failed ({what}) and this process cannot use it any more: what was "
@@ -478,14 +465,12 @@ def with_tile(call: Callable[[], tuple], tile: dict | None) -> Callable[[], tupl
     """`call`, with this tile for the kernel that is swept (None: as it is)."""
     if tile is None:
         return call
-    from tilelab.kernels import _tiles
-
-    names = OPS[call.workload.op].modes[call.workload.mode]
+    tile_ops = call.workload.about.tile_ops
 
     def tiled() -> tuple:
         with contextlib.ExitStack() as stack:
-            for name in names:
-                stack.enter_context(_tiles.use_tile(name, tile))
+            for tile_op in tile_ops:
+                stack.enter_context(_tiles.use_tile(tile_op.name, tile))
             return call()
 
     tiled.inputs, tiled.impl, tiled.workload = call.inputs, call.impl, call.workload

@@ -4,7 +4,8 @@ A step of a small network is many short launches, so what to count is launches f
 that go through memory, then what is kept from the forward pass for the backward. All three are
 known without a GPU: ours by `kernels._launch.record`, as they would be on a GPU of the target, and
 torch's own operators by watching them run on the CPU. Each is beside the least that is possible,
-where every layer is one launch each way (perf/work/cost.py), and beside the same network by PyTorch.
+where every layer is one launch each way (perf/work/cost.py), and beside the same network by
+PyTorch.
 
     launches    of ours as recorded. An operator of torch's counts as one, a convolution's backward
                 as one for each gradient: it may be more. Views and allocations launch nothing.
@@ -14,7 +15,7 @@ where every layer is one launch each way (perf/work/cost.py), and beside the sam
 Ours is the whole step of nets/step.py, which also gathers its images and records its loss; torch's
 begins with images in its dtype and ends with the optimizer, AdamW in its fused form.
 
-With a GPU the same steps are timed there, ours and every peer's of perf/work/workloads.py, and the most
+With a GPU the same steps are timed there, ours and every peer's (perf/work/peers.py), and the most
 memory that one takes is read from torch's allocator.
 """
 
@@ -31,22 +32,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._library.custom_ops import _maybe_get_opdef
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tilelab import kernels
 from tilelab.kernels import _launch
 from tilelab.perf.clock import devices, timing
 from tilelab.perf.compiler import aot
 from tilelab.perf.errors import PerfError
 from tilelab.perf.rows import results
 from tilelab.perf.work import cost, workloads
-from torch._library.custom_ops import _maybe_get_opdef
-from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from tilelab import kernels
+from tilelab.perf.work.peers import forget_compiled
 
 BATCHES = (256, 1024, 4096)
 PEERS = ("tilelab", "torch", "graph", "compile")
 NO_LAUNCH = ("empty", "new_empty", "_unsafe_view", "_record_function")
-UPDATED = {"adamw_kernel": (6, (0, 3, 4)), "sgd_kernel": (4, (0, 3))}  # of a row of addresses
+UPDATED = (0, 3, 4)  # of the six addresses that AdamW's kernel has for a tensor
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,8 +71,8 @@ def run(args: argparse.Namespace) -> int:
     if args.dtype not in ("bf16", "fp16", "fp32"):
         raise PerfError(f"--dtype is bf16, fp16 or fp32, not {args.dtype!r}")
     dtype = workloads.DTYPES[args.dtype][0]
-    steps = [counted(batch, dtype, args.target) for batch in batches]
-    device = devices.here()
+    steps = counted(batches, dtype, args.target)
+    device = devices.current_device()
     for step in steps:
         if device.torch_device != "cpu":
             step["measured"] = measured(device, step["batch"], dtype)
@@ -80,18 +83,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def counted(batch: int, dtype: str, target: str) -> dict[str, Any]:
-    """Count a step in a process of its own, which has no GPU and would compile for the target.
-
-    Raises:
-        PerfError: if that fails.
-    """
+def counted(batches: list[int], dtype: str, target: str) -> list[dict[str, Any]]:
+    """Count steps in a process of its own, which has no GPU and would compile for the target."""
+    command = [sys.executable, "-m", "tilelab.perf.commands.training_step", dtype, target]
     result = subprocess.run(
-        [sys.executable, "-m", "tilelab.perf.commands.training_step", str(batch), dtype, target],
-        env=os.environ | aot.ENVIRONMENT,
-        capture_output=True,
+        [*command, *map(str, batches)], env=os.environ | aot.ENVIRONMENT, capture_output=True,
         text=True,
-    )
+    )  # fmt: skip
     if result.returncode:
         raise PerfError(f"counting failed: {result.stderr.strip().splitlines()[-1]}")
     return json.loads(result.stdout.splitlines()[-1])
@@ -133,10 +131,8 @@ def count(batch: int, dtype: str, target: str) -> dict[str, Any]:
             adamw.step()
     theirs = {"launches": [entry(event) for event in seen]}
     theirs["kept"] = kept.bytes(twin.parameters())
-    least = {
-        "launches": cost.train_step_launches(),
-        "bytes": cost.train_step_bytes(batch, compute.itemsize),
-    }
+    least = cost.train_step_bytes({"N": batch}, compute.itemsize)
+    least = {"launches": cost.train_step_launches(), "bytes": least}
     about = {"batch": batch, "dtype": dtype, "target": target}
     return about | {"minimum": least, "tilelab": own, "torch": theirs}
 
@@ -173,9 +169,7 @@ class Ledger(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if not _is_view(func) and not name.startswith(NO_LAUNCH):
             masks = args[-1] if name == "convolution_backward" else [True]
-            moved = sum(map(_size, _tensors((args, kwargs or {})))) + sum(
-                map(_size, _tensors(result))
-            )
+            moved = sum(map(_size, _tensors((args, kwargs or {}, result))))
             self.events += [(name, moved // sum(masks))] * sum(masks)
         return result
 
@@ -210,10 +204,9 @@ def entry(event: Any) -> tuple[str, int]:
     tensors = {t.data_ptr(): t for t in _launch.tensors_of(event.args)}
     moved = sum(map(_size, tensors.values()))
     name = event.kernel.__name__
-    if name in UPDATED:  # in place: read and written
-        width, places = UPDATED[name]
+    if name == "adamw_kernel":  # in place: read and written
         rows = next(arg for arg in event.args if isinstance(arg, list))
-        moved += sum(_size(t) for place in places for t in rows[place::width])
+        moved += sum(_size(t) for place in UPDATED for t in rows[place::6])
     return name, moved
 
 
@@ -223,10 +216,7 @@ def _size(x: torch.Tensor) -> int:
 
 
 def _tensors(x: Any) -> list[torch.Tensor]:
-    if isinstance(x, torch.Tensor):
-        return [x]
-    parts = x.values() if isinstance(x, dict) else x if isinstance(x, list | tuple) else ()
-    return [t for part in parts for t in _tensors(part)]
+    return [leaf for leaf in tree_leaves(x) if isinstance(leaf, torch.Tensor)]
 
 
 def _is_view(func: Any) -> bool:
@@ -245,7 +235,7 @@ def measured(device: devices.CudaDevice, batch: int, dtype: str) -> dict[str, An
     found = {}
     workloads.set_precision(w.precision)
     for impl in PEERS:
-        workloads.forget_compiled()
+        forget_compiled()
         with device.stream(), workloads.cudnn_benchmark(True):
             runner = device.prepare([workloads.prepare(w, impl, device.torch_device, 0)])
             timing.warm(device, runner)
@@ -288,4 +278,5 @@ def totals(step: dict[str, Any], name: str) -> tuple[int, int, int | None]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(count(int(sys.argv[1]), *sys.argv[2:])))
+    of_dtype, for_target, *sizes = sys.argv[1:]
+    print(json.dumps([count(int(size), of_dtype, for_target) for size in sizes]))

@@ -1,4 +1,4 @@
-"""Compiles for GPUs that are not here, and says what came of it: what `perf compile` tabulates.
+"""Compiles for GPUs that are not here, and says what came of it: what `tilelab compile` tabulates.
 
 Nobody lists the arguments of kernels here. A workload is called as a user would call it, on empty
 CPU tensors, while `kernels._launch.record` lists what would have been launched; and that is
@@ -6,8 +6,8 @@ compiled by Triton's own JIT, which is made to believe in a GPU of the wanted ta
 compiled is what a GPU would be asked to run, and a sweep on a real one finds it in Triton's cache.
 
 A process is either interpreter or compiler (kernels/_launch.py), so the compiler runs in worker
-processes: `python -m tilelab.perf.compiler.aot` reads one job a line and answers with one line. They work side
-by side, and one that crashes takes only its own job along.
+processes: `python -m tilelab.perf.compiler.aot` reads one job a line and answers with one line.
+They work side by side, and one that crashes takes only its own job along.
 """
 
 import ast
@@ -21,7 +21,6 @@ import json
 import math
 import os
 import pathlib
-import pkgutil
 import subprocess
 import sys
 import tempfile
@@ -30,19 +29,21 @@ import time
 from typing import Any, NamedTuple
 
 import torch
-from tilelab.kernels import _launch, _tiles
-from tilelab.kernels.conv2d_weight_grad_tma import pixels_inside
 
 from tilelab import kernels  # before triton: it decides between interpreter and compiler
+from tilelab.kernels import _launch, _tiles
 
 # isort: split
 import triton
+from triton.backends.compiler import GPUTarget
+
 from tilelab.perf.compiler import machine_code
 from tilelab.perf.errors import PerfError
 from tilelab.perf.rows import results
 from tilelab.perf.work import gpus, workloads
-from tilelab.perf.work.workloads import OPS, Workload
-from triton.backends.compiler import GPUTarget
+from tilelab.perf.work.operators import OPERATORS
+from tilelab.perf.work.search_space import TileOp
+from tilelab.perf.work.workloads import Workload
 
 TIMEOUT_S = 300  # for one kernel: the compiler hangs
 MOST_WORKERS = 32  # unless asked for: each is a process that has imported torch
@@ -75,21 +76,25 @@ def device(target: str) -> _launch.Device:
 
 
 class Trace(NamedTuple):
-    """The launches of one call; `main` is the one whose tile is swept, as `choice` says."""
+    """The launches of one call; `main` is the one whose tile is swept, if there is one.
+
+    `choice` is what was asked for its tile, and `tile_op` whose tile that is.
+    """
 
     launches: list[_launch.Launch]
-    main: _launch.Launch | None
-    choice: _launch.Choice | None
+    main: _launch.Launch | None = None
+    choice: _launch.Choice | None = None
+    tile_op: TileOp | None = None
 
     @property
-    def tile_op(self) -> str | None:
-        """The name by which `choose_tile` knows the tile."""
-        return self.choice.op if self.choice else None
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """What the tile covers."""
-        return self.choice.sizes if self.choice else {}
+    def about(self) -> dict[str, Any]:
+        """The fields of a results row."""
+        return {
+            "tile_op": self.choice and self.choice.op,
+            "sizes": self.choice.sizes if self.choice else {},
+            "launches": len(self.launches),
+            "moved": self.moved,
+        }
 
     @property
     def moved(self) -> int:
@@ -103,15 +108,16 @@ def trace(w: Workload, tile: dict | None, target: str = "") -> Trace:
         call = workloads.prepare(w, "tilelab", "cpu", None)
     with contextlib.ExitStack() as stack:
         if tile is not None:
-            for name in OPS[w.op].modes[w.mode]:
-                stack.enter_context(_tiles.use_tile(name, tile))
+            for tile_op in w.about.tile_ops:
+                stack.enter_context(_tiles.use_tile(tile_op.name, tile))
         events = stack.enter_context(_launch.record(device(target)))
         call()
     launches = [event for event in events if isinstance(event, _launch.Launch)]
+    by_name = {tile_op.name: tile_op for tile_op in w.about.tile_ops}
     for i, event in enumerate(events):
-        if isinstance(event, _launch.Choice) and event.op in OPS[w.op].modes[w.mode]:
-            return Trace(launches, _launch_of(events[i:]), event)
-    return Trace(launches, None, None)
+        if isinstance(event, _launch.Choice) and event.op in by_name:
+            return Trace(launches, _launch_of(events[i:]), event, by_name[event.op])
+    return Trace(launches)
 
 
 def _launch_of(events: list) -> _launch.Launch | None:
@@ -145,13 +151,13 @@ def describe(w: Workload, target: str = "") -> dict:
         return {"tile_op": None}
     default, kinds = t.choice.tile, t.choice.kernels
     itemsize = w.torch_dtype.itemsize
-    fast, alike, rungs = lesson_tiles(t.tile_op, t.main.kernel.fn.__module__, itemsize)
+    fast, alike, rungs = lesson_tiles(t.choice.op, t.main.kernel.fn.__module__, itemsize)
     if len(kinds) == 1:
         alike = [tile for tile in alike if tile.keys() == default.keys()]
     lesson = [t for t in (*fast, *alike, *rungs) if t.get("kernel", "pointer") in kinds]
     return {
-        "tile_op": t.tile_op,
-        "sizes": t.sizes,
+        "tile_op": t.choice.op,
+        "sizes": t.choice.sizes,
         "tile": default,
         "lesson": lesson,
         "kernels": kinds,
@@ -227,7 +233,7 @@ _analyses: dict[str, dict] = {}
 
 
 def analyse(compiled: Any) -> dict:
-    """What perf/compiler/machine_code.py reads off the machine code, and the shared memory of a program in bytes."""
+    """What machine_code.py reads off the code, and the shared memory of a program in bytes."""
     if compiled.hash not in _analyses:
         folder = pathlib.Path(triton.knobs.cache.dir) / f"tilelab-{_reader()}"
         path = folder / f"{compiled.hash}.json"
@@ -254,12 +260,7 @@ def compile_job(w: Workload, tile: dict | None, target: str) -> dict:
     started = time.perf_counter()
     workloads.set_precision(w.precision)
     t = trace(w, tile, target)
-    row = {
-        "tile_op": t.tile_op,
-        "sizes": t.sizes,
-        "launches": len(t.launches),
-        "moved": t.moved,
-    }
+    row = t.about
     compile_for(target)
     for launch in t.launches:
         if launch is not t.main:
@@ -275,84 +276,24 @@ def compile_job(w: Workload, tile: dict | None, target: str) -> dict:
             "kernel": t.main.kernel.__name__,
             "programs": math.prod(t.main.grid),
             "threads": compiled.metadata.num_warps * compiled.metadata.target.warp_size,
-            **work_of_boxes(t.main),
+            **work_of_boxes(t.tile_op, t.main),
         }
     return row | {"compile_s": time.perf_counter() - started}
 
 
-def work_of_boxes(launch: _launch.Launch) -> dict[str, int]:
+def work_of_boxes(tile_op: TileOp, launch: _launch.Launch) -> dict[str, int]:
     """What a convolution computes that loads by TMA: whole tiles, and all that they add.
-
-    Packed channels, block-diagonal groups, the border of the last boxes: all of that is in what the
-    launch is given. So is what a weight gradient leaves out, taps in the padding.
 
     Returns:
         "units", how many tiles and parts of them there are, and "computed_flops"; {} if it is no
         such launch.
     """
-    given = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.meta
-    work = _TILES_AND_STEPS.get(launch.kernel.__name__)
-    if work is None:
+    if tile_op.boxes is None or not launch.kernel.__name__.endswith("_tma_kernel"):
         return {}
-    tiles, steps, parts, pixels = work(given)
-    step = 2 * pixels * given["BLOCK_N"] * given["BLOCK_K"]
+    given = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.meta
+    tiles, steps, parts, rows = tile_op.boxes(given)
+    step = 2 * rows * given["BLOCK_N"] * given["BLOCK_K"]
     return {"units": tiles * parts, "computed_flops": steps * step}
-
-
-def _boxes(given: dict, extents: str, tiles: str) -> tuple[int, int]:
-    """How many boxes cover the pixels, and the pixels of one."""
-    sizes = [given[f"TILE_{x}"] for x in tiles.split()]
-    return (
-        math.prod(_tiles.cdiv(given[x], n) for x, n in zip(extents.split(), sizes, strict=True)),
-        math.prod(sizes),
-    )
-
-
-def _forward_work(given: dict) -> tuple[int, int, int, int]:
-    boxes, pixels = _boxes(given, "N P Q", "N P Q")
-    tiles = boxes * _tiles.cdiv(given["K"], given["BLOCK_N"])
-    steps = given["R"] * given["S"] * _tiles.cdiv(given["SPAN"], given["BLOCK_K"])
-    return tiles, tiles * steps, given["SPLIT_K"], pixels
-
-
-def _input_grad_work(given: dict) -> tuple[int, int, int, int]:
-    """Of the classes of pixels each has taps of its own, and all together have each tap once."""
-    boxes, pixels = _boxes(given, "N ROWS COLUMNS", "N H W")
-    tiles = boxes * _tiles.cdiv(given["C"], given["BLOCK_N"])
-    steps = given["R"] * given["S"] * _tiles.cdiv(given["K"], given["BLOCK_K"])
-    classes = given["STRIDE_H"] * given["STRIDE_W"]
-    return tiles * classes, tiles * steps, given["SPLIT_K"], pixels
-
-
-def _weight_grad_work(given: dict) -> tuple[int, int, int, int]:
-    """A step is BLOCK_K images at one pixel, of those where the tap is inside."""
-    rows, taps_w = given["ROWS"], given["S"]
-    blocks = _tiles.cdiv(given["K"], given["BLOCK_M"])
-    blocks *= _tiles.cdiv(given["SPAN"], given["BOX_C"])
-    if given["WINDOWS"]:  # a tile has several rows of taps, and all their pixels are inside
-        rows = _tiles.cdiv(rows, given["BLOCK_N"] // given["BOX_C"])
-        pixels = rows * given["P"] * given["Q"]
-    else:
-        high, wide = (
-            sum(
-                pixels_inside(
-                    tap * given[f"DIL_{x}"] - given[f"PAD_{x}"], given[x], given[outputs],
-                    given[f"STRIDE_{x}"],
-                )
-                for tap in range(taps)
-            )
-            for x, outputs, taps in (("H", "P", rows // taps_w), ("W", "Q", taps_w))
-        )  # fmt: skip
-        pixels = high * wide
-    steps = blocks * pixels * _tiles.cdiv(given["N"], given["BLOCK_K"])
-    return rows * blocks, steps, given["parts"], given["BLOCK_M"]
-
-
-_TILES_AND_STEPS = {  # of a kernel's launch: tiles, steps of all of them, parts of one, its rows
-    "conv2d_tma_kernel": _forward_work,
-    "conv2d_input_grad_tma_kernel": _input_grad_work,
-    "conv2d_weight_grad_tma_kernel": _weight_grad_work,
-}
 
 
 def annotated_loop(w: Workload, tile: dict | None, target: str) -> list[tuple[str, int, str]]:
@@ -442,45 +383,30 @@ class Compilers:
         return process
 
 
-def source_hash(w: Workload) -> str:
-    """A hash of the sources that a call of `w` runs: rows of different ones must not be mixed.
-
-    The operator's own file and every file of kernels/ that it imports, as they are on disk.
-    """
-    return _source_hash(w.op)
-
-
-FILES = {  # of operators that are not called as their lesson is
-    "matmul_bias_relu": "matmul",
-    "conv2d_bias_relu": "conv2d",
-    "conv2d_im2col": "im2col",
-    "col2im": "im2col",
-    "max_pool2d": "pool",
-    "sgd": "optim",
-    "adamw": "optim",
-}
-
-
 @functools.cache
-def _source_hash(op: str) -> str:
+def source_hash(op: str) -> str:
+    """A hash of the sources that an operator runs: rows of different ones must not be mixed.
+
+    Its lesson and every file of kernels/ that it imports, as they are on disk; of what is composed
+    of everything, all of kernels/ and nets/.
+    """
     folder = pathlib.Path(kernels.__file__).parent
-    modules = {m.name for m in pkgutil.iter_modules([str(folder)])}
-    todo = sorted(modules) if op in workloads.WHOLE else [FILES.get(op, op)]
-    seen: dict[str, str] = {}
+    paths = {path.stem: path for path in folder.glob("*.py")}
+    lesson = OPERATORS[op].lesson
+    todo, sources = [lesson] if lesson else sorted(paths), {}
     while todo:
         name = todo.pop()
-        if name in seen:
-            continue
-        seen[name] = (folder / f"{name}.py").read_text()
-        for node in ast.walk(ast.parse(seen[name])):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
-                "tilelab.kernels."
-            ):
-                todo.append(node.module.split(".")[2])
-    if op in workloads.WHOLE:
+        if name in paths and name not in sources:
+            sources[name] = paths[name].read_text()
+            for node in ast.walk(ast.parse(sources[name])):
+                if isinstance(node, ast.ImportFrom) and node.module == "tilelab.kernels":
+                    todo += [alias.name for alias in node.names]
+                elif isinstance(node, ast.ImportFrom):
+                    todo.append((node.module or "").removeprefix("tilelab.kernels."))
+    if not lesson:
         for path in sorted((folder.parent / "nets").glob("*.py")):
-            seen[f"nets.{path.stem}"] = path.read_text()
-    text = "\0".join(f"{name}\0{seen[name]}" for name in sorted(seen))
+            sources[f"nets.{path.stem}"] = path.read_text()
+    text = "\0".join(f"{name}\0{sources[name]}" for name in sorted(sources))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

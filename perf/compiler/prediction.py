@@ -25,6 +25,8 @@ import math
 
 from tilelab.perf.compiler.occupancy import occupancy
 from tilelab.perf.work.gpus import GPU, kind
+from tilelab.perf.work.operators import tile_op
+from tilelab.perf.work.search_space import TileOp
 
 LAUNCH_S = 2.5e-6  # assumed: from the end of one kernel to the start of the next, in a CUDA graph
 # Assumed: bytes that L2 hands to an SM in a clock. NVIDIA's A100 whitepaper states 5,120 bytes a
@@ -59,22 +61,12 @@ def units(row: dict) -> int:
     return math.prod(blocks) * tile.get("SPLIT_K", 1)
 
 
-def tile_op(row: dict) -> str:
-    """Whose tile a row's is: the operator's that it names, or that of one which it calls."""
-    return row.get("tile_op") or row["op"]
-
-
-def extra_work(op: str, shape: dict[str, int]) -> float:
-    """FLOPs of our algorithm over those of the mathematics: the fused block's padded filter.
-
-    `op` is the one whose tile it is: of a wide block the gradients are the plain convolution's.
-    """
-    if op.startswith(
-        "conv2d_relu_pool"
-    ):  # four places of one (R+1) x (S+1) patch, seen as one filter
-        R, S = shape["R"], shape["S"]
-        return (R + 1) * (S + 1) / (R * S)
-    return 1.0
+def extra_work(row: dict) -> float:
+    """FLOPs of our algorithm over those of the mathematics: the fused block's padded filter."""
+    if not tile_op(row).pooled:
+        return 1.0
+    R, S = row["shape"]["R"], row["shape"]["S"]
+    return (R + 1) * (S + 1) / (R * S)  # four places of one such patch, seen as one filter
 
 
 def is_product(tile: dict) -> bool:
@@ -82,13 +74,12 @@ def is_product(tile: dict) -> bool:
     return "BLOCK_K" in tile or tile.get("kernel") == "direct"
 
 
-def step_flops(op: str, tile: dict[str, int]) -> int:
+def step_flops(tile_op: TileOp, tile: dict[str, int]) -> int:
     """FLOPs of one step of a product's main loop.
 
     The fused block has four accumulators, but for the kernel whose BLOCK_M counts what is pooled.
     """
-    fused = op.startswith("conv2d_relu_pool") and "kernel" not in tile
-    accumulators = 4 if fused else 1
+    accumulators = 4 if tile_op.pooled and "kernel" not in tile else 1
     return 2 * tile["BLOCK_M"] * tile["BLOCK_N"] * tile["BLOCK_K"] * accumulators
 
 
@@ -97,9 +88,9 @@ def predict(row: dict, gpu: GPU) -> dict:
 
     Args:
         row: with op, mode, shape, dtype, precision, tile, sizes, flops, moved, launches, programs,
-            threads and what perf/compiler/machine_code.py reads off the machine code; with computed_flops and units
-            where the launch says them (perf/compiler/aot.py) and sizes and tile would not. For a whole
-            training step there is no tile, and only its bytes and launches count.
+            threads and what machine_code.py reads off the code; with computed_flops and units where
+            the launch says them (aot.py) and sizes and tile would not. For a whole training step
+            there is no tile, and only its bytes and launches count.
         gpu: for which.
     """
     if row.get("tile") is None:
@@ -120,7 +111,7 @@ def predict(row: dict, gpu: GPU) -> dict:
         "wave_efficiency": pieces / (gpu.sms * math.ceil(pieces / gpu.sms)),
         "padding": row["computed_flops"] / row["flops"]
         if "computed_flops" in row
-        else padding(row["sizes"], row["tile"]) * extra_work(tile_op(row), row["shape"]),
+        else padding(row["sizes"], row["tile"]) * extra_work(row),
     }
     if fits.blocks == 0:
         return found

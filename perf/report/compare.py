@@ -20,11 +20,23 @@ their code did not change: if they drifted by 3%, so did the machine, and 3% of 
 
 import argparse
 import math
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from tilelab.perf.errors import PerfError
-from tilelab.perf.rows import ranking, results, stats
+from tilelab.perf.rows import results, stats
+from tilelab.perf.rows.ranking import (
+    NAMES,
+    Row,
+    best_tile,
+    dtype_text,
+    has_result,
+    seconds,
+    shape_text,
+    tile_text,
+    time_text,
+)
 
 VERDICTS = ("SLOWER", "FASTER", "SAME", "UNSURE")
 MARGIN = 0.02
@@ -74,7 +86,9 @@ def compare(
         every_tile: compare tile by tile, instead of the best tile of each workload.
     """
     a_best, b_best = _best(a_rows, every_tile), _best(b_rows, every_tile)
-    b_failed = {_subject(row, every_tile): row for row in b_rows if _failed(row)}
+    b_failed = {
+        _subject(row, every_tile): row for row in b_rows if row["status"] in ("wrong", "error")
+    }
     found = []
     for subject, a in a_best.items():
         if subject in b_best:
@@ -87,32 +101,18 @@ def compare(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of `tilelab compare`."""
+    """Add the two files, and what to make of their differences."""
     parser.add_argument("a", help="results before")
     parser.add_argument("b", help="results after")
-    parser.add_argument(
-        "--margin",
-        type=float,
-        default=100 * MARGIN,
-        metavar="PERCENT",
-        help="differences up to this are none (default: %(default)g)",
-    )
-    parser.add_argument(
-        "--every-tile",
-        action="store_true",
-        help="compare tile by tile, not the best tile of each workload",
-    )
-    parser.add_argument(
-        "--fail-on",
-        choices=("slower", "unsure"),
-        help="exit with 1 if a kernel of ours is slower or has no right result any more; unsure: "
-        "or if that is not certain",
-    )
-    parser.add_argument(
-        "--anyway",
-        action="store_true",
-        help="compare two GPUs, or predictions with measurements",
-    )
+    text = "differences up to this are none (default: %(default)g)"
+    parser.add_argument("--margin", type=float, default=100 * MARGIN, metavar="PERCENT", help=text)
+    text = "compare tile by tile, not the best tile of each workload"
+    parser.add_argument("--every-tile", action="store_true", help=text)
+    text = "exit with 1 if a kernel of ours is slower or has no right result any more; "
+    text += "unsure: or if that is not certain"
+    parser.add_argument("--fail-on", choices=("slower", "unsure"), help=text)
+    text = "compare two GPUs, or predictions with measurements"
+    parser.add_argument("--anyway", action="store_true", help=text)
 
 
 def run(args: argparse.Namespace, out: Callable[[str], Any] = print) -> int:
@@ -127,29 +127,20 @@ def run(args: argparse.Namespace, out: Callable[[str], Any] = print) -> int:
     """
     if not 0 <= args.margin < 100:
         raise PerfError(f"--margin must be from 0 to 100 percent, got {args.margin:g}")
-    a, b = results.read(args.a, out), results.read(args.b, out)
-    differences = _about(args.a, a, args.b, b, args.anyway)
+    a, b = (results.read(path, note=out) for path in (args.a, args.b))
+    runs = _headings(args.a, a, args.b, b, args.anyway)
     found = compare(a.rows, b.rows, args.margin / 100, args.every_tile)
     if not found:
         raise PerfError(f"{args.a} and {args.b} have no right result of one workload in common")
-    out(f"A: {args.a}, {differences[0]}")
-    out(f"B: {args.b}, {differences[1]}")
-    for line in differences[2:]:
-        out(line)
-    out("")
-    out(format_table(found))
-    out("")
-    out(summary(found))
+    for text in (*runs, "", format_table(found), "", summary(found)):
+        out(text)
     return int(failed(found, args.fail_on))
 
 
 def failed(found: list[Comparison], fail_on: str | None) -> bool:
     """Return whether --fail-on is to fail; peers do not count."""
-    ours = [c for c in found if c.ours]
-    if fail_on is None:
-        return False
-    bad = ("SLOWER",) if fail_on == "slower" else ("SLOWER", "UNSURE")
-    return any(c.verdict in bad or c.ratio is None for c in ours)
+    bad = {None: (), "slower": ("SLOWER",), "unsure": ("SLOWER", "UNSURE")}[fail_on]
+    return bool(bad) and any(c.verdict in bad or c.ratio is None for c in found if c.ours)
 
 
 def format_table(found: list[Comparison]) -> str:
@@ -159,7 +150,7 @@ def format_table(found: list[Comparison]) -> str:
     peers = [_cells(c) for c in found if not c.ours]
     if peers:
         lines += [("",) * len(head), ("peers",) + ("",) * (len(head) - 1), *peers]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = []
     for line in lines:
         cells = [
@@ -171,34 +162,29 @@ def format_table(found: list[Comparison]) -> str:
 
 
 def summary(found: list[Comparison]) -> str:
-    """Return a few lines: verdicts, the mean ratio, the sources, and the drift of the peers."""
+    """Return three lines: verdicts and the mean ratio, the sources, and the drift of the peers."""
     ours = [c for c in found if c.ours]
-    peers = [c.ratio for c in found if not c.ours and c.ratio is not None]
-    counts = [f"{sum(c.verdict == verdict for c in ours)} {verdict}" for verdict in VERDICTS]
-    line = f"tilelab: {', '.join(counts)}"
     ratios = [c.ratio for c in ours if c.ratio is not None]
-    if ratios:
-        line += f"; geometric mean of B / A {stats.geomean(ratios):.3f}"
+    peers = [c.ratio for c in found if not c.ours and c.ratio is not None]
+    verdicts, sources = Counter(c.verdict for c in ours), Counter(c.source for c in ours)
+    first = "tilelab: " + ", ".join(f"{verdicts[verdict]} {verdict}" for verdict in VERDICTS)
+    first += f"; geometric mean of B / A {stats.geomean(ratios):.3f}" if ratios else ""
     lost = len(ours) - len(ratios)
-    if lost:
-        line += f"; {lost} with no right result in B"
-    lines = [line]
-    sources = [c.source for c in ours]
-    if "changed" in sources or "same" in sources:
-        line = f"kernel source: changed in {sources.count('changed')}, same in "
-        line += f"{sources.count('same')} of {len(ours)}"
+    lines = [first + (f"; {lost} with no right result in B" if lost else "")]
+    if sources["changed"] or sources["same"]:
+        text = f"changed in {sources['changed']}, same in {sources['same']} of {len(ours)}"
         slower = sum(c.verdict == "SLOWER" and c.source == "same" for c in ours)
         if slower:
-            line += f"; {slower} SLOWER with the same source: the machine or the compiler"
-        lines.append(line)
+            text += f"; {slower} SLOWER with the same source: the machine or the compiler"
+        lines.append(f"kernel source: {text}")
     if peers:
-        lines.append(
-            f"peers: drifted by {100 * (stats.geomean(peers) - 1):+.1f}% (geometric mean of "
-            f"{len(peers)}, from {100 * (min(peers) - 1):+.1f}% to {100 * (max(peers) - 1):+.1f}%)"
+        mean, least, most = (
+            f"{100 * (r - 1):+.1f}%" for r in (stats.geomean(peers), min(peers), max(peers))
         )
+        text = f"drifted by {mean} (geometric mean of {len(peers)}, from {least} to {most})"
     else:
-        lines.append("peers: none in both files, so a drift of the machine would not be seen")
-    return "\n".join(lines)
+        text = "none in both files, so a drift of the machine would not be seen"
+    return "\n".join([*lines, f"peers: {text}"])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -213,31 +199,12 @@ def _subject(row: dict, every_tile: bool) -> tuple:
     return *results.workload(row), row["impl"], row.get("cache") or "cold", tile
 
 
-def _seconds(row: dict) -> float | None:
-    """Return the time of a row that is right, measured or predicted."""
-    if row["status"] == "ok" and row["stage"] != "compile":
-        return row.get("median_s")
-    return row.get("predicted_s") if row["status"] == "predicted" else None
-
-
-def _failed(row: dict) -> bool:
-    return row["status"] in ("wrong", "error")
-
-
-def _best(rows: list[dict], every_tile: bool) -> dict[tuple, dict]:
+def _best(rows: list[Row], every_tile: bool) -> dict[tuple, Row]:
     """Return the row to compare of each subject: the fastest finalist, or else the fastest."""
-    best: dict[tuple, dict] = {}
+    groups = defaultdict(list)
     for row in rows:
-        if not _seconds(row):
-            continue
-        subject = _subject(row, every_tile)
-        if subject not in best or _rank(row) < _rank(best[subject]):
-            best[subject] = row
-    return best
-
-
-def _rank(row: dict) -> tuple[bool, bool, float]:
-    return row["status"] == "predicted", row["stage"] != "final", _seconds(row)
+        groups[_subject(row, every_tile)].append(row)
+    return {subject: best for subject, group in groups.items() if (best := best_tile(group))}
 
 
 def _compared(a: dict, b: dict, margin: float) -> Comparison:
@@ -255,24 +222,21 @@ def _compared(a: dict, b: dict, margin: float) -> Comparison:
             notes.append(f"{name} throttled in {row['throttled']} rounds: {why}")
         if row["stage"] == "screen":
             notes.append(f"{name} only screened")
-        if row.get("noisy") or (row.get("throttled") and not _only_power(row)):
+        only_power = row.get("throttle_reasons") == ["power cap"]
+        if row.get("noisy") or (row.get("throttled") and not only_power):
             verdict = "UNSURE"
     if low is None:
         notes.append("no samples: no interval")
     if a.get("tile") != b.get("tile"):
-        notes.append(f"tile in A: {ranking.tile_text(a.get('tile'))}")
+        notes.append(f"tile in A: {tile_text(a.get('tile'))}")
     return Comparison(a, b, ratio, low, high, verdict, _source(a, b), ", ".join(notes))
-
-
-def _only_power(row: dict) -> bool:
-    return (row.get("throttle_reasons") or []) == ["power cap"]
 
 
 def _ratio(a: dict, b: dict) -> tuple[float, float | None, float | None]:
     """Return b / a and its interval, which is exact for predictions and None without samples."""
     if a.get("samples_s") and b.get("samples_s") and "predicted" not in (a["status"], b["status"]):
         return stats.unpaired_ratio(b["samples_s"], a["samples_s"])
-    ratio = _seconds(b) / _seconds(a)
+    ratio = seconds(b) / seconds(a)
     exact = a["status"] == b["status"] == "predicted"
     return (ratio, ratio, ratio) if exact else (ratio, None, None)
 
@@ -300,7 +264,7 @@ def _source(a: dict, b: dict) -> str:
 # -------------------------------------------------------------------------------------------------
 
 
-def _about(a_path, a, b_path, b, anyway: bool) -> list[str]:
+def _headings(a_path, a, b_path, b, anyway: bool) -> list[str]:
     """Return a line on A, one on B, and lines on what differs; refuse what must not be compared."""
     (a_gpu, a_measured), (b_gpu, b_measured) = _one_gpu(a_path, a), _one_gpu(b_path, b)
     warnings = []
@@ -319,7 +283,8 @@ def _about(a_path, a, b_path, b, anyway: bool) -> list[str]:
     changed = [f"{name} {x} -> {y}" for name, (x, y) in pairs.items() if x != y]
     if changed:
         warnings.append(f"besides the kernels, these differ: {', '.join(changed)}")
-    return [_run(old), _run(new), *(f"note: {text}" for text in warnings)]
+    runs = f"A: {a_path}, {_run(old)}", f"B: {b_path}, {_run(new)}"
+    return [*runs, *(f"note: {text}" for text in warnings)]
 
 
 def _one_gpu(path, found: results.Results) -> tuple[str, bool]:
@@ -341,21 +306,12 @@ def _run(header: dict) -> str:
 
 
 def _cells(c: Comparison) -> tuple[str, ...]:
-    ratio = "-" if c.ratio is None else f"{c.ratio:.3f}"
-    interval = "-" if c.low is None else f"{c.low:.3f} ... {c.high:.3f}"
+    ratio = "–" if c.ratio is None else f"{c.ratio:.3f}"
+    interval = "–" if c.low is None else f"{c.low:.3f} ... {c.high:.3f}"
     a, b = c.a, c.b
-    shape = a.get("shape_name") or ranking.shape_text(a["shape"])
-    dtype = ranking.dtype_text(a["dtype"], a["precision"])
-    what = f"{a['op']} {a['mode']} {dtype}, {shape}"
-    if (a.get("cache") or "cold") != "cold":
-        what += f", {a['cache']} cache"
-    tile = ranking.tile_text(b.get("tile")) if c.ours else a["impl"]
-    times = _time(_seconds(a)), _time(_seconds(b))
+    what = f"{a['op']} {a['mode']} {dtype_text(a['dtype'], a['precision'])}, "
+    what += a.get("shape_name") or shape_text(a["shape"])
+    what += ", hot cache" if a.get("cache") == "hot" else ""
+    tile = tile_text(b.get("tile")) if c.ours else NAMES[a["impl"]]
+    times = (time_text(seconds(row) if has_result(row) else None) for row in (a, b))
     return (c.verdict, ratio, interval, *times, c.source, what, tile, c.note)
-
-
-def _time(seconds: float | None) -> str:
-    if not seconds:
-        return "-"
-    scale, unit = (1, "s") if seconds >= 1 else (1e3, "ms") if seconds >= 1e-3 else (1e6, "us")
-    return f"{seconds * scale:.4g} {unit}"

@@ -1,34 +1,47 @@
-"""Why a tile lost: its numbers beside those of the tile that won, in words.
+"""What a tile does, and why it lost: its numbers beside those of the tile that won, in words.
 
-    tilelab sweep ...     ends with this table
-    tilelab report ...    has it in full
+    tilelab sweep ...                          ends with the leaderboard, and why the others lost
+    tilelab report ...                         has both in full
+    tilelab compile OP --explain -a ...        what one tile does
 
 A losing tile is put through a cascade, from what disqualifies it (a wrong result, an error, a block
 that does not fit) through what ruins it (spilled registers, no tensor cores, serialised wgmma,
 narrow loads) to what costs a share of its speed (occupancy, the last wave, padding, a longer main
 loop, more memory traffic). A cause counts only if the winner has less of it.
 
-What the model of predict.py contains (waves, padding, and where they bind instructions and traffic)
-is given as a factor: the tile's predicted time over its predicted time with the winner's value.
-Shares of a gap are in logarithms, as factors multiply: 1.1x is 35% of 1.31x. The other causes are
-named with their numbers, and no share is claimed for them.
+What the model of compiler/prediction.py contains (waves, padding, and where they bind instructions
+and traffic) is given as a factor: the tile's predicted time over its predicted time with the
+winner's value. Shares of a gap are in logarithms, as factors multiply: 1.1x is 35% of 1.31x. The
+other causes are named with their numbers, and no share is claimed for them.
+
+What a tile does is said with a number in every sentence, and a rule of thumb where there is one, so
+that it can be checked.
 """
 
 import math
+import pathlib
+import textwrap
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from tilelab.perf.compiler.prediction import LAUNCH_S, loop_warps, step_flops, tile_op
+from tilelab.perf.compiler.prediction import (
+    L2_BYTES_PER_CLOCK,
+    LAUNCH_S,
+    SCHEDULERS,
+    loop_warps,
+    step_flops,
+    tile_op,
+)
 from tilelab.perf.rows.ranking import (
-    PRODUCTS,
+    NAMES,
     Row,
     Workload,
+    cut,
+    has_result,
     known_gpu,
+    leaderboard,
     number_text,
-    paired_text,
-    ran,
-    rank,
     seconds,
     speed,
     tile_text,
@@ -38,35 +51,36 @@ from tilelab.perf.rows.ranking import (
 )
 from tilelab.perf.work import gpus
 from tilelab.perf.work.gpus import GPU
+from tilelab.perf.work.operators import is_product
 
 TIE = 0.01  # a tile within 1% of the winner lost nothing that needs an explanation
 LESS = 0.9  # below nine tenths of the winner's value a share counts as less
-TITLES = {  # code: what its tiles do, as a heading of a group
+TITLES = {  # code: the cause, as a heading of the tiles that it is true of
     "best": "the winner",
     "tie": "as fast as the winner",
-    "wrong": "give a wrong result",
-    "error": "fail",
-    "does not fit": "do not fit",
-    "spills": "spill registers",
-    "no tensor cores": "do not use the tensor cores",
-    "older tensor cores": "use the older tensor-core instructions",
-    "serialised": "have serialised wgmma",
-    "narrow loads": "load in narrow pieces",
-    "occupancy": "keep fewer warps on an SM",
-    "waves": "leave SMs idle",
-    "padding": "compute more padding",
-    "loop": "need more instructions",
-    "traffic": "read more memory",
+    "wrong": "wrong result",
+    "error": "failed",
+    "does not fit": "too large for an SM",
+    "spills": "registers spilled to memory",
+    "no tensor cores": "no tensor cores",
+    "older tensor cores": "older tensor-core instructions",
+    "serialised": "serialised wgmma",
+    "narrow loads": "narrow loads",
+    "occupancy": "fewer warps on an SM",
+    "waves": "idle SMs",
+    "padding": "more padding",
+    "loop": "more instructions",
+    "traffic": "more memory traffic",
     "pruned": "pruned before timing",
     "skipped": "not tried",
-    "unexplained": "are slower for no reason that these numbers show",
+    "unexplained": "slower for no reason that these numbers show",
 }
 
 
-# -- the cascade ---------------------------------------------------------------------------------
+# -- why a tile lost: the cascade ----------------------------------------------------------------
 
 
-def why(row: Row, best: Row | None, gpu: GPU | None = None) -> tuple[str, str]:
+def explain_loss(row: Row, best: Row | None, gpu: GPU | None = None) -> tuple[str, str]:
     """Say why a tile lost against the best tile of the same workload.
 
     Args:
@@ -125,10 +139,8 @@ def _cause(row: Row, best: Row, gpu: GPU | None) -> tuple[str, str]:
     gap = _gap(row, best)
     if gap is not None and gap < 1 + TIE and row["status"] != "pruned":
         return "tie", f"{time_text(seconds(row))}, the winner {time_text(seconds(best))}"
-    for code, check in RUINOUS:
-        words = check(row, best, gpu)
-        if words:
-            return code, words
+    if ruined := _ruined(row, best):
+        return ruined
     causes = [cause for check in COSTLY if (cause := check(row, best, gpu))]
     if not causes:
         return "unexplained", _unexplained(row, best)
@@ -158,52 +170,35 @@ def _share(factor: float, gap: float | None) -> str:
     return f", by the model {factor:.2f}x: {part} the gap"
 
 
-def _spills(row: Row, best: Row, gpu: GPU | None) -> str | None:
+def _ruined(row: Row, best: Row) -> tuple[str, str] | None:
+    """What ruins this tile and not the winner: a code and a sentence, the worst first."""
     spilled, least = row.get("spills") or 0, best.get("spills") or 0
-    if spilled <= least:
-        return None
+    core, winners = row.get("tensor_core") or "", best.get("tensor_core") or ""
+    load, widest = row.get("load_bytes"), best.get("load_bytes")
+    if spilled > least:
+        return "spills", _spill_words(row, spilled, least)
+    if winners and not core:
+        words = f"no tensor-core instruction in its main loop; the winner has {winners}"
+        return "no tensor cores", words
+    if core.startswith("HMMA") and winners.startswith(("HGMMA", "UTC")):
+        words = f"{core}, which reads operands from registers; the winner has {winners}"
+        return "older tensor cores", words
+    if row.get("serialised") and not best.get("serialised"):
+        words = "the compiler put a wait after every wgmma: the tensor cores idle while it loads"
+        return "serialised", words
+    if load and widest and load < widest:
+        return "narrow loads", f"its narrowest loads are {load} bytes wide, the winner's {widest}"
+    return None
+
+
+def _spill_words(row: Row, spilled: int, least: int) -> str:
     words = f"spills {spilled} bytes a thread to memory"
     words += f", the winner {least}" if least else ""
     tile = row.get("tile") or {}
-    if {"BLOCK_M", "BLOCK_N", "num_warps"} <= set(tile) and row["op"] in PRODUCTS:
+    if {"BLOCK_M", "BLOCK_N", "num_warps"} <= set(tile) and is_product(row["op"]):
         held = tile["BLOCK_M"] * tile["BLOCK_N"] // (32 * loop_warps(tile))
         words += f": its accumulators alone take {held} of 255 registers" if held >= 96 else ""
     return words
-
-
-def _no_tensor_cores(row: Row, best: Row, gpu: GPU | None) -> str | None:
-    if row.get("tensor_core") or not best.get("tensor_core"):
-        return None
-    return f"no tensor-core instruction in its main loop; the winner has {best['tensor_core']}"
-
-
-def _older_tensor_cores(row: Row, best: Row, gpu: GPU | None) -> str | None:
-    mine, other = row.get("tensor_core") or "", best.get("tensor_core") or ""
-    if not mine.startswith("HMMA") or not other.startswith(("HGMMA", "UTC")):
-        return None
-    return f"{mine}, which reads operands from registers; the winner has {other}"
-
-
-def _serialised(row: Row, best: Row, gpu: GPU | None) -> str | None:
-    if not row.get("serialised") or best.get("serialised"):
-        return None
-    return "the compiler put a wait after every wgmma: the tensor cores idle while it loads"
-
-
-def _narrow_loads(row: Row, best: Row, gpu: GPU | None) -> str | None:
-    mine, other = row.get("load_bytes"), best.get("load_bytes")
-    if not mine or not other or mine >= other:
-        return None
-    return f"its narrowest loads are {mine} bytes wide, the winner's {other}"
-
-
-RUINOUS: tuple[tuple[str, Callable[..., str | None]], ...] = (
-    ("spills", _spills),
-    ("no tensor cores", _no_tensor_cores),
-    ("older tensor cores", _older_tensor_cores),
-    ("serialised", _serialised),
-    ("narrow loads", _narrow_loads),
-)
 
 
 class Cause(NamedTuple):
@@ -238,18 +233,13 @@ def _occupancy(row: Row, best: Row, gpu: GPU | None) -> Cause | None:
     mine, other = row.get("occupancy"), best.get("occupancy")
     if not mine or not other or mine >= LESS * other:
         return None
-    limit = f", limited by {row['limit']}" if row.get("limit") else ""
-    words = f"occupancy {mine:.0%}{limit} ({_limit_numbers(row)}); the winner {other:.0%}"
-    return Cause("occupancy", words.replace(" ()", ""), 1.0)
-
-
-def _limit_numbers(row: Row) -> str:
-    limit = row.get("limit")
+    words, limit = f"occupancy {mine:.0%}", row.get("limit")
+    words += f", limited by {limit}" if limit else ""
     if limit == "registers" and row.get("registers"):
-        return f"{row['registers']} a thread"
-    if limit == "shared memory" and row.get("shared"):
-        return f"{row['shared'] / 1024:.0f} KiB a block"
-    return ""
+        words += f" ({row['registers']} a thread)"
+    elif limit == "shared memory" and row.get("shared"):
+        words += f" ({row['shared'] / 1024:.0f} KiB a block)"
+    return Cause("occupancy", f"{words}; the winner {other:.0%}", 1.0)
 
 
 def _waves(row: Row, best: Row, gpu: GPU | None) -> Cause | None:
@@ -260,8 +250,7 @@ def _waves(row: Row, best: Row, gpu: GPU | None) -> Cause | None:
     words = f"{idle:.0%} of the SMs' time is idle, {1 - other:.0%} with the winner"
     if waves is not None:
         words = f"{waves:.2f} waves: {words}"
-    factor = _modelled(row, gpu, other / mine, ("compute", "issue", "l2"))
-    return Cause("waves", words, factor) if factor > 1.01 or not row.get("predicted_s") else None
+    return _if_it_binds("waves", words, row, gpu, other / mine)
 
 
 def _padding(row: Row, best: Row, gpu: GPU | None) -> Cause | None:
@@ -269,8 +258,13 @@ def _padding(row: Row, best: Row, gpu: GPU | None) -> Cause | None:
     if not mine or not other or mine <= 1.03 * other:
         return None
     words = f"{1 - 1 / mine:.0%} of its work is padding, {1 - 1 / other:.0%} of the winner's"
-    factor = _modelled(row, gpu, mine / other, ("compute", "issue", "l2"))
-    return Cause("padding", words, factor) if factor > 1.01 or not row.get("predicted_s") else None
+    return _if_it_binds("padding", words, row, gpu, mine / other)
+
+
+def _if_it_binds(code: str, words: str, row: Row, gpu: GPU | None, ratio: float) -> Cause | None:
+    """A cause that makes computing slower, unless the tile is predicted to wait for memory."""
+    factor = _modelled(row, gpu, ratio, ("compute", "issue", "l2"))
+    return Cause(code, words, factor) if factor > 1.01 or not row.get("predicted_s") else None
 
 
 def _issue(row: Row) -> float | None:
@@ -387,7 +381,7 @@ def table(rows: Iterable[Row]) -> list[Table]:
     for workload in workloads(rows):
         best, gpu = workload.best, known_gpu(workload.gpu)
         verdicts = [
-            Verdict(row, *why(row, best, gpu), _shown_gap(row, best) if best else None)
+            Verdict(row, *explain_loss(row, best, gpu), _shown_gap(row, best) if best else None)
             for row in workload.tiles
         ]
         verdicts.sort(key=lambda v: (v.code != "best", v.gap is None, v.gap or 0))
@@ -397,7 +391,7 @@ def table(rows: Iterable[Row]) -> list[Table]:
 
 def _shown_gap(row: Row, best: Row) -> float | None:
     """Time over the winner's, unless the one is measured and the other only predicted."""
-    if not ran(row) or (row.get("median_s") is None) != (best.get("median_s") is None):
+    if not has_result(row) or (row.get("median_s") is None) != (best.get("median_s") is None):
         return None
     return _gap(row, best)
 
@@ -417,16 +411,17 @@ def _table_text(table: Table, tiles: int, groups: int) -> str:
     workload, best = table.workload, table.workload.best
     lines = [f"{workload.title}, {workload.name}, on {workload.gpu}"]
     if best:
-        how = "" if best.get("median_s") else " (predicted, not measured)"
-        lines.append(f"  best of {_tiles(len(workload.tiles))}: {_result(best)}{how}")
+        origin = "" if best.get("median_s") else " (predicted, not measured)"
+        lines.append(f"  best of {_tiles(len(workload.tiles))}: {_result(best)}{origin}")
     else:
         lines.append(f"  none of {_tiles(len(workload.tiles))} has a time")
     for code, verdicts in table.groups[:groups]:
-        one = len(verdicts) == 1
-        lines.append(f"  {_tiles(len(verdicts))}: {heading(code, one)}{_range(verdicts)}")
+        lines.append(f"  {_tiles(len(verdicts))}: {TITLES[code]}{_range(verdicts)}")
         for verdict in verdicts[:tiles]:
             gap = "     –" if verdict.gap is None else f"{verdict.gap:.2f}x".rjust(6)
-            lines.append(f"    {gap}  {tile_text(verdict.row['tile']):<22} {_cut(verdict.words)}")
+            lines.append(
+                f"    {gap}  {tile_text(verdict.row['tile']):<22} {cut(verdict.words, 160)}"
+            )
         if len(verdicts) > tiles:
             lines.append(f"      and {len(verdicts) - tiles} more")
     left = table.groups[groups:]
@@ -434,16 +429,6 @@ def _table_text(table: Table, tiles: int, groups: int) -> str:
         many = "reason" if len(left) == 1 else "reasons"
         lines.append(f"  {_tiles(sum(len(v) for _, v in left))} for {len(left)} other {many}")
     return "\n".join(lines)
-
-
-def heading(code: str, one: bool = False) -> str:
-    """The title of a code, for one tile or for several: "spills registers", "spill registers"."""
-    title = TITLES[code]
-    verb, _, rest = title.partition(" ")
-    third = {"do": "does", "have": "has", "are": "is"}
-    if not one or verb in ("the", "as", "pruned", "not"):
-        return title
-    return f"{third.get(verb, verb + 's')} {rest}".strip()
 
 
 def _tiles(count: int) -> str:
@@ -458,58 +443,168 @@ def _range(verdicts: Sequence[Verdict]) -> str:
     return f" ({gaps[0]}{to} the winner's time)"
 
 
-def _cut(text: str, most: int = 160) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
-
-
 def _result(row: Row) -> str:
     return f"{tile_text(row['tile'])}, {number_text(speed(row))} {unit(row['op'])}"
 
 
-def leaderboard(rows: Iterable[Row], top: int = 5) -> str:
+def leaderboard_text(rows: Iterable[Row], most: int = 5) -> str:
     """The fastest tiles and every peer of each workload, as text for a terminal.
-
-    The last column is a row's speed over that of tilelab's best tile, in the same rounds where
-    there are any, with its 95% interval: a peer above 1 is faster than tilelab.
 
     Args:
         rows: as `results.read` gives them.
-        top: show so many tiles of tilelab a workload.
+        most: show so many tiles of tilelab a workload.
     """
-    return "\n\n".join(_board(workload, top) for workload in workloads(rows))
+    return "\n\n".join(_leaderboard_text(workload, most) for workload in workloads(rows))
 
 
-def _board(workload: Workload, top: int) -> str:
-    head = f"{workload.title}, {workload.name}, on {workload.gpu}"
-    head += "" if workload.measured else " (predicted, not measured)"
-    best = workload.best
-    tiles = sorted((t for t in workload.tiles if ran(t)), key=lambda t: (t is not best, rank(t)))
-    entrants = sorted([*tiles[:top], *filter(ran, workload.peers)], key=seconds)
+def _leaderboard_text(workload: Workload, most: int) -> str:
+    lines = [f"{workload.title}, {workload.name}, on {workload.gpu}"]
+    lines[0] += "" if workload.measured else " (predicted, not measured)"
+    entrants = leaderboard(workload, most)
     if not entrants:
-        return f"{head}\n  nothing has a time ({_tiles(len(workload.tiles))} tried)"
-    cells = [_entry(row, best) for row in entrants]
+        return f"{lines[0]}\n  nothing has a time ({_tiles(len(workload.tiles))} tried)"
+    cells = [
+        (f"{e.name} {e.tile}".rstrip(), e.time, e.speed, e.interval,
+         e.share and f"{e.share} of peak", e.ratio)
+        for e in entrants
+    ]  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [head]
-    for cell in cells:
-        name, *numbers, ratio, flags = cell
+    for (name, *numbers, ratio), entrant in zip(cells, entrants, strict=True):
         numbers = map(str.rjust, numbers, widths[1:])
+        flags = "noisy" if entrant.row.get("noisy") else ""
         lines.append("  ".join(["", name.ljust(widths[0]), *numbers, ratio, flags]).rstrip())
-    if len(tiles) > top:
-        lines.append(f"  and {_tiles(len(tiles) - top)} more")
+    left = sum(map(has_result, workload.tiles)) - most
+    lines += [f"  and {_tiles(left)} more"] if left > 0 else []
     for peer in workload.peers:
-        if not ran(peer):
-            lines.append(f"  {peer['impl']}: {peer.get('reason') or peer['status']}")
+        if not has_result(peer):
+            lines.append(f"  {NAMES[peer['impl']]}: {peer.get('reason') or peer['status']}")
     return "\n".join(lines)
 
 
-def _entry(row: Row, best: Row | None) -> tuple[str, ...]:
-    """The cells of one line of a leaderboard."""
-    name = row["impl"] if row["impl"] != "tilelab" else f"tilelab {tile_text(row['tile'])}"
-    bounds = ""
-    if row.get("low_s") and row.get("high_s"):
-        slow, fast = speed(row, row["high_s"]), speed(row, row["low_s"])
-        bounds = f"[{number_text(slow)}, {number_text(fast)}]"
-    share = f"{row['peak_share']:.0%} of peak" if row.get("peak_share") is not None else ""
-    flags = "noisy" if row.get("noisy") else ""
-    value = f"{number_text(speed(row))} {unit(row['op'])}"
-    return name, time_text(seconds(row)), value, bounds, share, paired_text(row, best), flags
+# -- what a tile does ----------------------------------------------------------------------------
+
+
+def describe_tile(row: Row, gpu: GPU) -> str:
+    """A compiled row (see perf/commands/compile.py) in some ten sentences, for a terminal."""
+    tile = ", ".join(f"{name}={value}" for name, value in row["tile"].items())
+    what = f"{row['op']} {row['mode']} {row['dtype']}, {row['shape_name']}"
+    sentences = [f"BAD: {row['failed']}"] if row.get("failed") else _sentences(row, gpu)
+    paragraphs = [
+        textwrap.fill(s, 96, initial_indent="  - ", subsequent_indent="    ") for s in sentences
+    ]
+    return f"{what}, for the {gpu.title}\n{tile}\n\n" + "\n".join(paragraphs)
+
+
+def _sentences(row: Row, gpu: GPU) -> Iterator[str]:
+    yield from _work(row, gpu)
+    yield from _resources(row)
+    yield from _main_loop(row)
+    if row.get("waves") is not None and row["blocks_per_sm"]:
+        yield from _grid(row, gpu)
+    if row.get("predicted_s"):
+        waits_for = {
+            "compute": "the tensor cores' rate (or the FMA units')",
+            "memory": "device memory",
+            "l2": f"L2, at {L2_BYTES_PER_CLOCK} bytes a clock and SM: larger tiles read less",
+            "issue": f"issuing the loop's instructions, {SCHEDULERS} a clock and SM",
+            "launch": "launching",
+        }[row["bound"]]
+        time = f"{time_text(row['predicted_s'])}, {number_text(speed(row))} {unit(row['op'])}"
+        yield f"Predicted, not measured: {time}; what it waits for is {waits_for}."
+
+
+def _work(row: Row, gpu: GPU) -> Iterator[str]:
+    """How much there is to do, and which ceiling that means."""
+    intensity = row["flops"] / row["bytes"]
+    ridge = gpu.peak(gpus.kind(row["dtype"], row["precision"])) / gpu.bandwidth
+    ceiling = "the arithmetic" if intensity > ridge else "memory"
+    yield (
+        f"The work: {row['flops'] / 1e9:.4g} GFLOP over at least {row['bytes'] / 1e6:.4g} MB, "
+        f"{intensity:.4g} FLOPs a byte. The GPU does {ridge:.0f} in the time of a byte, so "
+        f"{ceiling} is the ceiling."
+    )
+    if row["moved"] > 1.05 * row["bytes"]:
+        yield (
+            f"Its {row['launches']} launches move {row['moved'] / row['bytes']:.2f} times that "
+            "minimum: intermediate results are written and read again."
+        )
+
+
+def _resources(row: Row) -> Iterator[str]:
+    """What a program takes of an SM, and so how many fit."""
+    if row["spills"]:
+        yield (
+            f"BAD: {row['spills']} bytes a thread are spilled to memory for want of registers. "
+            "Use more warps, or a smaller BLOCK_M x BLOCK_N."
+        )
+    if row["blocks_per_sm"] == 0:
+        yield f"BAD: it cannot be launched: {row['limit']}."
+        return
+    tile, accumulator, low = row["tile"], "", ""
+    if "BLOCK_K" in tile:
+        per_thread = tile["BLOCK_M"] * tile["BLOCK_N"] / row["threads"]
+        accumulator = f", of which the accumulator takes {per_thread:.0f}"
+    elif row["occupancy"] < 0.25:
+        low = " LOW: too few loads are in flight to hide the memory's latency."
+    yield (
+        f"{row['registers']} registers a thread{accumulator}; {row['shared'] / 1024:.1f} KiB of "
+        "shared memory a program."
+    )
+    yield (
+        f"{row['blocks_per_sm']} x {tile.get('num_warps', 4)} warps fit an SM: "
+        f"occupancy {row['occupancy']:.0%}, limited by {row['limit']}.{low}"
+    )
+
+
+def _main_loop(row: Row) -> Iterator[str]:
+    """Which instructions it has."""
+    core, width = row.get("tensor_core"), row.get("load_bytes")
+    if core:
+        operand = f", its first operand from {row['operands']}" if row.get("operands") else ""
+        yield f"Tensor cores: {core}, {row['tensor_cores_in_loop']} in the main loop{operand}."
+    elif "BLOCK_K" in row["tile"]:
+        yield "BAD: no tensor cores: products are done one by one."
+    if row.get("serialised"):
+        yield "BAD: the wgmma instructions are serialised, each waits for the one before."
+    if width:
+        loads = "TMA" if row.get("tma") else f"{width} bytes a thread at the narrowest"
+        bad = " NARROW: 16 are possible where the addresses allow it." if width < 16 else ""
+        yield f"Loads: {loads}.{bad}"
+    if row.get("loop_instructions"):
+        mix = ", ".join(f"{n} {name}" for name, n in (row.get("loop_mix") or {}).items() if n)
+        yield f"The main loop has {row['loop_instructions']} instructions ({mix})."
+
+
+def _grid(row: Row, gpu: GPU) -> Iterator[str]:
+    """How its programs fill the GPU, and its tiles the work."""
+    idle, bad = 1 - row["wave_efficiency"], ""
+    if idle > 0.15:
+        bad = " BAD" if idle > 0.3 else ""
+        bad += f": the busiest SM has {math.ceil(row['programs'] / gpu.sms)}, and {idle:.0%} of the"
+        bad += " SMs' time is idle. Smaller tiles or a split sum would fill it"
+    yield (
+        f"{row['programs']} programs on {gpu.sms} SMs, {row['blocks_per_sm']} at a time on each: "
+        f"{row['waves']:.2f} waves{bad}."
+    )
+    if row["padding"] > 1.02:
+        sizes = ", ".join(f"{k}={v}" for k, v in row["sizes"].items())
+        yield f"Tiles cover {row['padding']:.2f} times the work: blocks do not divide {sizes}."
+
+
+def annotate(loop: list[tuple[str, int, str]]) -> str:
+    """The main loop's instructions, and beside them the source lines that they come from."""
+    if not loop:
+        return "\nThere is no loop to show, or no line information for this target."
+    sources: dict[str, list[str]] = {}
+    lines, before = ["", "The main loop, and where it comes from:"], None
+    for file, number, instruction in loop:
+        path = pathlib.Path(file)
+        if file not in sources:
+            sources[file] = path.read_text().splitlines() if path.is_file() else []
+        source = ""
+        if (file, number) != before:
+            text = sources[file][number - 1].strip() if 0 < number <= len(sources[file]) else ""
+            source = f"{path.name}:{number}  {text}"
+        before = file, number
+        lines.append(f"  {instruction:48.48}  {source}".rstrip())
+    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The figures: functions of rows that return a matplotlib Figure, in a light or dark theme.
+"""The figures: functions of workloads that return a matplotlib Figure, in a light or dark theme.
 
 Every figure says on what GPU, when and at which commit its numbers were made, and those of
 predicted numbers say that they are. Colours are Okabe and Ito's (https://jfly.uni-koeln.de/color)
@@ -21,34 +21,30 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
 from tilelab.perf.report import diagnosis
 from tilelab.perf.rows import stats
 from tilelab.perf.rows.ranking import (
+    NAMES,
     Row,
     Workload,
+    best_tile,
     block_names,
+    cut,
     dtype_text,
+    has_result,
     known_gpu,
     number_text,
-    paired,
-    ran,
-    rank,
     seconds,
     speed,
+    speedups,
     tile_text,
     unit,
-    workloads,
 )
 from tilelab.perf.work import gpus
+from tilelab.perf.work.search_space import LOWER_RUNGS
 
 WIDTH, HEAD = 9.0, 0.68  # inches; the head is the title and the legend
-IMPL = {
-    "tilelab": "tilelab",
-    "torch": "PyTorch",
-    "compile": "torch.compile",
-    "inductor": "Inductor",
-    "graph": "PyTorch, CUDA graph",
-}
 MARKER = {"tilelab": "o", "torch": "s", "compile": "D", "inductor": "^", "graph": "v"}
 MARKERS = "osD^vP*Xph<>"
 HEAT = colormaps["viridis"]
@@ -76,7 +72,7 @@ class Theme(NamedTuple):
 
     def impl(self, name: str) -> str:
         """Of an implementation."""
-        return self.series[list(IMPL).index(name)]
+        return self.series[list(NAMES).index(name)]
 
 
 LIGHT = Theme(
@@ -91,11 +87,7 @@ DARK = Theme(
 
 def style(theme: Theme) -> AbstractContextManager[None]:
     """A context in which matplotlib draws, and saves, in a theme."""
-    return rc_context(_settings(theme))
-
-
-def _settings(theme: Theme) -> dict:
-    return {
+    settings = {
         "font.family": "sans-serif",
         "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],
         "font.size": 10,
@@ -126,15 +118,16 @@ def _settings(theme: Theme) -> dict:
         "svg.fonttype": "none",
         "svg.hashsalt": "tilelab",
     }
+    return rc_context(settings)
 
 
-def of_rows(function: Callable[[list[Workload], Theme], Figure]) -> Callable[..., Figure]:
-    """Make a function of workloads and a theme one of rows, drawn in that theme."""
+def themed(function: Callable[[list[Workload], Theme], Figure]) -> Callable[..., Figure]:
+    """Make a function that draws workloads draw them in its theme's style, LIGHT by default."""
 
     @functools.wraps(function)
-    def drawn(rows: Iterable[Row], theme: Theme = LIGHT) -> Figure:
+    def drawn(shown: list[Workload], theme: Theme = LIGHT) -> Figure:
         with style(theme):
-            return function(workloads(rows), theme)
+            return function(shown, theme)
 
     return drawn
 
@@ -156,7 +149,7 @@ def frame(
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06, rect=(0, 0, 1, 1 - head / height))
     place = {"va": "top", "transform": figure.dpi_scale_trans}
     top = height - 0.12
-    title = _cut(title, 80 if all(w.measured for w in shown) else 56)
+    title = cut(title, 80 if all(w.measured for w in shown) else 56)
     figure.text(0.1, top, title, ha="left", fontsize=12.5, weight="bold", **place)
     if not all(w.measured for w in shown):
         words = {"fontsize": 10.5, "weight": "bold", "color": theme.bad}
@@ -192,23 +185,21 @@ def provenance(shown: Sequence[Workload]) -> str:
 
 
 def _some(texts: Iterable[str], most: int = 4) -> str:
-    texts = [_cut(text, 48) for text in sorted(texts)]
+    texts = [cut(text, 48) for text in sorted(texts)]
     return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if texts[most:] else "")
 
 
 def _about(shown: Sequence[Workload]) -> str:
-    """The head of a title: what all that is shown has in common."""
-    ops = {f"{w.op} {w.mode}" for w in shown}
+    """The head of a title: operator, mode and dtype, and the shapes' family if they have one."""
     families = {w.family for w in shown}
-    parts = [*ops] if len(ops) == 1 else []
-    parts += [f for f in families if f] if len(families) == 1 else []
-    dtypes = {dtype_text(w.dtype, w.precision) for w in shown}
-    return ", ".join([*parts, *dtypes] if len(dtypes) == 1 else parts)
+    family = families.pop() if len(families) == 1 else ""
+    first = shown[0]
+    parts = f"{first.op} {first.mode}", family, dtype_text(first.dtype, first.precision)
+    return ", ".join(filter(None, parts))
 
 
 def labels(shown: Sequence[Workload]) -> list[str]:
-    """Short names of workloads, different from each other if their shapes are."""
-    one_op = len({(w.op, w.mode) for w in shown}) == 1
+    """Short names of one operator's workloads, different from each other if their shapes are."""
     one_family = len({w.family for w in shown}) == 1
     varying = _varying(shown)
     found = []
@@ -216,12 +207,8 @@ def labels(shown: Sequence[Workload]) -> list[str]:
         text = w.label if one_family else w.name
         if not w.family and "=" in w.name and varying:
             text = " ".join(f"{k}={v}" for k, v in w.shape.items() if k in varying)
-        found.append(text if one_op else f"{w.op} {w.mode} {text}")
-    return [_cut(text, 34) for text in found]
-
-
-def _cut(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
+        found.append(cut(text, 34))
+    return found
 
 
 def _varying(shown: Sequence[Workload]) -> list[str]:
@@ -242,40 +229,38 @@ def _log_ticks(ax: Axes) -> None:
         axis.set_minor_locator(NullLocator())
 
 
-def _key(marker: str, colour: str, label: str, size: float = 7, edge: float = 0.5) -> Line2D:
+def _key(marker: str, colour: str, label: str) -> Line2D:
     """A symbol in a legend."""
-    return Line2D([], [], marker=marker, color=colour, linestyle="none", markersize=size,
-                  markeredgewidth=edge, label=label)  # fmt: skip
-
-
-def _percent(value: float, _: object = None) -> str:
-    return f"{100 * value:.0f}%"
+    return Line2D([], [], marker=marker, color=colour, linestyle="none", markersize=7,
+                  markeredgewidth=0.5, label=label)  # fmt: skip
 
 
 # -- heat-map ------------------------------------------------------------------------------------
 
 FAILED, PRUNED, UNTRIED = "wrong or error", "pruned, not timed", "not tried"
-SHORT = {
+SHORT = {  # a code of diagnosis.py, as a cell has room for it
     "spills": "spills", "does not fit": "does not fit", "no tensor cores": "no tensor\ncores",
     "wrong": "wrong", "error": "error", "serialised": "serialised",
 }  # fmt: skip
+DETAILS = (  # of a cell, by line: field of its row, and how it is written
+    (("registers", "{} reg".format), ("spills", "{} B spill".format)),
+    (("occupancy", "{:.0%} occ".format), ("waves", lambda waves: f"{_short(waves)} w")),
+)
 
 
-@of_rows
+@themed
 def heatmap(shown: list[Workload], theme: Theme) -> Figure:
     """Speed over the first two block sizes, best over the rest; a panel for each workload."""
-    shown = [w for w in shown if any(t.get("tile") for t in w.tiles)]
     grids = [_grid(w) for w in shown]
-    per_row = 1 if is_wide(shown) or len(shown) == 1 else 2
-    tall = [
-        max(len(rows) for rows, *_ in grids[i : i + per_row]) for i in range(0, len(grids), per_row)
-    ]
+    columns = 1 if is_wide(shown) or len(shown) == 1 else 2
+    tall = [max(len(grid[0]) for grid in grids[i : i + columns])
+            for i in range(0, len(grids), columns)]  # fmt: skip
     figure, axes = frame(
         shown, theme, f"{_about(shown)}: {unit(shown[0].op)} by tile",
         1.35 + sum(0.62 * n + 0.75 for n in tall),
         "In each cell, of its fastest tile: speed; registers and spilled bytes a thread; "
         "occupancy and waves (w).",
-        nrows=len(tall), ncols=per_row, gridspec_kw={"height_ratios": [n + 0.9 for n in tall]},
+        nrows=len(tall), ncols=columns, gridspec_kw={"height_ratios": [n + 0.9 for n in tall]},
     )  # fmt: skip
     for ax, w, text, grid in zip(axes.flat, shown, labels(shown), grids, strict=False):
         _panel(ax, w, text, grid, theme)
@@ -284,7 +269,7 @@ def heatmap(shown: list[Workload], theme: Theme) -> Figure:
     keys = [
         Patch(facecolor=HEAT(1.0), edgecolor=theme.good, linewidth=2.2, label="the winner"),
         *(Patch(facecolor=_heat(share), label=f"{share:.0%} of it") for share in (0.75, 0.5)),
-        *(_hatched(theme, kind, label=kind) for kind in (FAILED, PRUNED, UNTRIED)),
+        *(Patch(**_hatching(state, theme), label=state) for state in (FAILED, PRUNED, UNTRIED)),
     ]
     legend(figure, keys)
     return figure
@@ -298,6 +283,13 @@ def is_wide(shown: Iterable[Workload]) -> bool:
 def _heat(share: float) -> tuple:
     """The colour of a share of the best speed; a quarter and less are one colour."""
     return HEAT(max(0.0, min(1.0, (share - 0.25) / 0.75)))
+
+
+def _hatching(state: str, theme: Theme) -> dict:
+    """How a cell without a time is drawn."""
+    hatch = {FAILED: "xxxx", PRUNED: "////", UNTRIED: "--"}[state]
+    edge = theme.bad if state == FAILED else theme.grey
+    return {"facecolor": theme.background, "edgecolor": edge, "hatch": hatch, "linewidth": 0.6}
 
 
 def _grid(w: Workload) -> tuple[list, list, list[str], dict[tuple, list[Row]]]:
@@ -314,12 +306,11 @@ def _grid(w: Workload) -> tuple[list, list, list[str], dict[tuple, list[Row]]]:
 
 def _panel(ax: Axes, w: Workload, title: str, grid: tuple, theme: Theme) -> None:
     down, across, (y_name, x_name), cells = grid
-    best = w.best
     for y, block_y in enumerate(down):
         for x, block_x in enumerate(across):
-            _cell(ax, x, y, cells.get((block_y, block_x), []), best, theme)
-    best_text = tile_text(best["tile"]) if best else "no tile has a time"
-    ax.set_title(_cut(f"{title}: {best_text}", 46), fontsize=9, pad=5)
+            _cell(ax, x, y, cells.get((block_y, block_x), []), w.best, theme)
+    best_text = tile_text(w.best["tile"]) if w.best else "no tile has a time"
+    ax.set_title(cut(f"{title}: {best_text}", 46), fontsize=9, pad=5)
     ax.set(xlim=(-0.5, len(across) - 0.5), ylim=(-0.5, len(down) - 0.5), xlabel=x_name)
     ax.set_xticks(range(len(across)), across)
     ax.set_yticks(range(len(down)), down if y_name else [""])
@@ -331,85 +322,54 @@ def _panel(ax: Axes, w: Workload, title: str, grid: tuple, theme: Theme) -> None
 def _cell(ax: Axes, x: int, y: int, tiles: list[Row], best: Row | None, theme: Theme) -> None:
     """One pair of block sizes: its best tile, or why there is none."""
     box = {"xy": (x - 0.48, y - 0.47), "width": 0.96, "height": 0.94}
-    timed = min(filter(ran, tiles), key=rank, default=None)
+    timed = best_tile(tiles)
     if timed is None:
-        kind = _kind(tiles)
-        ax.add_patch(_hatched(theme, kind, **box))
-        if kind != UNTRIED:
-            _why_none(ax, x, y, tiles, best, theme)
+        state, text = _failure(tiles, best)
+        ax.add_patch(Rectangle(**box, **_hatching(state, theme)))
+        words = {"facecolor": theme.background, "edgecolor": "none", "pad": 2.0}
+        if text:
+            ax.text(x, y, text, ha="center", va="center", fontsize=7.5, linespacing=1.2, bbox=words)
         return
     colour = _heat(speed(timed) / speed(best))
-    is_best = timed is best
     ax.add_patch(Rectangle(**box, facecolor=colour, edgecolor="none"))
-    if is_best:
+    if timed is best:
         ax.add_patch(Rectangle(**box, fill=False, edgecolor=theme.good, linewidth=3, zorder=3))
     dark = np.dot(colour[:3], (0.299, 0.587, 0.114)) < 0.5
     style = {"ha": "center", "color": "#ffffff" if dark else "#111111"}
-    value = number_text(speed(timed))
-    ax.text(x, y + 0.1, value, va="bottom", fontsize=10.5, weight="bold", **style)
+    details = [
+        ", ".join(write(timed[name]) for name, write in line if timed.get(name) is not None)
+        for line in DETAILS
+    ]
     ax.text(
-        x, y + 0.04, "\n".join(_details(timed)), va="top", fontsize=7, linespacing=1.25, **style
+        x, y + 0.1, number_text(speed(timed)), va="bottom", fontsize=10.5, weight="bold", **style
     )
+    ax.text(x, y + 0.04, "\n".join(details), va="top", fontsize=7, linespacing=1.25, **style)
 
 
-def _details(row: Row) -> list[str]:
-    """Two short lines: registers and spills; occupancy and waves."""
-    known = lambda field, form: form.format(row[field]) if row.get(field) is not None else ""  # noqa: E731
-    lines = (
-        (known("registers", "{} reg"), known("spills", "{} B spill")),
-        (
-            known("occupancy", "{:.0%} occ"),
-            _waves(row),
-        ),
-    )
-    return [", ".join(filter(None, line)) for line in lines]
+def _short(waves: float) -> str:
+    return number_text(waves) if waves > 9.995 else f"{waves:.2f}"
 
 
-def _waves(row: Row) -> str:
-    waves = row.get("waves")
-    return (
-        "" if waves is None else f"{waves:.{2 if waves < 9.995 else 1 if waves < 99.95 else 0}f} w"
-    )
-
-
-def _kind(tiles: list[Row]) -> str:
-    states = {row["status"] for row in tiles}
-    if states & {"wrong", "error"}:
-        return FAILED
-    return PRUNED if "pruned" in states else UNTRIED
-
-
-def _hatched(theme: Theme, kind: str, label: str | None = None, **box) -> Patch:
-    hatch, edge = {
-        FAILED: ("xxxx", theme.bad),
-        PRUNED: ("////", theme.grey),
-        UNTRIED: ("--", theme.grey),
-    }[kind]
-    style = {"facecolor": theme.background, "edgecolor": edge, "hatch": hatch, "linewidth": 0.6}
-    return Rectangle(**box, **style) if box else Patch(**style, label=label)
-
-
-def _why_none(ax: Axes, x: int, y: int, tiles: list[Row], best: Row | None, theme: Theme) -> None:
+def _failure(tiles: list[Row], best: Row | None) -> tuple[str, str]:
+    """The state of a cell in which no tile has a time, and what to write into it."""
     order = ("wrong", "error", "pruned")
-    worst = min((row for row in tiles if row["status"] in order),
-                key=lambda row: order.index(row["status"]))  # fmt: skip
-    code, _ = diagnosis.why(worst, best)
+    failed = [row for row in tiles if row["status"] in order]
+    if not failed:
+        return UNTRIED, ""
+    worst = min(failed, key=lambda row: order.index(row["status"]))
+    code, _ = diagnosis.explain_loss(worst, best)
     text = SHORT.get(code, "pruned")
     if code == "spills":
         text += f"\n{min(row['spills'] for row in tiles if row.get('spills')):,} B"
-    ax.text(
-        x, y, text, ha="center", va="center", fontsize=7.5, linespacing=1.2,
-        bbox={"facecolor": theme.background, "edgecolor": "none", "pad": 2.0},
-    )  # fmt: skip
+    return PRUNED if worst["status"] == "pruned" else FAILED, text
 
 
 # -- size curves ---------------------------------------------------------------------------------
 
 
-@of_rows
+@themed
 def curves(shown: list[Workload], theme: Theme) -> Figure:
     """Speed of tilelab's best tile and of every peer over sizes, or over layers in their order."""
-    shown = [w for w in shown if w.best or w.best_peer]
     sizes = numeric_sizes(shown)
     names = labels(shown)
     long = not sizes and max(map(len, names)) > 5
@@ -425,7 +385,7 @@ def curves(shown: list[Workload], theme: Theme) -> Figure:
     else:
         xs = np.arange(len(shown), dtype=float)
     _ceilings(ax, xs, shown, theme, as_line=bool(sizes))
-    impls = [i for i in IMPL if any(_result(w, i) for w in shown)]
+    impls = [i for i in NAMES if any(_result(w, i) for w in shown)]
     for at, impl in enumerate(reversed(impls)):
         shift = 0.0 if sizes or len(impls) == 1 else 0.11 * ((len(impls) - 1) / 2 - at)
         _series(ax, xs + shift, shown, impl, theme, as_line=bool(sizes))
@@ -459,8 +419,7 @@ def numeric_sizes(shown: Sequence[Workload]) -> tuple[str, list[int]] | None:
 
 
 def _result(w: Workload, impl: str) -> Row | None:
-    rows = [w.best] if impl == "tilelab" else [p for p in w.peers if p["impl"] == impl and ran(p)]
-    return rows[0] if rows else None
+    return w.best if impl == "tilelab" else best_tile(p for p in w.peers if p["impl"] == impl)
 
 
 def _series(
@@ -476,20 +435,25 @@ def _series(
     style = {"color": colour, "marker": MARKER[impl], "markersize": 7 if mine else 5.5}
     if as_line:
         ax.fill_between(xs, low, high, color=colour, alpha=0.25, linewidth=0)
-        ax.plot(xs, middle, linewidth=2.4 if mine else 1.5, label=IMPL[impl], **style)
+        ax.plot(xs, middle, linewidth=2.4 if mine else 1.5, label=NAMES[impl], **style)
     else:
         ax.vlines(xs, low, high, color=colour, linewidth=2)
-        ax.plot(xs, middle, linestyle="none", label=IMPL[impl], **style)
+        ax.plot(xs, middle, linestyle="none", label=NAMES[impl], **style)
+
+
+def limits(w: Workload) -> tuple[float, float] | None:
+    """The GPU's peak in FLOP/s and its bandwidth in bytes/s; None for an unknown GPU."""
+    gpu = known_gpu(w.gpu)
+    peak = gpu and gpu.peak(gpus.kind(w.dtype, w.precision))
+    return (peak, gpu.bandwidth) if peak else None
 
 
 def ceiling(w: Workload) -> float | None:
     """The speed that no implementation can pass: peak or bandwidth; None for an unknown GPU."""
     row = next(iter((*w.tiles, *w.peers)))
-    gpu = known_gpu(w.gpu)
-    peak = gpu and gpu.peak(gpus.kind(w.dtype, w.precision))
-    if not peak or not row.get("bytes") or not row.get("flops"):
+    if not (known := limits(w)) or not row.get("bytes") or not row.get("flops"):
         return None
-    return speed(row, max(row["flops"] / peak, row["bytes"] / gpu.bandwidth))
+    return speed(row, max(row["flops"] / known[0], row["bytes"] / known[1]))
 
 
 def _ceilings(ax: Axes, xs: np.ndarray, shown: list[Workload], theme: Theme, as_line: bool) -> None:
@@ -507,10 +471,9 @@ def _ceilings(ax: Axes, xs: np.ndarray, shown: list[Workload], theme: Theme, as_
 # -- roofline ------------------------------------------------------------------------------------
 
 
-@of_rows
+@themed
 def roofline(shown: list[Workload], theme: Theme) -> Figure:
     """Speed over arithmetic intensity, under the GPU's roofs; peers hollow, joined to tilelab's."""
-    shown = [w for w in shown if w.best and w.best.get("bytes") and w.best.get("flops")]
     kinds = list(dict.fromkeys((w.op, w.mode) for w in shown))
     columns = 4  # of the legend, whose words are as long as conv2d_relu_pool wgrad
     more = 0.2 * (math.ceil(len(kinds) / columns) - 1)
@@ -544,26 +507,20 @@ def roofline(shown: list[Workload], theme: Theme) -> Figure:
 
 
 def _roofs(ax: Axes, w: Workload, theme: Theme) -> None:
-    gpu = known_gpu(w.gpu)
-    kind = gpus.kind(w.dtype, w.precision)
-    peak = gpu and gpu.peak(kind)
-    if not peak:
+    if not (known := limits(w)):
         return
+    peak, bandwidth = known
     (left, right), bottom = ax.get_xlim(), ax.get_ylim()[0]
-    ridge = peak / gpu.bandwidth
+    ridge = peak / bandwidth
     left, right = min(left, ridge / 8), max(right, ridge * 8)
     xs = np.array([left, ridge, right])
-    roof = np.minimum(xs * gpu.bandwidth, peak) / 1e12
+    roof = np.minimum(xs * bandwidth, peak) / 1e12
     ax.plot(xs, roof, color=theme.grey, linewidth=1.6, zorder=1)
     ax.set(xlim=(left, right), ylim=(min(bottom, roof[0]) / 1.5, 2.2 * peak / 1e12))
-    ax.annotate(
-        f"{peak / 1e12:,.0f} TFLOP/s ({kind})", (right, peak / 1e12), xytext=(-4, 4),
-        textcoords="offset points", ha="right", color=theme.grey, fontsize=9,
-    )  # fmt: skip
-    ax.annotate(
-        f"{gpu.bandwidth / 1e12:.3g} TB/s", (ridge, peak / 1e12), xytext=(-6, 4),
-        textcoords="offset points", ha="right", color=theme.grey, fontsize=9,
-    )  # fmt: skip
+    kind = gpus.kind(w.dtype, w.precision)
+    words = {"textcoords": "offset points", "ha": "right", "color": theme.grey, "fontsize": 9}
+    ax.annotate(f"{peak / 1e12:,.0f} TFLOP/s ({kind})", (right, peak / 1e12), (-4, 4), **words)
+    ax.annotate(f"{bandwidth / 1e12:.3g} TB/s", (ridge, peak / 1e12), (-6, 4), **words)
 
 
 # -- predicted against measured ------------------------------------------------------------------
@@ -572,7 +529,10 @@ def _roofs(ax: Axes, w: Workload, theme: Theme) -> None:
 def predicted_rows(shown: Iterable[Workload]) -> list[Row]:
     """The tiles that have both a measured and a predicted time."""
     return [
-        t for w in shown for t in w.tiles if ran(t) and t.get("median_s") and t.get("predicted_s")
+        t
+        for w in shown
+        for t in w.tiles
+        if has_result(t) and t.get("median_s") and t.get("predicted_s")
     ]
 
 
@@ -581,7 +541,7 @@ def prediction_error(rows: Sequence[Row]) -> float:
     return float(np.median([abs(row["predicted_s"] / row["median_s"] - 1) for row in rows]))
 
 
-@of_rows
+@themed
 def predicted(shown: list[Workload], theme: Theme) -> Figure:
     """Predicted time over measured time of every tile that has both."""
     rows = predicted_rows(shown)
@@ -620,155 +580,10 @@ def predicted(shown: list[Workload], theme: Theme) -> Figure:
     return figure
 
 
-# -- energy --------------------------------------------------------------------------------------
-
-
-def energy_rows(shown: Iterable[Workload]) -> list[Row]:
-    """The rows of which the energy was measured."""
-    return [r for w in shown for r in (*w.tiles, *w.peers) if ran(r) and r.get("joules")]
-
-
-@of_rows
-def energy(shown: list[Workload], theme: Theme) -> Figure:
-    """Work per joule over speed: tiles and peers, with lines of equal power."""
-    rows = energy_rows(shown)
-    product = unit(rows[0]["op"]) == "TFLOP/s"
-    work = "TFLOP" if product else "GB"
-    figure, ((ax,),) = frame(
-        shown, theme, f"{_about(shown)}: energy against speed", 4.7,
-        "Finalists and peers. Lines: equal power. A large symbol is tilelab's best tile of a "
-        "workload.",
-    )  # fmt: skip
-    winners = {id(w.best) for w in shown}
-    impls = [i for i in IMPL if any(row["impl"] == i for row in rows)]
-    for row in sorted(rows, key=lambda row: id(row) in winners):
-        mine, large = row["impl"] == "tilelab", id(row) in winners
-        ax.plot(
-            [speed(row)], [_per_joule(row)], marker=MARKER[row["impl"]], markeredgewidth=0.5,
-            markersize=8.5 if large else 5.5, color=theme.impl(row["impl"]),
-            alpha=0.45 if mine and not large else 1, markeredgecolor=theme.background,
-        )  # fmt: skip
-    ax.set(xscale="log", yscale="log", xlabel=unit(rows[0]["op"]), ylabel=f"{work} per joule")
-    ax.margins(0.12)
-    watts = [row["joules"] / seconds(row) for row in rows]
-    _power_lines(ax, theme, min(watts) / 2, max(watts) * 2)
-    _log_ticks(ax)
-    keys = [_key(MARKER[i], theme.impl(i), IMPL[i]) for i in impls]
-    legend(figure, keys)
-    return figure
-
-
-def _per_joule(row: Row) -> float:
-    """TFLOP or GB for a joule."""
-    return speed(row) * seconds(row) / row["joules"]
-
-
-def _power_lines(ax: Axes, theme: Theme, least: float, most: float) -> None:
-    """Lines of equal power: at P watts, work per joule is speed / P."""
-    (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
-    for watts in (10, 20, 50, 100, 150, 200, 300, 400, 550, 700, 1000, 1400):
-        if not least < watts < most:
-            continue
-        ends = max(left, bottom * watts), min(right, top * watts)
-        if ends[1] < 1.05 * ends[0]:
-            continue
-        ax.plot(ends, [x / watts for x in ends], color=theme.grid, linewidth=1, zorder=0)
-        ax.annotate(
-            f"{watts} W", (ends[1], ends[1] / watts), xytext=(-2, -3), fontsize=8,
-            textcoords="offset points", ha="right", va="top", color=theme.grey,
-        )  # fmt: skip
-    ax.set(xlim=(left, right), ylim=(bottom, top))
-
-
-# -- distribution --------------------------------------------------------------------------------
-
-
-@of_rows
-def distribution(shown: list[Workload], theme: Theme) -> Figure:
-    """The speed of every tile that ran, relative to the winner's; a line for each workload."""
-    shown = [w for w in shown if w.best]
-    figure, ((ax,),) = frame(
-        shown, theme, f"{_about(shown)}: every tile that ran", 1.75 + 0.42 * len(shown),
-        "A dot is a tile, moved up or down to be seen. Right: the winner's speed, and how many of "
-        "the tiles ran.",
-    )  # fmt: skip
-    for y, w in enumerate(shown):
-        tiles = sorted(filter(ran, w.tiles), key=seconds)
-        shares = [speed(t) / speed(w.best) for t in tiles]
-        spread = [y + 0.56 * ((0.618034 * i) % 1 - 0.5) for i in range(len(tiles))]
-        dots = [i for i, t in enumerate(tiles) if t is not w.best and not t.get("default")]
-        ax.plot(
-            [shares[i] for i in dots], [spread[i] for i in dots], ".", color=theme.grey,
-            alpha=0.75, markersize=6, markeredgewidth=0,
-            rasterized=len(tiles) > 200,
-        )  # fmt: skip
-        for peer in filter(ran, w.peers):
-            ax.plot(
-                [speed(peer) / speed(w.best)], [y], "|", markersize=17, markeredgewidth=2.6,
-                color=theme.impl(peer["impl"]),
-            )  # fmt: skip
-        default = next((t for t in tiles if t.get("default")), None)
-        if default:
-            ax.plot(
-                [speed(default) / speed(w.best)], [y], "D", markersize=7, color=theme.series[4],
-                markeredgecolor=theme.background,
-            )  # fmt: skip
-        ax.plot([1], [y], "*", markersize=13, color=theme.good, markeredgecolor=theme.background)
-        count = f"{len(tiles)} of {len(w.tiles)}"
-        text = f"{number_text(speed(w.best))} {unit(w.op)}\n{count}"
-        ax.annotate(
-            text, (1, y), xycoords=("axes fraction", "data"), xytext=(8, 0), fontsize=8,
-            textcoords="offset points", va="center", linespacing=1.25,
-        )  # fmt: skip
-    ax.set_yticks(range(len(shown)), labels(shown))
-    ax.set(ylim=(len(shown) - 0.5, -0.5), xlabel="speed as a share of the winner's")
-    ax.set_xlim(left=0)
-    ax.xaxis.set_major_formatter(FuncFormatter(_percent))
-    ax.grid(axis="x")
-    ax.tick_params(axis="y", length=0)
-    _distribution_legend(figure, shown, theme)
-    return figure
-
-
-def _distribution_legend(figure: Figure, shown: list[Workload], theme: Theme) -> None:
-    keys = [_key("*", theme.good, "the winner", 11), _key(".", theme.grey, "a tile")]
-    if any(t.get("default") for w in shown for t in w.tiles):
-        keys.insert(1, _key("D", theme.series[4], "the default tile", 6))
-    peers = {p["impl"] for w in shown for p in w.peers if ran(p)}
-    keys += [_key("|", theme.impl(i), IMPL[i], 11, 2.6) for i in IMPL if i in peers]
-    legend(figure, keys)
-
-
 # -- forest --------------------------------------------------------------------------------------
 
 
-class Speedup(NamedTuple):
-    """tilelab's best tile over the fastest peer: above 1 tilelab is faster."""
-
-    workload: Workload
-    peer: str
-    ratio: float
-    low: float | None
-    high: float | None
-
-    @property
-    def verdict(self) -> str:
-        """Of the 95% interval: "faster", "slower", or "tie" if it spans 1; "unpaired" without."""
-        if self.low is None:
-            return "unpaired"
-        return "faster" if self.low > 1 else "slower" if self.high < 1 else "tie"
-
-
-def speedups(shown: Iterable[Workload]) -> list[Speedup]:
-    """Of each workload that was measured with a peer."""
-    return [
-        Speedup(w, w.best_peer["impl"], *paired(w.best, w.best_peer))
-        for w in shown
-        if w.measured and w.best and w.best_peer
-    ]
-
-
-@of_rows
+@themed
 def forest(shown: list[Workload], theme: Theme) -> Figure:
     """Speed-up over the fastest peer with its 95% interval, and the geometric mean of all."""
     found = speedups(shown)
@@ -788,7 +603,7 @@ def forest(shown: list[Workload], theme: Theme) -> Figure:
         hollow = {"markerfacecolor": theme.background} if s.low is None else {}
         ax.plot([s.ratio], [y], "o", color=colour, markersize=5.5, **hollow)
         bounds = f" [{s.low:.3f}, {s.high:.3f}]" if s.low is not None else ""
-        _beside(ax, y, f"{s.ratio:.2f}x{bounds} {IMPL[s.peer]}")
+        _beside(ax, y, f"{s.ratio:.2f}x{bounds} {NAMES[s.peer]}")
     mean = stats.geomean([s.ratio for s in found])
     bottom = len(found) + 0.1
     ax.plot([mean], [bottom], "D", color=theme.ink, markersize=8)
@@ -801,7 +616,7 @@ def forest(shown: list[Workload], theme: Theme) -> Figure:
     ax.grid(axis="x")
     ax.tick_params(axis="y", length=0)
     words = ((theme.good, "tilelab is faster"), (theme.bad, "slower"), (theme.grey, "a tie"))
-    legend(figure, [_key("o", colour, label, 6) for colour, label in words])
+    legend(figure, [_key("o", colour, label) for colour, label in words])
     return figure
 
 
@@ -824,3 +639,74 @@ def _ratio_axis(ax: Axes, values: Sequence[float]) -> None:
     ax.xaxis.set_major_locator(FixedLocator(ticks))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.3g}x"))
+
+
+# -- ladder --------------------------------------------------------------------------------------
+# A rung is a kernel of a lesson, and a tile says which one it is for: so all that is needed are
+# rows of tiles with a "kernel" (those without one are of the kernel through pointers).
+
+# Its name in the legend, and which of the theme's colours. In the order in which a lesson climbs.
+RUNGS = {
+    "direct": ("direct, no tensor cores", 6),
+    "flat": ("implicit GEMM", 4),
+    "pointer": ("a step in one tap", 1),
+    "tma": ("boxes by TMA", 0),
+}
+BAR = 0.2  # inches
+
+
+def rungs(w: Workload) -> dict[str, Row]:
+    """The fastest tile of each kernel that has a time."""
+    tiles = {rung: [] for rung in RUNGS}
+    for row in w.tiles:
+        tiles.get((row["tile"] or {}).get("kernel", "pointer"), []).append(row)
+    return {rung: best for rung, rows in tiles.items() if (best := best_tile(rows))}
+
+
+def climbs(w: Workload) -> bool:
+    """Whether it has a rung that only a ladder has, and another."""
+    found = rungs(w)
+    return len(found) > 1 and any(rung in found for rung in LOWER_RUNGS)
+
+
+@themed
+def ladder(shown: list[Workload], theme: Theme) -> Figure:
+    """Speed of each kernel of a lesson, from naive to fast, beside the peak; a group a layer."""
+    found = [rungs(w) for w in shown]
+    used = [rung for rung in RUNGS if any(rung in f for f in found)]
+    made = "measured" if all(w.measured for w in shown) else "compiled, predicted, not measured"
+    height = 1.75 + BAR * (len(used) + 1) * len(shown)
+    figure, ((ax,),) = frame(
+        shown, theme, f"{_about(shown)}: from naive to fast", height,
+        f"The fastest tile of each kernel: {made}. Dashed: the peak of the tensor cores.",
+    )  # fmt: skip
+    places = []
+    for group, best in enumerate(found):
+        first = group * (len(used) + 1)
+        for at, rung in enumerate(used, start=first):
+            if rung in best:
+                value, (_, colour) = speed(best[rung]), RUNGS[rung]
+                ax.barh(at, value, height=0.86, color=theme.series[colour])
+                ax.annotate(number_text(value), (value, at), xytext=(4, 0), fontsize=8,
+                            textcoords="offset points", va="center")  # fmt: skip
+        places.append(first + (len(used) - 1) / 2)
+    ax.set_yticks(places, labels(shown))
+    end = max(speed(row) for best in found for row in best.values())
+    if known := limits(shown[0]):
+        end = known[0] / 1e12
+        ax.axvline(end, color=theme.grey, linewidth=1.3, linestyle=(0, (5, 3)))
+    ax.set(xlabel=unit(shown[0].op), xlim=(0, 1.06 * end))
+    ax.set_ylim(len(shown) * (len(used) + 1) - 1.3, -0.7)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(axis="x")
+    legend(figure, [Patch(facecolor=theme.series[RUNGS[r][1]], label=RUNGS[r][0]) for r in used])
+    return figure
+
+
+def ladder_text(shown: Iterable[Workload]) -> str:
+    """What the figure shows, for those who do not see it."""
+    each = []
+    for w in shown:
+        speeds = (f"{name} {number_text(speed(row))}" for name, row in rungs(w).items())
+        each.append(f"{w.label} {', '.join(speeds)}")
+    return "; ".join(each)

@@ -11,6 +11,7 @@ Means are geometric. What was not measured, or not predicted, is null: "–" in 
 """
 
 import argparse
+import contextlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,7 +22,6 @@ from tilelab.perf.rows import ranking, results, stats
 from tilelab.perf.rows.ranking import Workload
 
 Entry = dict[str, Any]
-KEY = ("gpu", "commit", "op", "mode", "dtype", "shapes", "note")
 FIELDS = {  # in the order in which an entry has them: what they mean
     "gpu": "as in results files: a device, or `sm_90 (compiled)`",
     "commit": "of this repository, seven digits; `+` where the working tree differed from it",
@@ -45,24 +45,19 @@ FIELDS = {  # in the order in which an entry has them: what they mean
 }
 
 
-def entries(path: str | Path) -> list[Entry]:
-    """The entries of one results file, in the order of its rows.
-
-    Raises:
-        PerfError: as `ranking.read` does.
-    """
-    headers, rows = ranking.read([path])
+def entries(headers: Iterable[dict], rows: Iterable[ranking.Row]) -> list[Entry]:
+    """The entries of one results file, as `ranking.read` gives it, in the order of its rows."""
     newest = max(headers, key=lambda header: header["created"])
     versions = {name: newest["versions"].get(name) for name in ("torch", "triton")}
     sets: dict[tuple, list[Workload]] = {}
-    for w in chosen(rows):
+    for w in distinct_work(rows):
         about = w.gpu, w.op, w.mode, ranking.dtype_text(w.dtype, w.precision), w.family or "sizes"
         sets.setdefault(about, []).append(w)
     common = {"note": newest.get("note") or None, "versions": versions}
     return [_entry(about, common, of) for about, of in sets.items()]
 
 
-def chosen(rows: Iterable[ranking.Row]) -> list[Workload]:
+def distinct_work(rows: Iterable[ranking.Row]) -> list[Workload]:
     """The workloads of rows, each shape once: with a cold cache, or the other if that has none.
 
     Work that was not tried is left out; work in which every tile failed is not.
@@ -80,68 +75,61 @@ def _claim(w: Workload | None) -> tuple:
     """Which of a hot and a cold workload counts: the one that was measured, then the cold one."""
     if w is None:
         return ()
-    return _median(w.best) is not None, w.best_peer is not None, w.cache == "cold"
+    timed = w.best is not None and w.best.get("median_s") is not None
+    return timed, w.best_peer is not None, w.cache == "cold"
 
 
 def _entry(about: tuple, common: Entry, work: Sequence[Workload]) -> Entry:
     """One set of shapes as an entry."""
     gpu, op, mode, dtype, shapes = about
     best = [w.best for w in work if w.best]
-    both = [row for row in best if row.get("predicted_s") and _median(row)]
-    compared = ratios(work)
-    worst, whose = min(compared, key=lambda pair: pair[0], default=(None, None))
+    predicted = [row for row in best if row.get("predicted_s")]
+    measured = [row for row in best if row.get("median_s")]
+    compared = ranking.speedups(work)
+    worst = min(compared, key=lambda speedup: speedup.ratio, default=None)
     newest = max(
         (row for w in work for row in (*w.tiles, *w.peers)), key=lambda r: r.get("time") or ""
     )
     found = {
         "gpu": gpu,
+        "commit": newest["commit"] or None,
         "op": op,
         "mode": mode,
         "dtype": dtype,
         "shapes": shapes,
         "count": len(work),
         "unit": ranking.unit(op),
-        "predicted": _mean(ranking.speed(row, row.get("predicted_s") or 0.0) for row in best),
-        "measured": _mean(ranking.speed(row, _median(row) or 0.0) for row in best),
-        "measured_over_predicted": _mean(row["predicted_s"] / _median(row) for row in both),
-        "ratio": _mean(ratio for ratio, _ in compared),
-        "worst": _short(worst),
-        "worst_shape": whose and whose.name,
+        "predicted": _mean(ranking.speed(row, row["predicted_s"]) for row in predicted),
+        "measured": _mean(ranking.speed(row) for row in measured),
+        "measured_over_predicted": _mean(
+            row["predicted_s"] / row["median_s"] for row in predicted if row.get("median_s")
+        ),
+        "ratio": _mean(speedup.ratio for speedup in compared),
+        "worst": worst and _short(worst.ratio),
+        "worst_shape": worst and worst.workload.name,
         "compared": len(compared),
         "failed": sum(w.best is None for w in work),
         "time": newest.get("time"),
-        "commit": newest["commit"] or None,
         **common,
     }
     return {name: found[name] for name in FIELDS}
 
 
-def ratios(work: Iterable[Workload]) -> list[tuple[float, Workload]]:
-    """How many times as fast ours is as the fastest peer, of each workload that can tell."""
-    able = [w for w in work if _median(w.best) and w.best_peer]
-    return [(ranking.paired(w.best, w.best_peer)[0], w) for w in able]
-
-
-def _median(row: ranking.Row | None) -> float | None:
-    """Measured seconds, unlike `ranking.seconds`."""
-    return row.get("median_s") if row else None
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    values = [value for value in values if value]
+def _mean(values: Iterable[float]) -> float | None:
+    values = list(values)
     return _short(stats.geomean(values)) if values else None
 
 
-def _short(value: float | None) -> float | None:
+def _short(value: float) -> float:
     """Six digits: the rest is noise, and would make every line another one."""
-    return None if value is None else float(f"{value:.6g}")
+    return float(f"{value:.6g}")
 
 
 # -- the file ------------------------------------------------------------------------------------
 
 
 def append(path: Path, new: Iterable[Entry]) -> int:
-    """Add entries to a log, those of a key and numbers that it has already left out.
+    """Add entries to a log, but for those that it has already.
 
     The file is written whole: it is as before or complete, whenever this is interrupted.
 
@@ -178,20 +166,17 @@ def read(path: Path) -> list[Entry]:
         raise PerfError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from error
     found = []
     for number, line in enumerate(lines, start=1):
-        try:
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # of what is no entry
             entry = json.loads(line)
-        except ValueError:
-            entry = None
-        if not isinstance(entry, dict) or not entry.keys() >= set(KEY):
-            raise PerfError(
-                f"{path}, line {number}: damaged: not an entry of perf/report/history.py"
-            )
-        found.append(entry)
+            if all(isinstance(entry[name], str) for name in ("gpu", "op", "shapes")):
+                found.append(entry)
+        if len(found) != number:
+            raise PerfError(f"{path}, line {number}: damaged: not an entry of a log")
     return found
 
 
 def _identity(entry: Entry) -> str:
-    """Key and numbers. When it was measured again is no news if the numbers are the same."""
+    """All but the time: that it was measured again is no news if the numbers are the same."""
     return json.dumps([entry.get(name) for name in FIELDS if name != "time"], sort_keys=True)
 
 
@@ -224,9 +209,8 @@ def _times(value: float | None, sign: str = "x") -> str:
 
 def markdown(shown: Iterable[Entry]) -> str:
     """The entries as a Markdown table."""
-    lines = [list(COLUMNS), ["---"] * len(COLUMNS)]
-    lines += [[fill(e).replace("|", "\\|") for fill in COLUMNS.values()] for e in shown]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    lines = [[fill(e) for fill in COLUMNS.values()] for e in shown]
+    return ranking.markdown_table(list(COLUMNS), lines)
 
 
 # -- command line --------------------------------------------------------------------------------
@@ -246,7 +230,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         PerfError: for files that cannot be read or written.
     """
-    found = [entry for path in args.results for entry in entries(path)]
+    found = [entry for path in args.results for entry in entries(*ranking.read([path]))]
     if not found:
         raise PerfError("nothing to log: nothing has a time, measured or predicted")
     print(markdown(found))

@@ -12,22 +12,26 @@ import base64
 import datetime
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
-from tilelab.perf.report import diagnosis, figures, ladder, plot
-from tilelab.perf.report.figures import DARK, IMPL, LIGHT, Speedup, speedups
+
+from tilelab.perf.report import diagnosis, figures, plot
+from tilelab.perf.report.figures import DARK, LIGHT
 from tilelab.perf.rows import ranking, results, stats
 from tilelab.perf.rows.ranking import (
+    NAMES,
     Row,
+    Speedup,
     Workload,
     dtype_text,
+    has_result,
     number_text,
-    ran,
     seconds,
     speed,
+    speedups,
     tile_text,
     unit,
 )
@@ -35,7 +39,7 @@ from tilelab.perf.rows.ranking import (
 MOST_ROWS = 5000  # of the table at the end; more make a page slow
 WHOLE = ("roofline", "predicted")  # kinds of figures that are about a whole GPU
 # Kinds about one operator and mode.
-OF_ONE = ("forest", "curves", "ladder", "heatmap", "energy", "distribution")
+OF_ONE = ("forest", "curves", "ladder", "heatmap")
 
 
 class Picture(NamedTuple):
@@ -55,7 +59,7 @@ class Section(NamedTuple):
     gpu: str
     workloads: list[Workload]
     pictures: list[Picture]
-    boards: list[tuple[Workload, list[dict[str, str]], diagnosis.Table]]
+    boards: list[tuple[Workload, list[ranking.Entrant], diagnosis.Table]]
     speedups: list[Speedup]
 
     @property
@@ -80,18 +84,20 @@ def build(headers: Sequence[dict[str, Any]], rows: Sequence[Row]) -> str:
         HTML.
     """
     sections = _sections(rows)
-    table, left_out = _rows_table([w for section in sections for w in section.workloads])
+    shown = [w for section in sections for w in section.workloads]
+    table, left_out = _rows_table(shown)
     return _template().render(
-        title=_title(headers),
+        title="tilelab on " + ", ".join(dict.fromkeys(header["gpu"] for header in headers)),
         made=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         runs=_runs(headers),
         predicted=any(not section.measured for section in sections),
         sections=sections,
-        whole=[_picture(page) for kind in WHOLE for page in plot.pages(kind, rows)],
-        columns=COLUMNS,
+        whole=_pictures(WHOLE, shown),
+        columns={title: bool(form) for title, (_, form) in COLUMNS.items()},
         table=table,
         left_out=left_out,
-        impl=IMPL,
+        names=NAMES,
+        titles=diagnosis.TITLES,
     )
 
 
@@ -103,16 +109,12 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"tile": tile_text, "ratio": _ratio, "heading": diagnosis.heading}
+    environment.filters |= {"tile": tile_text, "ratio": _ratio}
     return environment.get_template("html_page.html.jinja")
 
 
 def _ratio(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}x"
-
-
-def _title(headers: Sequence[dict[str, Any]]) -> str:
-    return "tilelab on " + ", ".join(dict.fromkeys(header["gpu"] for header in headers))
 
 
 # -- what was measured on what -------------------------------------------------------------------
@@ -165,7 +167,6 @@ def _sections(rows: Sequence[Row]) -> list[Section]:
     for number, tables in enumerate(groups.values(), start=1):
         shown = [table.workload for table in tables]
         first = shown[0]
-        mine = [row for w in shown for row in (*w.tiles, *w.peers)]
         title = first.title + (", hot cache" if first.cache == "hot" else "")
         found.append(
             Section(
@@ -174,45 +175,23 @@ def _sections(rows: Sequence[Row]) -> list[Section]:
                 measured=first.measured,
                 gpu=first.gpu,
                 workloads=shown,
-                pictures=[_picture(page) for kind in OF_ONE for page in plot.pages(kind, mine)],
-                boards=[(table.workload, _board(table.workload), table) for table in tables],
+                pictures=_pictures(OF_ONE, shown),
+                boards=[(t.workload, ranking.leaderboard(t.workload, 5), t) for t in tables],
                 speedups=speedups(shown),
             )
         )
     return found
 
 
-def _board(w: Workload, top: int = 5) -> list[dict[str, str]]:
-    """The fastest tiles and every peer, each with what a line of the table shows."""
-    best = w.best
-    tiles = sorted(filter(ran, w.tiles), key=lambda row: (row is not best, ranking.rank(row)))[:top]
-    lines = []
-    for row in sorted([*tiles, *filter(ran, w.peers)], key=seconds):
-        interval = ""
-        if row.get("low_s") and row.get("high_s"):
-            slow, fast = speed(row, row["high_s"]), speed(row, row["low_s"])
-            interval = f"{number_text(slow)} to {number_text(fast)}"
-        lines.append(
-            {
-                "name": IMPL[row["impl"]],
-                "tile": tile_text(row.get("tile")),
-                "time": ranking.time_text(seconds(row)),
-                "speed": f"{number_text(speed(row))} {unit(w.op)}",
-                "interval": interval,
-                "share": f"{row['peak_share']:.0%}" if row.get("peak_share") is not None else "",
-                "ratio": ranking.paired_text(row, best),
-                "best": row is best,
-            }
-        )
-    return lines
-
-
 # -- figures -------------------------------------------------------------------------------------
 
 
+def _pictures(kinds: Iterable[str], shown: Sequence[Workload]) -> list[Picture]:
+    return [_picture(page) for kind in kinds for page in plot.pages(kind, shown)]
+
+
 def _picture(page: plot.Page) -> Picture:
-    draw = plot.KINDS[page.kind].draw
-    light, dark = (_uri(plot.render(draw, page.rows, theme, "svg")) for theme in (LIGHT, DARK))
+    light, dark = (_uri(plot.render(page, theme, "svg")) for theme in (LIGHT, DARK))
     return Picture(light, dark, alt_text(page))
 
 
@@ -222,7 +201,7 @@ def _uri(svg: bytes) -> str:
 
 def alt_text(page: plot.Page) -> str:
     """What a figure shows, for those who do not see it: its kind, and its main numbers."""
-    shown = ranking.workloads(page.rows)
+    shown = page.workloads
     kind = (plot.KINDS[page.kind].draw.__doc__ or "").splitlines()[0].rstrip(".")
     words = f"{kind}. {figures.provenance(shown)}."
     words += "" if all(w.measured for w in shown) else " Predicted, not measured."
@@ -230,7 +209,7 @@ def alt_text(page: plot.Page) -> str:
         rows = figures.predicted_rows(shown)
         return f"{words} Median error {figures.prediction_error(rows):.0%} of {len(rows)} tiles."
     if page.kind == "ladder":
-        return f"{words} TFLOP/s: {ladder.text(shown)}."
+        return f"{words} TFLOP/s: {figures.ladder_text(shown)}."
     if page.kind == "forest":
         found = speedups(shown)
         mean = stats.geomean([s.ratio for s in found])
@@ -246,64 +225,69 @@ def alt_text(page: plot.Page) -> str:
 
 # -- all rows ------------------------------------------------------------------------------------
 
-# Columns of the table of all rows: title, and whether it is a number.
-COLUMNS = (
-    ("GPU", False), ("operator", False), ("dtype", False), ("shape", False),
-    ("implementation", False), ("tile", False), ("stage", False), ("status", False),
-    ("time (µs)", True), ("speed", True), ("unit", False), ("of peak", True), ("registers", True),
-    ("spills (B)", True), ("shared (KiB)", True), ("occupancy", True), ("waves", True),
-    ("padding", True), ("predicted (µs)", True), ("energy (J)", True), ("error", True),
-    ("reason", False),
-)  # fmt: skip
+
+class Cell(NamedTuple):
+    """What is written, what to sort by (None: comes last), and whether that is a number."""
+
+    text: str
+    value: Any
+    is_number: bool
 
 
-def _rows_table(shown: Iterable[Workload]) -> tuple[list[list[tuple[str, Any]]], int]:
-    """A line a tile and peer, of cells (text, what to sort by); and how many were left out."""
+Fill = Callable[[Workload, Row], Any]
+
+
+def _field(name: str, unit: float = 1) -> Fill:
+    """A column that is a field of the rows, in this unit."""
+    return lambda w, row: None if row.get(name) is None else row[name] / unit
+
+
+def _status(w: Workload, row: Row) -> str:
+    return "screened" if (row["status"], row["stage"]) == ("ok", "screen") else row["status"]
+
+
+COLUMNS: dict[str, tuple[Fill, str]] = {  # title: its value (None: empty), and how it is written
+    "GPU": (lambda w, row: w.gpu, ""),
+    "operator": (lambda w, row: f"{w.op} {w.mode}", ""),
+    "dtype": (lambda w, row: dtype_text(w.dtype, w.precision), ""),
+    "shape": (lambda w, row: w.name, ""),
+    "implementation": (lambda w, row: NAMES[row["impl"]], ""),
+    "tile": (lambda w, row: tile_text(row.get("tile")), ""),
+    "stage": (lambda w, row: row["stage"], ""),
+    "status": (_status, ""),
+    "time (µs)": (_field("median_s", 1e-6), ",.4g"),
+    "speed": (lambda w, row: speed(row), ",.4g"),
+    "unit": (lambda w, row: unit(w.op), ""),
+    "of peak": (_field("peak_share"), ".0%"),
+    "registers": (_field("registers"), ".0f"),
+    "spills (B)": (_field("spills"), ".0f"),
+    "shared (KiB)": (_field("shared", 1024), ".0f"),
+    "occupancy": (_field("occupancy"), ".0%"),
+    "waves": (_field("waves"), ".2f"),
+    "padding": (_field("padding"), ".2f"),
+    "predicted (µs)": (_field("predicted_s", 1e-6), ",.4g"),
+    "energy (J)": (_field("joules"), ".3g"),
+    "error": (_field("error"), ".2g"),
+    "reason": (lambda w, row: row.get("reason"), ""),
+}
+
+
+def _rows_table(shown: Iterable[Workload]) -> tuple[list[list[Cell]], int]:
+    """A line a tile and peer; and how many were left out."""
     rows = [
         (w, row)
         for w in shown
         for row in sorted((*w.tiles, *w.peers), key=lambda row: seconds(row) or math.inf)
     ]
-    kept = sorted(rows, key=lambda pair: not ran(pair[1]))[:MOST_ROWS]  # those without a time last
+    kept = sorted(rows, key=lambda pair: not has_result(pair[1]))[:MOST_ROWS]  # no time: last
     return [_line(w, row) for w, row in kept], len(rows) - len(kept)
 
 
-def _line(w: Workload, row: Row) -> list[tuple[str, Any]]:
-    micro = lambda name: row[name] * 1e6 if row.get(name) else None  # noqa: E731
-    status = row["status"] if row["status"] != "ok" or row["stage"] != "screen" else "screened"
-    numbers = {
-        "time (µs)": (micro("median_s"), "{:,.4g}"),
-        "speed": (speed(row), "{:,.4g}"),
-        "of peak": (row.get("peak_share"), "{:.0%}"),
-        "registers": (row.get("registers"), "{}"),
-        "spills (B)": (row.get("spills"), "{}"),
-        "shared (KiB)": (row["shared"] / 1024 if row.get("shared") else None, "{:.0f}"),
-        "occupancy": (row.get("occupancy"), "{:.0%}"),
-        "waves": (row.get("waves"), "{:.2f}"),
-        "padding": (row.get("padding"), "{:.2f}"),
-        "predicted (µs)": (micro("predicted_s"), "{:,.4g}"),
-        "energy (J)": (row.get("joules"), "{:.3g}"),
-        "error": (row.get("error"), "{:.2g}"),
-    }
-    texts = {
-        "GPU": w.gpu,
-        "operator": f"{w.op} {w.mode}",
-        "dtype": dtype_text(w.dtype, w.precision),
-        "shape": w.name,
-        "implementation": IMPL[row["impl"]],
-        "tile": tile_text(row.get("tile")),
-        "stage": row["stage"],
-        "status": status,
-        "unit": unit(w.op),
-        "reason": row.get("reason") or "",
-    }
+def _line(w: Workload, row: Row) -> list[Cell]:
     cells = []
-    for name, is_number in COLUMNS:
-        if not is_number:
-            cells.append((texts[name], texts[name]))
-            continue
-        value, form = numbers[name]
-        cells.append(("", "") if value is None else (form.format(value), value))
+    for fill, form in COLUMNS.values():
+        value = fill(w, row)
+        cells.append(Cell("" if value is None else format(value, form), value, bool(form)))
     return cells
 
 

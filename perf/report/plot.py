@@ -3,14 +3,12 @@
     tilelab plot results.jsonl --out figures
     tilelab plot results.jsonl --out figures --kind heatmap,forest --format png,svg
 
-heatmap       speed over the block sizes, with registers, spills, occupancy and waves in each cell
-curves        speed over sizes or layers, of tilelab and every peer, under the ceiling
-roofline      speed over arithmetic intensity
-predicted     predicted over measured time of every tile
-energy        work per joule over speed
-distribution  the speed of every tile that was tried
-forest        speed-up over the fastest peer, with its interval
-ladder        speed of each of a lesson's kernels, from naive to fast, layer by layer
+heatmap    speed over the block sizes, with registers, spills, occupancy and waves in each cell
+curves     speed over sizes or layers, of tilelab and every peer, under the ceiling
+roofline   speed over arithmetic intensity
+predicted  predicted over measured time of every tile
+forest     speed-up over the fastest peer, with its interval
+ladder     speed of each of a lesson's kernels, from naive to fast, layer by layer
 
 A README shows the one that suits the reader's page:
 
@@ -29,11 +27,12 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 from PIL import Image
+
 from tilelab.perf.errors import PerfError
-from tilelab.perf.report import figures, ladder
+from tilelab.perf.report import figures
 from tilelab.perf.report.figures import DARK, LIGHT, Theme
 from tilelab.perf.rows import ranking, results
-from tilelab.perf.rows.ranking import Row, Workload, ran, workloads
+from tilelab.perf.rows.ranking import Workload, workloads
 
 DPI = 200  # 2x: 9 inches are 1,800 pixels, shown as 900
 FORMATS = ("png", "svg")
@@ -72,19 +71,12 @@ KINDS = {
         figures.predicted, ("gpu", "measured", "cache"), lambda w: figures.predicted_rows([w]),
         "no tile has both a measured and a predicted time", most=10**9,
     ),
-    "energy": Kind(
-        figures.energy, ONE_OP, lambda w: figures.energy_rows([w]), "no energy was measured",
-    ),
-    "distribution": Kind(
-        figures.distribution, ONE_OP, lambda w: sum(map(ran, w.tiles)) > 1,
-        "no workload has two tiles with a time", most=24,
-    ),
     "forest": Kind(
-        figures.forest, ONE_OP, lambda w: figures.speedups([w]),
+        figures.forest, ONE_OP, lambda w: ranking.speedups([w]),
         "no tile was measured beside a peer", most=36,
     ),
     "ladder": Kind(
-        ladder.ladder, (*ONE_OP, "family"), ladder.climbs,
+        figures.ladder, (*ONE_OP, "family"), figures.climbs,
         "no workload has tiles of a kernel that a lesson begins with (-a kernel=direct,flat)",
         most=8,
     ),
@@ -92,21 +84,20 @@ KINDS = {
 
 
 class Page(NamedTuple):
-    """One figure to draw: its kind, the name of its files, and its rows."""
+    """One figure to draw: its kind, the name of its files, and what it shows."""
 
     kind: str
     name: str
-    rows: list[Row]
+    workloads: list[Workload]
 
 
-def pages(kind: str, rows: Iterable[Row]) -> list[Page]:
-    """Divide rows among the figures of a kind: one operator, one GPU, and not too many panels."""
+def pages(kind: str, shown: Sequence[Workload]) -> list[Page]:
+    """Divide work among the figures of a kind: one operator, one GPU, and not too many panels."""
     about = KINDS[kind]
-    every = workloads(rows)
     groups: dict[tuple, list[Workload]] = {}
-    for w in filter(about.suits, every):
+    for w in filter(about.suits, shown):
         groups.setdefault(tuple(getattr(w, name) for name in about.common), []).append(w)
-    gpus = {w.gpu for w in every}
+    gpus = {w.gpu for w in shown}
     found = []
     for group in groups.values():
         if len(group) < about.least:
@@ -116,7 +107,7 @@ def pages(kind: str, rows: Iterable[Row]) -> list[Page]:
         for number, part in enumerate(parts, start=1):
             name = _name(kind, part[0], about.common, several_gpus=len(gpus) > 1)
             name += f"-{number}" if len(parts) > 1 else ""
-            found.append(Page(kind, name, [row for w in part for row in (*w.tiles, *w.peers)]))
+            found.append(Page(kind, name, part))
     return found
 
 
@@ -140,14 +131,15 @@ def _name(kind: str, w: Workload, common: Sequence[str], several_gpus: bool) -> 
     return "-".join(filter(None, words)).lower()
 
 
-def render(draw: Callable[..., Figure], rows: list[Row], theme: Theme, form: str) -> bytes:
+def render(page: Page, theme: Theme, form: str) -> bytes:
     """A figure as the bytes of a PNG (2x) or SVG file."""
     buffer = io.BytesIO()
     with figures.style(theme):
+        figure = KINDS[page.kind].draw(page.workloads, theme)
         if form == "svg":
-            draw(rows, theme).savefig(buffer, format="svg", metadata={"Date": None})
+            figure.savefig(buffer, format="svg", metadata={"Date": None})
             return _compact(buffer.getvalue().decode()).encode()
-        draw(rows, theme).savefig(buffer, format="png", dpi=DPI)
+        figure.savefig(buffer, format="png", dpi=DPI)
     return _smaller(buffer)
 
 
@@ -165,27 +157,17 @@ def _compact(svg: str) -> str:
 def _smaller(png: io.BytesIO) -> bytes:
     """The same picture with a palette: a figure has few colours, and a third of the bytes then."""
     buffer = io.BytesIO()
-    image = Image.open(png).convert("RGB").quantize(256, kmeans=3, dither=Image.Dither.NONE)
+    image = Image.open(png).convert("RGB").quantize(256, dither=Image.Dither.NONE)
     image.save(buffer, format="png", optimize=True, dpi=(DPI, DPI))
     return buffer.getvalue()
 
 
-def save(
-    draw: Callable[..., Figure],
-    rows: list[Row],
-    out_dir: str | Path,
-    name: str,
-    forms: Sequence[str] = ("png",),
-) -> list[Path]:
-    """Write a figure for light and for dark pages: name-light.png, name-dark.png.
-
-    Each file is written whole, or not at all.
+def save(page: Page, folder: str | Path, forms: Sequence[str] = ("png",)) -> list[Path]:
+    """Write a figure for light and for dark pages, each file whole: name-light.png, name-dark.png.
 
     Args:
-        draw: one of perf/report/figures.py.
-        rows: what it shows.
-        out_dir: is made if it is missing.
-        name: of the files, without theme and ending.
+        page: what to draw.
+        folder: is made if it is missing.
         forms: of FORMATS.
 
     Returns:
@@ -197,9 +179,8 @@ def save(
     paths = []
     for theme in (LIGHT, DARK):
         for form in forms:
-            path = Path(out_dir) / f"{name}-{theme.name}.{form}"
-            results.write_whole(path, render(draw, rows, theme, form))
-            paths.append(path)
+            paths.append(Path(folder) / f"{page.name}-{theme.name}.{form}")
+            results.write_whole(paths[-1], render(page, theme, form))
     return paths
 
 
@@ -223,14 +204,14 @@ def run(args: argparse.Namespace) -> int:
     """
     kinds = _choice(args.kind, KINDS, "kind")
     forms = _choice(args.format, FORMATS, "format")
-    _, rows = ranking.read(args.results)
+    shown = workloads(ranking.read(args.results)[1])
     written = 0
     for kind in kinds:
-        found = pages(kind, rows)
+        found = pages(kind, shown)
         if not found:
             print(f"{kind}: nothing to show: {KINDS[kind].lacks}")
         for page in found:
-            for path in save(KINDS[kind].draw, page.rows, args.out, page.name, forms):
+            for path in save(page, args.out, forms):
                 print(path)
                 written += 1
     if not written:

@@ -12,7 +12,7 @@ that does not change, so that its history can be read:
     ]
     }
 
-kernels/_launch.py reads op, dtype, sizes and tile. The rest says where the entry comes from.
+kernels/_tiles.py reads op, dtype, sizes and tile. The rest says where the entry comes from.
 """
 
 import importlib.metadata
@@ -22,19 +22,14 @@ from collections.abc import Iterable
 from typing import Any
 
 from tilelab.perf.errors import PerfError
+from tilelab.perf.rows.ranking import has_result, rank, seconds
 from tilelab.perf.rows.results import write_whole
-from tilelab.perf.work.workloads import OPS
+from tilelab.perf.work.operators import OPERATORS
 
-NOTE = "written by perf/report/tuned_table.py from the rows of a sweep; read by kernels/_launch.py"
+NOTE = "written by perf/report/tuned_table.py from the rows of a sweep; read by kernels/_tiles.py"
 
 
-def save(
-    rows: Iterable[dict],
-    folder: str | pathlib.Path | None = None,
-    predicted: bool = False,
-    gpu: str | None = None,
-    triton: str | None = None,
-) -> pathlib.Path:
+def save(rows: Iterable[dict], folder: pathlib.Path | None = None) -> pathlib.Path:
     """Merge the best tile of each op, dtype and sizes into the table of a GPU.
 
     A finalist comes before a tile that was only screened, a cold cache before a hot one, and then
@@ -49,10 +44,6 @@ def save(
     Args:
         rows: as `results.read` gives them, of one GPU.
         folder: of the tables; kernels/tuned unless it is given.
-        predicted: take predicted rows where nothing was measured. They are marked in the file, and
-            never take the place of what was measured.
-        gpu: the device's name as torch gives it, for rows that name none (predicted ones).
-        triton: the version that compiled the rows; the one installed unless it is given.
 
     Returns:
         The path of the table.
@@ -62,46 +53,29 @@ def save(
     """
     from tilelab.kernels import _tiles
 
-    usable = [row for row in rows if _usable(row, predicted)]
+    usable = [row for row in rows if _is_usable(row)]
     if not usable:
         raise PerfError("no row has a tile to save: that takes tiles of ours, timed on a GPU")
-    name = _device(usable, gpu)
-    path = _tiles.tuned_path(name, pathlib.Path(folder) if folder is not None else None)
-    triton = triton or importlib.metadata.version("triton")
+    gpu, *others = sorted({row["gpu"] for row in usable})
+    if others:
+        raise PerfError(f"a tuned table is of one GPU, got {', '.join([gpu, *others])}")
+    path = _tiles.tuned_path(gpu, folder)
+    triton = importlib.metadata.version("triton")
     new = [_entry(row, triton) for row in _winners(usable)]
     try:
         old = [entry for entries in _tiles.read_tuned(path).values() for entry in entries]
-        _write(path, name, _merged(old, new))
+        _write(path, gpu, _merged(old, new))
     except (ValueError, OSError) as error:
         raise PerfError(f"the tuned table was not saved: {error}") from error
     _tiles.forget_tuned()
     return path
 
 
-def _device(rows: list[dict], gpu: str | None) -> str:
-    """The one device of the rows. Predicted ones may be of a target, `sm_90 (compiled)`."""
-    measured = {row["gpu"] for row in rows if row["status"] == "ok"}
-    others = {row["gpu"] for row in rows} - measured - {gpu}
-    names = measured | ({gpu} if gpu else set())
-    if len(names) > 1 or len(others) > 1:
-        raise PerfError(f"a tuned table is of one GPU, got {', '.join(sorted(names | others))}")
-    if not names:
-        raise PerfError("predicted rows name no device: say which with gpu=, as torch names it")
-    return names.pop()
-
-
-def _usable(row: dict, predicted: bool) -> bool:
-    """A tile of ours that was timed on a GPU, or, if they are wanted, predicted."""
+def _is_usable(row: dict) -> bool:
+    """A tile of ours that was timed on a GPU."""
     if row.get("impl") != "tilelab" or not all(row.get(k) for k in ("tile", "tile_op", "sizes")):
         return False
-    if row["status"] == "predicted":
-        return predicted and bool(row.get("predicted_s"))
-    timed = row["status"] == "ok" and row["stage"] in ("screen", "final")
-    return timed and bool(row.get("median_s")) and row["gpu"] != "interpreter"
-
-
-def _seconds(row: dict) -> float:
-    return row["predicted_s"] if row["status"] == "predicted" else row["median_s"]
+    return has_result(row) and row["stage"] != "compile" and row["gpu"] != "interpreter"
 
 
 def _identity(entry: dict) -> tuple:
@@ -112,27 +86,22 @@ def _identity(entry: dict) -> tuple:
 def _winners(rows: list[dict]) -> list[dict]:
     """The best row of each workload, and of the workloads that share an entry the longest one."""
 
-    def rank(row: dict) -> tuple:
-        return (
-            row["status"] == "predicted",
-            row["stage"] != "final",
-            row.get("cache") == "hot",
-            _seconds(row),
-            json.dumps(row["tile"], sort_keys=True),
-        )
+    def place(row: dict) -> tuple:
+        tile = json.dumps(row["tile"], sort_keys=True)
+        return (*rank(row)[:2], row.get("cache") == "hot", seconds(row), tile)
 
     best: dict[tuple, dict] = {}
     for row in rows:
         shape = json.dumps(row.get("shape"), sort_keys=True)
         key = _identity(row | {"op": row["tile_op"]})
         workload = (*key, row["op"], row.get("mode"), shape, row.get("precision"))
-        if workload not in best or rank(row) < rank(best[workload]):
+        if workload not in best or place(row) < place(best[workload]):
             best[workload] = row
 
     def claim(item: tuple[tuple, dict]) -> tuple:
         workload, row = item
         other = row.get("precision") == "tf32"
-        return (*rank(row)[:3], _is_guest(row), other, -_seconds(row), str(workload))
+        return (*place(row)[:3], _is_guest(row), other, -seconds(row), str(workload))
 
     winners: dict[tuple, dict] = {}
     for workload, row in sorted(best.items(), key=claim):
@@ -142,39 +111,29 @@ def _winners(rows: list[dict]) -> list[dict]:
 
 def _is_guest(row: dict) -> bool:
     """Whether it looks up the tiles of another operator, that may have been measured itself."""
-    return row["op"] != row["tile_op"] and row["tile_op"] in OPS
+    return row["op"] != row["tile_op"] and row["tile_op"] in OPERATORS
 
 
 def _entry(row: dict, triton: str) -> dict[str, Any]:
     entry = dict(op=row["tile_op"], dtype=row["dtype"], sizes=row["sizes"], tile=row["tile"])
     if _is_guest(row):
         entry["by"] = row["op"]
-    if row["status"] == "predicted":
-        entry["predicted"] = True
-        prefix = "predicted_"
-    else:
-        prefix = ""
     unit = "tflops" if row.get("bound") == "compute" else "gbps"
-    if row.get(prefix + unit):
-        entry[prefix + unit] = float(f"{row[prefix + unit]:.4g}")
+    if row.get(unit):
+        entry[unit] = float(f"{row[unit]:.4g}")
     if row["stage"] == "screen":
         entry["stage"] = "screen"
-    entry["predicted_on" if prefix else "measured"] = (row.get("time") or "")[:10] or None
+    entry["measured"] = (row.get("time") or "")[:10] or None
     return entry | dict(source=row.get("source"), triton=triton)
 
 
 def _merged(old: list[dict], new: list[dict]) -> list[dict]:
     entries = {_identity(entry): entry for entry in old}
     for entry in new:
-        before = entries.get(_identity(entry), {"predicted": True, "by": None})
-        # Less is worth more: measured, and by the operator itself.
-        if _worth(entry) <= _worth(before):
+        before = entries.get(_identity(entry))
+        if before is None or "by" in before or "by" not in entry:  # a guest gives way
             entries[_identity(entry)] = entry
     return [entries[key] for key in sorted(entries)]
-
-
-def _worth(entry: dict) -> tuple[bool, bool]:
-    return bool(entry.get("predicted")), "by" in entry
 
 
 def _write(path: pathlib.Path, gpu: str, entries: list[dict]) -> None:

@@ -1,4 +1,4 @@
-"""What was tried, sorted into workloads, and how numbers are written: for tables and figures.
+"""Rows sorted into workloads and ranked, and how numbers are written: for tables and figures.
 
 A results file has a row for every stage that a tile reached. Here they become one row a tile, and
 the tiles and peers of one operator, mode, dtype and shape on one GPU become a `Workload`.
@@ -6,7 +6,7 @@ the tiles and peers of one operator, mode, dtype and shape on one GPU become a `
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,18 +16,13 @@ from tilelab.perf.work import gpus
 
 Row = dict[str, Any]
 
-PRODUCTS = {
-    "matmul",
-    "matmul_bias_relu",
-    "scaled_matmul",
-    "conv2d",
-    "conv2d_bias_relu",
-    "conv2d_im2col",
-    "conv2d_relu_pool",
-    "train_step",
-    "conv_stack",
+NAMES = {  # of implementations, for people
+    "tilelab": "tilelab",
+    "torch": "PyTorch",
+    "compile": "torch.compile",
+    "inductor": "Inductor",
+    "graph": "PyTorch, CUDA graph",
 }
-STAGES = results.STAGES
 SHORT = {"num_warps": "w", "num_stages": "s", "GROUP_M": "g"}  # in the text of a tile
 SHORT_UNLESS_1 = {"SUBTILES": "e", "SPLIT_K": "k", "PROGRAMS_PER_SM": "p"}
 _NAME = re.compile(r"([\w-]+)[. ]([^ =]+)(?: ([^ =]+))?")  # as perf/work/shapes.py makes them
@@ -42,7 +37,7 @@ def read(
         PerfError: as `results.read` does, and if there is no row at all.
     """
     paths = list(paths)
-    headers, rows = map(_printable, results.read_all(paths, note))
+    headers, rows = map(_printable, results.read(*paths, note=note))
     if not rows:
         raise PerfError(f"no results in {', '.join(map(str, paths))}: not one row")
     return headers, rows
@@ -112,14 +107,14 @@ def workloads(rows: Iterable[Row]) -> list[Workload]:
     Operators, GPUs and families of shapes come in the order of their first rows; within a family
     the sizes and layers come in order, whichever was finished first.
     """
-    tried: dict[tuple, dict[tuple, Row]] = defaultdict(dict)
+    groups: dict[tuple, dict[tuple, Row]] = defaultdict(dict)
     for row in rows:
         cache = row.get("cache") or "cold"
-        group = tried[row["gpu"], row["measured"], results.workload(row), cache]
+        group = groups[row["gpu"], row["measured"], results.workload(row), cache]
         attempt = (row["impl"], tuple(sorted((row.get("tile") or {}).items())))
         group[attempt] = _later(group.get(attempt), row)
     found = []
-    for (gpu, measured, (op, mode, dtype, precision, _), cache), group in tried.items():
+    for (gpu, measured, (op, mode, dtype, precision, _), cache), group in groups.items():
         first = next(iter(group.values()))
         shape = first["shape"]
         name = first.get("shape_name") or shape_text(shape)
@@ -147,23 +142,23 @@ def _later(old: Row | None, new: Row) -> Row:
     """The row of the later stage, with what only the earlier one knows (its registers, say)."""
     if old is None:
         return new
-    if STAGES.index(old["stage"]) > STAGES.index(new["stage"]):
+    if results.STAGES.index(old["stage"]) > results.STAGES.index(new["stage"]):
         old, new = new, old
     return {**old, **{field: value for field, value in new.items() if value is not None}}
 
 
 def best_tile(tiles: Iterable[Row]) -> Row | None:
     """The fastest row of the latest stage that any of them reached, or None if none has a time."""
-    return min(filter(ran, tiles), key=rank, default=None)
+    return min(filter(has_result, tiles), key=rank, default=None)
 
 
-def ran(row: Row) -> bool:
+def has_result(row: Row) -> bool:
     """It gave the right result, or nothing speaks against it offline, and it has a time."""
     return row["status"] in ("ok", "predicted") and seconds(row) is not None
 
 
-def rank(row: Row) -> tuple:
-    """To sort tiles that `ran`: finals, then screened, then predicted ones; fast ones first."""
+def rank(row: Row) -> tuple[bool, bool, float]:
+    """To sort rows that have a result: finals, then screened, then predicted ones; fast first."""
     return (row.get("median_s") is None, row["stage"] != "final", seconds(row))
 
 
@@ -177,12 +172,18 @@ def speed(row: Row, time: float | None = None) -> float | None:
     time = seconds(row) if time is None else time
     if not time:
         return None
-    return row["flops"] / time / 1e12 if row["op"] in PRODUCTS else row["bytes"] / time / 1e9
+    return row["flops"] / time / 1e12 if _is_product(row["op"]) else row["bytes"] / time / 1e9
 
 
 def unit(op: str) -> str:
     """Of `speed`."""
-    return "TFLOP/s" if op in PRODUCTS else "GB/s"
+    return "TFLOP/s" if _is_product(op) else "GB/s"
+
+
+def _is_product(op: str) -> bool:
+    from tilelab.perf.work import operators  # and with it torch: only who speaks of speeds waits
+
+    return operators.is_product(op)
 
 
 def paired(row: Row, other: Row) -> tuple[float, float | None, float | None]:
@@ -197,12 +198,70 @@ def paired(row: Row, other: Row) -> tuple[float, float | None, float | None]:
     return seconds(other) / seconds(row), None, None
 
 
-def paired_text(row: Row, best: Row | None) -> str:
-    """`paired` as text, "0.98x [0.975, 0.984]"; "" where nothing has a time."""
-    if best is None or row is best:
-        return "" if best is None else "1.00x"
-    ratio, low, high = paired(row, best)
-    return f"{ratio:.2f}x" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
+class Speedup(NamedTuple):
+    """tilelab's best tile over the fastest peer: above 1 tilelab is faster."""
+
+    workload: Workload
+    peer: str
+    ratio: float
+    low: float | None
+    high: float | None
+
+    @property
+    def verdict(self) -> str:
+        """Of the 95% interval: "faster", "slower", or "tie" if it spans 1; "unpaired" without."""
+        if self.low is None:
+            return "unpaired"
+        return "faster" if self.low > 1 else "slower" if self.high < 1 else "tie"
+
+
+def speedups(shown: Iterable[Workload]) -> list[Speedup]:
+    """Of each workload that was measured with a peer."""
+    return [
+        Speedup(w, w.best_peer["impl"], *paired(w.best, w.best_peer))
+        for w in shown
+        if w.measured and w.best and w.best_peer
+    ]
+
+
+class Entrant(NamedTuple):
+    """A line of a leaderboard: its row, and what is written of it, "" for what is not known.
+
+    `ratio` is the speed over that of tilelab's best tile, with its 95% interval: a peer above 1 is
+    faster than tilelab.
+    """
+
+    row: Row
+    name: str
+    tile: str
+    time: str
+    speed: str
+    interval: str
+    share: str
+    ratio: str
+
+
+def leaderboard(w: Workload, most: int) -> list[Entrant]:
+    """The fastest tiles, `most` of them, and every peer; the fastest first."""
+    tiles = sorted(filter(has_result, w.tiles), key=lambda row: (row is not w.best, rank(row)))
+    rows = sorted([*tiles[:most], *filter(has_result, w.peers)], key=seconds)
+    return [_entrant(row, w.best) for row in rows]
+
+
+def _entrant(row: Row, best: Row | None) -> Entrant:
+    interval = ratio = ""
+    if row.get("low_s") and row.get("high_s"):
+        slow, fast = speed(row, row["high_s"]), speed(row, row["low_s"])
+        interval = f"{number_text(slow)} to {number_text(fast)}"
+    if best is not None:
+        times, low, high = paired(row, best) if row is not best else (1.0, None, None)
+        ratio = f"{times:.2f}x" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
+    share = row.get("peak_share")
+    return Entrant(
+        row, NAMES[row["impl"]], tile_text(row.get("tile")), time_text(seconds(row)),
+        f"{number_text(speed(row))} {unit(row['op'])}", interval,
+        "" if share is None else f"{share:.0%}", ratio,
+    )  # fmt: skip
 
 
 def tile_text(tile: dict[str, int] | None) -> str:
@@ -250,9 +309,21 @@ def time_text(value: float | None) -> str:
     return f"{value / 1e-9:.3g} ns"
 
 
+def cut(text: str, most: int) -> str:
+    """A text of so many characters at most."""
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
 def number_text(value: float) -> str:
     """Three digits at least, with no exponent: "1.23", "12.3", "123", "1,234"."""
     return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"
+
+
+def markdown_table(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
+    """A table of these columns for a README."""
+    rows = [[str(cell).replace("|", "\\|") for cell in line] for line in (head, *lines)]
+    text = ["|".join(["", *(f" {cell} " if cell else " " for cell in row), ""]) for row in rows]
+    return "\n".join([text[0], "|" + "---|" * len(head), *text[1:]])
 
 
 def known_gpu(name: str) -> gpus.GPU | None:

@@ -22,7 +22,7 @@ import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,7 +46,6 @@ class Field(NamedTuple):
     required: bool = False
 
 
-KINDS = ("header", "row")
 MODES = ("fwd", "dgrad", "wgrad", "bwd", "fwdbwd", "step")
 IMPLEMENTATIONS = ("tilelab", "torch", "graph", "compile", "inductor")
 STAGES = ("compile", "screen", "final")
@@ -82,7 +81,7 @@ ROW = {
     "mode": Field(MODES, "forward; gradient of x, of the weight, of all; both ways; a step", True),
     "dtype": Field("str", "`float32`, `float16`, `bfloat16`, `float8_e4m3fn` or `int8`", True),
     "precision": Field(("ieee", "tf32"), "of float32 products", True),
-    "shape": Field("{str: int}", "sizes, with the keys of perf/work/shapes.py", True),
+    "shape": Field("{str: int}", "sizes, with the keys of the row in perf/work/operators.py", True),
     "shape_name": Field("str", "for people: `resnet50.layer2.0.conv2 n32`"),
     "impl": Field(IMPLEMENTATIONS, "ours, or one of the peers", True),
     "tile": Field(
@@ -197,35 +196,21 @@ def _items(sizes: dict) -> tuple:
 # -------------------------------------------------------------------------------------------------
 
 
-def read(
-    path: str | Path, note: Callable[[str], Any] = print, all_sources: bool = False
-) -> Results:
-    """Read a results file, or what a killed sweep has left of it.
+def read(*paths: str | Path, note: Callable[[str], Any] = print) -> Results:
+    """Read results files, or what killed sweeps have left of them, as one.
 
-    Of rows with the same key the last one counts. Of the rows of an operator's mode on a GPU only
-    those of the newest kernel source are kept: numbers of kernels that are gone do not belong
-    beside those of today's. Rows without a source (peers) stay.
+    Rows with the same key are one attempt, of which the last row counts. Of the rows of an
+    operator's mode on a GPU only those of the newest kernel source are kept: numbers of kernels
+    that are gone do not belong beside those of today's. Rows without a source (peers) stay.
 
     Args:
-        path: of the file; packed by gzip if it ends with .gz.
+        paths: of the files; packed by gzip if they end with .gz.
         note: called with a line of text for everything that is left out.
-        all_sources: keep the rows of older sources too.
 
     Raises:
         PerfError: for a file that is missing, of another schema, or damaged before its end.
     """
-    return read_all([path], note, all_sources)
-
-
-def read_all(
-    paths: Iterable[str | Path], note: Callable[[str], Any] = print, all_sources: bool = False
-) -> Results:
-    """Read several results files as one; what is last and newest is decided among all of them.
-
-    Raises:
-        PerfError: as `read` does.
-    """
-    paths, headers, rows = list(paths), [], []
+    headers, rows = [], []
     for path in paths:
         lines, _, torn = _parse(path, _content(path))
         if torn:
@@ -242,10 +227,11 @@ def read_all(
         identity = row["gpu"], row["measured"], row.get("source"), key(row)
         last.pop(identity, None)  # so that it comes at the end again, as in the file
         last[identity] = row
-    rows = list(last.values())
-    if not all_sources:
-        rows = _newest(rows, lambda text: note(f"{', '.join(map(str, paths))}: {text}"))
-    return Results(headers, rows)
+    kept, left_out = _newest(list(last.values()))
+    if left_out:
+        counts = ", ".join(f"{name}: {count}" for name, count in left_out.items())
+        note(f"{', '.join(map(str, paths))}: left out rows of older kernel sources ({counts})")
+    return Results(headers, kept)
 
 
 def _attached(row: dict, header: dict) -> dict:
@@ -257,23 +243,19 @@ def _attached(row: dict, header: dict) -> dict:
     return {**row, "gpu": header["gpu"], "measured": header["measured"], "commit": commit}
 
 
-def _newest(rows: list[dict], note: Callable[[str], Any]) -> list[dict]:
-    """Return the rows of the newest kernel sources, and those without a source; oldest first."""
+def _newest(rows: list[dict]) -> tuple[list[dict], Counter]:
+    """Return the rows of the newest kernel sources and those without a source, oldest first.
+
+    And how many of each operator and mode were left out.
+    """
 
     def subject(row):
         return row["gpu"], row["measured"], row["op"], row["mode"]
 
     newest = {subject(row): row["source"] for row in rows if row.get("source")}
-    kept, old = [], Counter()
-    for row in rows:
-        if row.get("source") in (None, newest.get(subject(row))):
-            kept.append(row)
-        else:
-            old[f"{row['op']} {row['mode']}"] += 1
-    if old:
-        counts = ", ".join(f"{name}: {count}" for name, count in old.items())
-        note(f"left out rows of older kernel sources ({counts})")
-    return kept
+    kept = [row for row in rows if row.get("source") in (None, newest.get(subject(row)))]
+    names = [Counter(f"{row['op']} {row['mode']}" for row in some) for some in (rows, kept)]
+    return kept, names[0] - names[1]
 
 
 def _content(path: str | Path) -> bytes:
@@ -311,24 +293,15 @@ def _line(place: str, text: bytes, first: bool) -> dict:
     """Return one line as a dict, or raise what is wrong with it."""
     try:
         line = json.loads(text)
-        kind = line["kind"]
-    except (ValueError, KeyError, TypeError) as error:
-        if first:
-            raise PerfError(f"{place}: not a results file: it begins with no header") from error
-        raise PerfError(f"{place}: damaged: not a line of JSON with a kind") from error
-    if kind == "header":
-        if line.get("schema") != SCHEMA:
-            raise PerfError(
-                f"{place}: schema {line.get('schema')}, but this version of tilelab knows "
-                f"schema {SCHEMA}"
-            )
-        problem = _problem(line, HEADER)
-    elif kind == "row" and not first:
-        problem = _problem(line, ROW)
-    elif first:
+        fields = {"header": HEADER, "row": ROW}[line["kind"]]
+    except (ValueError, KeyError, TypeError):
+        line, fields = {}, None
+    if first and fields is not HEADER:
         raise PerfError(f"{place}: not a results file: it begins with no header")
-    else:
-        problem = f"kind is {kind!r}, not {' or '.join(KINDS)}"
+    if fields is HEADER and line.get("schema") != SCHEMA:
+        known = f"this version of tilelab knows schema {SCHEMA}"
+        raise PerfError(f"{place}: schema {line.get('schema')}, but {known}")
+    problem = _problem(line, fields) if fields else "not a line of JSON with a kind"
     if problem:
         raise PerfError(f"{place}: damaged: {problem}")
     return line

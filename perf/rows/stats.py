@@ -49,10 +49,7 @@ def summary(samples: Sequence[float]) -> dict[str, float]:
 
 
 def bootstrap_median(
-    samples: Sequence[float],
-    confidence: float = CONFIDENCE,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
+    samples: Sequence[float], confidence: float = CONFIDENCE, seed: int = 0
 ) -> tuple[float, float]:
     """Return the interval (low, high) that holds the median with this confidence.
 
@@ -62,12 +59,10 @@ def bootstrap_median(
     Raises:
         ValueError: for no samples, or one that is not a finite number.
     """
-    return _interval(_medians(_checked(samples), resamples, seed), confidence)
+    return _interval(_medians(_checked(samples), seed), confidence)
 
 
-def paired_ratio(
-    a: Sequence[float], b: Sequence[float], confidence: float = CONFIDENCE, seed: int = 0
-) -> tuple[float, float, float]:
+def paired_ratio(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
     """Compare two things that were timed in the same rounds.
 
     What slows down a whole round (a clock that falls, a neighbour) slows down both, and cancels in
@@ -76,8 +71,6 @@ def paired_ratio(
     Args:
         a: samples, positive.
         b: samples of the same rounds in the same order.
-        confidence: of the interval.
-        seed: of the bootstrap.
 
     Returns:
         The median of a_i / b_i, and its interval's low and high end. Above 1: a takes longer.
@@ -89,12 +82,10 @@ def paired_ratio(
     if len(a) != len(b):
         raise ValueError(f"paired samples must be as many, got {len(a)} and {len(b)}")
     ratios = a / b
-    return float(np.median(ratios)), *bootstrap_median(ratios, confidence, seed=seed)
+    return float(np.median(ratios)), *bootstrap_median(ratios)
 
 
-def unpaired_ratio(
-    a: Sequence[float], b: Sequence[float], confidence: float = CONFIDENCE, seed: int = 0
-) -> tuple[float, float, float]:
+def unpaired_ratio(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
     """Compare two things that were timed apart, say on two days: there are no pairs.
 
     Returns:
@@ -105,8 +96,8 @@ def unpaired_ratio(
         ValueError: for no samples, or samples that are not positive.
     """
     a, b = _positive(a), _positive(b)
-    drawn = _medians(a, RESAMPLES, seed) / _medians(b, RESAMPLES, seed + 1)
-    return float(np.median(a) / np.median(b)), *_interval(drawn, confidence)
+    drawn = _medians(a, seed=0) / _medians(b, seed=1)
+    return float(np.median(a) / np.median(b)), *_interval(drawn, CONFIDENCE)
 
 
 def geomean(values: Iterable[float]) -> float:
@@ -118,16 +109,16 @@ def geomean(values: Iterable[float]) -> float:
     return math.exp(np.log(_positive(list(values))).mean())
 
 
-def _medians(samples: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """Return the medians of that many samples drawn anew, [resamples]."""
+def _medians(samples: np.ndarray, seed: int) -> np.ndarray:
+    """Return the medians of samples drawn anew, [RESAMPLES]."""
     samples, count, half = np.sort(samples), len(samples), len(samples) // 2
     middle = [half] if count % 2 else [half - 1, half]
     random = np.random.default_rng(seed)
     rows = max(1, _BLOCK // count)
     medians = []
-    for start in range(0, resamples, rows):
+    for start in range(0, RESAMPLES, rows):
         # The samples are sorted, so the middle ones of the drawn places are the middle samples.
-        places = random.integers(0, count, (min(rows, resamples - start), count), dtype=np.uint32)
+        places = random.integers(0, count, (min(rows, RESAMPLES - start), count), dtype=np.uint32)
         places.partition(middle, axis=1)
         medians.append(samples[places[:, middle]].mean(axis=1))
     return np.concatenate(medians)

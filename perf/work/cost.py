@@ -36,7 +36,7 @@ bytes, so that TFLOP/s and GB/s compare as times do, and the share of a GPU's pe
     sgd                step            4 n               5 n e, read p g m, write p m
     adamw              step            14 n              7 n e, read p g m v, write p m v
     train_step         step            see `train_step_flops` and `train_step_bytes`
-    conv_stack         step            see `_stack_layers`
+    conv_stack         step            see `stack_flops` and `stack_bytes`
 
 What is left out is small beside the rest: the classes and losses of a cross-entropy (a few bytes a
 row), the bias and its gradient in bias_relu, the scales of scaled_matmul, whose results are
@@ -58,117 +58,115 @@ is its own choice; a row's "moved" has it.
 """
 
 import itertools
+import math
+from collections.abc import Callable, Iterator
 
-from tilelab.perf.errors import PerfError
-from tilelab.perf.work.shapes import Conv, Pool, demo, shapes, sizes_of, vgg16
+from tilelab.perf.work import networks
+from tilelab.perf.work.networks import Conv, Pool
 
-MODES = {
-    **dict.fromkeys(
-        ("matmul", "conv2d", "conv2d_im2col", "conv2d_relu_pool"), ("fwd", "dgrad", "wgrad")
-    ),
-    **dict.fromkeys(("bias_relu", "softmax", "max_pool2d"), ("fwd", "bwd")),
-    "cross_entropy": ("fwd", "fwdbwd"),
-    "matmul_bias_relu": ("fwd",),
-    "conv2d_bias_relu": ("fwd",),
-    "scaled_matmul": ("fwd",),
-    "im2col": ("fwd",),
-    "col2im": ("fwd",),
-    **dict.fromkeys(("sgd", "adamw", "train_step", "conv_stack"), ("step",)),
-}
-# An element's FLOPs. softmax: take the maximum, subtract it, exp, sum, divide; back: multiply, sum,
-# subtract, multiply. cross_entropy: maximum, subtract, exp, sum, and the mean that label smoothing
-# needs; with the gradient divide and subtract. SGD: m = mu m + g; p = p - lr m. AdamW: m 3, v 4,
-# p 7: decay, root, its scale, + eps, divide, step size, subtract.
-_PER_ELEMENT = {
-    ("bias_relu", "fwd"): (2, 2),  # FLOPs, elements read and written
-    ("bias_relu", "bwd"): (2, 3),
-    ("softmax", "fwd"): (5, 2),
-    ("softmax", "bwd"): (4, 3),
-    ("cross_entropy", "fwd"): (5, 1),
-    ("cross_entropy", "fwdbwd"): (7, 2),
-    ("sgd", "step"): (4, 5),
-    ("adamw", "step"): (14, 7),
-}
+Sizes = dict[str, int]
+Cost = tuple[Callable[[Sizes], int], Callable[[Sizes, int], int]]  # FLOPs; bytes, e of an element
 
 
-def flops(op: str, mode: str, shape: dict[str, int]) -> int:
-    """Return the floating-point operations of one call; the table above has the formulas.
+def per_element(flops: int, moved: int) -> Cost:
+    """The cost of work that has as many FLOPs, and elements moved, for each element there is.
 
-    Args:
-        op: the operator, a key of MODES.
-        mode: one of MODES[op].
-        shape: sizes with the keys of perf/work/shapes.py.
-
-    Raises:
-        PerfError: for an operator or mode that does not exist.
+    The FLOPs of one element. softmax: take the maximum, subtract it, exp, sum, divide; back:
+    multiply, sum, subtract, multiply. cross_entropy: maximum, subtract, exp, sum, and the mean that
+    label smoothing needs; with the gradient divide and subtract. SGD: m = mu m + g; p = p - lr m.
+    AdamW: m 3, v 4, p 7: decay, root, its scale, + eps, divide, step size, subtract.
     """
-    _check(op, mode)
-    if (op, mode) in _PER_ELEMENT:
-        return _PER_ELEMENT[op, mode][0] * _elements(shape)
-    if op in ("matmul", "matmul_bias_relu", "scaled_matmul"):
-        return 2 * shape["M"] * shape["N"] * shape["K"]
-    if op == "train_step":
-        return train_step_flops(shape["N"])
-    if op == "conv_stack":
-        return sum(flops(*work) for work in _stack_layers(shape))
-    P, Q = output_size(shape)
-    if op == "im2col":
-        return 0
-    if op == "col2im":
-        return shape["N"] * P * Q * shape["C"] * shape["R"] * shape["S"]
-    if op == "max_pool2d":
-        outputs = shape["N"] * shape["C"] * P * Q
-        return outputs * (shape["R"] ** 2 - 1) if mode == "fwd" else outputs
-    if op == "conv2d_relu_pool":
-        P, Q = P // 2 * 2, Q // 2 * 2
-    return 2 * shape["N"] * P * Q * _weights(shape)
+    return lambda s: flops * elements(s), lambda s, e: moved * elements(s) * e
 
 
-def minimum_bytes(op: str, mode: str, shape: dict[str, int], itemsize: int) -> int:
-    """Return the bytes that one call must read and write at least; the table has the formulas.
-
-    Args:
-        op: the operator, a key of MODES.
-        mode: one of MODES[op].
-        shape: sizes with the keys of perf/work/shapes.py.
-        itemsize: bytes of an element: of all tensors alike, but of scaled_matmul's operands only.
-
-    Raises:
-        PerfError: for an operator or mode that does not exist.
-    """
-    _check(op, mode)
-    if (op, mode) in _PER_ELEMENT:
-        return _PER_ELEMENT[op, mode][1] * _elements(shape) * itemsize
-    if op in ("matmul", "matmul_bias_relu"):
-        M, N, K = shape["M"], shape["N"], shape["K"]
-        bias = N if op == "matmul_bias_relu" else 0
-        return itemsize * (M * K + K * N + bias + M * N)
-    if op == "scaled_matmul":
-        return itemsize * (shape["M"] + shape["N"]) * shape["K"] + 2 * shape["M"] * shape["N"]
-    if op == "train_step":
-        return train_step_bytes(shape["N"], itemsize)
-    if op == "conv_stack":
-        work = _stack_layers(shape)
-        return sum(minimum_bytes(*w, itemsize) for w in work) + sum(map(_places, work))
-    return _window_bytes(op, mode, shape, itemsize)
+def elements(s: Sizes) -> int:
+    """The product of all sizes."""
+    return math.prod(s.values())
 
 
-def train_step_flops(N: int) -> int:
-    """Return the FLOPs of a training step of the demo CNN (nets/models.py) on N images.
+# -------------------------------------------------------------------------------------------------
+# Products and convolutions
+# -------------------------------------------------------------------------------------------------
+
+
+def product_flops(s: Sizes) -> int:
+    """FLOPs of a product, or of one of its gradients."""
+    return 2 * s["M"] * s["N"] * s["K"]
+
+
+def product_bytes(s: Sizes, e: int) -> int:
+    """Bytes of a product, or of one of its gradients."""
+    return e * (s["M"] * s["K"] + s["K"] * s["N"] + s["M"] * s["N"])
+
+
+def conv_flops(s: Sizes) -> int:
+    """FLOPs of a convolution, or of one of its gradients."""
+    P, Q = output_size(s)
+    return 2 * s["N"] * P * Q * weights(s)
+
+
+def conv_bytes(s: Sizes, e: int) -> int:
+    """Bytes of a convolution, or of its weight gradient: read pixels, weights, outputs."""
+    return e * (read(s) + weights(s) + outputs(s))
+
+
+def conv_dgrad_bytes(s: Sizes, e: int) -> int:
+    """Bytes of a convolution's input gradient: the whole image is written."""
+    return e * (outputs(s) + weights(s) + image(s))
+
+
+def fused_flops(s: Sizes) -> int:
+    """FLOPs of a convolution as far as its outputs are pooled, or of one of its gradients."""
+    P, Q = output_size(s)
+    return 2 * s["N"] * (P // 2 * 2) * (Q // 2 * 2) * weights(s)
+
+
+def fused_bytes(s: Sizes, e: int) -> int:
+    """Bytes of a convolution, its ReLU and its pool."""
+    P, Q = output_size(s)
+    return e * (read(s, P // 2 * 2, Q // 2 * 2) + weights(s) + s["K"] + places(s))
+
+
+def fused_dgrad_bytes(s: Sizes, e: int) -> int:
+    """Bytes of the fused block's input gradient."""
+    return e * (places(s) + weights(s) + image(s)) + places(s)
+
+
+def fused_wgrad_bytes(s: Sizes, e: int) -> int:
+    """Bytes of the fused block's gradients of weight and bias."""
+    return fused_bytes(s, e) + places(s)
+
+
+def places(s: Sizes) -> int:
+    """Outputs of the fused block, and the bytes that say where their maxima were."""
+    P, Q = output_size(s)
+    return s["N"] * s["K"] * (P // 2) * (Q // 2)
+
+
+def columns(s: Sizes) -> int:
+    """Elements of the matrix that im2col makes."""
+    P, Q = output_size(s)
+    return s["N"] * P * Q * s["C"] * s["R"] * s["S"]
+
+
+# -------------------------------------------------------------------------------------------------
+# Whole training steps
+# -------------------------------------------------------------------------------------------------
+
+
+def train_step_flops(s: Sizes) -> int:
+    """FLOPs of a training step of the demo CNN (nets/models.py) on N images.
 
     Those of its two convolutions and its linear layer, three times: forward, input gradient and
     weight gradient; without the input gradient of the first, which nobody needs. Everything else
     (ReLU, pools, loss, optimizer) is left out: about 2%.
     """
-    total = 0
-    for op, layers in _demo_layers(N).items():
-        for sizes, modes in layers:
-            total += sum(flops(op, mode, sizes) for mode in modes)
-    return total
+    first, second, linear = _demo_layers(s["N"])
+    return 2 * fused_flops(first) + 3 * fused_flops(second) + 3 * product_flops(linear)
 
 
-def train_step_bytes(N: int, itemsize: int) -> int:
-    """Return the bytes of a training step of the demo CNN on N images, in `train_step_launches`.
+def train_step_bytes(s: Sizes, e: int) -> int:
+    """Bytes of a training step of the demo CNN on N images, in `train_step_launches`.
 
     A launch forgets what it had, so what the next one needs goes through memory. With the image,
     each layer's output y_i, where its maxima were (a byte an output), and parameters w_i:
@@ -179,138 +177,150 @@ def train_step_bytes(N: int, itemsize: int) -> int:
         AdamW                   read dw, and p, m, v in float32    write p, m, v, and w
 
     where backward makes both gradients at once, the first layer has no dy_0 and needs no w_1, and
-    elements have `itemsize` bytes: with 2, w is the 16-bit copy of p, which makes 28 bytes a
-    parameter either way. Labels and losses, 12 bytes an image, are left out.
+    elements have `e` bytes: with 2, w is the 16-bit copy of p, which makes 28 bytes a parameter
+    either way. Labels and losses, 12 bytes an image, are left out.
     """
-    total = minimum_bytes("cross_entropy", "fwdbwd", {"M": N, "N": 10}, itemsize)
-    total += minimum_bytes("adamw", "step", {"tensors": 1, "elements": demo().parameters}, 4)
-    for op, layers in _demo_layers(N).items():
-        for sizes, modes in layers:
-            total += sum(minimum_bytes(op, mode, sizes, itemsize) for mode in modes)
-            if op == "matmul":
-                outputs, places, bias = sizes["M"] * sizes["N"], 0, sizes["N"]
-            else:
-                P, Q = output_size(sizes)
-                outputs = places = sizes["N"] * sizes["K"] * (P // 2) * (Q // 2)
-                bias = 0  # the convolutions' modes count it
-            total += places + 2 * bias * itemsize  # written; read, and its gradient written
-            if "dgrad" in modes:  # not read again for the second gradient
-                total -= outputs * itemsize + places
-    return total
+    first, second, linear = _demo_layers(s["N"])
+    total = 2 * e * elements({"M": s["N"], "N": linear["N"]})  # the loss, and its gradient
+    total += 28 * networks.demo().parameters  # AdamW
+    for sizes in (first, second):
+        total += fused_bytes(sizes, e) + places(sizes) + fused_wgrad_bytes(sizes, e)
+    # The input gradient reads what the weight gradient has read: dy and the places.
+    total += fused_dgrad_bytes(second, e) - (e + 1) * places(second)
+    bias, dy = e * linear["N"], e * linear["M"] * linear["N"]
+    return total + 3 * product_bytes(linear, e) + 2 * bias - dy
 
 
 def train_step_launches() -> int:
-    """Return the fewest launches of a step: each layer's two, the loss's, and the optimizer's."""
-    return 2 * sum(map(len, _demo_layers(1).values())) + 2
+    """The fewest launches of a step: each layer's two, the loss's, and the optimizer's."""
+    return 2 * len(_demo_layers(1)) + 2
 
 
-def _stack_layers(shape: dict[str, int]) -> list[tuple[str, str, dict[str, int]]]:
-    """Return what VGG16's convolutions compute, forward and backward: operator, mode, sizes.
+def _demo_layers(N: int) -> tuple[Sizes, Sizes, Sizes]:
+    """The sizes of the demo CNN's two convolutions, each with its pool, and of its linear layer."""
+    first, pool, second, _, linear = networks.demo().layers
+    block = networks.convolution_relu_and_pool
+    return block(first, pool, N), block(second, pool, N), networks.product(linear, None, N)
+
+
+def stack_flops(s: Sizes) -> int:
+    """FLOPs of VGG16's convolutions, forward and backward.
 
     Each layer forward with bias, ReLU and, where one follows, its pool; its weight gradient; and
-    its input gradient, but for the first. The ReLU's own gradient is none of them: whoever computes
-    dx has what to mask it with (conv2d_stack.py).
+    its input gradient, but for the first.
     """
-    layers = vgg16(shape["H"], shape["width"]).layers
-    work = []
-    for layer, following in itertools.pairwise(layers):
+    total = 0
+    for i, (sizes, pooled) in enumerate(_stack_layers(s)):
+        total += (3 if i else 2) * (fused_flops if pooled else conv_flops)(sizes)
+    return total
+
+
+def stack_bytes(s: Sizes, e: int) -> int:
+    """Bytes of VGG16's convolutions, forward and backward.
+
+    The ReLU's own gradient is left out: whoever computes dx has what to mask it with
+    (conv2d_stack.py). A pool writes where its maxima were.
+    """
+    total = 0
+    for i, (sizes, pooled) in enumerate(_stack_layers(s)):
+        if pooled:
+            total += fused_bytes(sizes, e) + places(sizes) + fused_wgrad_bytes(sizes, e)
+        else:
+            total += 2 * conv_bytes(sizes, e) + e * sizes["K"]
+        if i:
+            total += (fused_dgrad_bytes if pooled else conv_dgrad_bytes)(sizes, e)
+    return total
+
+
+def _stack_layers(s: Sizes) -> Iterator[tuple[Sizes, bool]]:
+    """The sizes of each of VGG16's convolutions, and whether a pool follows."""
+    for layer, following in itertools.pairwise(networks.vgg16(s["H"], s["width"]).layers):
         if isinstance(layer, Conv):
-            op = "conv2d_relu_pool" if isinstance(following, Pool) else "conv2d_bias_relu"
-            sizes = sizes_of("conv2d", layer, following, shape["N"])
-            grad = op if op == "conv2d_relu_pool" else "conv2d"
-            modes = ("dgrad", "wgrad") if work else ("wgrad",)
-            work += [(op, "fwd", sizes), *((grad, mode, sizes) for mode in modes)]
-    return work
+            yield networks.convolution(layer, following, s["N"]), isinstance(following, Pool)
 
 
-def _places(work: tuple[str, str, dict[str, int]]) -> int:
-    """Return the bytes of the places that a pool writes in training."""
-    op, mode, sizes = work
-    if (op, mode) != ("conv2d_relu_pool", "fwd"):
-        return 0
-    P, Q = output_size(sizes)
-    return sizes["N"] * sizes["K"] * (P // 2) * (Q // 2)
+# -------------------------------------------------------------------------------------------------
+# Windows
+# -------------------------------------------------------------------------------------------------
 
 
-def output_size(shape: dict[str, int]) -> tuple[int, int]:
-    """Return (P, Q), how many windows fit: (H + 2 padding - dilation (R - 1) - 1) // stride + 1."""
-    P, Q = (len(_starts(shape, size, taps)) for size, taps in _sides(shape))
+def output_size(s: Sizes) -> tuple[int, int]:
+    """(P, Q), how many windows fit: (H + 2 padding - dilation (R - 1) - 1) // stride + 1."""
+    P, Q = (len(_starts(s, size, taps)) for size, taps in _sides(s))
     return P, Q
 
 
-def _demo_layers(N: int) -> dict[str, list[tuple[dict[str, int], tuple[str, ...]]]]:
-    """Return the demo CNN's products: sizes, and the modes that a training step computes."""
-    convolutions = [shape.sizes for shape in shapes("conv2d_relu_pool", f"demo@{N}")]
-    every = ("fwd", "dgrad", "wgrad")
-    return {
-        "conv2d_relu_pool": [
-            (sizes, every if i else ("fwd", "wgrad")) for i, sizes in enumerate(convolutions)
-        ],
-        "matmul": [(shape.sizes, every) for shape in shapes("matmul", f"demo@{N}")],
-    }
+def conv_misfit(s: Sizes) -> str | None:
+    """Why these sizes are no convolution's; None if they are."""
+    if misfit := _window_misfit(s):
+        return misfit
+    if s["C"] % s["groups"] or s.get("K", s["C"]) % s["groups"]:
+        filters = f" and K={s['K']}" if "K" in s else ""
+        return f"groups={s['groups']} must divide C={s['C']}{filters}"
+    return None
 
 
-def _window_bytes(op, mode, shape, itemsize):
-    """The minimum of the operators that slide a window over an image."""
-    N, C, H, W = (shape[key] for key in "NCHW")
-    P, Q = output_size(shape)
-    image, read = N * C * H * W, N * C * _touched(shape)
-    if op in ("im2col", "col2im"):
-        columns = N * P * Q * C * shape["R"] * shape["S"]
-        return itemsize * (columns + (read if op == "im2col" else image))
-    if op == "max_pool2d":
-        y = N * C * P * Q
-        return itemsize * (read + y) if mode == "fwd" else itemsize * (image + y) + y
-    weights, bias, places = _weights(shape), 0, 0
-    y = N * shape["K"] * P * Q
-    if op == "conv2d_bias_relu":
-        bias = shape["K"]
-    if op == "conv2d_relu_pool":
-        y, bias = N * shape["K"] * (P // 2) * (Q // 2), shape["K"]
-        read = N * C * _touched(shape, P // 2 * 2, Q // 2 * 2)
-        places = 0 if mode == "fwd" else y
-    if mode == "dgrad":
-        return itemsize * (y + weights + image) + places
-    return itemsize * (read + weights + bias + y) + places
+def fused_misfit(s: Sizes) -> str | None:
+    """Why these sizes are no convolution's that is pooled; None if they are."""
+    if misfit := conv_misfit(s):
+        return misfit
+    if (s["stride"], s["dilation"], s["groups"]) != (1, 1, 1):
+        return "stride, dilation and groups must be 1"
+    return "nothing is left of the convolution to pool" if min(output_size(s)) < 2 else None
 
 
-def _weights(shape: dict[str, int]) -> int:
+def pool_misfit(s: Sizes) -> str | None:
+    """Why these sizes are no max-pool's; None if they are."""
+    if misfit := _window_misfit(s):
+        return misfit
+    return "padding must be half of the window at most" if s["padding"] > s["R"] // 2 else None
+
+
+def stack_misfit(s: Sizes) -> str | None:
+    """Why these sizes are no stack's; None if they are."""
+    small = s["H"] < 32
+    return "five pools leave nothing of an image of less than 32 x 32" if small else None
+
+
+def _window_misfit(s: Sizes) -> str | None:
+    (_, R), (_, S) = _sides(s)
+    fits = min(output_size(s)) > 0
+    return None if fits else f"{R} x {S} taps do not fit into the padded image"
+
+
+def image(s: Sizes) -> int:
+    """Elements of the image."""
+    return s["N"] * s["C"] * s["H"] * s["W"]
+
+
+def outputs(s: Sizes) -> int:
+    """Elements of the result; a pool has no filters, and keeps the channels."""
+    P, Q = output_size(s)
+    return s["N"] * s.get("K", s["C"]) * P * Q
+
+
+def weights(s: Sizes) -> int:
     """Elements of a convolution's weight, [K, C / groups, R, S]."""
-    return shape["K"] * (shape["C"] // shape["groups"]) * shape["R"] * shape["S"]
+    return s["K"] * (s["C"] // s["groups"]) * s["R"] * s["S"]
 
 
-def _sides(shape: dict[str, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+def _sides(s: Sizes) -> tuple[tuple[int, int], tuple[int, int]]:
     """Extent and taps of the image's two sides."""
-    return (shape["H"], shape["R"]), (shape["W"], shape.get("S", shape["R"]))
+    return (s["H"], s["R"]), (s["W"], s.get("S", s["R"]))
 
 
-def _starts(shape: dict[str, int], size: int, taps: int) -> range:
+def _starts(s: Sizes, size: int, taps: int) -> range:
     """Where the windows along one side begin."""
-    padding, last = shape["padding"], shape.get("dilation", 1) * (taps - 1)
-    return range(-padding, size + padding - last, shape["stride"])
+    padding, last = s["padding"], s.get("dilation", 1) * (taps - 1)
+    return range(-padding, size + padding - last, s["stride"])
 
 
-def _touched(shape: dict[str, int], *outputs: int) -> int:
-    """Pixels of a channel that windows read: all of them, or the first `outputs` of a side."""
-    total, dilation = 1, shape.get("dilation", 1)
-    for (size, taps), count in zip(_sides(shape), outputs or (None, None), strict=True):
-        starts = _starts(shape, size, taps)[:count]
-        inside = range(size)
+def read(s: Sizes, *first: int) -> int:
+    """Elements of the image that windows read: of all outputs, or of the first of each side."""
+    total, dilation = s["N"] * s["C"], s.get("dilation", 1)
+    for (size, taps), count in zip(_sides(s), first or (None, None), strict=True):
+        starts, inside = _starts(s, size, taps)[:count], range(size)
         total *= len(
             {at for p in starts for r in range(taps) if (at := p + r * dilation) in inside}
         )
     return total
-
-
-def _elements(shape: dict[str, int]) -> int:
-    total = 1
-    for size in shape.values():
-        total *= size
-    return total
-
-
-def _check(op: str, mode: str) -> None:
-    if op not in MODES:
-        raise PerfError(f"unknown operator {op!r}: there are {', '.join(MODES)}")
-    if mode not in MODES[op]:
-        raise PerfError(f"{op} has no mode {mode!r}: it has {', '.join(MODES[op])}")

@@ -1,10 +1,10 @@
 """What each GPU can do at most: its peaks, its memory, and what fits on one of its SMs.
 
 A peak is not typed in but derived, SMs x clock x operations a clock, so that a slip in one of them
-shows: tests/perf/test_gpus.py holds every peak within 1% of the figure that the vendor publishes. All
-are dense (no structured sparsity) and accumulate in 32 bits, as the kernels do. A GPU that is not
-here has no known peaks; close relatives (PCIe, NVL, laptop) differ in clocks or memory and are not
-guessed.
+shows: tests/perf/test_gpus.py holds every peak within 1% of the figure that the vendor publishes.
+All are dense (no structured sparsity) and accumulate in 32 bits, as the kernels do. A GPU that is
+not here has no known peaks; close relatives (PCIe, NVL, laptop) differ in clocks or memory and are
+not guessed.
 """
 
 from collections.abc import Mapping
@@ -54,11 +54,7 @@ class GPU:
     source: str
 
     def peak(self, kind: str) -> float | None:
-        """FLOP/s (int8: operations/s) of one of KINDS at most; None if the GPU lacks that kind.
-
-        Raises:
-            PerfError: `kind` is none of KINDS.
-        """
+        """FLOP/s (int8: operations/s) of one of KINDS at most; None if the GPU lacks that kind."""
         if kind not in KINDS:
             raise PerfError(f"no such kind of arithmetic: {kind!r}; known: {', '.join(KINDS)}")
         if kind not in self.rate:
@@ -193,11 +189,7 @@ def find_device(device_name: str) -> GPU | None:
 
 
 def find(text: str) -> GPU:
-    """The GPU of a short name ("h200"), a target ("sm_90") or a device name ("NVIDIA H200").
-
-    Raises:
-        PerfError: no GPU is known by that name; says which are.
-    """
+    """The GPU of a short name ("h200"), a target ("sm_90") or a device name ("NVIDIA H200")."""
     key = _plain(text)
     gpu = GPUS.get(key) or GPUS.get(TARGETS.get(key, "")) or find_device(text)
     if gpu is None:
@@ -217,28 +209,19 @@ def kind(dtype: str, precision: str = "ieee") -> str:
     """The kind of arithmetic, one of KINDS, that a dtype is multiplied in.
 
     Args:
-        dtype: "float32", "float16", "bfloat16", "float8_e4m3fn" or "int8".
+        dtype: as torch calls it, "bfloat16".
         precision: of float32 products, "ieee" or "tf32"; the others have but one.
 
     Raises:
         PerfError: another dtype or precision.
     """
-    kinds = {
-        ("float32", "ieee"): "fp32",
-        ("float32", "tf32"): "tf32",
-        ("float16", "ieee"): "fp16",
-        ("float16", "tf32"): "fp16",
-        ("bfloat16", "ieee"): "bf16",
-        ("bfloat16", "tf32"): "bf16",
-        ("float8_e4m3fn", "ieee"): "fp8",
-        ("int8", "ieee"): "int8",
-    }
-    if (dtype, precision) not in kinds:
+    kinds = dict(float32="fp32", float16="fp16", bfloat16="bf16", float8_e4m3fn="fp8", int8="int8")
+    if dtype not in kinds or precision not in ("ieee", "tf32"):
         raise PerfError(
             f"no such arithmetic: dtype {dtype!r} with precision {precision!r}; "
-            f"dtypes: float32, float16, bfloat16, float8_e4m3fn, int8; precisions: ieee, tf32"
+            f"dtypes: {', '.join(kinds)}; precisions: ieee, tf32"
         )
-    return kinds[dtype, precision]
+    return "tf32" if (dtype, precision) == ("float32", "tf32") else kinds[dtype]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -330,11 +313,7 @@ LIMITS: dict[str, Limits] = {
 
 
 def limits(target: str) -> Limits:
-    """The limits of a target such as "sm_90".
-
-    Raises:
-        PerfError: not known for that target; says for which they are.
-    """
+    """The limits of a target such as "sm_90"; an error says for which they are known."""
     if target not in LIMITS:
         raise PerfError(f"no limits are known for target {target!r}; known: {', '.join(LIMITS)}")
     return LIMITS[target]

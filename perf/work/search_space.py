@@ -1,66 +1,39 @@
 """Which tiles a sweep tries: a few values on each axis, and all their combinations."""
 
-import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
-
-from tilelab.perf.errors import PerfError
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 # Products: a tile is BLOCK_M x BLOCK_N of the result, BLOCK_K of the sum at a step.
-_PRODUCT = dict(
+PRODUCT = dict(
     BLOCK_M=(64, 128, 256),
     BLOCK_N=(64, 128, 256),
     BLOCK_K=(32, 64, 128),
     num_warps=(4, 8),
     num_stages=(2, 3, 4),
 )
-_FLAT = dict(
+FLAT = dict(
     BLOCK_M=(64, 128, 256), BLOCK_N=(32, 64, 128), BLOCK_K=(16, 32, 64), num_warps=(4, 8),
     num_stages=(2, 3),
 )  # fmt: skip
 # The fused block has four accumulators, so its tiles are smaller.
-_FUSED = dict(
+FUSED = dict(
     BLOCK_M=(32, 64, 128), BLOCK_N=(16, 32, 64), BLOCK_K=(16, 32, 64), num_warps=(4, 8),
     num_stages=(2, 3),
 )  # fmt: skip
 # Memory-bound: only how many bytes a program has in flight, and how they lie.
-_ROWS = dict(BLOCK_M=(4, 8, 16, 32, 64, 128), BLOCK_N=(16, 64, 128, 256), num_warps=(2, 4, 8))
-_SOFTMAX = dict(
+ROWS = dict(BLOCK_M=(4, 8, 16, 32, 64, 128), BLOCK_N=(16, 64, 128, 256), num_warps=(2, 4, 8))
+SOFTMAX = dict(
     BLOCK_M=(1, 2, 4, 8, 16, 32, 64),
     BLOCK_N=(16, 32, 128, 1024, 2048, 4096, 8192, 16384),
     num_warps=(4, 8, 16),
 )
-AXES: dict[str, dict[str, tuple[int, ...]]] = {
-    "matmul": {**_PRODUCT, "GROUP_M": (8,)},
-    "scaled_matmul": {**_PRODUCT, "BLOCK_K": (64, 128, 256), "GROUP_M": (8,)},
-    "conv2d": _PRODUCT,
-    "conv2d_flat": _FLAT,
-    "conv2d_grouped": _PRODUCT,
-    "conv2d_depthwise": dict(
-        BLOCK_M=(16, 32, 64, 128),
-        BLOCK_N=(32, 64, 128),
-        PATCH_P=(1, 2),
-        PATCH_Q=(2, 4),
-        ROWS=(8, 16),
-        num_warps=(2, 4),
-    ),
-    "conv2d_input_grad": _PRODUCT,
-    "conv2d_weight_grad": _PRODUCT,
-    "conv2d_relu_pool": _FUSED,
-    "conv2d_relu_pool_input_grad": _FUSED,
-    "conv2d_relu_pool_weight_grad": _FUSED,
-    "bias_relu": _ROWS,
-    "bias_relu_backward": _ROWS,
-    "im2col": _ROWS,
-    "col2im": _ROWS,
-    "max_pool2d": _ROWS,
-    "max_pool2d_backward": _ROWS,
-    "softmax": _SOFTMAX,
-    "softmax_backward": _SOFTMAX,
-    "cross_entropy": _SOFTMAX,
-    "sgd": dict(BLOCK_M=(256, 512, 1024, 2048, 4096, 8192), num_warps=(2, 4, 8, 16)),
-    "adamw": dict(BLOCK_M=(256, 512, 1024, 2048, 4096, 8192), num_warps=(2, 4, 8, 16)),
-}
+FEW_COLUMNS = dict(BLOCK_M=(*SOFTMAX["BLOCK_M"], 128, 256))
+OPTIMIZER = dict(BLOCK_M=(256, 512, 1024, 2048, 4096, 8192), num_warps=(2, 4, 8, 16))
+DEPTHWISE = dict(
+    BLOCK_M=(16, 32, 64, 128), BLOCK_N=(32, 64, 128), PATCH_P=(1, 2), PATCH_Q=(2, 4), ROWS=(8, 16),
+    num_warps=(2, 4),
+)  # fmt: skip
 # What an operator's other kernels have besides, where the GPU and the operands admit them.
 FAST_AXES = dict(
     SUBTILES=(1, 2, 4),
@@ -74,9 +47,28 @@ KERNELS = (*LOWER_RUNGS, "pointer", "tma", "tma_ws")
 # Elements of a tile in registers. Of a product, 256x256: what spills there teaches something. Of
 # the others 128 a thread of four warps: beyond that they spill, after minutes of compiling.
 MOST_OF_A_PRODUCT, MOST_OF_ROWS = 2**16, 2**14
-
-
 SHARED = 227 * 1024  # bytes that a program can have on the GPUs with TMA
+
+
+class TileOp(NamedTuple):
+    """A kernel whose tile is swept.
+
+    Attributes:
+        name: what `choose_tile` is asked for.
+        axes: the values that a sweep tries on each axis of the tile.
+        fast: makes the tiles by TMA worth trying, of the sizes and an element's bytes. Without it
+            only the lesson's own are tried.
+        boxes: what its launches by TMA compute (boxes.py), if they load boxes of pixels.
+        pooled: whether the kernel through pointers adds up four outputs for each that it stores.
+        few_columns: the axes that replace those above where there are 64 columns or less.
+    """
+
+    name: str
+    axes: dict[str, tuple[int, ...]]
+    fast: Callable[[dict, int], Iterator[dict]] | None = None
+    boxes: Callable[[dict], tuple[int, int, int, int]] | None = None
+    pooled: bool = False
+    few_columns: dict[str, tuple[int, ...]] = {}
 
 
 def fast_products(sizes: dict[str, int], itemsize: int) -> Iterator[dict]:
@@ -176,53 +168,8 @@ def fast_weight_gradients(sizes: dict[str, int], itemsize: int) -> Iterator[dict
                 )  # fmt: skip
 
 
-FAST = {  # by the name that `choose_tile` is asked for; of others, the lesson's fast tiles alone
-    "matmul": fast_products,
-    "scaled_matmul": fast_products,
-    "conv2d": fast_convolutions,
-    "conv2d_flat": functools.partial(fast_convolutions, split=False),
-    "conv2d_grouped": functools.partial(fast_convolutions, filters=(64,), split=False),
-    "conv2d_input_grad": fast_convolutions,
-    "conv2d_weight_grad": fast_weight_gradients,
-}
-
-
-def parse_axes(texts: Iterable[str]) -> dict[str, tuple]:
-    """["BLOCK_M=64,128", "num_warps=8", "kernel=tma"] as a dict.
-
-    Raises:
-        PerfError: not of that form, given twice, or a value that no tile can have.
-    """
-    axes = {}
-    for text in texts:
-        name, _, values = text.partition("=")
-        if name == "kernel":
-            axes[name] = tuple(values.split(","))
-            if not set(axes[name]) <= set(KERNELS):
-                raise PerfError(f"kernel is of {', '.join(KERNELS)}; got {text!r}")
-            continue
-        try:
-            numbers = tuple(int(v) for v in values.split(","))
-        except ValueError:
-            raise PerfError(f"an axis is given as BLOCK_M=64,128; got {text!r}") from None
-        block = name.startswith("BLOCK_") or name == "num_warps"
-        least = 0 if name in FAST_AXES else 1
-        if any(v < least or (block and v & (v - 1)) for v in numbers):
-            raise PerfError(
-                f"{name} takes {'powers of two' if block else 'positive numbers'}: {text!r}"
-            )
-        if name in axes:
-            raise PerfError(f"{name} is given twice: all its values go into one -a")
-        axes[name] = numbers
-    known = sorted({name for axes_of in (*AXES.values(), FAST_AXES) for name in axes_of})
-    for name in axes:
-        if name not in (*known, "kernel"):
-            raise PerfError(f"unknown axis {name!r}: there are {', '.join(known)}")
-    return axes
-
-
 def tiles(
-    tile_op: str,
+    tile_op: TileOp,
     sizes: dict[str, int],
     given: list[dict],
     narrowed: dict[str, tuple],
@@ -232,7 +179,7 @@ def tiles(
     """The tiles to try for one problem: `given` first (the default, the lesson's own), each once.
 
     Args:
-        tile_op: the kernel's name, as in `choose_tile`.
+        tile_op: whose tiles.
         sizes: the extent of each blocked dimension. A block never exceeds the power of two that
             covers its dimension (as in `choose_tile`): what differs only beyond that is one tile.
         given: tiles to start with.
@@ -241,16 +188,13 @@ def tiles(
         kernels: of the operator, those that can do it: with none, only `given` is tried.
         itemsize: bytes of an operand's element.
     """
-    axes = AXES[tile_op]
-    if tile_op.startswith(("softmax", "cross_entropy")) and sizes["N"] <= 64:
-        axes = axes | dict(BLOCK_M=(*axes["BLOCK_M"], 128, 256))
+    axes = tile_op.axes | (tile_op.few_columns if sizes.get("N", 65) <= 64 else {})
     axes = axes | {name: values for name, values in narrowed.items() if name in axes}
     product = (dict(zip(axes, v, strict=True)) for v in itertools.product(*axes.values()))
     if not kernels:
         product = ()
-    if "tma" in kernels and tile_op in FAST:
-        fast = FAST[tile_op](sizes, itemsize)
-        fast = (t for t in fast if t["kernel"] in kernels)
+    if "tma" in kernels and tile_op.fast:
+        fast = (t for t in tile_op.fast(sizes, itemsize) if t["kernel"] in kernels)
         product = itertools.chain(fast, product)
     most = MOST_OF_A_PRODUCT if "BLOCK_K" in axes else MOST_OF_ROWS
     narrowed = {"kernel": [k for k in KERNELS if k not in LOWER_RUNGS]} | narrowed

@@ -6,13 +6,13 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from tilelab.kernels import bias_relu
-from tilelab.kernels._tiles import use_tile
-from tilelab.kernels.bias_relu import bias_activation_backward, bias_backward, reference
 
 from tests.tools.inputs import DEVICE, DTYPES, double, gradients, laid_out, randn
 from tests.tools.poison import poison
 from tests.tools.tolerance import assert_close
+from tilelab.kernels import bias_relu
+from tilelab.kernels._tiles import use_tile
+from tilelab.kernels.bias_relu import bias_activation_backward, bias_backward, reference
 
 module = importlib.import_module("tilelab.kernels.bias_relu")  # `kernels.bias_relu` is the function
 

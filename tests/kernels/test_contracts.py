@@ -9,14 +9,14 @@ import warnings
 
 import pytest
 import torch
-from tilelab.kernels import _launch
-from tilelab.kernels._tiles import use_tile
 
 from tests.tools.convolutions import far_apart
 from tests.tools.inputs import DEVICE, INTERPRET, LAYOUTS, double, gradients, laid_out, randn
 from tests.tools.operators import OPERATORS, arrange, tensors_of, upstream
 from tests.tools.poison import poison
 from tests.tools.tolerance import assert_close
+from tilelab.kernels import _launch
+from tilelab.kernels._tiles import use_tile
 
 HOPPER = _launch.Device(90, sms=132)
 

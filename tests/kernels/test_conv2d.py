@@ -6,9 +6,6 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from tilelab.kernels import _launch, conv2d
-from tilelab.kernels._tiles import use_tile
-from tilelab.kernels.conv2d import RUNGS, reference
 
 from tests.tools.convolutions import (
     CONVS,
@@ -22,6 +19,9 @@ from tests.tools.convolutions import (
 from tests.tools.inputs import DEVICE, DTYPES, LAYOUTS, double, gradients, randn
 from tests.tools.poison import poison
 from tests.tools.tolerance import assert_close
+from tilelab.kernels import _launch, conv2d
+from tilelab.kernels._tiles import use_tile
+from tilelab.kernels.conv2d import RUNGS, reference
 
 module = importlib.import_module("tilelab.kernels.conv2d")
 WEIGHT_LAYOUTS = ["contiguous", "channels_last", "transposed", "sliced", "expanded"]  # [1] is KRSC

@@ -6,14 +6,14 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from tilelab.kernels import _launch, conv2d
-from tilelab.kernels._tiles import use_tile
-from tilelab.kernels.conv2d_depthwise import TILES, reference
 
 from tests.tools.convolutions import Conv, every_dtype, integers
 from tests.tools.inputs import DEVICE, DTYPES, LAYOUTS, double, gradients, randn
 from tests.tools.poison import poison
 from tests.tools.tolerance import assert_close
+from tilelab.kernels import _launch, conv2d
+from tilelab.kernels._tiles import use_tile
+from tilelab.kernels.conv2d_depthwise import TILES, reference
 
 module = importlib.import_module("tilelab.kernels.conv2d_depthwise")
 

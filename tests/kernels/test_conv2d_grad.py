@@ -8,15 +8,6 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from tilelab.kernels import _launch, conv2d
-from tilelab.kernels._tiles import use_tile
-from tilelab.kernels.conv2d_input_grad import conv2d_input_grad
-from tilelab.kernels.conv2d_weight_grad import (
-    TILES,
-    conv2d_weight_bias_grad,
-    conv2d_weight_grad,
-)
-from tilelab.kernels.conv2d_weight_grad_tma import FAST_TILES
 
 from tests.tools.convolutions import (
     CONVS,
@@ -32,6 +23,15 @@ from tests.tools.convolutions import (
 from tests.tools.inputs import DEVICE, DTYPES, LAYOUTS, double, randn
 from tests.tools.poison import poison
 from tests.tools.tolerance import assert_close
+from tilelab.kernels import _launch, conv2d
+from tilelab.kernels._tiles import use_tile
+from tilelab.kernels.conv2d_input_grad import conv2d_input_grad
+from tilelab.kernels.conv2d_weight_grad import (
+    TILES,
+    conv2d_weight_bias_grad,
+    conv2d_weight_grad,
+)
+from tilelab.kernels.conv2d_weight_grad_tma import FAST_TILES
 
 input_module = importlib.import_module("tilelab.kernels.conv2d_input_grad")
 module = importlib.import_module("tilelab.kernels.conv2d_weight_grad")

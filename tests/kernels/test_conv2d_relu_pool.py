@@ -6,9 +6,6 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from tilelab.kernels import _launch, bias_relu, conv2d, conv2d_relu_pool
-from tilelab.kernels._tiles import use_tile
-from tilelab.kernels.conv2d_relu_pool import reference
 
 from tests.tools.convolutions import every_dtype, integers
 from tests.tools.inputs import (
@@ -23,6 +20,9 @@ from tests.tools.inputs import (
 )
 from tests.tools.poison import poison
 from tests.tools.tolerance import assert_close
+from tilelab.kernels import _launch, bias_relu, conv2d, conv2d_relu_pool
+from tilelab.kernels._tiles import use_tile
+from tilelab.kernels.conv2d_relu_pool import reference
 
 gradient = importlib.import_module("tilelab.kernels.conv2d_relu_pool_grad")
 WEIGHT_LAYOUTS = ["contiguous", "channels_last", "transposed", "sliced", "expanded"]  # [1] is KRSC

@@ -6,16 +6,16 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from tilelab.kernels import _launch, _tiles, conv2d, conv2d_relu_pool, conv2d_stack
-from tilelab.kernels.conv2d_stack import Layer, reference
-from tilelab.nets.imagenet import torch_vgg16_features, vgg16_features
-from tilelab.nets.layers import Conv2d, Conv2dReluPool, ConvStack
 from torch import nn
 
 from tests.tools.convolutions import integers
 from tests.tools.inputs import DEVICE, DTYPES, INTERPRET, double, gradients, randn
 from tests.tools.poison import poison
 from tests.tools.tolerance import assert_close
+from tilelab.kernels import _launch, _tiles, conv2d, conv2d_relu_pool, conv2d_stack
+from tilelab.kernels.conv2d_stack import Layer, reference
+from tilelab.nets.imagenet import torch_vgg16_features, vgg16_features
+from tilelab.nets.layers import Conv2d, Conv2dReluPool, ConvStack
 
 gradient = importlib.import_module("tilelab.kernels.conv2d_relu_pool_grad")
 UNPOOL = dict(kernel="unpool", BLOCK_M=16, BLOCK_N=16, num_warps=4)

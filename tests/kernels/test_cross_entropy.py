@@ -9,13 +9,13 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
-from tilelab.kernels import cross_entropy
-from tilelab.kernels._tiles import use_tile
-from tilelab.kernels.cross_entropy import reference
 
 from tests.tools.inputs import DEVICE, DTYPES, double, gradients, laid_out, randn
 from tests.tools.poison import poison
 from tests.tools.tolerance import assert_close
+from tilelab.kernels import cross_entropy
+from tilelab.kernels._tiles import use_tile
+from tilelab.kernels.cross_entropy import reference
 
 module = importlib.import_module("tilelab.kernels.cross_entropy")  # the function has the same name
 INF, NAN = math.inf, math.nan

@@ -15,6 +15,11 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
+
+from tests.tools.convolutions import Conv, integers
+from tests.tools.inputs import DEVICE, double, laid_out, randn
+from tests.tools.poison import poison
+from tests.tools.tolerance import assert_close
 from tilelab.kernels import _launch, conv2d, conv2d_relu_pool, conv2d_tma, matmul, matmul_tma
 from tilelab.kernels import conv2d_weight_grad_tma as weight_grad_tma
 from tilelab.kernels._launch import Device
@@ -26,11 +31,6 @@ from tilelab.kernels.conv2d_input_grad import conv2d_input_grad, conv2d_input_gr
 from tilelab.kernels.conv2d_tma import GROUP_BLOCK, pixel_box
 from tilelab.kernels.conv2d_weight_grad import conv2d_weight_bias_grad
 from tilelab.kernels.matmul import reference as matmul_reference
-
-from tests.tools.convolutions import Conv, integers
-from tests.tools.inputs import DEVICE, double, laid_out, randn
-from tests.tools.poison import poison
-from tests.tools.tolerance import assert_close
 
 HOPPER, AMPERE = Device(90, sms=132), Device(80, sms=108)
 HALF = [torch.float16, torch.bfloat16]

@@ -4,10 +4,6 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from tilelab.kernels import col2im, conv2d, conv2d_im2col, im2col
-from tilelab.kernels._tiles import use_tile
-from tilelab.kernels.conv2d import reference as conv2d_reference
-from tilelab.kernels.im2col import reference
 
 from tests.tools.convolutions import (
     FEW,
@@ -30,6 +26,10 @@ from tests.tools.inputs import (
 )
 from tests.tools.poison import poison
 from tests.tools.tolerance import assert_close
+from tilelab.kernels import col2im, conv2d, conv2d_im2col, im2col
+from tilelab.kernels._tiles import use_tile
+from tilelab.kernels.conv2d import reference as conv2d_reference
+from tilelab.kernels.im2col import reference
 
 SMALL = dict(BLOCK_M=16, BLOCK_N=16, num_warps=4)
 

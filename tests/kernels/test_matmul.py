@@ -7,13 +7,13 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from tilelab.kernels import _launch, matmul
-from tilelab.kernels._tiles import use_tile
-from tilelab.kernels.matmul import reference
 
 from tests.tools.inputs import DEVICE, DTYPES, INTERPRET, double, gradients, laid_out, randn
 from tests.tools.poison import poison
 from tests.tools.tolerance import assert_close
+from tilelab.kernels import _launch, matmul
+from tilelab.kernels._tiles import use_tile
+from tilelab.kernels.matmul import reference
 
 
 def integers(*shape, dtype, seed=0, low=-3, high=3):

@@ -11,14 +11,6 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from tilelab.kernels import _launch, _tiles, conv2d_tma, matmul_tma
-from tilelab.kernels import conv2d_input_grad_tma as input_grad_tma
-from tilelab.kernels import conv2d_weight_grad_tma as weight_grad_tma
-from tilelab.kernels._geometry import output_size
-from tilelab.kernels._launch import Device
-from tilelab.kernels.conv2d_tma import GROUP_BLOCK, LARGEST, pixel_box
-from tilelab.kernels.conv2d_weight_grad_tma import as_neighbours, pixels_inside
-from tilelab.kernels.matmul import TILES
 
 from tests.kernels.test_fast import (
     CONVOLUTIONS,
@@ -29,6 +21,14 @@ from tests.kernels.test_fast import (
 )
 from tests.tools.convolutions import Conv
 from tests.tools.inputs import laid_out, randn
+from tilelab.kernels import _launch, _tiles, conv2d_tma, matmul_tma
+from tilelab.kernels import conv2d_input_grad_tma as input_grad_tma
+from tilelab.kernels import conv2d_weight_grad_tma as weight_grad_tma
+from tilelab.kernels._geometry import output_size
+from tilelab.kernels._launch import Device
+from tilelab.kernels.conv2d_tma import GROUP_BLOCK, LARGEST, pixel_box
+from tilelab.kernels.conv2d_weight_grad_tma import as_neighbours, pixels_inside
+from tilelab.kernels.matmul import TILES
 
 # --- matmul ---------------------------------------------------------------------------------------
 

@@ -8,11 +8,11 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
-from tilelab.kernels.pool import _max_pool2d, _max_pool2d_backward, max_pool2d, reference
 
 from tests.tools.inputs import DEVICE, DTYPES, double, gradients, laid_out, randn
 from tests.tools.poison import poison
 from tests.tools.tolerance import assert_close
+from tilelab.kernels.pool import _max_pool2d, _max_pool2d_backward, max_pool2d, reference
 
 module = importlib.import_module("tilelab.kernels.pool")
 

@@ -1,23 +1,17 @@
 """scaled_matmul: its scales, all values of 8 bits, and what TMA takes."""
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from tilelab.kernels import _launch, scaled_matmul
-from tilelab.kernels._launch import Device
-from tilelab.kernels._tiles import use_tile
-from tilelab.kernels.scaled_matmul import FAST_TILES, TILES, fast_tile, reference
 
 from tests.tools.inputs import DEVICE, DTYPES, laid_out, randn
 from tests.tools.poison import poison
 from tests.tools.tolerance import assert_close
+from tilelab.kernels import _launch, scaled_matmul
+from tilelab.kernels._launch import Device
+from tilelab.kernels._tiles import use_tile
+from tilelab.kernels.scaled_matmul import FAST_TILES, TILES, fast_tile, reference
 
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
 EIGHT_BIT = [FP8, INT8]
@@ -355,72 +349,6 @@ def test_a_twin_leaves_the_storage_around_a_float8_tensor_as_it_is():
     b = storage.view(FP8)[64:96].view(2, 16).t()
     scaled_matmul(a, b, ONE, ONE)
     assert torch.equal(storage, before)
-
-
-# --- compiled, not run --------------------------------------------------------------------------
-
-# Every fast tile, both dtypes: with scales of the whole tensors; with all that an epilogue can do,
-# and results of 16 and of 32 bits.
-CHILD = """
-import json
-import torch
-from tilelab.kernels import _launch, _tiles, scaled_matmul
-from tilelab.kernels.scaled_matmul import FAST_TILES
-from tilelab.perf.compiler import aot
-
-aot.compile_for("sm_90")
-for dtype in (torch.float8_e4m3fn, torch.int8):
-    a, b = (torch.empty(4096, 4096, dtype=dtype) for _ in range(2))
-    each, one = torch.empty(4096), torch.empty(())
-    for out, rest in (
-        (torch.bfloat16, (one, one)),
-        (torch.bfloat16, (each, each, each.bfloat16(), "relu")),
-        (torch.float32, (each, each, each, "relu", torch.float32)),
-    ):
-        for tile in FAST_TILES[1]:
-            with _launch.record(aot.device("sm_90")) as events:
-                with _tiles.use_tile("scaled_matmul", tile):
-                    scaled_matmul(a, b.t(), *rest)
-            found = aot.analyse(aot.compile_launch(events[-1]))
-            keep = ("registers", "spills", "shared", "tensor_core", "operands", "tma", "serialised",
-                    "loop_instructions", "load_bytes", "store_bytes")
-            print(json.dumps([str(dtype), str(out), tile, {k: found[k] for k in keep}]))
-"""
-
-
-@pytest.mark.core
-def test_every_fast_tile_on_hopper():
-    """No spills; wgmma as wide as the tile, both operands by TMA from shared memory, overlapping.
-
-    int8 has no wgmma wider than 128 here: a step of 128x256 is eight of them instead of four.
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD],
-        cwd=pathlib.Path(__file__).parents[2],
-        env=os.environ | {"TRITON_INTERPRET": "0"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(rows) == 6 * len(FAST_TILES[1])
-    problems = []
-    for dtype, out, tile, found in rows:
-        wide = tile["BLOCK_N"] if "float8" in dtype else 128
-        core = "QGMMA" if "float8" in dtype else "IGMMA"
-        longest = 100 if tile["BLOCK_N"] == wide else 110
-        good = (
-            found["spills"] == 0
-            and found["tensor_core"].startswith(f"{core}.64x{wide}x32")
-            and found["operands"] == "shared"
-            and found["tma"]
-            and not found["serialised"]
-            and found["shared"] <= 227 * 1024
-            and found["loop_instructions"] <= longest
-        )
-        if not good:
-            problems.append(f"{dtype}, {out}, {tile}: {found}")
-    assert not problems, "\n".join(problems)
 
 
 # --- on a GPU, at real sizes --------------------------------------------------------------------

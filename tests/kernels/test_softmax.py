@@ -8,10 +8,6 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from tilelab.kernels import _launch, _tiles, softmax
-from tilelab.kernels._rows import as_rows
-from tilelab.kernels._tiles import use_tile
-from tilelab.kernels.softmax import reference
 
 from tests.tools.inputs import (
     DEVICE,
@@ -24,6 +20,10 @@ from tests.tools.inputs import (
 )
 from tests.tools.poison import poison
 from tests.tools.tolerance import assert_close
+from tilelab.kernels import _launch, _tiles, softmax
+from tilelab.kernels._rows import as_rows
+from tilelab.kernels._tiles import use_tile
+from tilelab.kernels.softmax import reference
 
 module = importlib.import_module("tilelab.kernels.softmax")  # `kernels.softmax` is the function
 INF, NAN = math.inf, math.nan

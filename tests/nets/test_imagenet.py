@@ -5,14 +5,14 @@ import itertools
 
 import pytest
 import torch
-from tilelab.nets.imagenet import VGG16, Bottleneck, ResNet50, fold
-from tilelab.nets.models import build
-from tilelab.perf.work import shapes
 from torch import nn
 from torch.nn import functional as F
 
 from tests.tools.inputs import DEVICE, double, randn
 from tests.tools.tolerance import assert_close
+from tilelab.nets.imagenet import VGG16, Bottleneck, ResNet50, fold
+from tilelab.nets.models import build
+from tilelab.perf.work import networks
 
 
 def torch_vgg16(shape, classes, width):
@@ -129,12 +129,12 @@ def test_vgg16_is_its_twin(vgg):
 
 
 def parameters_of(network):
-    """Names and shapes of the parameters, as perf/work/shapes.py counts the layers."""
+    """Names and shapes of the parameters, as perf/work/networks.py counts the layers."""
     found = {}
     for layer in network.layers:
-        if isinstance(layer, shapes.Conv):
+        if isinstance(layer, networks.Conv):
             found[layer.name] = (layer.K, layer.C, layer.R, layer.R)
-        elif isinstance(layer, shapes.Linear):
+        elif isinstance(layer, networks.Linear):
             found[layer.name] = (layer.outputs, layer.inputs)
     return found
 
@@ -142,7 +142,7 @@ def parameters_of(network):
 def test_vgg16_at_full_size_has_torchvisions_parameters():
     with torch.device("meta"):
         state = VGG16().state_dict()
-    network = shapes.vgg16()
+    network = networks.vgg16()
     weights = parameters_of(network)
     assert list(state) == [f"{name}.{kind}" for name in weights for kind in ("weight", "bias")]
     assert {k: tuple(state[f"{k}.weight"].shape) for k in weights} == weights
@@ -235,14 +235,14 @@ def test_fold_names_what_is_missing(torch_resnet, lost):
 def test_resnet50_at_full_size_has_torchvisions_parameters():
     with torch.device("meta"):
         state = ResNet50().state_dict()
-    weights = parameters_of(shapes.resnet50())
+    weights = parameters_of(networks.resnet50())
     assert {k: tuple(state[f"{k}.weight"].shape) for k in weights} == weights
     assert len(state) == 2 * len(weights) == 2 * 54
 
 
 def test_the_two_networks_run_the_layers_that_perf_measures():
     """The sizes of every convolution's input, too; on the meta device, which computes nothing."""
-    for network, make in ((shapes.vgg16(), VGG16), (shapes.resnet50(), ResNet50)):
+    for network, make in ((networks.vgg16(), VGG16), (networks.resnet50(), ResNet50)):
         with torch.device("meta"):
             model, seen = make(), {}
 
@@ -255,7 +255,7 @@ def test_the_two_networks_run_the_layers_that_perf_measures():
         with torch.no_grad():  # or a stack would not call its layers one by one
             assert model(torch.empty(1, 3, 224, 224, device="meta")).shape == (1, 1000)
         got = {name: seen[m] for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
-        convolutions = [layer for layer in network.layers if isinstance(layer, shapes.Conv)]
+        convolutions = [layer for layer in network.layers if isinstance(layer, networks.Conv)]
         assert got == {layer.name: (layer.C, layer.H) for layer in convolutions}
 
 

@@ -5,12 +5,12 @@ import copy
 
 import pytest
 import torch
+
+from tests.tools.inputs import DEVICE
 from tilelab.kernels import SGD, AdamW, cross_entropy
 from tilelab.nets import data, step
 from tilelab.nets.models import build
 from tilelab.nets.step import TrainStep
-
-from tests.tools.inputs import DEVICE
 
 MEAN, STD = 33.0, 78.0
 COUNT, BATCH = 23, 8  # two whole batches, and one of 7

@@ -15,6 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
+
+from tests.tools.inputs import DEVICE, double
+from tilelab.__main__ import main
 from tilelab.kernels import SGD, AdamW, cross_entropy
 from tilelab.nets import checkpoint, data, models, train
 from tilelab.nets.config import Config, ConfigError
@@ -22,10 +26,6 @@ from tilelab.nets.data import DataError
 from tilelab.nets.imagenet import VGG16
 from tilelab.nets.models import TorchCNN, build
 from tilelab.nets.train import Images, evaluate, fit, learning_rate, scores
-from torch.nn import functional as F
-
-from tests.tools.inputs import DEVICE, double
-from tilelab.__main__ import main
 
 ROOT = Path(__file__).parents[2]
 # A whole run in half a second: 4 epochs of 2 steps.

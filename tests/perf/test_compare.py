@@ -4,6 +4,7 @@ import argparse
 
 import numpy as np
 import pytest
+
 from tilelab.perf.errors import PerfError
 from tilelab.perf.report import compare as module
 from tilelab.perf.report.compare import compare, format_table, summary
@@ -172,7 +173,7 @@ def test_only_right_results_are_compared():
     assert found.ratio == pytest.approx(1, rel=0.01)
     for status in ("pruned", "skipped"):
         assert not compare([row()], [row(status=status)])
-    assert not compare([row()], [row(stage="compile")])  # compiled, never timed
+    assert not compare([row()], [row(stage="compile", median_s=None)])  # compiled, never timed
 
 
 def test_what_has_no_right_result_any_more_is_the_worst():
@@ -211,8 +212,8 @@ def test_the_worst_is_first_and_the_table_is_aligned():
         "verdict", "SLOWER", "SAME", "FASTER", "peers", "SLOWER"
     ]  # fmt: skip
     assert text[0].index("what") == text[1].index("matmul") == text[-1].index("matmul")
-    assert "1 ms" in text[1] and "500" in text[3] and "us" in text[3]
-    assert "64x32 w4" in text[1] and text[-1].endswith("torch")
+    assert "1 ms" in text[1] and "500 µs" in text[3]
+    assert "64x32 w4" in text[1] and text[-1].endswith("PyTorch")
 
 
 def test_the_summary_counts_ours_and_tells_the_drift_of_the_peers():

@@ -1,24 +1,19 @@
 """`tilelab compile`, from the command line to the file: tables, resuming, words."""
 
-import argparse
+import contextlib
 import importlib
-import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
-from tilelab.perf.commands import arguments
-from tilelab.perf.commands import compile as compiling
-from tilelab.perf.errors import PerfError
-from tilelab.perf.report import explanation
-from tilelab.perf.rows import ranking, results
-from tilelab.perf.work import gpus
-from tilelab.perf.work.workloads import Workload
 
 from tests.perf.test_prediction import product
+from tests.perf.test_sweep import FakeCompilers
+from tilelab.__main__ import main
+from tilelab.perf.commands import compile as compiling
+from tilelab.perf.commands import provenance, sweep
+from tilelab.perf.report import diagnosis
+from tilelab.perf.rows import ranking, results
+from tilelab.perf.work import gpus
 
-ROOT = pathlib.Path(__file__).parents[2]
 H200 = gpus.GPUS["h200"]
 
 
@@ -34,7 +29,7 @@ def compiled(**changes):
 
 
 def test_words_say_what_is_good():
-    text = explanation.words(compiling.finish(compiled(), H200), H200)
+    text = diagnosis.describe_tile(compiling.finish(compiled(), H200), H200)
     for piece in (
         "BLOCK_M=128, BLOCK_N=256, BLOCK_K=64",
         "137.4 GFLOP over at least 100.7 MB, 1365 FLOPs a byte",
@@ -44,7 +39,7 @@ def test_words_say_what_is_good():
         "HGMMA.64x256x16.F32.BF16, 4 in the main loop, its first operand from shared",
         "92 instructions (4 tensor core, 12 load, 76 integer)",
         "512 programs on 132 SMs, 1 at a time on each: 3.88 waves.",
-        "Predicted, not measured: 145.7 us, 943 TFLOP/s",
+        "Predicted, not measured: 146 µs, 943 TFLOP/s",
     ):
         assert piece in " ".join(text.split()), piece
     assert "BAD" not in text
@@ -66,15 +61,13 @@ def test_words_say_what_is_good():
 )
 def test_words_say_what_is_bad(changes, piece):
     row = compiling.finish(compiled(**changes), H200)
-    assert piece in " ".join(explanation.words(row, H200).split())
+    assert piece in " ".join(diagnosis.describe_tile(row, H200).split())
 
 
 def test_the_annotated_loop_shows_a_line_once(tmp_path):
     source = tmp_path / "k.py"
     source.write_text("a = 1\nacc = tl.dot(a, b)\n")
-    text = explanation.annotated(
-        [(str(source), 2, "HGMMA R1"), (str(source), 2, "BRA"), ("", 0, "X")]
-    )
+    text = diagnosis.annotate([(str(source), 2, "HGMMA R1"), (str(source), 2, "BRA"), ("", 0, "X")])
     assert text.count("k.py:2  acc = tl.dot(a, b)") == 1 and "BRA" in text
 
 
@@ -88,7 +81,7 @@ def test_the_table_counts_what_is_not_worth_running():
 
 def test_what_is_stored_fits_the_schema(tmp_path):
     row = compiling.finish(compiled(), H200) | {"status": "predicted"}
-    header = dict(gpu="sm_90 (compiled)", created=arguments.now(), measured=False, versions={})
+    header = dict(gpu="sm_90 (compiled)", created=provenance.now(), measured=False, versions={})
     with results.Writer(tmp_path / "r.jsonl", header) as writer:
         writer.write(compiling.stored(row))
     (back,) = results.read(tmp_path / "r.jsonl").rows
@@ -96,14 +89,17 @@ def test_what_is_stored_fits_the_schema(tmp_path):
     assert not back["measured"] and back["limit"] == "registers" and back["waves"]
 
 
-def perf(*argv, cwd):
-    return subprocess.run(
-        [sys.executable, "-m", "tilelab", *argv],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
+@pytest.fixture
+def tilelab(tmp_path, monkeypatch, capsys):
+    """Runs a command where there is no GPU; returns its exit status and what it printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweep.devices, "current_device", sweep.devices.HostDevice)
+
+    def run(*argv):
+        status = main([*argv])
+        return status, *capsys.readouterr()
+
+    return run
 
 
 def test_a_gpu_that_does_not_stand_for_its_target_has_its_own_name():
@@ -119,58 +115,51 @@ def test_a_table_of_work_without_a_tile_that_failed():
 
 
 @pytest.mark.slow
-def test_a_sweep_with_no_gpu_compiles_and_says_so(tmp_path):
+def test_a_sweep_with_no_gpu_compiles_and_says_so(tilelab, tmp_path):
     """What a newcomer does: one command, then the heat-map and why the others lost."""
-    axes = [
-        "-a",
-        "BLOCK_M=64,128",
-        "-a",
-        "BLOCK_N=64,128",
-        "-a",
-        "BLOCK_K=64",
-        "-a",
-        "num_stages=3",
-    ]
-    done = perf("sweep", "matmul", "--shapes", "m=2048", *axes, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "No GPU here: tiles are compiled and predicted, not timed" in done.stdout
-    assert "best of" in done.stdout and "predicted" in done.stdout
+    words = ["sweep", "matmul", "--shapes", "m=2048", "-a", "BLOCK_M=128", "-a", "BLOCK_K=64"]
+    words += ["-a", "BLOCK_N=64,128", "-a", "num_warps=8", "-a", "num_stages=3"]
+    words += ["-a", "SPLIT_K=1", "-a", "SUBTILES=1", "-a", "PROGRAMS_PER_SM=0,1"]
+    status, out, error = tilelab(*words)
+    assert status == 0, error
+    assert "No GPU here: tiles are compiled and predicted, not timed" in out
+    assert "best of" in out and "predicted" in out
     path = tmp_path / "runs" / "sweep" / "sm_90.jsonl"
     rows = results.read(path).rows
-    assert len(rows) == 19 and {row["status"] for row in rows} <= {"predicted", "pruned"}
+    assert 3 < len(rows) < 8 and {row["status"] for row in rows} <= {"predicted", "pruned"}
     kinds = [row["tile"].get("kernel", "pointer") for row in rows]
-    assert kinds.count("pointer") == 8 and {"tma", "tma_ws"} < set(kinds)
+    assert kinds.count("pointer") == 2 and "tma" in kinds
     assert (path.parent / "report.html").stat().st_size > 10_000
 
-    resumed = perf("sweep", "matmul", "--shapes", "m=2048", *axes, "--resume", cwd=tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
-    assert len(results.read(path).rows) == 19  # nothing was done again
-    again = perf("sweep", "matmul", "--out", str(path.parent), cwd=tmp_path)
-    assert again.returncode == 2 and "go on with --resume" in again.stderr
+    status, _, error = tilelab(*words, "--resume", "--no-plots")
+    assert status == 0, error
+    assert len(results.read(path).rows) == len(rows)  # nothing was done again
+    status, _, error = tilelab("sweep", "matmul", "--out", str(path.parent))
+    assert status == 2 and "go on with --resume" in error
 
 
 @pytest.mark.slow
-def test_explain_from_the_command_line(tmp_path):
-    done = perf("compile", "bias_relu", "--explain", "-t", "a100,sm_90", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Predicted, not measured") == 2
-    assert "bias_relu.py:" in done.stdout and "memory is the ceiling" in done.stdout
+def test_explain_from_the_command_line(tilelab, tmp_path):
+    status, out, error = tilelab("compile", "bias_relu", "--explain", "-t", "a100,sm_90")
+    assert status == 0, error
+    assert out.count("Predicted, not measured") == 2
+    assert "bias_relu.py:" in out and "memory is the ceiling" in out
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.slow
-def test_a_step_has_no_tile_to_explain():
-    work = [Workload("train_step", "step", "float32", "ieee", {"N": 8}, "")]
-    with pytest.raises(PerfError, match="train_step has no tile"):
-        compiling._explain(work, argparse.Namespace(axis=[], workers=1), [H200])
+def test_a_step_has_no_tile_to_explain(tilelab, monkeypatch):
+    fake = contextlib.nullcontext(FakeCompilers())
+    monkeypatch.setattr(compiling.aot, "Compilers", lambda workers: fake)
+    status, _, error = tilelab("compile", "train_step", "--explain")
+    assert status == 2 and "train_step has no tile" in error
 
 
-def test_the_lessons_tiles_alone(tmp_path):
-    done = perf("compile", "sgd", "--shapes", "tiny", "--tiles", "lesson", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_the_lessons_tiles_alone(tilelab, tmp_path):
+    status, _, error = tilelab("compile", "sgd", "--shapes", "tiny", "--tiles", "lesson")
+    assert status == 0, error
     rows = results.read(tmp_path / "runs" / "compile" / "sm_90.jsonl").rows
     lesson = importlib.import_module("tilelab.kernels.optim").TILES
     assert {row["tile"]["BLOCK_M"] for row in rows} <= {16} | {t["BLOCK_M"] for t in lesson}
     assert 1 < len(rows) <= 1 + len(lesson)
-    refused = perf("compile", "sgd", "--tiles", "default", cwd=tmp_path)
-    assert refused.returncode == 2 and "needs the GPU whose tuned table" in refused.stderr
+    status, _, error = tilelab("compile", "sgd", "--tiles", "default")
+    assert status == 2 and "needs the GPU whose tuned table" in error

@@ -2,20 +2,29 @@
 
 import pytest
 import torch
-from tilelab.nets.imagenet import torch_vgg16_features
-from tilelab.nets.models import TorchCNN
-from tilelab.perf.errors import PerfError
-from tilelab.perf.work import cost, workloads
-from tilelab.perf.work.shapes import KEYS, shapes
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
+
+from tilelab.nets.imagenet import torch_vgg16_features
+from tilelab.nets.models import TorchCNN
+from tilelab.perf.work import cost, networks
+from tilelab.perf.work.operators import OPERATORS
+from tilelab.perf.work.shapes import shapes
 
 CONVOLUTIONS = ("conv2d", "conv2d_im2col")
 
 
+def flops(op, mode, sizes):
+    return OPERATORS[op].modes[mode].flops(sizes)
+
+
+def minimum_bytes(op, mode, sizes, itemsize):
+    return OPERATORS[op].modes[mode].bytes(sizes, itemsize)
+
+
 def conv(N, C, H, W, K, R, S, stride=1, padding=0, dilation=1, groups=1):
     sizes = (N, C, H, W, K, R, S, stride, padding, dilation, groups)
-    return dict(zip(KEYS["conv2d"], sizes, strict=True))
+    return dict(zip(networks.CONV, sizes, strict=True))
 
 
 # Sizes, FLOPs of each mode, elements of x (those read), w, y and of all of x.
@@ -52,12 +61,12 @@ BY_HAND = {
 @pytest.mark.parametrize("op", CONVOLUTIONS)
 @pytest.mark.parametrize("name", BY_HAND)
 def test_convolutions_by_hand(op, name):
-    sizes, flops, (x, w, y, dx) = BY_HAND[name]
-    assert {cost.flops(op, mode, sizes) for mode in ("fwd", "dgrad", "wgrad")} == {flops}
+    sizes, count, (x, w, y, dx) = BY_HAND[name]
+    assert {flops(op, mode, sizes) for mode in ("fwd", "dgrad", "wgrad")} == {count}
     for itemsize in (2, 4):
-        assert cost.minimum_bytes(op, "fwd", sizes, itemsize) == itemsize * (x + w + y)
-        assert cost.minimum_bytes(op, "dgrad", sizes, itemsize) == itemsize * (y + w + dx)
-        assert cost.minimum_bytes(op, "wgrad", sizes, itemsize) == itemsize * (x + w + y)
+        assert minimum_bytes(op, "fwd", sizes, itemsize) == itemsize * (x + w + y)
+        assert minimum_bytes(op, "dgrad", sizes, itemsize) == itemsize * (y + w + dx)
+        assert minimum_bytes(op, "wgrad", sizes, itemsize) == itemsize * (x + w + y)
 
 
 OTHERS = [  # op, mode, sizes, FLOPs, bytes of 2-byte elements
@@ -83,25 +92,25 @@ OTHERS = [  # op, mode, sizes, FLOPs, bytes of 2-byte elements
 ]
 
 
-@pytest.mark.parametrize("op, mode, sizes, flops, bytes_", OTHERS)
-def test_the_others_by_hand(op, mode, sizes, flops, bytes_):
-    shape = dict(zip(KEYS[op], sizes, strict=True))
-    assert cost.flops(op, mode, shape) == flops
-    assert cost.minimum_bytes(op, mode, shape, 2) == bytes_
+@pytest.mark.parametrize("op, mode, sizes, count, bytes_", OTHERS)
+def test_the_others_by_hand(op, mode, sizes, count, bytes_):
+    shape = dict(zip(OPERATORS[op].sizes, sizes, strict=True))
+    assert flops(op, mode, shape) == count
+    assert minimum_bytes(op, mode, shape, 2) == bytes_
     if op == "scaled_matmul":
-        assert cost.minimum_bytes(op, mode, shape, 1) == 56 + 30
+        assert minimum_bytes(op, mode, shape, 1) == 56 + 30
     elif "max_pool2d" not in op:
-        assert cost.minimum_bytes(op, mode, shape, 4) == 2 * bytes_
+        assert minimum_bytes(op, mode, shape, 4) == 2 * bytes_
 
 
 def test_the_fused_block_by_hand():
     """The demo's second: 11 x 11 outputs, of which 10 x 10 are pooled and 12 x 12 pixels read."""
     (_, second) = shapes("conv2d_relu_pool", "demo@64")
     for mode in ("fwd", "dgrad", "wgrad"):
-        assert cost.flops("conv2d_relu_pool", mode, second.sizes) == 58_982_400
+        assert flops("conv2d_relu_pool", mode, second.sizes) == 58_982_400
     x, w, bias, y, dx = 147_456, 4_608, 32, 51_200, 173_056
-    found = {m: cost.minimum_bytes("conv2d_relu_pool", m, second.sizes, 4) for m in cost.MODES[
-        "conv2d_relu_pool"]}  # fmt: skip
+    found = {m: minimum_bytes("conv2d_relu_pool", m, second.sizes, 4)
+             for m in OPERATORS["conv2d_relu_pool"].modes}  # fmt: skip
     assert found == {
         "fwd": 4 * (x + w + bias + y),
         "dgrad": 4 * (y + w + dx) + y,
@@ -112,13 +121,13 @@ def test_the_fused_block_by_hand():
 def test_im2col_by_hand():
     """A picture of 3 x 3 in windows of 2 x 2: 4 rows of 4."""
     sizes = conv(1, 1, 3, 3, 1, 2, 2)
-    assert cost.flops("im2col", "fwd", sizes) == 0
-    assert cost.flops("col2im", "fwd", sizes) == 16
-    assert cost.minimum_bytes("im2col", "fwd", sizes, 4) == 4 * (9 + 16)
-    assert cost.minimum_bytes("col2im", "fwd", sizes, 4) == 4 * (16 + 9)
+    assert flops("im2col", "fwd", sizes) == 0
+    assert flops("col2im", "fwd", sizes) == 16
+    assert minimum_bytes("im2col", "fwd", sizes, 4) == 4 * (9 + 16)
+    assert minimum_bytes("col2im", "fwd", sizes, 4) == 4 * (16 + 9)
     thin = conv(1, 1, 5, 5, 1, 1, 1, stride=2)  # 9 of 25 pixels
-    assert cost.minimum_bytes("im2col", "fwd", thin, 1) == 9 + 9
-    assert cost.minimum_bytes("col2im", "fwd", thin, 1) == 9 + 25
+    assert minimum_bytes("im2col", "fwd", thin, 1) == 9 + 9
+    assert minimum_bytes("col2im", "fwd", thin, 1) == 9 + 25
 
 
 @pytest.mark.parametrize(
@@ -127,7 +136,7 @@ def test_im2col_by_hand():
 def test_networks_have_the_published_number_of_multiply_adds(name, total):
     """Convolutions and linear layers for one image, as torchvision's documentation counts them."""
     macs = sum(
-        shape.count * cost.flops(op, "fwd", shape.sizes) / 2
+        shape.count * flops(op, "fwd", shape.sizes) / 2
         for op in ("conv2d", "matmul")
         for shape in shapes(op, f"{name}@1")
     )
@@ -136,14 +145,14 @@ def test_networks_have_the_published_number_of_multiply_adds(name, total):
 
 def test_a_training_step_by_hand():
     # 12,460,032 twice, 58,982,400 and 1,024,000 three times
-    assert cost.flops("train_step", "step", {"N": 64}) == 204_939_264
+    assert flops("train_step", "step", {"N": 64}) == 204_939_264
     image, y1, read1, y2, logits = 64 * 784, 64 * 16 * 169, 64 * 16 * 144, 64 * 32 * 25, 640
     forward = (image + 160 + y1) + (read1 + 4_640 + y2) + (y2 + 8_010 + logits)
     linear = logits + y2 + 8_000 + y2 + 8_010
     backward = linear + (y2 + read1 + 4_608 + y1 + 4_640) + (y1 + image + 160)
     elements, places = forward + 2 * logits + backward, 2 * (y1 + y2)
     for itemsize in (4, 2):
-        assert cost.minimum_bytes("train_step", "step", {"N": 64}, itemsize) == (
+        assert minimum_bytes("train_step", "step", {"N": 64}, itemsize) == (
             itemsize * elements + places + 28 * 12_810
         )
     assert cost.train_step_launches() == 3 + 1 + 3 + 1
@@ -155,7 +164,7 @@ def test_a_training_step_as_torch_counts_it():
     with FlopCounterMode(display=False) as counter:
         model(images).sum().backward()
     unpooled = 3 * 2 * 64 * 21 * 32 * 16 * 9
-    assert counter.get_total_flops() == cost.flops("train_step", "step", {"N": 64}) + unpooled
+    assert counter.get_total_flops() == flops("train_step", "step", {"N": 64}) + unpooled
 
 
 def test_a_stack_of_convolutions_as_torch_counts_it():
@@ -164,7 +173,7 @@ def test_a_stack_of_convolutions_as_torch_counts_it():
     model = torch_vgg16_features(width=8)
     with FlopCounterMode(display=False) as counter:
         model(torch.randn(2, 3, 64, 64)).sum().backward()
-    assert counter.get_total_flops() == cost.flops("conv_stack", "step", sizes)
+    assert counter.get_total_flops() == flops("conv_stack", "step", sizes)
 
 
 def test_the_bytes_of_a_stack_by_hand():
@@ -179,7 +188,7 @@ def test_the_bytes_of_a_stack_by_hand():
     dgrad = forward - sum(k) - (x[0] + w[0] + y[0])
     elements, places = forward + wgrad + dgrad, 3 * sum(pooled)
     sizes = dict(N=1, H=32, width=1)
-    assert cost.minimum_bytes("conv_stack", "step", sizes, 2) == 2 * elements + places
+    assert minimum_bytes("conv_stack", "step", sizes, 2) == 2 * elements + places
 
 
 GEOMETRIES = [(7, 3, 1, 0, 1), (8, 3, 2, 1, 1), (9, 1, 2, 0, 1), (11, 2, 3, 1, 2), (9, 2, 4, 0, 3)]
@@ -195,23 +204,14 @@ def test_pixels_read_are_those_that_have_a_gradient(H, R, stride, padding, dilat
     sizes = conv(1, 1, H, W, 1, R, S, stride, padding, dilation)
     assert cost.output_size(sizes) == tuple(y.shape[2:])
     read = int((x.grad > 0).sum())
-    assert cost.minimum_bytes("conv2d", "fwd", sizes, 1) == read + R * S + y.numel()
+    assert minimum_bytes("conv2d", "fwd", sizes, 1) == read + R * S + y.numel()
 
 
 def test_every_workload_has_a_cost():
-    assert set(workloads.OPS) == set(cost.MODES) == set(KEYS)
-    for op, about in workloads.OPS.items():
-        assert set(about.modes) == set(cost.MODES[op])
-        for mode in about.modes:
+    for op, row in OPERATORS.items():
+        for mode in row.modes:
             for shape in shapes(op, "tiny"):
-                assert cost.flops(op, mode, shape.sizes) > 0 or op == "im2col"
-                few, many = (cost.minimum_bytes(op, mode, shape.sizes, size) for size in (2, 4))
+                assert flops(op, mode, shape.sizes) > 0 or op == "im2col"
+                few, many = (minimum_bytes(op, mode, shape.sizes, size) for size in (2, 4))
                 assert 0 < few < many <= 2 * few
-                assert type(few) is type(cost.flops(op, mode, shape.sizes)) is int
-
-
-def test_what_does_not_exist():
-    with pytest.raises(PerfError, match="unknown operator 'attention'.*matmul"):
-        cost.flops("attention", "fwd", {})
-    with pytest.raises(PerfError, match="softmax has no mode 'wgrad': it has fwd, bwd"):
-        cost.minimum_bytes("softmax", "wgrad", {"M": 1, "N": 1}, 4)
+                assert type(few) is type(flops(op, mode, shape.sizes)) is int

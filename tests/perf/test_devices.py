@@ -10,8 +10,9 @@ import types
 
 import pytest
 import torch
+
 from tilelab.perf.clock import devices as module
-from tilelab.perf.clock.devices import CudaDevice, HostDevice, Nvml, here
+from tilelab.perf.clock.devices import CudaDevice, HostDevice, Nvml, current_device
 from tilelab.perf.errors import PerfError
 
 LAUNCH = 20e-6  # of the host, for a kernel launched by itself
@@ -534,11 +535,11 @@ def test_a_slow_call_on_the_host_is_not_repeated(monkeypatch):
 
 def test_here(sim, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert isinstance(here(), HostDevice)
+    assert isinstance(current_device(), HostDevice)
     monkeypatch.delenv("TRITON_INTERPRET")
-    assert isinstance(here(), CudaDevice)
+    assert isinstance(current_device(), CudaDevice)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert isinstance(here(), HostDevice)
+    assert isinstance(current_device(), HostDevice)
 
 
 # On a GPU.

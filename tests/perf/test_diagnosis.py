@@ -6,11 +6,11 @@ The rows here differ from the winner's in one thing each; those of perf_rows.py 
 import re
 
 import pytest
+
+from tests.tools import perf_rows
 from tilelab.perf.report import diagnosis
 from tilelab.perf.rows.ranking import workloads
 from tilelab.perf.work import gpus
-
-from tests.tools import perf_rows
 
 H200 = gpus.GPUS["h200"]
 TILE = dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3)
@@ -74,7 +74,7 @@ def loser(**more):
     ],
 )  # fmt: skip
 def test_every_cause_is_found_with_its_numbers(code, numbers, changes):
-    found, words = diagnosis.why(loser(**changes), BEST, H200)
+    found, words = diagnosis.explain_loss(loser(**changes), BEST, H200)
     assert found == code, words
     for number in numbers:
         assert number in words
@@ -82,7 +82,7 @@ def test_every_cause_is_found_with_its_numbers(code, numbers, changes):
 
 
 def test_the_winner_is_the_winner_and_lost_nothing():
-    assert diagnosis.why(BEST, BEST, H200)[0] == "best"
+    assert diagnosis.explain_loss(BEST, BEST, H200)[0] == "best"
 
 
 def test_a_cause_that_the_winner_shares_is_none():
@@ -90,7 +90,7 @@ def test_a_cause_that_the_winner_shares_is_none():
         spills=64, tensor_core=None, serialised=True, load_bytes=4, occupancy=0.06,
         wave_efficiency=0.5, waves=0.5, padding=1.5, loop_instructions=400,
     )  # fmt: skip
-    assert diagnosis.why(loser(**bad), row(**bad), H200)[0] == "unexplained"
+    assert diagnosis.explain_loss(loser(**bad), row(**bad), H200)[0] == "unexplained"
 
 
 def test_the_cascade_has_an_order():
@@ -106,41 +106,41 @@ def test_the_cascade_has_an_order():
     ]
     for i, (code, _) in enumerate(causes):
         changes = {k: v for _, change in causes[i:] for k, v in change.items()}
-        assert diagnosis.why(loser(**changes), BEST, H200)[0] == code
+        assert diagnosis.explain_loss(loser(**changes), BEST, H200)[0] == code
 
 
 def test_a_modelled_cause_says_how_much_of_the_gap_it_explains():
     # Half the wave efficiency: predicted to take twice as long, and it takes eight times as long.
     slow = loser(wave_efficiency=0.485, waves=0.97, predicted_s=200e-6, median_s=960e-6)
-    code, words = diagnosis.why(slow, BEST, H200)
+    code, words = diagnosis.explain_loss(slow, BEST, H200)
     assert code == "waves" and "by the model 2.00x: 33% of the gap" in words
 
 
 def test_all_of_a_gap():
     slow = loser(padding=1.5, predicted_s=150e-6)
-    assert "by the model 1.50x: all of the gap" in diagnosis.why(slow, BEST, H200)[1]
+    assert "by the model 1.50x: all of the gap" in diagnosis.explain_loss(slow, BEST, H200)[1]
 
 
 def test_a_faster_computation_ends_at_the_memory_floor():
     # The memory alone takes 90 of its 120 µs: without padding it would be 90, not 60.
     slow = loser(padding=2.0, predicted_s=120e-6, moved=int(90e-6 * H200.bandwidth))
-    assert "1.33x: 71% of" in diagnosis.why(slow, BEST, H200)[1]
+    assert "1.33x: 71% of" in diagnosis.explain_loss(slow, BEST, H200)[1]
     assert (
-        "2.00x: more than the gap" in diagnosis.why(slow, BEST, None)[1]
+        "2.00x: more than the gap" in diagnosis.explain_loss(slow, BEST, None)[1]
     )  # an unknown GPU has no floor
 
 
 def test_waves_do_not_matter_to_a_tile_that_waits_for_memory():
     slow = loser(wave_efficiency=0.5, waves=0.5, bound="memory")
-    assert diagnosis.why(slow, BEST, H200)[0] == "unexplained"
+    assert diagnosis.explain_loss(slow, BEST, H200)[0] == "unexplained"
 
 
 def test_what_explains_more_than_half_goes_before_a_suspicion():
     both = dict(occupancy=0.06, padding=1.45, predicted_s=145e-6)
-    code, words = diagnosis.why(loser(**both), BEST, H200)
+    code, words = diagnosis.explain_loss(loser(**both), BEST, H200)
     assert code == "padding" and "also occupancy 6%" in words
     both = dict(occupancy=0.06, padding=1.05, predicted_s=105e-6)
-    code, words = diagnosis.why(loser(**both), BEST, H200)
+    code, words = diagnosis.explain_loss(loser(**both), BEST, H200)
     assert code == "occupancy" and "also 5% of its work is padding" in words
 
 
@@ -153,7 +153,7 @@ def test_issue_slots_as_in_the_estimate_for_the_weight_gradient():
 
 
 def test_a_pruned_tile_says_that_it_was_not_timed():
-    code, words = diagnosis.why(
+    code, words = diagnosis.explain_loss(
         loser(status="pruned", spills=64, median_s=None, predicted_s=None, reason="spills"), BEST
     )
     assert code == "spills" and words.endswith("(pruned, not timed)")
@@ -161,7 +161,7 @@ def test_a_pruned_tile_says_that_it_was_not_timed():
 
 def test_predicted_rows_are_compared_by_prediction_and_say_so():
     offline = dict(status="predicted", stage="compile", median_s=None)
-    code, words = diagnosis.why(
+    code, words = diagnosis.explain_loss(
         loser(**offline | dict(padding=1.5, predicted_s=150e-6)), row(**offline), H200
     )
     assert code == "padding" and "by the model 1.50x: all of the gap" in words
@@ -174,17 +174,19 @@ def test_memory_bound_operators():
                    tensor_core=None, loop_instructions=None) | more
         )  # fmt: skip
 
-    code, words = diagnosis.why(rows(moved=2 * BEST["moved"], median_s=240e-6), rows(), H200)
+    code, words = diagnosis.explain_loss(
+        rows(moved=2 * BEST["moved"], median_s=240e-6), rows(), H200
+    )
     assert code == "traffic" and "0.201 GB, the winner 0.101 GB" in words
 
 
 def test_rows_with_next_to_nothing_in_them():
     bare = dict(op="matmul", mode="fwd", dtype="float32", shape={}, impl="tilelab", tile={},
                 stage="screen", status="ok", flops=1, bytes=1, median_s=2.0)  # fmt: skip
-    assert diagnosis.why(bare, dict(bare, median_s=1.0), H200)[0] == "unexplained"
-    assert diagnosis.why(bare, None, None)[0] == "unexplained"
+    assert diagnosis.explain_loss(bare, dict(bare, median_s=1.0), H200)[0] == "unexplained"
+    assert diagnosis.explain_loss(bare, None, None)[0] == "unexplained"
     for status in ("wrong", "error", "pruned", "skipped"):
-        code, words = diagnosis.why(dict(bare, status=status, median_s=None), None)
+        code, words = diagnosis.explain_loss(dict(bare, status=status, median_s=None), None)
         assert code == status and words
 
 
@@ -229,15 +231,15 @@ def test_the_text_groups_and_cuts(rows):
 def test_a_workload_without_a_time_has_a_table():
     tables = diagnosis.table([row(status="error", reason="x", median_s=None, predicted_s=None)])
     assert "none of 1 tile has a time" in diagnosis.format_table(tables)
-    assert "1 tile: fails" in diagnosis.format_table(tables)
+    assert "1 tile: failed" in diagnosis.format_table(tables)
 
 
 def test_leaderboard(rows):
-    text = diagnosis.leaderboard(rows, top=3)
+    text = diagnosis.leaderboard_text(rows, most=3)
     boards = text.split("\n\n")
     assert len(boards) == len(perf_rows.problems())
     assert boards[0].count("tilelab") == 3 and boards[0].count("1.00x\n") >= 1
-    assert "torch " in boards[0] and "compile " in boards[0]
+    assert "PyTorch " in boards[0] and "torch.compile " in boards[0]
     assert re.search(r"and \d+ tiles? more$", boards[0])
     speeds = [float(n.replace(",", "")) for n in re.findall(r"([\d.,]+) TFLOP/s", boards[0])]
     assert len(speeds) == 5 and speeds == sorted(speeds, reverse=True)
@@ -249,18 +251,18 @@ def test_leaderboard_ratios_are_of_the_rounds_and_above_1_where_a_peer_is_faster
     ours = row(samples_s=samples, median_s=1.2e-4, race="1")
     peer = row(impl="torch", tile=None, samples_s=[s / 1.25 for s in samples],
                median_s=0.96e-4, race="1")  # fmt: skip
-    assert "1.25x [1.250, 1.250]" in diagnosis.leaderboard([ours, peer])
-    alone = diagnosis.leaderboard([ours, peer | dict(race="2")])
+    assert "1.25x [1.250, 1.250]" in diagnosis.leaderboard_text([ours, peer])
+    alone = diagnosis.leaderboard_text([ours, peer | dict(race="2")])
     assert "1.25x" in alone and "[1.25" not in alone
 
 
 def test_leaderboard_says_what_is_missing_or_predicted():
     failed = row(impl="compile", tile=None, status="error", reason="no ptxas", median_s=None,
                  predicted_s=None)  # fmt: skip
-    assert "compile: no ptxas" in diagnosis.leaderboard([row(), failed])
+    assert "torch.compile: no ptxas" in diagnosis.leaderboard_text([row(), failed])
     offline = row(status="predicted", stage="compile", median_s=None, measured=False)
-    assert "(predicted, not measured)" in diagnosis.leaderboard([offline])
-    assert "nothing has a time (1 tile tried)" in diagnosis.leaderboard([row(status="wrong")])
+    assert "(predicted, not measured)" in diagnosis.leaderboard_text([offline])
+    assert "nothing has a time (1 tile tried)" in diagnosis.leaderboard_text([row(status="wrong")])
 
 
 def test_workloads_join_the_stages_of_a_tile():

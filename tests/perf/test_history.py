@@ -4,12 +4,12 @@ import json
 import os
 
 import pytest
-from tilelab.perf.errors import PerfError
-from tilelab.perf.report import history
-from tilelab.perf.rows import ranking, results, stats
 
 from tests.tools import perf_rows
 from tilelab import __main__ as main
+from tilelab.perf.errors import PerfError
+from tilelab.perf.report import history
+from tilelab.perf.rows import ranking, results, stats
 
 
 def squares(sizes=(512, 1024, 2048), measured=True):
@@ -24,8 +24,12 @@ def file(folder, rows, name="r.jsonl", measured=True, **header):
     return perf_rows.write(folder / name, perf_rows.header(measured) | header, *rows)
 
 
+def entries(path):
+    return history.entries(*ranking.read([path]))
+
+
 def entry(path):
-    (found,) = history.entries(path)
+    (found,) = entries(path)
     return found
 
 
@@ -86,7 +90,7 @@ def test_a_shape_without_a_right_result_is_counted(tmp_path):
 
 def test_a_losing_set_is_shown_as_plainly_as_a_winning_one(tmp_path):
     softmax = perf_rows.workload(perf_rows.softmax(4096, 1000), 1, 12)
-    table = history.markdown(history.entries(file(tmp_path, [*squares(), *softmax])))
+    table = history.markdown(entries(file(tmp_path, [*squares(), *softmax])))
     lost, won = (line.split(" | ") for line in table.splitlines()[2:])
     assert float(lost[8].removesuffix("x")) < 1 < float(won[8].removesuffix("x"))
     assert [type(float(cell.split("x")[0])) for cell in (lost[9], won[9])] == [float, float]
@@ -98,7 +102,7 @@ def test_sets_and_precisions_are_apart(tmp_path):
 
     for name, *layer in perf_rows.LAYERS[:2]:
         rows += perf_rows.workload(perf_rows.conv(name, 32, *layer), 7, 12)
-    found = history.entries(file(tmp_path, rows))
+    found = entries(file(tmp_path, rows))
     assert [(e["op"], e["dtype"], e["shapes"], e["count"]) for e in found] == [
         ("matmul", "bfloat16", "square", 3),
         ("matmul", "tf32", "square", 1),
@@ -109,38 +113,33 @@ def test_sets_and_precisions_are_apart(tmp_path):
 def test_hot_and_cold_are_one_shape(tmp_path):
     hot = [row | {"cache": "hot"} for row in squares((512,)) if row["stage"] != "compile"]
     cold = squares((512,))
-    (w,) = history.chosen([*hot, *cold])
+    (w,) = history.distinct_work([*hot, *cold])
     assert w.cache == "cold"
-    (w,) = history.chosen(hot + [row for row in cold if row["stage"] == "compile"])
+    (w,) = history.distinct_work(hot + [row for row in cold if row["stage"] == "compile"])
     assert w.cache == "hot"
 
 
 def test_the_same_entry_is_added_once(tmp_path):
     path = file(tmp_path, squares())
     to = tmp_path / "deep" / "log.jsonl"
-    assert history.append(to, history.entries(path)) == 1
+    assert history.append(to, entries(path)) == 1
     before = to.read_bytes()
-    assert history.append(to, history.entries(path)) == 0 and to.read_bytes() == before
+    assert history.append(to, entries(path)) == 0 and to.read_bytes() == before
     later = [row | {"time": "2001-01-01T00:00:00+00:00"} for row in squares()]
-    assert history.append(to, history.entries(file(tmp_path, later, "later.jsonl"))) == 0
+    assert history.append(to, entries(file(tmp_path, later, "later.jsonl"))) == 0
     other = file(tmp_path, squares(), "other.jsonl", commit="f" * 40, dirty=False)
-    assert (
-        history.append(
-            to, [*history.entries(path), *history.entries(other), *history.entries(other)]
-        )
-        == 1
-    )
+    assert history.append(to, [*entries(path), *entries(other), *entries(other)]) == 1
     noted = file(tmp_path, squares(), "noted.jsonl", note="with the tuned table")
-    assert history.append(to, history.entries(noted)) == 1
+    assert history.append(to, entries(noted)) == 1
     fewer = file(tmp_path, squares((512,)), "fewer.jsonl")  # other numbers of a known key
-    assert history.append(to, history.entries(fewer)) == 1
+    assert history.append(to, entries(fewer)) == 1
     assert to.read_bytes().startswith(before)
     assert [e["commit"] for e in history.read(to)] == ["0123456+", "f" * 7, "0123456+", "0123456+"]
 
 
 def test_an_interrupted_append_leaves_the_log_as_it_was(tmp_path, monkeypatch):
     to = tmp_path / "log.jsonl"
-    history.append(to, history.entries(file(tmp_path, squares((512,)))))
+    history.append(to, entries(file(tmp_path, squares((512,)))))
     before = to.read_bytes()
 
     def interrupted(*_):
@@ -148,14 +147,14 @@ def test_an_interrupted_append_leaves_the_log_as_it_was(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        history.append(to, history.entries(file(tmp_path, squares((1024,)), "b.jsonl")))
+        history.append(to, entries(file(tmp_path, squares((1024,)), "b.jsonl")))
     assert to.read_bytes() == before and len(list(tmp_path.iterdir())) == 3  # nothing beside it
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"gpu": "x"}'])
 def test_a_damaged_log_is_an_error_and_is_kept(tmp_path, line):
     to = tmp_path / "log.jsonl"
-    history.append(to, history.entries(file(tmp_path, squares((512,)))))
+    history.append(to, entries(file(tmp_path, squares((512,)))))
     to.write_text(to.read_text() + line + "\n")
     before = to.read_bytes()
     with pytest.raises(PerfError, match="log.jsonl, line 2: damaged"):

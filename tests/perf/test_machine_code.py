@@ -4,8 +4,8 @@ What a loop has to contain follows from the tile: its tensor-core instructions d
 of one step, its loads bring exactly the operands of one step. So a loop that is found wrongly, cut
 short or counted twice is found out, with every version of the compiler.
 
-The kernels are compiled in a process of their own, `python -m tests.test_sass TARGET FOLDER`, since
-one has to choose between compiler and interpreter before it imports triton.
+The kernels are compiled in a process of their own, `python -m tests.perf.test_machine_code TARGET
+FOLDER`, since one has to choose between compiler and interpreter before it imports triton.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ import subprocess
 import sys
 
 import pytest
+
 from tilelab.perf.compiler import machine_code
 from tilelab.perf.compiler.machine_code import Instruction
 from tilelab.perf.errors import PerfError
@@ -45,10 +46,10 @@ OTHERS = ["conv2d", "softmax", "softmax, online", "bias_relu"]
 def compile_all(target: str, folder: pathlib.Path) -> None:
     """Write the machine code of every case, and the PTX of NVIDIA's, to `folder`."""
     import torch
-    from tilelab.kernels import _launch, _tiles
-    from tilelab.perf.compiler import aot
 
     from tilelab import kernels
+    from tilelab.kernels import _launch, _tiles
+    from tilelab.perf.compiler import aot
 
     bf16 = torch.bfloat16
 
@@ -123,7 +124,7 @@ class Binaries:
 def binaries(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     run = subprocess.run(
-        [sys.executable, "-m", "tests.test_sass", request.param, str(folder)],
+        [sys.executable, "-m", "tests.perf.test_machine_code", request.param, str(folder)],
         env=os.environ | {"TRITON_INTERPRET": "0"},
         cwd=ROOT,
         capture_output=True,

@@ -9,6 +9,7 @@ import site
 import subprocess
 
 import pytest
+
 from tilelab.perf.compiler import occupancy
 from tilelab.perf.compiler.occupancy import Occupancy
 from tilelab.perf.errors import PerfError
@@ -178,7 +179,7 @@ def test_worked_examples(case, expected):
     ],
 )
 def test_amd(threads, registers, shared, waves, limit):
-    # By hand, from the sources that perf/compiler/occupancy.py names; there is no calculator to ask.
+    # By hand, from the sources that gpus.py names; there is no calculator to ask.
     ours = occupancy.occupancy("gfx942", threads, registers, shared)
     assert (ours.warps, ours.limit) == (waves, limit)
     assert ours.fraction == waves / 32

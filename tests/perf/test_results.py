@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from tilelab.perf.errors import PerfError
 from tilelab.perf.rows import results
 
@@ -53,10 +54,10 @@ def fail(text):
     raise AssertionError(f"an unexpected note: {text}")
 
 
-def read(path, **options):
-    """What a file holds, and what was said about it."""
+def read(*paths):
+    """What files hold, and what was said about it."""
     notes = []
-    return results.read(path, notes.append, **options), notes
+    return results.read(*paths, note=notes.append), notes
 
 
 @pytest.fixture
@@ -106,7 +107,7 @@ with Writer(path, header, note=lambda text: print("note", text, file=sys.stderr)
 def test_kill_9_in_the_middle_of_writing_loses_one_row_at_most(path):
     """Real processes, killed while they write rows of 300 kB in a tight loop, and resumed."""
     start, torn = 0, 0
-    for attempt in range(6):
+    for attempt in range(4):
         command = [sys.executable, "-c", CHILD, path, *map(json.dumps, (HEADER, row(), start))]
         child = subprocess.Popen(
             list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
@@ -124,14 +125,17 @@ def test_kill_9_in_the_middle_of_writing_loses_one_row_at_most(path):
         assert len(numbers) - 1 - max(finished, default=start) in (0, 1)
         assert all(len(each["samples_s"]) == 60_000 for each in found.rows)
         start, torn = len(numbers), len(notes)
-    assert len(found.headers) == 6
+    assert len(found.headers) == 4
 
 
 def test_a_file_cut_off_anywhere_can_be_read_and_resumed(path, tmp_path):
-    """Whatever byte the end of the file is, whole lines are kept and the torn one is named."""
+    """Whole lines are kept and the torn one is named, wherever the file ends: near a line feed
+    and elsewhere.
+    """
     whole = written(path, row(), row(mode="dgrad", reason="ä")).read_bytes()
     ends = [0, *(i + 1 for i, byte in enumerate(whole) if byte == ord("\n"))]
-    for size in range(len(whole) + 1):
+    near = {end + i for end in ends for i in range(-3, 4)}
+    for size in sorted((near | {*range(0, len(whole), 23)}) & {*range(len(whole) + 1)}):
         lines = sum(size >= end - 1 for end in ends[1:])  # without its line feed a line is whole
         torn = size not in ends and size + 1 not in ends
         cut = tmp_path / "cut.jsonl"
@@ -315,8 +319,6 @@ def test_rows_of_older_kernels_are_left_out_and_counted(path):
         ("fwd", "bbbb"),
     ]
     assert len(notes) == 1 and notes[0].endswith("rows of older kernel sources (matmul fwd: 2)")
-    found, notes = read(path, all_sources=True)
-    assert len(found.rows) == 5 and not notes
 
 
 def test_a_source_that_came_back_is_the_newest(path):
@@ -330,8 +332,7 @@ def test_several_files_are_put_in_order_by_time(tmp_path):
     late = written(tmp_path / "late", row(source="bbbb", time="2026-02-01T00:00:00Z"))
     early = written(tmp_path / "early", row(source="aaaa", time="2026-01-01T00:00:00Z"))
     other = written(tmp_path / "other", row(source="aaaa"), gpu="NVIDIA A100")
-    notes = []
-    found = results.read_all([late, early, other], notes.append)
+    found, notes = read(late, early, other)
     assert {(each["gpu"], each["source"]) for each in found.rows} == {
         ("NVIDIA H200", "bbbb"),
         ("NVIDIA A100", "aaaa"),  # another GPU's are no older ones
@@ -410,11 +411,8 @@ def test_the_documentation_prints_the_tables():
 
 
 def test_reading_needs_neither_torch_nor_triton():
-    command = "import sys; from tilelab.perf.rows import results, stats; from tilelab.perf.report import compare\n"
-    command += "from tilelab.perf.work import cost, shapes\n"
-    command += (
-        "assert not {'torch', 'triton', 'tilelab.kernels', 'tilelab.nets'} & set(sys.modules)"
-    )
+    command = "import sys, tilelab.perf.report.compare\n"
+    command += "assert not {'torch', 'triton', 'tilelab.kernels', 'tilelab.nets'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", command], cwd=ROOT, check=True)
 
 

@@ -1,40 +1,48 @@
 """Which tiles a sweep tries."""
 
 import pytest
-from tilelab.perf.errors import PerfError
-from tilelab.perf.work import search_space
 
+from tilelab.perf.commands.arguments import parse_axes
+from tilelab.perf.errors import PerfError
+from tilelab.perf.work import operators, search_space
+
+TILE_OPS = {
+    tile_op.name: tile_op
+    for row in operators.OPERATORS.values()
+    for mode in row.modes.values()
+    for tile_op in mode.tile_ops
+}
 GIVEN = [dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, num_warps=8, num_stages=3)]
 LARGE = dict(M=4096, N=4096, K=4096)
 
 
 def test_given_tiles_come_first_and_each_tile_once():
-    tiles = search_space.tiles("matmul", LARGE, GIVEN, {})
+    tiles = search_space.tiles(operators.MATMUL, LARGE, GIVEN, {})
     assert tiles[0] == GIVEN[0]
     assert len({tuple(sorted(t.items())) for t in tiles}) == len(tiles) == 3 * 3 * 3 * 2 * 3 - 0
     assert all(t.keys() == GIVEN[0].keys() for t in tiles)
 
 
 def test_no_block_is_larger_than_what_covers_its_dimension():
-    tiles = search_space.tiles("matmul", dict(M=100, N=10, K=4096), GIVEN, {})
+    tiles = search_space.tiles(operators.MATMUL, dict(M=100, N=10, K=4096), GIVEN, {})
     assert max(t["BLOCK_M"] for t in tiles) == 128
     assert {t["BLOCK_N"] for t in tiles} == {16}
     assert len(tiles) < 80  # what differs only beyond the problem is one tile
 
 
 def test_narrowed_axes():
-    axes = search_space.parse_axes(["BLOCK_M=64,256", "num_warps=4"])
+    axes = parse_axes(["BLOCK_M=64,256", "num_warps=4"])
     assert axes == {"BLOCK_M": (64, 256), "num_warps": (4,)}
-    tiles = search_space.tiles("matmul", LARGE, GIVEN, axes)
+    tiles = search_space.tiles(operators.MATMUL, LARGE, GIVEN, axes)
     assert {t["BLOCK_M"] for t in tiles} == {64, 256} and {t["num_warps"] for t in tiles} == {4}
     assert search_space.tiles(
-        "sgd", dict(M=100), [], axes
+        TILE_OPS["sgd"], dict(M=100), [], axes
     )  # an axis that an operator lacks is no matter
 
 
 def test_eight_bit_tiles_do_not_split_k():
     tiles = search_space.tiles(
-        "scaled_matmul", dict(M=64, N=64, K=65536), [], {}, ("pointer", "tma"), 1
+        operators.SCALED_MATMUL, dict(M=64, N=64, K=65536), [], {}, ("pointer", "tma"), 1
     )
     fast = [t for t in tiles if t.get("kernel") == "tma"]
     assert {t["BLOCK_K"] for t in fast} == {128, 256} and 20 < len(fast) < len(tiles)
@@ -82,11 +90,11 @@ def test_a_sum_is_in_parts_where_there_are_few_tiles():
     assert {t["SPLIT_K"] for t in convolutions(LAYER | dict(M=2**20))} == {1}
     assert {t["SPLIT_K"] for t in convolutions(few, split=False)} == {1}
     assert {t["PROGRAMS_PER_SM"] for t in convolutions()} == {1, 2}
-    for op in ("conv2d", "conv2d_flat", "conv2d_grouped"):
+    for op in (operators.CONV, operators.CONV_FLAT, operators.CONV_GROUPED):
         tiles = search_space.tiles(op, few, [FAST], {}, ("pointer", "tma"))
         assert len(tiles) == len({tuple(sorted(t.items())) for t in tiles})
         fast = [t for t in tiles if "kernel" in t][1:]
-        assert ({t["BLOCK_N"] for t in fast} == {64}) == (op == "conv2d_grouped")
+        assert ({t["BLOCK_N"] for t in fast} == {64}) == (op is operators.CONV_GROUPED)
 
 
 def test_tiles_of_weight_gradients_have_room_and_whole_warpgroups():
@@ -104,12 +112,12 @@ def test_tiles_of_weight_gradients_have_room_and_whole_warpgroups():
     assert {t["BLOCK_N"] for t in few if t["BLOCK_M"] == 128} == {256}  # of two pixels
     assert {t["BLOCK_M"] for t in search_space.fast_weight_gradients(sizes | dict(M=32), 2)} == {64}
     assert not list(search_space.fast_weight_gradients(sizes, 4))  # float32 has no such kernel
-    every = search_space.tiles("conv2d_weight_grad", sizes, [], {}, ("pointer", "tma"))
+    every = search_space.tiles(operators.CONV_WGRAD, sizes, [], {}, ("pointer", "tma"))
     assert [t for t in every if "kernel" in t] == tiles
 
 
 def test_only_the_lessons_tiles_of_fast_kernels_that_nobody_has_a_space_for():
-    tiles = search_space.tiles("conv2d_relu_pool", LAYER, [FAST], {}, ("pointer", "tma"))
+    tiles = search_space.tiles(operators.FUSED, LAYER, [FAST], {}, ("pointer", "tma"))
     assert [t for t in tiles if "kernel" in t] == [FAST]
 
 
@@ -117,10 +125,10 @@ def test_lower_rungs_are_tried_where_they_are_asked_for():
     """With the tiles that the lesson lists; the others are narrowed as ever."""
     rungs = [dict(kernel="direct", BLOCK_M=64, num_warps=4), FAST | dict(kernel="flat")]
     every = ("direct", "flat", "pointer", "tma")
-    plain = search_space.tiles("conv2d", LAYER, [FAST, *rungs], {}, every)
+    plain = search_space.tiles(operators.CONV, LAYER, [FAST, *rungs], {}, every)
     assert {t.get("kernel") for t in plain} == {None, "tma"}
-    axes = search_space.parse_axes(["kernel=direct,flat,tma"])
-    tiles = search_space.tiles("conv2d", LAYER, [FAST, *rungs], axes, every)
+    axes = parse_axes(["kernel=direct,flat,tma"])
+    tiles = search_space.tiles(operators.CONV, LAYER, [FAST, *rungs], axes, every)
     assert tiles[:3] == [FAST, *rungs]
     assert {t["kernel"] for t in tiles[3:]} == {"tma"}
 
@@ -137,12 +145,12 @@ def test_lower_rungs_are_tried_where_they_are_asked_for():
 )
 def test_wrong_axes(text, message):
     with pytest.raises(PerfError, match=message):
-        search_space.parse_axes([text])
+        parse_axes([text])
     with pytest.raises(PerfError, match="num_warps is given twice"):
-        search_space.parse_axes(["num_warps=4", "num_warps=8"])
+        parse_axes(["num_warps=4", "num_warps=8"])
 
 
-@pytest.mark.parametrize("tile_op", search_space.AXES)
+@pytest.mark.parametrize("tile_op", TILE_OPS.values(), ids=TILE_OPS)
 def test_no_space_is_empty_or_larger_than_an_hour(tile_op):
-    sizes = LARGE if "BLOCK_K" in search_space.AXES[tile_op] else dict(M=4096, N=4096)
+    sizes = LARGE if "BLOCK_K" in tile_op.axes else dict(M=4096, N=4096)
     assert 10 <= len(search_space.tiles(tile_op, sizes, [], {})) <= 200

@@ -4,22 +4,17 @@ import importlib
 import json
 
 import pytest
-from tilelab.perf.clock.host_overhead import ROOT
-from tilelab.perf.report import tables
 
 from tests.tools import perf_rows
+from tilelab.perf.clock.host_overhead import ROOT
+from tilelab.perf.report import history, tables
 
 README = (ROOT / "README.md").read_text()
 
 
 def test_the_tables_are_those_of_the_committed_results():
-    assert tables.fast_tiles() in README
-    assert tables.speeds() in README
-    assert tables.conv_tiles() in README
-    assert tables.gradient_tiles("dgrad") in README
-    assert tables.gradient_tiles("wgrad") in README
-    assert tables.speeds(ops=tables.CONVOLUTIONS) in README
-    assert tables.training_step() in README
+    for name, table in tables.tables().items():
+        assert table in README, name
 
 
 FAST = importlib.import_module("tilelab.kernels.conv2d_tma").FAST_TILES[2]
@@ -36,24 +31,23 @@ def row(problem, tile, **more):
 
 
 @pytest.fixture
-def results(tmp_path):
-    """A file: three tiles of the layer of the table, and one of another."""
+def rows():
+    """Three tiles of the layer of the table, and one of another."""
     lesson = importlib.import_module("tilelab.kernels.conv2d")
     layer = perf_rows.conv("resnet50.layer3.1.conv2", 256, 256, 14, 256, 3)
     other = perf_rows.conv("resnet50.layer2.1.conv2", 256, 128, 28, 128, 3)
-    rows = [
+    return [
         row(layer, FAST[0]),
         row(layer, lesson.RUNGS[0], tma=False, tensor_core=None, operands=None, load_bytes=2),
         row(layer, lesson.TILES[3], tma=False, registers=222),
         row(layer, lesson.TILES[0], tma=False),  # not the largest
         row(other, FAST[1]),
     ]
-    return perf_rows.write(tmp_path / "r.jsonl", perf_rows.header(False), *rows)
 
 
-def test_the_table_of_tiles_of_convolutions(results):
+def test_the_table_of_tiles_of_convolutions(rows):
     """A line for each rung of the ladder; what was not compiled is left out."""
-    lines = tables.conv_tiles(results).splitlines()
+    lines = tables.conv_tiles(rows, "fwd").splitlines()
     assert "predicted for layer3.1.conv2 n256" in lines[0] and len(lines) == 5
     assert lines[2].startswith("| `direct 32x32 w4 s2` | 168 | 0 | 210 KiB | none | registers | 2")
     assert lines[3].startswith("| `128x256x64 w8 s3` | 222 | 0 | 210 KiB | 64x256x16 | shared |")
@@ -65,17 +59,16 @@ def test_the_table_of_tiles_of_convolutions(results):
 @pytest.mark.parametrize(
     "mode, lesson", [("dgrad", "conv2d_tma"), ("wgrad", "conv2d_weight_grad_tma")]
 )
-def test_the_tables_of_tiles_of_gradients(mode, lesson, tmp_path):
+def test_the_tables_of_tiles_of_gradients(mode, lesson):
     """Of the mode alone: a tile of the forward is one of its input gradient, too."""
     tiles = importlib.import_module(f"tilelab.kernels.{lesson}").FAST_TILES[2]
     layer = perf_rows.conv("resnet50.layer3.1.conv2", 256, 256, 14, 256, 3)
     rows = [row(layer, tiles[1], mode=mode), row(layer, tiles[0], mode=mode, registers=99)]
     rows.append(row(layer, tiles[0] | dict(SPLIT_K=4), mode=mode, default=True, registers=77))
     rows.append(row(layer, tiles[0]))
-    path = perf_rows.write(tmp_path / "r.jsonl", perf_rows.header(False), *rows)
-    lines = tables.gradient_tiles(mode, path).splitlines()
+    lines = tables.conv_tiles(rows, mode).splitlines()
     assert [line.split(" | ")[1] for line in lines[2:]] == ["77", "99", "168"]
-    assert "| 99 |" not in tables.conv_tiles(path)
+    assert "| 99 |" not in tables.conv_tiles(rows, "fwd")
 
 
 def test_the_table_of_a_training_step(tmp_path):
@@ -91,8 +84,10 @@ def test_the_table_of_a_training_step(tmp_path):
     assert len(lines) == 5
 
 
-def test_no_table_needs_rows_of_everything(results):
-    lines = tables.speeds(results, tables.CONVOLUTIONS).splitlines()
+def test_no_table_needs_rows_of_everything(rows):
+    rows = [r | {"commit": "0123456"} for r in rows]
+    entries = history.entries([perf_rows.header(False)], rows)
+    lines = tables.speeds(entries, tables.CONVOLUTIONS).splitlines()
     assert [line.split(" | ")[2] for line in lines[2:]] == ["resnet50 n256 (2)"]
-    assert len(tables.speeds(results).splitlines()) == 2
-    assert len(tables.fast_tiles(results).splitlines()) == 2
+    assert len(tables.speeds(entries, tables.OPS).splitlines()) == 2
+    assert len(tables.matmul_tiles(rows).splitlines()) == 2

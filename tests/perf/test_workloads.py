@@ -7,16 +7,18 @@ import sys
 
 import pytest
 import torch
+
+from tests.tools.inputs import DEVICE
 from tilelab.kernels import _launch
 from tilelab.nets import step
 from tilelab.perf.clock.correctness import Gate
 from tilelab.perf.errors import PerfError
-from tilelab.perf.work import shapes, workloads
-from tilelab.perf.work.workloads import OPS, PEERS, Workload, modes, prepare
+from tilelab.perf.work import formulas, peers, shapes, workloads
+from tilelab.perf.work.operators import OPERATORS
+from tilelab.perf.work.peers import PEERS
+from tilelab.perf.work.workloads import Workload, modes, prepare
 
-from tests.tools.inputs import DEVICE
-
-EVERY = [(op, mode) for op, o in OPS.items() for mode in o.modes]
+EVERY = [(op, mode) for op, o in OPERATORS.items() for mode in o.modes]
 
 
 def tiny(op, mode, dtype="float32", which=0):
@@ -36,7 +38,7 @@ def test_ours_and_torch_agree_with_the_reference(op, mode, impl):
     assert 0 <= verdict.error <= verdict.tolerance
 
 
-@pytest.mark.parametrize("dtype", OPS["scaled_matmul"].dtypes)
+@pytest.mark.parametrize("dtype", OPERATORS["scaled_matmul"].dtypes)
 @pytest.mark.parametrize("impl", ["tilelab", "torch"])
 def test_eight_bits(impl, dtype):
     """Both dtypes, where torch has it and at sizes where a GPU's has not."""
@@ -128,13 +130,13 @@ def test_cudnn_does_all_in_one_pass_where_nobody_follows(op, monkeypatch):
     monkeypatch.setattr(torch, "cudnn_convolution_relu", fused)
     shape = shapes.shapes(op, "tiny")[0].sizes | dict(C=6, K=8, groups=2, padding=1)
     for dtype, expected in ((torch.float32, 0), (torch.bfloat16, 1), (torch.bfloat16, 2)):
-        make = workloads.Maker(dtype, DEVICE, 0)
-        inputs = list(OPS[op].inputs(shape, make).values())
+        make = formulas.Maker(dtype, DEVICE, 0)
+        inputs = list(OPERATORS[op].inputs(shape, make).values())
         on_gpu = [x.as_subclass(OnGPU) for x in inputs]
         with torch.no_grad():
-            want, got = (OPS[op].theirs(shape, *xs) for xs in (inputs, on_gpu))
+            want, got = (OPERATORS[op].theirs(shape, *xs) for xs in (inputs, on_gpu))
         assert len(seen) == expected and torch.equal(want, got.as_subclass(torch.Tensor))
-        OPS[op].theirs(shape, *on_gpu)  # autograd follows
+        OPERATORS[op].theirs(shape, *on_gpu)  # autograd follows
         assert len(seen) == expected
     stride = (shape["stride"],) * 2
     assert set(seen) == {(torch.bfloat16, stride, (1, 1), (1, 1), 2)}
@@ -214,10 +216,13 @@ def test_a_replay_is_right(impl, dtype):
     assert gate.check(prepare(w, impl, DEVICE, 3), impl).problem is None
 
 
-@pytest.mark.slow
-def test_torch_compile_is_a_peer():
+def test_torch_compile_is_a_peer(monkeypatch):
+    """Followed, but not compiled: that takes a minute, and is not ours."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **_: real(f, backend="aot_eager"))
     w = tiny("bias_relu", "fwd")
     assert Gate(w, DEVICE, 0).check(prepare(w, "compile", DEVICE, 0)).problem is None
+    peers.forget_compiled()
 
 
 SWITCHES = """
@@ -267,7 +272,7 @@ def test_torch_compile_has_no_silent_limit(monkeypatch):
         return graph
 
     real = torch.compile
-    workloads.forget_compiled()
+    peers.forget_compiled()
     monkeypatch.setattr(torch, "compile", lambda f, **_: real(f, backend=backend, dynamic=False))
     calls = []
     for rows in range(1, 11):
@@ -279,11 +284,11 @@ def test_torch_compile_has_no_silent_limit(monkeypatch):
     assert len(compiled) == 8
     compiled.clear()
     for sets in calls:
-        workloads.forget_compiled()
+        peers.forget_compiled()
         for call in sets:
             call()
     assert len(compiled) == len(calls)  # the sets of a workload share it
-    workloads.forget_compiled()
+    peers.forget_compiled()
 
 
 def test_tolerance_grows_with_what_rounds():

@@ -9,6 +9,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+
+from tests.tools import wrong_inputs
+from tests.tools.convolutions import CONVS, CORE, FEW, GROUPED, MANY, Conv, integers
+from tests.tools.inputs import DEVICE, DTYPES, laid_out, randn
+from tilelab import kernels
 from tilelab.kernels.bias_relu import TILES as BIAS_RELU_TILES
 from tilelab.kernels.bias_relu import reference as bias_relu
 from tilelab.kernels.conv2d import FEW_CHANNELS
@@ -34,11 +39,6 @@ from tilelab.kernels.pool import TILES as POOL_TILES
 from tilelab.kernels.scaled_matmul import TILES as SCALED_MATMUL_TILES
 from tilelab.kernels.scaled_matmul import reference as scaled_matmul
 from tilelab.kernels.softmax import TILES as SOFTMAX_TILES
-
-from tests.tools import wrong_inputs
-from tests.tools.convolutions import CONVS, CORE, FEW, GROUPED, MANY, Conv, integers
-from tests.tools.inputs import DEVICE, DTYPES, laid_out, randn
-from tilelab import kernels
 
 CUDNN, CUBLAS = torch.backends.cudnn.conv, torch.backends.cuda.matmul
 FP8, INT8 = torch.float8_e4m3fn, torch.int8

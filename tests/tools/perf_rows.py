@@ -1,8 +1,8 @@
 """Rows of results files that nobody measured: synthetic, for tests of tables and figures alone.
 
-They are made from perf/compiler/prediction.py with a penalty and noise of a fixed seed on top, and they say so:
-the GPU is called "NVIDIA H200 (synthetic)" and every header carries a note. Nothing that comes from
-here belongs into perf/results/.
+They are made from perf/compiler/prediction.py with a penalty and noise of a fixed seed on top, and
+they say so: the GPU is called "NVIDIA H200 (synthetic)" and every header carries a note. Nothing
+that comes from here belongs into perf/results/.
 """
 
 import json
@@ -10,9 +10,11 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+
 from tilelab.perf.compiler.prediction import predict, refused
 from tilelab.perf.rows import results, stats
-from tilelab.perf.work import cost, gpus
+from tilelab.perf.work import gpus
+from tilelab.perf.work.operators import OPERATORS
 
 GPU = "NVIDIA H200 (synthetic)"
 COMPILED = "sm_90 (compiled)"
@@ -137,12 +139,13 @@ def compiled(problem, tile, random):
 
 def base(problem, impl, tile, gpu, measured):
     itemsize = 4 if problem.dtype == "float32" else 2
+    about = OPERATORS[problem.op].modes[problem.mode]
     return dict(
         kind="row", gpu=gpu, measured=measured, op=problem.op, mode=problem.mode,
         dtype=problem.dtype, precision=problem.precision, shape=problem.shape,
         shape_name=problem.name, impl=impl, tile=tile, tile_op=problem.op, sizes=problem.sizes,
-        source="0123456789ab", flops=cost.flops(problem.op, problem.mode, problem.shape),
-        bytes=cost.minimum_bytes(problem.op, problem.mode, problem.shape, itemsize),
+        source="0123456789ab", flops=about.flops(problem.shape),
+        bytes=about.bytes(problem.shape, itemsize),
         time="2000-01-01T00:00:00+00:00",
     )  # fmt: skip
 

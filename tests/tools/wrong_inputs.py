@@ -7,6 +7,7 @@ them is refused before any launch. Where a dict is the second of four, it holds 
 import math
 
 import torch
+
 from tilelab.kernels import col2im, conv2d_im2col, im2col
 
 NAN = math.nan
