@@ -72,17 +72,18 @@ UNPOOL_TILES = [
 UNPOOL_DEFAULT = {2: UNPOOL_TILES[0], 4: UNPOOL_TILES[1]}
 FUSED = dict(kernel="pointer")  # A tile of "unpool" that says: scatter nothing.
 
-# From which number of channels on is it faster to scatter? By the table above, to fuse saves 21
-# bytes for each window and channel k. What this is worth on an H200, as predicted, not measured:
+# From which number of channels on is it faster to scatter? By the table above, fusing saves 21
+# bytes for each window and channel k. Times on an H200, predicted and not measured:
 #
 #                                                               ps
 #     21 bytes at 4.8 TB/s                                      4.4
 #     2 * 72 C FLOPs by the fused kernels, at 100 TFLOP/s       1.4 C
 #     2 * 72 C FLOPs by TMA, at 500 TFLOP/s                     0.3 C, and 0.3 * 64 at least
 #
-# (The FLOPs that fused kernels do besides are left out of their rate, which is that of a layer of
-# VGG16. Tiles by TMA have at least 64 channels.) Both ways are even where 1.4 C = 4.4 + 0.3 * 64,
-# at C = 17. WIDE is the next power of two. Without tensor cores or TMA they are even at fewer.
+# (Both rates count the FLOPs of the convolution alone, for a layer of VGG16. The fused kernels do
+# more, as above. Tiles by TMA have at least 64 channels.) Both ways take the same time where
+# 1.4 C = 4.4 + 0.3 * 64, at C = 17, and WIDE is the next power of two. Without tensor cores or TMA
+# this C is smaller.
 WIDE = 32
 MOST_INT32 = 2**31
 
@@ -207,8 +208,8 @@ def conv2d_relu_pool_input_grad_kernel(
 
     h = (2 * i - PAD_H)[:, None] + e[None, :]
     w = (2 * j - PAD_W)[:, None] + f[None, :]
-    mask = (offs_m < M)[:, None] & (c < C)[None, :]  # The padding is not in dx.
-    mask &= (h >= 0) & (h < H) & (w >= 0) & (w < W)
+    mask = (offs_m < M)[:, None] & (c < C)[None, :]
+    mask &= (h >= 0) & (h < H) & (w >= 0) & (w < W)  # dx has no padding.
     dx_rows = n * stride_dxn + (2 * i - PAD_H) * stride_dxh + (2 * j - PAD_W) * stride_dxw
     dx_cols = e * stride_dxh + f * stride_dxw + c * stride_dxc
     dx_ptrs = dx_ptr + dx_rows[:, None] + dx_cols[None, :]
