@@ -5,8 +5,8 @@
     backward    conv2d_input_grad_tma.py and conv2d_weight_grad_tma.py, by the same means
 
 This is the last rung of conv2d.py. In the rung before, a step of the largest tile has 156
-instructions, of which 122 compute taps, addresses and other integers (compiled for sm_90 by triton
-3.9.0). But the pixels of a tile lie side by side, and GPUs since Hopper have a unit for that. A
+instructions (compiled for sm_90 by triton 3.9.0), and 122 of them are integer arithmetic: taps and
+addresses. But the pixels of a tile lie side by side, and GPUs since Hopper have a unit for that. A
 descriptor tells the TMA once where a tensor lies, and how large a box is. Then one thread asks for
 the box at some coordinates, and the TMA copies it to shared memory.
 
