@@ -210,8 +210,8 @@ def conv2d_input_grad(
     plan = None
     if pixels is None or precision == "tf32":
         plan = plan_for(dy, weight, input_size, stride, padding, dilation, groups, precision)
-    # A 1x1 filter at stride 1 is a matmul. But matmul's TMA kernel cannot take this weight in TF32.
-    # The convolution's TMA kernel packs it, so it comes first if it can take the call.
+    # A 1x1 filter at stride 1 without padding is a matmul. But matmul's TMA kernel cannot take this
+    # weight in TF32. The convolution's TMA kernel packs it, so it comes first where it can.
     if pixels is not None and plan is None:
         rows = dx.permute(0, 2, 3, 1).view(N * H * W, C)
         matmul_into(rows, pixels, weight.view(K, C), None, None, precision)
