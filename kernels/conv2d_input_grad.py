@@ -223,6 +223,7 @@ def conv2d_input_grad(
         plan, dy, DEFAULT, ("pointer",), lambda sms: fast_tile(plan, dy.itemsize, sms)
     )
     tile = choose_tile("conv2d_input_grad", dy.dtype, default, kernels, M=M, N=C, K=K)
+    # The tile says which kernel computes the call. This file's takes every GPU, dtype and stride.
     if "kernel" in tile:
         conv2d_input_grad_tma(plan, dy, weight, None, dx, None, tile, precision, padding)
         return dx
@@ -257,6 +258,7 @@ def conv2d_input_grad_relu(
     The TMA kernel applies the ReLU to its tile of dx. Elsewhere a second kernel does.
     """
     precision = dot_precision(dy.dtype, torch.backends.cudnn.conv)
+    # The TMA kernel takes a 1x1 filter too. matmul could not apply the ReLU as it ends.
     plan = None
     if x.is_contiguous(memory_format=torch.channels_last) and x.data_ptr() % 16 == 0:
         plan = plan_for(dy, weight, x.shape, stride, padding, dilation, groups, precision)

@@ -145,7 +145,7 @@ def conv2d_input_grad_tma_kernel(
         a, r0, taps_r, up = _class_of(t // STRIDE_W, R, STRIDE_H, PAD_H, DIL_H, GCD_H)
         b, s0, taps_s, left = _class_of(t % STRIDE_W, S, STRIDE_W, PAD_W, DIL_W, GCD_W)
         p, q = i + up, j + left  # where the first tap reads dy
-        steps = taps_r * taps_s * blocks_k
+        steps = taps_r * taps_s * blocks_k  # If no tap reaches the class, its dx is 0.
 
         # These are the tap of the class and the filters of the first step. The next steps count up
         # from them without an `if`; conv2d_tma.py says why.
