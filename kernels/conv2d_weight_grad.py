@@ -31,8 +31,9 @@ gradient:
        +-----+------+        |..|...|..|         +--+---+--+       BLOCK_N of (r, s, c), and one
         one part             |  |   |  |                           part of the sum over the pixels
 
-The sum over all pixels of the batch is long, and its result has only K*R*S*C numbers. So several
-programs share the sum. Each writes its part, and a second kernel adds the parts up in order.
+The sum over all pixels of the batch is long, and its result has only K*R*S*C numbers. So many
+programs share the sum, to fill the GPU. Each writes its part, and a second kernel adds them up in
+order.
 
 What limits it: tensor cores, as in conv2d.py, with as many FLOPs (2*N*P*Q*K*C*R*S) and bytes. x
 comes out of the cache R*S times, once for each tap. With few channels that cache is the limit.
