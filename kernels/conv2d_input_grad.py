@@ -16,7 +16,7 @@ x[1] is in three lines, so dx[1] = c*dy[0] + b*dy[1] + a*dy[2]. Every pixel has 
 
     dx[h] = a*dy[h+1] + b*dy[h] + c*dy[h-1]     tap r reads output p = h + pad - r
 
-The loss is linear in x. So if one pixel is 1 and the others are 0, the loss is that pixel's dx:
+The loss sum(dy * y) is linear in x. If one pixel is 1 and the rest are 0, it is that pixel's dx:
 
     >>> import torch
     >>> from tilelab.kernels import conv2d
@@ -27,7 +27,7 @@ The loss is linear in x. So if one pixel is 1 and the others are 0, the loss is 
     >>> (dy * conv2d(torch.eye(4).view(4, 1, 1, 4), weight, padding=(0, 1))).sum((1, 2, 3))
     tensor([ 12., 123., 234., 340.])
 
-At stride 2 no pixel takes all taps, but pixels of one class (A, B, C, D) take the same ones. One
+At stride 2 a pixel takes only some taps. Pixels of one class (A, B, C, D) take the same ones. One
 program owns BLOCK_M pixels # of one class x BLOCK_N channels, so it needs no atomics:
 
     dx           a 3x3 filter with padding 1, where it reads dy; tap (r, s) has the number 3*r + s

@@ -12,8 +12,8 @@ To see why, take a row of four pixels and a filter of three taps a, b, c, with p
     y[2] = a*x[1] + b*x[2] + c*x[3]             dc = dy[0]*x[1] + dy[1]*x[2] + dy[2]*x[3]
     y[3] = a*x[2] + b*x[3]                      dweight[r] = sum over p of dy[p] * x[p - pad + r]
 
-The loss is linear in the taps too. So if one tap is 1 and the others are 0, the loss is that tap's
-gradient:
+The loss sum(dy * y) is linear in the taps too. If one tap is 1 and the rest are 0, the loss is the
+gradient of that tap:
 
     >>> import torch
     >>> from tilelab.kernels import conv2d
@@ -31,8 +31,8 @@ gradient:
        +-----+------+        |..|...|..|         +--+---+--+       BLOCK_N of (r, s, c), and one
         one part             |  |   |  |                           part of the sum over the pixels
 
-The sum over all pixels of the batch is long, and its result has only K*R*S*C numbers. So many
-programs share the sum, to fill the GPU. Each writes its part, and a second kernel adds them up in
+The sum over all pixels of the batch is long, and its result has only K*R*S*C numbers. To fill
+the GPU, many programs share one sum. Each writes its part, and a second kernel adds the parts up in
 order.
 
 What limits it: tensor cores, as in conv2d.py, with as many FLOPs (2*N*P*Q*K*C*R*S) and bytes. x

@@ -4,9 +4,9 @@
                        with h = p*stride - pad + r*dil, and w likewise
     dbias[k]         = sum over n,p,q of dy[n,k,p,q]
 
-TMA can fetch what a step needs if that is a box of a tensor (conv2d_tma.py introduces it). A step
-of conv2d_weight_grad.py needs BLOCK_K pixels that follow each other, across rows and images: no
-box. So a step of this kernel takes BLOCK_K images at one pixel instead:
+TMA fetches boxes of tensors; conv2d_tma.py introduces it. A step of conv2d_weight_grad.py needs
+BLOCK_K pixels that follow each other, across rows and images. These are no box. So a step of this
+kernel takes BLOCK_K images at one pixel instead:
 
     dy, one row per image                    x, one row per image, at the pixel that the tap reads
 
@@ -19,8 +19,8 @@ box. So a step of this kernel takes BLOCK_K images at one pixel instead:
 One program owns a tile [BLOCK_M, BLOCK_N] of dweight for one tap (r, s), or a part of its sum. This
 has four consequences:
 
-1. A tap is a coordinate. All images have the pixel (h, w) at the same place, so any stride, padding
-   or dilation is one addition per step.
+1. A tap is a coordinate. All images have the pixel (h, w) at the same place. So stride, padding and
+   dilation only change two numbers in each step.
 2. Padding is not multiplied. The rows p for which h is in the image are an interval, the same one
    for all images, and so are the columns q. The loop runs over these pixels alone. For 7x7 images
    and 3x3 filters with padding 1 it skips 18% of the products: 1 - ((6 + 7 + 6) / (3 * 7))^2.
@@ -53,8 +53,8 @@ from tilelab.kernels._tiles import cdiv, persistent, tma_tile
 _fast = functools.partial(tma_tile, SPLIT_K=1)  # filters x columns x images
 
 # The keys are bytes per element. Compiled for sm_90 (Hopper) with triton 3.6.0 and 3.9.0, no tile
-# spills. Its wgmma, the tensor core instruction, is as wide as the tile and reads both operands
-# from shared memory. Loads begin at least one step ahead.
+# spills. wgmma, the instruction of Hopper's tensor cores, is as wide as the tile, and reads both
+# operands from shared memory. Loads begin at least one step ahead.
 FAST_TILES = {
     2: [
         # This is the largest tile that fits the registers. It is stored in quarters: a quarter of a
@@ -90,7 +90,10 @@ def _inside(first, size, windows, STRIDE: tl.constexpr):
 
 @triton.jit
 def _share(steps, part, parts):
-    """Return the first step of a part, and the one after its last. Parts differ by one at most."""
+    """Return the first step of a part, and the one after its last.
+
+    Parts differ by at most one step.
+    """
     each = steps // parts
     more = steps % parts
     return each * part + tl.minimum(more, part), each * (part + 1) + tl.minimum(more, part + 1)
@@ -243,7 +246,8 @@ def conv2d_weight_grad_tma_kernel(
                     _store_columns(dw, third_quarter, part, k, row, c, 2 * WIDTH, BOX_C)
                     if DY_PIXELS == 1:
                         _store_columns(dw, last_quarter, part, k, row, c, 3 * WIDTH, BOX_C)
-        elif HAS_BIAS:  # This tile is the sum of dy for one block of filters.
+        # A tile of the bias gradient is the sum of dy for one block of filters. dy is in the cache.
+        elif HAS_BIAS:
             k = (job - tiles) * BLOCK_M
             first, last = _share(P * Q * tl.cdiv(N, BLOCK_K), part, parts)
             total = tl.full((BLOCK_K, BLOCK_M), 0.0, tl.float32)
@@ -254,7 +258,7 @@ def conv2d_weight_grad_tma_kernel(
                 total += dy_tile.to(tl.float32)
             offs_k = k + tl.arange(0, BLOCK_M // DY_PIXELS)
             db = tl.sum(total, axis=0)
-            if DY_PIXELS == 2:
+            if DY_PIXELS == 2:  # Both pixels have the same filters.
                 db = tl.sum(tl.reshape(db, (2, BLOCK_M // 2)), axis=0)
             db = db.to(db_ptr.dtype.element_ty)
             tl.store(db_ptr + part * K + offs_k, db, mask=offs_k < K)
@@ -297,7 +301,7 @@ class Plan(NamedTuple):
 
 UNIT = 8  # TMA's strides are multiples of 16 bytes, which are 8 elements.
 FEW_IMAGES = 16  # With fewer, more than half of a step of 32 images would be zeros.
-FEW_CHANNELS = 64  # With fewer, a tile has rows of taps of windows, if it can.
+FEW_CHANNELS = 64  # With fewer, x is seen as windows if that is possible.
 # These are estimates in clocks. A step waits STEP_CLOCKS for its loads; this decides between tiles
 # that are equal otherwise. Where no load begins a step ahead, each one takes LOAD_CLOCKS, and only
 # the other programs of the SM use that time.
@@ -363,12 +367,13 @@ def make_plan(
     return Plan((N, P, Q, K), (H, W), dy, x, (R * S, C), S, geometry, False, folded)
 
 
-# With padding there are no windows, but pixels side by side can be columns. This needs a row of
-# taps that fits the columns, S*C <= BLOCK_N: up to 80 channels for three taps and 256 columns.
+# Where there are no windows, as with padding, pixels side by side can be columns. This needs stride
+# and dilation 1 in a row, and a row of taps that fits the columns, S*C <= BLOCK_N. For three taps
+# and 256 columns these are up to 80 channels.
 #
 # Take 64 filters and 64 channels. A tile of one tap is 64x64. For each byte from the L2 cache it
-# does 32 FLOPs: 2*64*64 for (64 + 64) * 2 bytes. By the estimate of _cost_model.py the cache has 48
-# bytes per clock for an SM. These feed 1,536 FLOPs, and tensor cores can do 4,096.
+# does 32 FLOPs: 2*64*64 for (64 + 64) * 2 bytes. _cost_model.py estimates 48 bytes per clock from
+# the cache for each SM. These are enough for 1,536 FLOPs, and tensor cores can do 4,096.
 #
 # In memory a row of x is W*C numbers: 256 of them are four pixels side by side. So see x as
 # [N, H, 1, 1, W*C], and dy as [P, Q/2, N, 2*K], two pixels at a time. Then a step of 128x256 has
