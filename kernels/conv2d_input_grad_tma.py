@@ -245,9 +245,9 @@ def make_plan(
     if groups > 1 or 0 in (*dy_size, *size, R, S) or K % unit:
         return None
     geometry, fold = (*stride, *padding, *dilation), None
-    # conv2d_tma.py folds an image of fewer than 8 channels, as the first layer of a network has: it
-    # makes stride x stride pixels one with as many times the channels. The convolution then has
-    # stride 1. The same kernel computes the gradient of the folded image; `_unfold` follows.
+    # The first layer of a network has fewer than 8 channels. conv2d_tma.py folds its image: stride x
+    # stride pixels become one, with as many times the channels. The convolution then has stride 1.
+    # The same kernel computes the gradient of the folded image; `_unfold` follows.
     if C < unit and item == 2 and dilation == (1, 1):
         folded = folded_plan(size, w_size, stride, *dy_size[2:], unit)
         if folded is None:

@@ -316,9 +316,9 @@ def make_plan(
 ) -> Plan | None:  # fmt: skip
     """Return the plan for tensors of these sizes and strides, or None if the kernel cannot do them.
 
-    They are those of x [N, C, H, W] and of dy [N, K, P, Q], of 16-bit elements. The kernel cannot
-    do groups, a number of filters that is no multiple of 8, fewer than 16 images (or pixels, if
-    filters are 1x1), or tensors that TMA cannot read.
+    They are those of x [N, C, H, W] and of dy [N, K, P, Q], of 16-bit elements. The kernel has no
+    groups and needs filters in multiples of 8. It needs at least 16 images, or 16 pixels if filters
+    are 1x1. TMA must be able to read the tensors.
     """
     (N, C, H, W), (_, K, P, Q), (R, S) = x_size, dy_size, taps
     if 0 in (*x_size, *dy_size) or K % UNIT or groups > 1:
@@ -377,7 +377,7 @@ def make_plan(
 #
 # In memory a row of x is W*C numbers: 256 of them are four pixels side by side. So see x as
 # [N, H, 1, 1, W*C], and dy as [P, Q/2, N, 2*K], two pixels at a time. Then a step of 128x256 has
-# eight products of 64x64, for two pixels q, q + 1 of dy and three taps a, b, c with padding 1:
+# eight products of 64x64. These are for two pixels q, q + 1 of dy and taps a, b, c with padding 1:
 #
 #                   pixels of x, 64 channels each
 #                  q-1    q     q+1   q+2
@@ -399,8 +399,8 @@ def make_plan(
 def as_neighbours(plan: Plan, tile: dict) -> Plan:
     """Return the plan for a tile whose columns hold a row of taps; the same plan if they do not.
 
-    Such a tile has two pixels of dy if 2*K fills its rows, and if each of the quarters in which it
-    is stored is one pixel of x. Otherwise it has one pixel of dy.
+    Such a tile has two pixels of dy if 2*K fills its rows and 4*C its columns. Then each of the
+    quarters that are stored is one pixel of x. Otherwise it has one pixel of dy.
     """
     N, P, Q, K = plan.size
     (rows, C), S = plan.dw, plan.taps_w
