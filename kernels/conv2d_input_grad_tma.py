@@ -245,8 +245,8 @@ def make_plan(
     if groups > 1 or 0 in (*dy_size, *size, R, S) or K % unit:
         return None
     geometry, fold = (*stride, *padding, *dilation), None
-    # The first layer of a network has fewer than 8 channels. conv2d_tma.py folds its image: stride x
-    # stride pixels become one, with as many times the channels. The convolution then has stride 1.
+    # conv2d_tma.py folds images of fewer than 8 channels, as a first layer has. It makes
+    # stride x stride pixels one with as many times the channels. The convolution then has stride 1.
     # The same kernel computes the gradient of the folded image; `_unfold` follows.
     if C < unit and item == 2 and dilation == (1, 1):
         folded = folded_plan(size, w_size, stride, *dy_size[2:], unit)
