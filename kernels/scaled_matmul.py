@@ -21,8 +21,8 @@ The formats. float8_e4m3fn has 4 bits of exponent and 3 of mantissa; its largest
 it has no infinity. NVIDIA's GPUs have it since sm_89 (Ada); AMD's gfx942 has another 8-bit format.
 int8 runs on NVIDIA's GPUs since sm_80 (Ampere) and on gfx942.
 
-How exact it is. int8 sums are exact. float8 products are exact, but Hopper's tensor cores add them
-with about 14 bits: a comment above the kernels says what that costs.
+How exact it is. int8 sums are exact up to K = 131,071. float8 products are exact, but Hopper's
+tensor cores add them with about 14 bits: a comment above the kernels says what that costs.
 
 Read first: matmul.py and matmul_tma.py, of which these two kernels are variants. Sources:
 torch._scaled_mm and torch.nn.functional.scaled_mm; cuBLASLt's scales for a tensor, or for each row
@@ -246,7 +246,8 @@ def scaled_matmul_tma_kernel(
 
 def _operands(a, b, dtype):
     """Return `tma_rows` of A and of B, or None if this kernel cannot take both."""
-    if not (a.numel() and b.numel()) or b.shape[1] * dtype.itemsize % 16:  # also for rows of C
+    # TMA stores C, so rows of C, too, must begin at multiples of 16 bytes.
+    if not (a.numel() and b.numel()) or b.shape[1] * dtype.itemsize % 16:
         return None
     rows_a, rows_b = tma_rows(a, 1), tma_rows(b, 1)
     if rows_a is None or rows_b is None or rows_a[1] or not rows_b[1]:
