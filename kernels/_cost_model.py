@@ -2,8 +2,8 @@
 
 It is for kernels that load by TMA (matmul_tma.py explains TMA). One step of their loop takes the
 time of its products or of its loads, whichever is longer. Tiles are shared out among the SMs (a
-GPU's processors; an H200 has 132). The SM with the most tiles is done last: a turn is one tile on
-each SM, and its time is the number of turns times the time of a tile.
+GPU's processors; an H200 has 132). In one turn, each SM computes one tile. The SM with the most
+tiles is done last: after the number of turns, times the time of a tile.
 
 All constants are estimates, not measurements. `tilelab sweep` measures instead, and its tuned table
 takes the place of this model.
@@ -12,7 +12,7 @@ takes the place of this model.
 from tilelab.kernels._tiles import cdiv
 
 # What one SM does in one clock:
-#   FLOPS_16      FLOPs in 16-bit. H100: 989 TFLOP/s / 132 SMs / 1.83 GHz = 4,096
+#   FLOPS_16      FLOPs in 16-bit. H100: 989 TFLOP/s / 132 SMs / 1.83 GHz is about 4,096
 #   L2_BYTES      bytes that it reads from the L2 cache
 #   MEMORY_BYTES  bytes that it reads from memory or writes to it
 FLOPS_16, L2_BYTES, MEMORY_BYTES = 4096, 48, 20
