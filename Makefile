@@ -4,7 +4,7 @@
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: help train sweep gpu test test-oldest test-compile test-gpu lint format clean
+.PHONY: help train sweep gpu test test-oldest test-compile test-gpu mutants lint format clean
 
 help:  ## this list
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -36,6 +36,9 @@ test-gpu: .venv/.ready  ## run the tests on this machine's GPU, then those at re
 		{ echo "error: torch sees no GPU here: make test runs the tests without one" >&2; exit 1; }
 	.venv/bin/python -m pytest $(IN_PARALLEL) -m "not gpu" $(ARGS)
 	.venv/bin/python -m pytest -m gpu $(ARGS)
+
+mutants: .venv/.ready  ## plant a fault in a kernel, one at a time, and see which test finds it (minutes)
+	.venv/bin/python -m tests.tools.mutants $(ARGS)
 
 lint: .venv/.ready  ## check style and formatting
 	.venv/bin/python -m ruff check .

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+
 from tilelab.kernels import _launch
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -13,6 +13,7 @@ with S taps and Q windows.
 from collections.abc import Sequence
 
 import torch
+
 from tilelab.kernels._checks import check_shape, check_tensors, pair
 from tilelab.kernels.activation import check_activation
 

@@ -20,6 +20,7 @@ What limits both: memory. They do one addition for each partial sum that they re
 import torch
 import triton
 import triton.language as tl
+
 from tilelab.kernels._launch import launch
 from tilelab.kernels._tiles import cdiv, choose_tile
 from tilelab.kernels.activation import activate

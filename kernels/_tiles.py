@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import triton
+
 from tilelab.kernels import _launch
 from tilelab.kernels._checks import DTYPES, either, is_int, short_name
 

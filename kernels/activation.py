@@ -36,6 +36,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+
 from tilelab.kernels._checks import check_choice
 
 

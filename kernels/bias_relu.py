@@ -38,6 +38,7 @@ Read next: activation.py. Sources: the fused bias epilogues of cuBLASLt
 import torch
 import triton
 import triton.language as tl
+
 from tilelab.kernels._checks import autocast, check_choice, check_shape, check_tensors
 from tilelab.kernels._launch import launch
 from tilelab.kernels._partial_sums import sum_partials

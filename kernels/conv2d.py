@@ -60,6 +60,7 @@ import functools
 import torch
 import triton
 import triton.language as tl
+
 from tilelab.kernels._checks import autocast, dot_precision
 from tilelab.kernels._geometry import as_pixels, check_conv2d, empty_channels_last, output_size
 from tilelab.kernels._launch import launch

@@ -40,6 +40,7 @@ Read first: pool.py, conv2d.py. Source: Howard et al., MobileNets (2017).
 import torch
 import triton
 import triton.language as tl
+
 from tilelab.kernels._launch import launch
 from tilelab.kernels._tiles import cdiv, choose_tile
 from tilelab.kernels.activation import activate, activated

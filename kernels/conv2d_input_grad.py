@@ -77,6 +77,7 @@ import math
 import torch
 import triton
 import triton.language as tl
+
 from tilelab.kernels._checks import dot_precision
 from tilelab.kernels._geometry import as_pixels, empty_channels_last
 from tilelab.kernels._launch import launch

@@ -46,6 +46,7 @@ import math
 import torch
 import triton
 import triton.language as tl
+
 from tilelab.kernels._cost_model import busiest_sm
 from tilelab.kernels._launch import descriptor, device_of, launch
 from tilelab.kernels._partial_sums import reduce_parts, sum_partials

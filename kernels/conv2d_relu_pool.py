@@ -34,6 +34,7 @@ as a byte instead of z is what makes it pay in training.
 import torch
 import triton
 import triton.language as tl
+
 from tilelab.kernels._checks import autocast, dot_precision
 from tilelab.kernels._geometry import check_conv2d, empty_channels_last, output_size
 from tilelab.kernels._launch import launch

@@ -44,6 +44,7 @@ Read first: conv2d_relu_pool.py, conv2d_input_grad.py, conv2d_weight_grad.py.
 import torch
 import triton
 import triton.language as tl
+
 from tilelab.kernels._checks import dot_precision
 from tilelab.kernels._geometry import empty_channels_last
 from tilelab.kernels._launch import device_of, launch

@@ -39,6 +39,7 @@ Read first: conv2d.py, conv2d_input_grad.py, conv2d_relu_pool_grad.py.
 from typing import Any, NamedTuple
 
 import torch
+
 from tilelab.kernels._checks import autocast
 from tilelab.kernels._geometry import check_conv2d
 from tilelab.kernels.bias_relu import bias_activation_backward

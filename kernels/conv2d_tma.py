@@ -57,6 +57,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+
 from tilelab.kernels._cost_model import busiest_sm
 from tilelab.kernels._geometry import output_size
 from tilelab.kernels._launch import descriptor, device_of, launch

@@ -82,6 +82,7 @@ Read first: conv2d.py, conv2d_input_grad.py.
 import torch
 import triton
 import triton.language as tl
+
 from tilelab.kernels._checks import dot_precision
 from tilelab.kernels._launch import launch
 from tilelab.kernels._partial_sums import sum_partials

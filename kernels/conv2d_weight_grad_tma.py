@@ -92,6 +92,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+
 from tilelab.kernels import conv2d_tma
 from tilelab.kernels._cost_model import busiest_sm
 from tilelab.kernels._geometry import even_stride

@@ -37,6 +37,7 @@ Read first: softmax.py. Sources: Milakov and Gimelshein, Online normalizer calcu
 import torch
 import triton
 import triton.language as tl
+
 from tilelab.kernels._checks import check_choice, check_device, check_tensors, reduction_dtype
 from tilelab.kernels._launch import launch
 from tilelab.kernels._rows import as_rows, row_offsets

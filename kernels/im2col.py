@@ -35,6 +35,7 @@ Simard, High Performance Convolutional Neural Networks for Document Processing (
 import torch
 import triton
 import triton.language as tl
+
 from tilelab.kernels._checks import autocast, check_shape, check_tensors, pair
 from tilelab.kernels._geometry import (
     check_conv2d,

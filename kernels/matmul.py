@@ -37,6 +37,7 @@ van de Geijn, Anatomy of High-Performance Matrix Multiplication (2008), for the 
 import torch
 import triton
 import triton.language as tl
+
 from tilelab.kernels._checks import (
     autocast,
     check_shape,

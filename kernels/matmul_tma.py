@@ -38,6 +38,7 @@ import functools
 import torch
 import triton
 import triton.language as tl
+
 from tilelab.kernels._cost_model import busiest_sm
 from tilelab.kernels._launch import descriptor, device_of, launch, tma_rows
 from tilelab.kernels._partial_sums import reduce_parts

@@ -49,6 +49,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+
 from tilelab.kernels._checks import check_tensors
 from tilelab.kernels._launch import launch, stream_of
 from tilelab.kernels._tiles import choose_tile

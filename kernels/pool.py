@@ -42,6 +42,7 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+
 from tilelab.kernels._checks import check_shape, check_tensors, pair
 from tilelab.kernels._geometry import empty_channels_last, output_size
 from tilelab.kernels._launch import launch

@@ -35,6 +35,7 @@ import functools
 import torch
 import triton
 import triton.language as tl
+
 from tilelab.kernels._checks import DTYPES, check_device, check_shape, check_tensors
 from tilelab.kernels._cost_model import FLOPS_16, L2_BYTES, TILE_CLOCKS
 from tilelab.kernels._launch import descriptor, device_of, launch, tma_rows

@@ -43,6 +43,7 @@ import math
 import torch
 import triton
 import triton.language as tl
+
 from tilelab.kernels._checks import check_tensors, reduction_dtype
 from tilelab.kernels._launch import launch
 from tilelab.kernels._rows import as_rows, row_offsets

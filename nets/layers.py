@@ -27,6 +27,8 @@ copies its values into this memory, so they may come in any order.
 import itertools
 
 import torch
+from torch import Tensor, nn
+
 from tilelab.kernels import (
     bias_relu,
     conv2d,
@@ -40,7 +42,6 @@ from tilelab.kernels import (
 )
 from tilelab.kernels.activation import check_activation
 from tilelab.kernels.conv2d_stack import Layer
-from torch import Tensor, nn
 
 
 class Linear(nn.Linear):

@@ -40,13 +40,14 @@ from collections.abc import Callable
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.optim import Optimizer
+
 from tilelab.kernels import cross_entropy
 from tilelab.kernels._launch import launch
 from tilelab.kernels._tiles import cdiv, choose_tile
 from tilelab.kernels.optim import capture
-from torch import Tensor, nn
-from torch.func import functional_call
-from torch.optim import Optimizer
 
 # 512 pixels a program: 64 digits of 28 x 28 pixels still make 98 programs. A warp is 32 threads.
 BATCH_TILE = dict(BLOCK_M=512, num_warps=4)

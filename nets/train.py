@@ -30,10 +30,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tilelab.kernels import SGD, AdamW, cross_entropy, softmax
-from tilelab.kernels._launch import INTERPRET
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from tilelab.kernels import SGD, AdamW, cross_entropy, softmax
+from tilelab.kernels._launch import INTERPRET
 
 from . import checkpoint as ckpt
 from . import data as datasets

@@ -1,12 +1,13 @@
-"""What every test has, without asking. The tools that a test imports are beside this file:
+"""What every test has, without asking. The tools that a test imports are in tests/tools:
 
-    from tests.tools.tolerance import assert_close           is it right, and could the test have failed?
-    from tests.tools.inputs import randn, double, gradients  seeded inputs in every layout, and gradients
-    from tests.tools.poison import poison                    reads and writes out of bounds
+    from tests.tools.tolerance import assert_close    is it right, and could the test have failed?
+    from tests.tools.inputs import randn, gradients   seeded inputs in every layout, and gradients
+    from tests.tools.poison import poison             reads and writes out of bounds
+    from tests.tools.operators import OPERATORS       every operator, its samples and its reference
 
 The same tests run on the CPU (`make test` forces Triton's interpreter) and, where torch sees a GPU
 and TRITON_INTERPRET is not set, compiled on the GPU: they take their device from the `device`
-fixture or from `tests.inputs.DEVICE`. Tests marked `gpu` run there alone, at real sizes.
+fixture or from `tests.tools.inputs.DEVICE`. Tests marked `gpu` run there alone, at real sizes.
 """
 
 import os
@@ -24,7 +25,7 @@ from tests.tools.inputs import DEVICE  # noqa: E402
 
 # An interpreted kernel takes milliseconds: few examples, and no deadline for the first of them.
 hypothesis.settings.register_profile(
-    "tilelab", deadline=None, max_examples=20, derandomize=bool(os.environ.get("CI"))
+    "tilelab", deadline=None, max_examples=12, derandomize=bool(os.environ.get("CI"))
 )
 hypothesis.settings.load_profile("tilelab")
 

@@ -1,7 +1,7 @@
 """GPU kernels in pure Python (Triton): `tilelab.kernels`, `tilelab.nets`, `tilelab.perf`.
 
-In a wheel these packages lie inside this folder. In a checkout they lie beside it, at the top level,
-and this folder's search path leads there, so `import tilelab.kernels` works with nothing installed.
+In a wheel these packages lie inside this folder. In a checkout they lie at the top level, where the
+search path of this package leads, so `import tilelab.kernels` needs no installation.
 """
 
 import pathlib

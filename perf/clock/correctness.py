@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+
 from tilelab.perf.work import workloads
 from tilelab.perf.work.workloads import Workload
 

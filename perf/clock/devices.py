@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+
 from tilelab.perf.errors import PerfError
 from tilelab.perf.work import gpus
 

@@ -26,12 +26,12 @@ from typing import Any
 from unittest import mock
 
 import torch
-from tilelab.perf.errors import PerfError
-from tilelab.perf.rows.ranking import markdown_table
-from tilelab.perf.rows.results import MODES
 from torch.utils import benchmark
 
 import tilelab
+from tilelab.perf.errors import PerfError
+from tilelab.perf.rows.ranking import markdown_table
+from tilelab.perf.rows.results import MODES
 
 ROOT = pathlib.Path(tilelab.__file__).parents[1]  # where tilelab is imported from
 TARGET = "sm_90"

@@ -11,6 +11,8 @@ import itertools
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 
+from tqdm import tqdm
+
 from tilelab.nets.files import numbered
 from tilelab.perf.commands import arguments, provenance
 from tilelab.perf.compiler import aot
@@ -20,7 +22,6 @@ from tilelab.perf.report import diagnosis
 from tilelab.perf.rows import ranking, results
 from tilelab.perf.work import gpus
 from tilelab.perf.work.workloads import Workload
-from tqdm import tqdm
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+
 from tilelab.perf.clock import timing
 from tilelab.perf.clock.devices import HostDevice, current_device, first_line
 from tilelab.perf.commands import provenance

@@ -30,6 +30,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+
 from tilelab.kernels import _launch, _tiles
 from tilelab.perf.commands import provenance
 from tilelab.perf.commands.gpu_tasks import GROUPS, ROOT, Outcome, Task, tasks

@@ -21,6 +21,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from tqdm import tqdm
+
 from tilelab.kernels import _tiles
 from tilelab.perf.clock import devices, timing
 from tilelab.perf.clock.correctness import Gate
@@ -34,7 +36,6 @@ from tilelab.perf.rows import ranking, results, stats
 from tilelab.perf.work import gpus, workloads
 from tilelab.perf.work.peers import PEERS, forget_compiled
 from tilelab.perf.work.workloads import Workload
-from tqdm import tqdm
 
 FINALISTS = 8
 SLOW = 2.0  # a tile this much slower than the best of its screening is no finalist

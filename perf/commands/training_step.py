@@ -32,6 +32,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._library.custom_ops import _maybe_get_opdef
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tilelab import kernels
 from tilelab.kernels import _launch
 from tilelab.perf.clock import devices, timing
 from tilelab.perf.compiler import aot
@@ -39,12 +45,6 @@ from tilelab.perf.errors import PerfError
 from tilelab.perf.rows import results
 from tilelab.perf.work import cost, workloads
 from tilelab.perf.work.peers import forget_compiled
-from torch._library.custom_ops import _maybe_get_opdef
-from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-
-from tilelab import kernels
 
 BATCHES = (256, 1024, 4096)
 PEERS = ("tilelab", "torch", "graph", "compile")

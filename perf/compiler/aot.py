@@ -29,12 +29,14 @@ import time
 from typing import Any, NamedTuple
 
 import torch
-from tilelab.kernels import _launch, _tiles
 
 from tilelab import kernels  # before triton: it decides between interpreter and compiler
+from tilelab.kernels import _launch, _tiles
 
 # isort: split
 import triton
+from triton.backends.compiler import GPUTarget
+
 from tilelab.perf.compiler import machine_code
 from tilelab.perf.errors import PerfError
 from tilelab.perf.rows import results
@@ -42,7 +44,6 @@ from tilelab.perf.work import gpus, workloads
 from tilelab.perf.work.operators import OPERATORS
 from tilelab.perf.work.search_space import TileOp
 from tilelab.perf.work.workloads import Workload
-from triton.backends.compiler import GPUTarget
 
 TIMEOUT_S = 300  # for one kernel: the compiler hangs
 MOST_WORKERS = 32  # unless asked for: each is a process that has imported torch

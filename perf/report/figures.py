@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
 from tilelab.perf.report import diagnosis
 from tilelab.perf.rows import stats
 from tilelab.perf.rows.ranking import (

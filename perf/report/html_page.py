@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
+
 from tilelab.perf.report import diagnosis, figures, plot
 from tilelab.perf.report.figures import DARK, LIGHT
 from tilelab.perf.rows import ranking, results, stats

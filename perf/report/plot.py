@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 from PIL import Image
+
 from tilelab.perf.errors import PerfError
 from tilelab.perf.report import figures
 from tilelab.perf.report.figures import DARK, LIGHT, Theme

@@ -4,6 +4,7 @@ import contextlib
 
 import torch
 import torch.nn.functional as F
+
 from tilelab.perf.work import cost
 
 

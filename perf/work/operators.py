@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+from tilelab import kernels
 from tilelab.perf.work import boxes, cost, formulas, networks, search_space, training
 from tilelab.perf.work.cost import Sizes
 from tilelab.perf.work.formulas import geometry
 from tilelab.perf.work.networks import Shape
 from tilelab.perf.work.search_space import TileOp
-
-from tilelab import kernels
 
 
 class Mode(NamedTuple):

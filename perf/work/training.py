@@ -6,10 +6,10 @@ device and a Maker of inputs, and returns the call and the inputs that the call 
 
 import torch
 import torch.nn.functional as F
-from tilelab.perf.work.formulas import Maker
-from tilelab.perf.work.peers import as_peer
 
 from tilelab import kernels
+from tilelab.perf.work.formulas import Maker
+from tilelab.perf.work.peers import as_peer
 
 IN_A_GRAPH = ("tilelab", "graph", "compile")  # of a training step on a GPU
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+
 from tilelab.perf.errors import PerfError
 from tilelab.perf.work.formulas import Maker
 from tilelab.perf.work.operators import OPERATORS, Mode, Operator

@@ -10,6 +10,11 @@ import sys
 
 import pytest
 import torch
+
+from tests.tools.inputs import DEVICE, DTYPES, INTERPRET, LAYOUTS, double, gradients, randn
+from tests.tools.poison import poison
+from tests.tools.tolerance import assert_close, bound, compare
+from tilelab import kernels
 from tilelab.kernels import _launch, bias_activation, conv2d, conv2d_im2col, matmul, scaled_matmul
 from tilelab.kernels._launch import Device
 from tilelab.kernels._tiles import use_tile
@@ -18,11 +23,6 @@ from tilelab.kernels.bias_relu import reference as bias_reference
 from tilelab.kernels.conv2d import reference as conv2d_reference
 from tilelab.kernels.matmul import reference as matmul_reference
 from tilelab.nets.layers import Linear
-
-from tests.tools.inputs import DEVICE, DTYPES, INTERPRET, LAYOUTS, double, gradients, randn
-from tests.tools.poison import poison
-from tests.tools.tolerance import assert_close, bound, compare
-from tilelab import kernels
 
 ROOT = pathlib.Path(kernels.__file__).parents[1]
 NEW = [name for name in ACTIVATIONS if name != "relu"]  # ReLU's own tests are every operator's

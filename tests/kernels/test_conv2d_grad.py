@@ -1,17 +1,13 @@
-"""The gradients of conv2d by its input and by its weight, each alone, as the custom ops."""
+"""The gradients of conv2d by its input and by its weight, each alone, and in parts."""
 
 import importlib
+import itertools
 import math
 
 import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from tilelab.kernels._tiles import use_tile
-from tilelab.kernels.conv2d_input_grad import TILES as INPUT_TILES
-from tilelab.kernels.conv2d_input_grad import conv2d_input_grad
-from tilelab.kernels.conv2d_weight_grad import TILES as WEIGHT_TILES
-from tilelab.kernels.conv2d_weight_grad import conv2d_weight_grad
 
 from tests.tools.convolutions import (
     CONVS,
@@ -20,15 +16,22 @@ from tests.tools.convolutions import (
     MANY,
     Conv,
     any_conv,
-    every_conv,
     every_dtype,
-    far_apart,
     few_and_many,
     integers,
 )
-from tests.tools.inputs import DEVICE, DTYPES, INTERPRET, LAYOUTS, double, randn
+from tests.tools.inputs import DEVICE, DTYPES, LAYOUTS, double, randn
 from tests.tools.poison import poison
 from tests.tools.tolerance import assert_close
+from tilelab.kernels import _launch, conv2d
+from tilelab.kernels._tiles import use_tile
+from tilelab.kernels.conv2d_input_grad import conv2d_input_grad
+from tilelab.kernels.conv2d_weight_grad import (
+    TILES,
+    conv2d_weight_bias_grad,
+    conv2d_weight_grad,
+)
+from tilelab.kernels.conv2d_weight_grad_tma import FAST_TILES
 
 input_module = importlib.import_module("tilelab.kernels.conv2d_input_grad")
 module = importlib.import_module("tilelab.kernels.conv2d_weight_grad")
@@ -80,26 +83,12 @@ def check_weight(conv, dtype, *, x="contiguous", dy="contiguous", weight="contig
 # --- geometry, each for a reason ----------------------------------------------------------------
 
 
-@every_conv
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_input_grad_of_geometry(conv, dtype):
-    dx, want = check_input(conv, dtype)
-    assert not dx[want == 0].any()  # a pixel that no window reads is exactly 0
-
-
-@every_conv
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_weight_grad_of_geometry(conv, dtype):
-    check_weight(conv, dtype)
-
-
 def unread(conv):
     """Which pixels of an image no window reads."""
     reads = reference(conv, torch.ones(conv.x), torch.ones(conv.y), torch.ones(conv.weight))[0]
     return reads[0, 0] == 0
 
 
-@every_dtype
 @pytest.mark.parametrize(
     "name, pixels",
     {
@@ -110,11 +99,11 @@ def unread(conv):
         "dilation 2, stride 2: every second class has no tap": 90 - 4 * 5,
     }.items(),
 )
-def test_pixels_that_no_window_reads_get_zero(name, pixels, dtype):
+def test_pixels_that_no_window_reads_get_zero(name, pixels):
     """Exactly 0, and not what lay in memory: the gradient is stored for every pixel."""
     conv = CONVS[name]
     assert unread(conv).sum() == pixels
-    dx, _ = check_input(conv, dtype)
+    dx, _ = check_input(conv, torch.bfloat16)
     assert not dx[:, :, unread(conv).to(DEVICE)].any()
 
 
@@ -133,9 +122,8 @@ def test_every_pair_of_stride_and_dilation(stride, dilation):
         assert torch.equal(weight_grad(conv, x, dy, weight).double(), dweight)
 
 
-@pytest.mark.parametrize("dilation", range(1, 13))
-def test_inverse(dilation):
-    for stride in range(1, 13):
+def test_inverse():
+    for dilation, stride in itertools.product(range(1, 13), repeat=2):
         g, inverse = input_module._inverse(dilation, stride)
         assert g == math.gcd(dilation, stride)
         assert dilation // g * inverse % (stride // g) == 1 % (stride // g)
@@ -145,23 +133,10 @@ def test_inverse(dilation):
 
 
 @pytest.mark.parametrize("weight", WEIGHT_LAYOUTS)
-@pytest.mark.parametrize("dy", LAYOUTS)
-def test_layouts_of_the_input_grad(dy, weight):
-    check_input(MANY, torch.float32, dy=dy, weight=weight)
-
-
-@pytest.mark.parametrize("dy", LAYOUTS)
-@pytest.mark.parametrize("x", LAYOUTS)
-def test_layouts_of_the_weight_grad(x, dy):
-    check_weight(MANY, torch.float32, x=x, dy=dy)
-
-
-@pytest.mark.parametrize("parts", [1, 3])
-@pytest.mark.parametrize("weight", WEIGHT_LAYOUTS)
-@few_and_many
-def test_weight_grad_lies_as_the_weight_does(conv, weight, parts, monkeypatch):
+@pytest.mark.parametrize("conv", [FEW, GROUPED], ids=["few channels", "groups"])
+def test_weight_grad_lies_as_the_weight_does(conv, weight, monkeypatch):
     """Partial results too are laid out as the weight: their sum runs through memory in order."""
-    monkeypatch.setattr(module, "part_count", lambda programs, steps: parts)
+    monkeypatch.setattr(module, "part_count", lambda programs, steps: 3)
     tile = {**SMALL, "BLOCK_M": 32, "BLOCK_N": 128}
     with use_tile("conv2d_weight_grad", tile):
         dw, _ = check_weight(conv, torch.float32, weight=weight)
@@ -170,13 +145,6 @@ def test_weight_grad_lies_as_the_weight_does(conv, weight, parts, monkeypatch):
         assert dw.stride() == w.stride()
     else:  # torch.empty_like of what is not dense
         assert dw.is_contiguous()
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_of_16_bits(layout, dtype):
-    check_input(FEW, dtype, dy=layout, weight=layout)
-    check_weight(FEW, dtype, x=layout, dy=layout, weight=layout)
 
 
 # --- nothing to do ------------------------------------------------------------------------------
@@ -196,17 +164,6 @@ def test_empty_batch(C, dtype):
 # --- values -------------------------------------------------------------------------------------
 
 
-@pytest.mark.core
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_integers_are_exact(dtype):
-    x, weight = GROUPED.inputs(dtype, values=integers)
-    dy = GROUPED.dy(dtype, values=integers)
-    dx, dweight = reference(GROUPED, x, dy, weight)
-    assert max(dx.abs().max(), dweight.abs().max()) < 256
-    assert torch.equal(input_grad(GROUPED, dy, weight).double(), dx)
-    assert torch.equal(weight_grad(GROUPED, x, dy, weight).double(), dweight)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("parts", [1, 4])
 def test_float32_accumulation(parts, dtype, monkeypatch):
@@ -222,15 +179,15 @@ def test_float32_accumulation(parts, dtype, monkeypatch):
 
 
 @few_and_many
-@every_dtype
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("where", ["x", "dy"])
-def test_nan_and_infinity_reach_what_torch_has_them_reach(where, value, dtype, conv):
+def test_nan_and_infinity_reach_what_torch_has_them_reach(where, value, conv):
     """Nothing leaks through the border, masked channels or rows that wrap around the last one.
 
     An infinity in the weight is another matter: outputs beyond the border count as 0 times it, so
     the pixels there become NaN where torch has fewer terms.
     """
+    dtype = torch.float16 if value < 0 else torch.float32
     (x, weight), dy = conv.inputs(dtype), conv.dy(dtype)
     wrong = x if where == "x" else dy
     wrong[0, 0, 0, 0] = value  # in a corner of the first image, and within the last
@@ -250,11 +207,11 @@ def test_nan_and_infinity_reach_what_torch_has_them_reach(where, value, dtype, c
 LONG = Conv((3, 4, 6, 7), 5, (3, 2), padding=1)  # a sum over 144 pixels: 9 steps of 16
 
 
-@every_dtype
 @pytest.mark.parametrize("conv", [LONG, GROUPED], ids=["9 steps", "groups, 5 steps"])
-@pytest.mark.parametrize("parts", [1, 2, 3, 4, 7, 9], ids="{} parts".format)
-def test_split_sum(parts, conv, dtype, monkeypatch):
+@pytest.mark.parametrize("parts", [1, 2, 4, 7], ids="{} parts".format)
+def test_split_sum(parts, conv, monkeypatch):
     """Parts of equal length, a shorter last one, one step each; fewer than were asked for."""
+    dtype = DTYPES[parts % 3]
     monkeypatch.setattr(module, "part_count", lambda programs, steps: min(parts, steps))
     tile = {**SMALL, "BLOCK_N": 128}
     with use_tile("conv2d_weight_grad", tile):
@@ -296,36 +253,6 @@ def test_partial_results_are_float32(monkeypatch):
 # --- tiles --------------------------------------------------------------------------------------
 
 
-def tile_id(tile):
-    return "x".join(str(tile[f"BLOCK_{d}"]) for d in "MNK")
-
-
-def larger_input(tile):
-    """For the input gradient: a tile and a remainder of pixels, channels and filters."""
-    width = -(-tile["BLOCK_M"] // 9) + 1
-    return Conv((3, tile["BLOCK_N"] + 3, 3, width), tile["BLOCK_K"] + 5, (1, 2), padding=(0, 1))
-
-
-def larger_weight(tile):
-    """For the weight gradient: a tile and a remainder of filters, (r, s, c) and pixels."""
-    width = -(-tile["BLOCK_K"] // 3) + 2
-    return Conv((1, tile["BLOCK_N"] // 2 + 3, 3, width), tile["BLOCK_M"] + 3, (1, 2))
-
-
-@every_dtype
-@pytest.mark.parametrize("tile", INPUT_TILES, ids=tile_id)
-def test_every_input_tile_alone(tile, dtype):
-    with use_tile("conv2d_input_grad", tile):
-        check_input(larger_input(tile), dtype)
-
-
-@every_dtype
-@pytest.mark.parametrize("tile", WEIGHT_TILES, ids=tile_id)
-def test_every_weight_tile_alone(tile, dtype):
-    with use_tile("conv2d_weight_grad", tile):
-        check_weight(larger_weight(tile), dtype)
-
-
 @pytest.mark.parametrize("conv", [FEW, MANY, GROUPED], ids=["few", "many", "groups"])
 def test_several_tiles_of_every_class(conv):
     """Classes of pixels of different sizes: the last tile of the small ones is empty."""
@@ -340,10 +267,10 @@ def test_steps_with_and_without_a_remainder(K):
         check_input(Conv((1, 3, 4, 4), K, (3, 2), padding=1), torch.float32)
 
 
-@pytest.mark.parametrize("parts", [1, 3])
 @every_dtype
-def test_the_same_bits_twice(dtype, parts, monkeypatch):
-    monkeypatch.setattr(module, "part_count", lambda programs, steps: parts)
+def test_the_same_bits_twice(dtype, monkeypatch):
+    """In parts, which the interpreter has none of by itself."""
+    monkeypatch.setattr(module, "part_count", lambda programs, steps: 3)
     (x, weight), dy = GROUPED.inputs(dtype), GROUPED.dy(dtype)
     with use_tile("conv2d_weight_grad", {**SMALL, "BLOCK_N": 128}):
         first, second = (weight_grad(GROUPED, x, dy, weight) for _ in range(2))
@@ -355,40 +282,17 @@ def test_the_same_bits_twice(dtype, parts, monkeypatch):
 # --- out of bounds: every check above is made in poison, and this is the rest -------------------
 
 
-@every_dtype
-@pytest.mark.parametrize("layout", ["channels_last", "sliced"])
-@pytest.mark.parametrize("parts", [1, 3])
-def test_nothing_is_read_or_written_out_of_bounds(parts, layout, dtype, monkeypatch):
-    monkeypatch.setattr(module, "part_count", lambda programs, steps: parts)
+@pytest.mark.parametrize(
+    "dtype, layout", zip(DTYPES, ["channels_last", "sliced", "offset"], strict=True)
+)
+def test_nothing_is_read_or_written_out_of_bounds(dtype, layout, monkeypatch):
+    """In parts, which the interpreter has none of by itself."""
+    monkeypatch.setattr(module, "part_count", lambda programs, steps: 3)
     (x, weight), dy = GROUPED.inputs(dtype, layout, layout), GROUPED.dy(dtype, layout)
     with use_tile("conv2d_weight_grad", {**SMALL, "BLOCK_N": 128}), poison() as p:
         weight_grad(GROUPED, p(x), p(dy), p(weight))
     with use_tile("conv2d_input_grad", {**SMALL, "BLOCK_M": 64}), poison() as p:
         input_grad(GROUPED, p(dy), p(weight))
-
-
-# --- offsets past 2^31 elements, on any machine -------------------------------------------------
-
-
-@pytest.mark.skipif(not INTERPRET, reason="on a GPU the tensors are as large as that, see below")
-@pytest.mark.parametrize("dim", range(4), ids=["n", "channels", "height", "width"])
-@pytest.mark.parametrize("which", ["input grad, dy", "weight grad, dy", "weight grad, x"])
-def test_offsets_past_2_to_the_31_along(which, dim, tmp_path):
-    conv = Conv((2, 33 if which[-1] == "x" else 3, 3, 4), 33 if which[-1] == "y" else 3, (2, 2))
-    (x, weight), dy = conv.inputs(torch.float16), conv.dy(torch.float16)
-    if which == "input grad, dy":
-        with use_tile("conv2d_input_grad", SMALL):
-            want = input_grad(conv, dy, weight)
-            assert torch.equal(input_grad(conv, far_apart(dy, dim, tmp_path / "dy"), weight), want)
-        return
-    tile = {**SMALL, "BLOCK_N": 64}
-    with use_tile("conv2d_weight_grad", tile):
-        want = weight_grad(conv, x, dy, weight)
-        if which == "weight grad, dy":
-            dy = far_apart(dy, dim, tmp_path / "dy")
-        else:
-            x = far_apart(x, dim, tmp_path / "x")
-        assert torch.equal(weight_grad(conv, x, dy, weight), want)
 
 
 # --- anything else ------------------------------------------------------------------------------
@@ -413,50 +317,89 @@ def test_any_convolution(conv, dtype, x, weight, dy, parts):
     assert torch.equal(dw, dw64.to(dtype))
 
 
-# --- on a GPU, at real sizes --------------------------------------------------------------------
+# --- the bias gradient with the weight gradient, and atomics --------------------------------------
 
-REAL = {
-    "ResNet-50, first": Conv((32, 3, 224, 224), 64, (7, 7), 2, 3),
-    "ResNet-50, 1x1 out of a bottleneck": Conv((32, 64, 56, 56), 256, (1, 1)),
-    "ResNet-50, 3x3": Conv((32, 64, 56, 56), 64, (3, 3), 1, 1),
-    "ResNet-50, 3x3 of stride 2": Conv((32, 128, 56, 56), 128, (3, 3), 2, 1),
-    "ResNet-50, shortcut of stride 2": Conv((32, 256, 56, 56), 512, (1, 1), 2),
-    "ResNet-50, last 3x3": Conv((32, 512, 7, 7), 512, (3, 3), 1, 1),
-    "VGG16, first": Conv((16, 3, 224, 224), 64, (3, 3), 1, 1),
-    "VGG16, widest": Conv((16, 512, 28, 28), 512, (3, 3), 1, 1),
-    "ResNeXt, 32 groups": Conv((32, 128, 56, 56), 128, (3, 3), 1, 1, 1, 32),
-    "MobileNet, depthwise": Conv((32, 144, 56, 56), 144, (3, 3), 2, 1, 1, 144),
-    "DeepLab, dilation 6": Conv((8, 256, 33, 33), 256, (3, 3), 1, 6, 6),
+PORTABLE = dict(BLOCK_M=32, BLOCK_N=64, BLOCK_K=16, num_warps=4, num_stages=2)
+OTHERS = {
+    "few channels": Conv((3, 5, 6, 7), 37, (3, 2), (2, 1), 1),
+    "several blocks": Conv((2, 18, 5, 6), 40, (2, 3), (1, 2), 1),
+    "groups": Conv((3, 36, 9, 8), 6, (2, 3), (2, 1), (0, 1), (1, 2), groups=2),
 }
+ANY_GPU = _launch.Device(80, sms=108)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("conv", REAL.values(), ids=REAL)
-def test_real_sizes(conv, dtype, layout):
-    (x, weight), dy = conv.inputs(dtype, layout, layout), conv.dy(dtype, layout)
-    want = reference(conv, x, dy, weight)
-    got = input_grad(conv, dy, weight), weight_grad(conv, x, dy, weight)
-    for name, result, expected in zip(["dx", "dw"], got, want, strict=True):
-        assert_close(result, expected, dtype=dtype, terms=conv.terms[name], name=name)
-    assert torch.equal(weight_grad(conv, x, dy, weight), got[1])  # split, and deterministic
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tile", INPUT_TILES, ids=tile_id)
-def test_every_input_tile_at_real_size(tile, dtype):
-    with use_tile("conv2d_input_grad", tile):
-        check_input(Conv((4, 200, 57, 55), 300, (3, 3), 2, 1), dtype)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tile", WEIGHT_TILES, ids=tile_id)
-def test_every_weight_tile_at_real_size(tile, dtype):
+@pytest.mark.core
+@pytest.mark.parametrize("atomic", [False, True], ids=["", "atomic"])
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("layer", OTHERS)
+def test_bias_gradient_parts_and_atomics(layer, parts, atomic, monkeypatch):
+    """In integers all are exact, in whatever order they are added up."""
+    monkeypatch.setattr(module, "part_count", lambda programs, steps: parts)
+    conv, dtype = OTHERS[layer], DTYPES[(list(OTHERS).index(layer) + parts) % 3]
+    tile = PORTABLE | (dict(ATOMIC=True) if atomic else {})
+    given = tile.copy()
+    (x, weight), dy = conv.inputs(dtype, values=integers), conv.dy(dtype, values=integers)
     with use_tile("conv2d_weight_grad", tile):
-        check_weight(Conv((4, 200, 57, 55), 300, (3, 3), 2, 1), dtype)
+        with poison() as p:
+            dw, db = conv2d_weight_bias_grad(p(x), p(dy), p(weight), *conv.lists)
+            alone = weight_grad(conv, p(x), p(dy), p(weight))
+        with _launch.record(ANY_GPU) as events:
+            weight_grad(conv, x, dy, weight)
+    assert torch.equal(dw, reference(conv, x, dy, weight)[1].to(dtype)) and torch.equal(dw, alone)
+    assert torch.equal(db, double(dy).sum((0, 2, 3)).to(dtype)) and db.any()
+    first, *sums = (e for e in events if isinstance(e, _launch.Launch))
+    assert first.meta["ATOMIC"] == atomic and first.grid[2] == parts
+    assert len(sums) == (atomic or parts > 1) and tile == given
+
+
+def test_no_atomics_where_torch_is_to_be_deterministic():
+    conv = OTHERS["several blocks"]
+    (x, weight), dy = conv.inputs(torch.float16), conv.dy(torch.float16)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with use_tile("conv2d_weight_grad", PORTABLE | dict(ATOMIC=True)):
+            with _launch.record(ANY_GPU) as events:
+                weight_grad(conv, x, dy, weight)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not next(e for e in events if isinstance(e, _launch.Launch)).meta["ATOMIC"]
+
+
+def test_no_default_is_atomic():
+    assert not any(tile.get("ATOMIC") for tile in TILES + FAST_TILES[2])
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("needs", ["weight and bias", "weight", "bias"])
+def test_the_bias_gradient_comes_with_the_weight_gradient(needs, activation):
+    """dy is read once for both; but through a ReLU it comes with that."""
+    conv = Conv((16, 24, 5, 6), 32, (3, 3), 1, 1)
+    x, weight = conv.inputs(torch.bfloat16, "channels_last", "channels_last", integers)
+    dy = conv.dy(torch.bfloat16, "channels_last", integers)
+    bias = integers(32, dtype=torch.bfloat16, seed=2)
+    weight.requires_grad_("weight" in needs)
+    bias.requires_grad_("bias" in needs)
+
+    def backward():
+        conv2d(x, weight, bias, padding=1, activation=activation).backward(dy)
+
+    with _launch.record(_launch.Device(90, sms=132)) as events:
+        backward()
+    names = [e.kernel.__name__ for e in events if isinstance(e, _launch.Launch)]
+    sums = "bias_activation_backward_kernel" in names
+    assert sums == (activation == "relu" or needs == "bias")
+    assert ("conv2d_weight_grad_tma_kernel" in names) == ("weight" in needs)
+    weight.grad = bias.grad = None
+    backward()
+    w, b = (t.detach().double().requires_grad_() for t in (weight, bias))
+    y = torch.nn.functional.conv2d(x.double(), w, b, padding=1)
+    (y if activation is None else y.relu()).backward(dy.double())
+    for got, want in ((weight, w), (bias, b)):
+        assert (got.grad is None) == (not got.requires_grad)
+        assert got.grad is None or torch.equal(got.grad, want.grad.to(got.dtype))
+
+
+# --- on a GPU, at real sizes --------------------------------------------------------------------
 
 
 @pytest.mark.gpu

@@ -14,6 +14,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+
+from tests.tools.inputs import DEVICE, DTYPES, INTERPRET, double, gradients, randn
+from tests.tools.poison import poison
+from tests.tools.tolerance import assert_close
+from tilelab import kernels
 from tilelab.kernels import _launch, _tiles, matmul
 from tilelab.kernels._checks import check_choice, check_shape, check_tensors, dot_precision, pair
 from tilelab.kernels._launch import launch, refuse_broken_versions
@@ -27,11 +32,6 @@ from tilelab.kernels._tiles import (
     tuned_path,
     use_tile,
 )
-
-from tests.tools.inputs import DEVICE, DTYPES, INTERPRET, double, gradients, randn
-from tests.tools.poison import poison
-from tests.tools.tolerance import assert_close
-from tilelab import kernels
 
 ROOT = pathlib.Path(kernels.__file__).parents[1]
 interpreter_only = pytest.mark.skipif(not INTERPRET, reason="how the interpreter is fed")
@@ -66,7 +66,7 @@ def test_compiled_where_there_is_a_gpu(variable, expected):
 
 @pytest.mark.core
 def test_compiled_kernels_refuse_cpu_tensors():
-    code = "import torch; from tilelab import kernels; kernels.matmul(torch.ones(2, 2), torch.ones(2, 2))"
+    code = "import torch; from tilelab.kernels import matmul; matmul(*[torch.ones(2, 2)] * 2)"
     result = python(MODE + "; " + code, TRITON_INTERPRET="0")
     assert result.stdout == "False\n"
     assert "TypeError: a is on cpu, but the kernels are compiled for the GPU" in result.stderr

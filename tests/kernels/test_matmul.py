@@ -1,4 +1,4 @@
-"""matmul: forward, each gradient, every tile, every layout, and what it refuses."""
+"""matmul: special values, its groups of tiles, sums in parts, and its speed when interpreted."""
 
 import importlib
 import time
@@ -7,14 +7,14 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from tilelab.kernels import matmul
-from tilelab.kernels._launch import launch
-from tilelab.kernels._tiles import use_tile
-from tilelab.kernels.matmul import TILES, reference
 
 from tests.tools.inputs import DEVICE, DTYPES, INTERPRET, double, gradients, laid_out, randn
 from tests.tools.poison import poison
 from tests.tools.tolerance import assert_close
+from tilelab.kernels import matmul
+from tilelab.kernels._launch import launch
+from tilelab.kernels._tiles import use_tile
+from tilelab.kernels.matmul import reference
 
 
 def integers(*shape, dtype, seed=0, low=-3, high=3):
@@ -49,78 +49,7 @@ def check(
         assert_close(got, want, terms=M, name="dbias", **close)
 
 
-# --- shapes, each for a reason ------------------------------------------------------------------
-
-SHAPES = {
-    "all of size 1": (1, 1, 1),
-    "one row": (1, 40, 30),
-    "one column": (40, 1, 30),
-    "outer product, K=1": (20, 30, 1),
-    "dot product": (1, 1, 100),
-    "smaller than the smallest tile": (3, 5, 7),
-    "exactly one smallest tile": (16, 16, 16),
-    "one more than a tile": (17, 17, 17),
-    "one less than a tile": (15, 15, 15),
-    "primes": (37, 41, 43),
-    "tall and skinny: a classifier": (130, 10, 288),
-    "short and wide": (9, 200, 33),
-    "K beyond one step, no multiple of it": (20, 24, 300),
-    "K beyond one step, a multiple of it": (20, 24, 256),
-    "deep K": (8, 8, 3000),
-}
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_shapes(shape, dtype):
-    check(*shape, dtype)
-
-
-@pytest.mark.core
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_several_of_the_interpreters_large_tiles(dtype):
-    check(1030, 1027, 130, dtype, bias="contiguous", activation="relu")
-
-
-@pytest.mark.core
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bias", [None, "contiguous"], ids=["no bias", "bias"])
-@pytest.mark.parametrize("activation", [None, "relu"])
-def test_epilogue(activation, bias, dtype):
-    check(33, 35, 20, dtype, bias=bias, activation=activation)
-
-
 # --- layouts ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("b", ["contiguous", "transposed", "sliced", "offset", "expanded"])
-@pytest.mark.parametrize("a", ["contiguous", "transposed", "sliced", "offset", "expanded"])
-def test_layouts(a, b, dtype):
-    check(19, 23, 21, dtype, a=a, b=b)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", [None, "relu"])
-@pytest.mark.parametrize("dc", ["transposed", "sliced", "offset", "expanded"])
-def test_layouts_of_the_output_gradient(dc, activation, dtype):
-    check(19, 23, 21, dtype, dc=dc, bias="sliced", activation=activation)
-
-
-def test_bias_of_stride_0():
-    check(19, 23, 21, torch.float32, bias="expanded", activation="relu")
-
-
-def test_gradient_of_a_sum_is_expanded():
-    """`.sum().backward()` hands down one number with strides (0, 0)."""
-    a, b = randn(12, 20).requires_grad_(), randn(20, 14, seed=1).requires_grad_()
-    matmul(a, b).sum().backward()
-    assert_close(
-        a.grad, double(b).sum(1).expand(12, 20), dtype=torch.float32, terms=14, teeth=False
-    )  # equal rows
-    assert_close(
-        b.grad, double(a).sum(0)[:, None].expand(20, 14), dtype=torch.float32, terms=12, teeth=False
-    )
 
 
 def test_a_matrix_times_its_own_transpose():
@@ -138,27 +67,6 @@ def test_a_matrix_times_its_own_transpose():
 # --- nothing to multiply ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("activation", [None, "relu"])
-@pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
-@pytest.mark.parametrize(
-    "M, N, K", [(0, 5, 4), (5, 0, 4), (5, 4, 0), (0, 0, 4), (0, 5, 0), (5, 0, 0), (0, 0, 0)]
-)
-def test_empty_as_in_torch(M, N, K, with_bias, activation):
-    inputs = [randn(M, K), randn(K, N, seed=1)]
-    rest = [activation]
-    if with_bias:
-        inputs.append(randn(N, seed=2))
-    else:
-        rest = [None, activation]
-    dc = randn(M, N, seed=3)
-    c, grads = gradients(lambda *xs: matmul(*xs, *rest), inputs, dc)
-    want, want_grads = gradients(lambda *xs: reference(*xs, *rest), inputs, dc)
-    assert torch.equal(c, want) and c.dtype == want.dtype
-    for got, expected in zip(grads, want_grads, strict=True):
-        assert got.shape == expected.shape
-        torch.testing.assert_close(got, expected)  # zeros, or sums of dC over a few rows
-
-
 def test_bias_gradient_where_nothing_is_multiplied():
     """With the weight in columns, as a classifier has it: its two gradients are one pass."""
     a, bias = randn(6, 0), randn(5, seed=2).requires_grad_()
@@ -170,17 +78,6 @@ def test_bias_gradient_where_nothing_is_multiplied():
 
 
 # --- values -------------------------------------------------------------------------------------
-
-
-@pytest.mark.core
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", [None, "relu"])
-def test_integers_are_exact(activation, dtype):
-    a, b = integers(33, 18, dtype=dtype), integers(18, 29, dtype=dtype, seed=1)
-    bias = integers(29, dtype=dtype, seed=2)
-    want = reference(*double(a, b, bias), activation)
-    assert want.abs().max() < 256 and (want < 0).any() == (activation is None)
-    assert torch.equal(matmul(a, b, bias, activation).double(), want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -221,11 +118,11 @@ def test_relu_at_exactly_zero(dtype):
     assert (done.item(), dbias.item()) == (1, 1)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("activation", [None, "relu"])
-def test_nan_and_infinity_reach_what_torch_has_them_reach(activation, value, dtype):
+def test_nan_and_infinity_reach_what_torch_has_them_reach(activation, value):
     """One row, one column, and no other: rows that wrap around a border are never stored."""
+    dtype = torch.float16 if value < 0 else torch.float32
     a, b = randn(19, 18, dtype=dtype), randn(18, 21, dtype=dtype, seed=1)
     a[0, 3], b[5, -1] = value, value
     bias = torch.zeros(21, dtype=dtype, device=DEVICE)
@@ -238,49 +135,10 @@ def test_nan_and_infinity_reach_what_torch_has_them_reach(activation, value, dty
         assert_close(got, want, dtype=dtype, terms=terms)
 
 
-# --- gradients asked for one by one -------------------------------------------------------------
-
-
-@pytest.mark.parametrize("activation", [None, "relu"])
-@pytest.mark.parametrize("wanted", ["a", "b", "bias", "a b", "a bias", "b bias"])
-def test_only_the_gradients_that_are_wanted(wanted, activation):
-    inputs = dict(a=randn(18, 20), b=randn(20, 22, seed=1), bias=randn(22, seed=2))
-    grads = {}
-    for dtype in (torch.float32, torch.float64):
-        fn = matmul if dtype == torch.float32 else reference
-        leaves = {k: v.detach().to(dtype) for k, v in inputs.items()}
-        for k in wanted.split():
-            leaves[k].requires_grad_()
-        fn(**leaves, activation=activation).backward(randn(18, 22, seed=3).to(dtype))
-        grads[dtype] = {k: v.grad for k, v in leaves.items()}
-    for k, terms in dict(a=22, b=18, bias=18).items():
-        got, want = grads[torch.float32][k], grads[torch.float64][k]
-        if k in wanted.split():
-            assert_close(got, want, dtype=torch.float32, terms=terms, name=k)
-        else:
-            assert got is None
-
-
-def test_no_gradients_no_graph():
-    assert not matmul(randn(3, 4), randn(4, 5)).requires_grad
-    with torch.no_grad():
-        assert not matmul(randn(3, 4).requires_grad_(), randn(4, 5)).requires_grad
-
-
 # --- tiles --------------------------------------------------------------------------------------
 
 
-@pytest.mark.core
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tile", TILES, ids=lambda t: "x".join(map(str, list(t.values())[:3])))
-def test_every_tile_alone(tile, dtype):
-    """Two tiles and a remainder along each dimension."""
-    M, N, K = (tile[f"BLOCK_{d}"] + rest for d, rest in dict(M=5, N=3, K=9).items())
-    with use_tile("matmul", tile):
-        check(M, N, K, dtype, bias="contiguous", activation="relu")
-
-
-@pytest.mark.parametrize("GROUP_M", [1, 2, 3, 8])
+@pytest.mark.parametrize("GROUP_M", [1, 2, 8])
 @pytest.mark.parametrize(
     "blocks", [(1, 1), (9, 1), (1, 5), (9, 3), (8, 2)], ids=lambda b: f"{b[0]}x{b[1]} tiles"
 )
@@ -290,38 +148,6 @@ def test_every_grouping_visits_every_tile(blocks, GROUP_M):
     with use_tile("matmul", tile), poison() as p:
         c = matmul(p(a), p(b))
     assert_close(c, reference(*double(a, b)), dtype=torch.float32, terms=20)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_same_bits_twice(dtype):
-    inputs = [randn(150, 70, dtype=dtype), randn(70, 90, dtype=dtype, seed=1)]
-    inputs.append(randn(90, dtype=dtype, seed=2))
-    dc = randn(150, 90, dtype=dtype, seed=3)
-    first, second = (gradients(lambda *xs: matmul(*xs, "relu"), inputs, dc) for _ in range(2))
-    assert torch.equal(first[0], second[0])
-    assert all(torch.equal(g, h) for g, h in zip(first[1], second[1], strict=True))
-
-
-# --- out of bounds ------------------------------------------------------------------------------
-
-
-@pytest.mark.core
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced", "offset"])
-def test_nothing_is_read_or_written_out_of_bounds(layout, dtype):
-    a, b = randn(35, 37, dtype=dtype), randn(37, 33, dtype=dtype, seed=1)
-    bias, dc = randn(33, dtype=dtype, seed=2), randn(35, 33, dtype=dtype, seed=3)
-    with poison() as p:
-        inputs = [p(laid_out(x, layout)) for x in (a, b, bias)]
-        gradients(lambda *xs: matmul(*xs, "relu"), inputs, p(laid_out(dc, layout)))
-        gradients(matmul, inputs, p(laid_out(dc, layout)))
-
-
-@pytest.mark.parametrize("tile", TILES, ids=lambda t: "x".join(map(str, list(t.values())[:3])))
-def test_no_tile_reads_or_writes_out_of_bounds(tile):
-    M, N, K = (tile[f"BLOCK_{d}"] + 1 for d in "MNK")
-    with use_tile("matmul", tile), poison() as p:
-        matmul(p(randn(M, K)), p(randn(K, N, seed=1)), p(randn(N, seed=2)), "relu")
 
 
 # --- a small result of a long sum ---------------------------------------------------------------
@@ -338,17 +164,16 @@ def shared_out(request, monkeypatch):
         yield request.param
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("K", [512, 530])
 @pytest.mark.parametrize("bias, activation", [(None, None), ("contiguous", "relu")])
-def test_a_sum_in_parts(K, bias, activation, dtype, shared_out):
+def test_a_sum_in_parts(K, bias, activation, shared_out):
     """Over K in the forward, over M in the gradient of B: each is long here."""
+    dtype = DTYPES[(K + shared_out) % 3]
     check(11, 35, K, dtype, bias=bias, activation=activation)
     check(K, 35, 11, dtype, bias=bias, activation=activation)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("M", [9, 512, 530])
+@pytest.mark.parametrize("M, dtype", zip([9, 512, 530], DTYPES, strict=True))
 def test_a_classifier_s_weight_and_bias_gradients_in_one_pass(M, dtype, shared_out):
     """Of a linear layer's weight, [N, K] in memory: dB and dbias of one launch, or of two."""
     a, weight = randn(M, 70, dtype=dtype), randn(10, 70, dtype=dtype, seed=1)
@@ -395,56 +220,6 @@ def test_any_shape_layout_and_dtype(M, N, K, dtype, a, b, dc, with_bias, activat
         assert torch.equal(got, want.to(dtype))
 
 
-# --- wrong input --------------------------------------------------------------------------------
-
-A, B, BIAS = torch.ones(3, 4), torch.ones(4, 5), torch.ones(5)
-WRONG = {
-    "a is a list": (([[1.0]], B), TypeError, "a must be a torch.Tensor, got list"),
-    "b is a number": ((A, 2.0), TypeError, "b must be a torch.Tensor, got float"),
-    "b is None": ((A, None), TypeError, "b must be a torch.Tensor, got None"),
-    "bias is a list": ((A, B, [0.0] * 5), TypeError, "bias must be a torch.Tensor, got list"),
-    "integers": (
-        (A.long(), B.long()),
-        TypeError,
-        "a must be float32, float16 or bfloat16, got int64",
-    ),
-    "float64": ((A.double(), B.double()), TypeError, "a must be .*, got float64"),
-    "complex": ((A, B.to(torch.complex64)), TypeError, "b must be .*, got complex64"),
-    "dtypes differ": ((A, B.half()), TypeError, r"b must have .* a \(float32\), got float16"),
-    "bias dtype": ((A, B, BIAS.bfloat16()), TypeError, "bias must have .* got bfloat16"),
-    "sparse": ((A.to_sparse(), B), TypeError, r"a must be .*strided.*, got torch.sparse_coo"),
-    "devices differ": ((A, B.to("meta")), TypeError, "b must be on .* like a, got meta"),
-    "a vector": ((A[0], B), ValueError, r"a must have shape \[M, K\], got \[4\]"),
-    "a batch": ((A[None], B), ValueError, r"a must have shape \[M, K\], got \[1, 3, 4\]"),
-    "b vector": ((A, B[:, 0]), ValueError, r"b must have shape \[K, N\] with K=4, got \[4\]"),
-    "K differs": ((A, B[1:]), ValueError, r"b must have shape \[K, N\] with K=4, got \[3, 5\]"),
-    "bias too short": ((A, B, BIAS[1:]), ValueError, r"bias must .* \[N\] with N=5, got \[4\]"),
-    "bias a row": ((A, B, BIAS[None]), ValueError, r"bias must .* with N=5, got \[1, 5\]"),
-    "bias a number": ((A, B, BIAS[0]), ValueError, r"bias must .* with N=5, got \[\]"),
-    "activation": ((A, B, None, "tanh"), ValueError, "activation must be .*'silu', got 'tanh'"),
-    "activation is a bool": ((A, B, None, True), ValueError, "activation must .* got True"),
-    "activation is a function": ((A, B, None, torch.relu), ValueError, "activation must .* got <"),
-}
-
-
-@pytest.mark.parametrize("args, error, message", WRONG.values(), ids=WRONG)
-def test_wrong_input_is_refused_before_any_launch(args, error, message, monkeypatch):
-    def launched(*args, **kwargs):
-        raise RuntimeError("launched")
-
-    monkeypatch.setattr(importlib.import_module("tilelab.kernels.matmul"), "launch", launched)
-    args = [
-        x.to(DEVICE) if isinstance(x, torch.Tensor) and x.device.type != "meta" else x for x in args
-    ]
-    with pytest.raises(error, match=message):
-        matmul(*args)
-
-
-def test_meta_tensors_give_the_shape():
-    c = matmul(A.to("meta"), B.to("meta"), BIAS.to("meta"), "relu")
-    assert c.device.type == "meta" and c.shape == (3, 5)
-
-
 # --- speed --------------------------------------------------------------------------------------
 
 
@@ -465,29 +240,6 @@ def test_speed_on_the_interpreter():
 
 
 # --- on a GPU, at real sizes --------------------------------------------------------------------
-
-REAL_SHAPES = {
-    "square": (4096, 4096, 4096),
-    "odd": (4095, 4097, 4093),
-    "classifier": (65_536, 10, 800),
-    "deep K": (64, 4096, 50_000),
-    "shallow K": (8192, 8192, 64),
-}
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", REAL_SHAPES.values(), ids=REAL_SHAPES)
-def test_real_sizes(shape, dtype):
-    check(*shape, dtype, bias="contiguous", activation=None)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("tile", TILES, ids=lambda t: "x".join(map(str, list(t.values())[:3])))
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_every_tile_at_real_size(tile, dtype):
-    with use_tile("matmul", tile):
-        check(1000, 1500, 777, dtype)
 
 
 def need_memory(gib):

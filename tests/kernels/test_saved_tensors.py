@@ -6,12 +6,12 @@ beside it.
 
 import pytest
 import torch
-from tilelab.kernels import _launch
-from tilelab.nets.models import build
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.tools.inputs import DEVICE, randn
 from tilelab import kernels
+from tilelab.kernels import _launch
+from tilelab.nets.models import build
 
 N, C, H, W, K = 2, 5, 8, 6, 7
 X, WEIGHT, Y, POOLED = N * C * H * W, K * C * 9, N * K * H * W, N * K * H * W // 4

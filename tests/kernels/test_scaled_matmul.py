@@ -1,19 +1,17 @@
-"""scaled_matmul: both dtypes, every kind of scale, every tile, what TMA takes, what is refused."""
-
-import importlib
+"""scaled_matmul: its scales, all values of 8 bits, and what TMA takes."""
 
 import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from tilelab.kernels import _launch, scaled_matmul
-from tilelab.kernels._launch import Device
-from tilelab.kernels._tiles import use_tile
-from tilelab.kernels.scaled_matmul import FAST_TILES, TILES, fast_tile, reference
 
 from tests.tools.inputs import DEVICE, DTYPES, laid_out, randn
 from tests.tools.poison import poison
 from tests.tools.tolerance import assert_close
+from tilelab.kernels import _launch, scaled_matmul
+from tilelab.kernels._launch import Device
+from tilelab.kernels._tiles import use_tile
+from tilelab.kernels.scaled_matmul import FAST_TILES, TILES, fast_tile, reference
 
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
 EIGHT_BIT = [FP8, INT8]
@@ -70,32 +68,12 @@ def chosen(device, a, b, dtype=torch.bfloat16):
 
 # --- shapes, each for a reason ------------------------------------------------------------------
 
-SHAPES = {
-    "all of size 1": (1, 1, 1),
-    "one token": (1, 48, 64),
-    "one column": (40, 1, 30),
-    "outer product, K=1": (20, 30, 1),
-    "dot product": (1, 1, 100),
-    "K below a tensor core's 32": (17, 17, 17),
-    "exactly one smallest tile": (16, 16, 32),
-    "one more": (17, 17, 33),
-    "primes": (37, 41, 43),
-    "K beyond one step, no multiple of it": (20, 24, 300),
-    "deep K": (8, 8, 3000),
-}
-
-
-@pytest.mark.parametrize("dtype", EIGHT_BIT)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_shapes(shape, dtype):
-    check(*shape, dtype)
-
 
 @pytest.mark.core
 @pytest.mark.parametrize("out", DTYPES)
-@pytest.mark.parametrize("dtype", EIGHT_BIT)
 @pytest.mark.parametrize("bias, activation", [(None, None), ("bias", None), ("bias", "relu")])
-def test_epilogue(bias, activation, dtype, out):
+def test_epilogue(bias, activation, out):
+    dtype = INT8 if out == torch.float16 else FP8
     check(33, 35, 40, dtype, bias=bias, activation=activation, out=out)
 
 
@@ -117,23 +95,6 @@ def test_scales_as_matrices(dtype):
     for rows_as in (rows[:, None], wide[:, :1]):
         assert torch.equal(scaled_matmul(a, b, rows_as, columns[None]), want)
     assert torch.equal(scaled_matmul(a, b, rows, wide.new_tensor(columns.tolist())[None]), want)
-
-
-@pytest.mark.parametrize("dtype", EIGHT_BIT)
-@pytest.mark.parametrize("b", ["contiguous", "transposed", "sliced", "offset", "expanded"])
-@pytest.mark.parametrize("a", ["contiguous", "transposed", "sliced", "offset", "expanded"])
-def test_layouts(a, b, dtype):
-    check(19, 23, 21, dtype, a=a, b=b, scale_a="tensor", teeth=a != "expanded")  # equal rows
-
-
-@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
-@pytest.mark.parametrize("M, N, K", [(0, 16, 32), (16, 0, 32), (16, 16, 0), (0, 0, 0)])
-def test_empty(M, N, K, bias):
-    a, b = operand(M, K, dtype=INT8), operand(N, K, dtype=INT8).t()
-    bias = randn(N, dtype=torch.bfloat16) if bias else None
-    c = scaled_matmul(a, b, scale(M, "each", 0), scale(N, "each", 0), bias)
-    want = torch.zeros(M, N, dtype=torch.bfloat16, device=DEVICE)
-    assert torch.equal(c, want if bias is None else want + bias)
 
 
 # --- values -------------------------------------------------------------------------------------
@@ -311,18 +272,7 @@ def test_tiles_by_shape():
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("dtype", EIGHT_BIT)
-@pytest.mark.parametrize("tile", TILES, **tile_names)
-def test_every_tile_alone(tile, dtype):
-    """Two tiles and a remainder along each dimension."""
-    M, N, K = (tile[f"BLOCK_{d}"] + rest for d, rest in dict(M=5, N=3, K=9).items())
-    with use_tile("scaled_matmul", tile):
-        check(M, N, K, dtype, bias="bias", activation="relu")
-
-
-@pytest.mark.core
-@pytest.mark.parametrize("out", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("dtype", EIGHT_BIT)
+@pytest.mark.parametrize("dtype, out", [(FP8, torch.bfloat16), (INT8, torch.float32)])
 @pytest.mark.parametrize("tile", FAST_TILES[1], **tile_names)
 def test_every_fast_tile_alone(tile, dtype, out):
     """The same; four tiles are two turns of the interpreter's two programs. Bits as by pointers."""
@@ -347,40 +297,6 @@ def test_every_program_order_visits_every_tile(blocks, per_sm):
     with use_tile("scaled_matmul", tile), poison() as p:
         c = scaled_matmul(p(a), p(b), ONE, ONE, dtype=torch.float32)
     assert torch.equal(c.double(), a.double() @ b.double())
-
-
-@pytest.mark.parametrize("dtype", EIGHT_BIT)
-def test_the_same_bits_twice(dtype):
-    args = (150, 96, 80, dtype)
-    assert torch.equal(check(*args, bias="bias"), check(*args, bias="bias"))
-
-
-# --- out of bounds ------------------------------------------------------------------------------
-
-
-@pytest.mark.core
-@pytest.mark.parametrize("dtype", EIGHT_BIT)
-@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced", "offset"])
-def test_nothing_is_read_or_written_out_of_bounds(layout, dtype):
-    a, b = operand(35, 37, dtype=dtype), operand(37, 33, dtype=dtype, seed=1)
-    rest = scale(35, "each", 2), scale(33, "each", 3), randn(33, dtype=torch.bfloat16, seed=4)
-    want = scaled_matmul(a, b, *rest)
-    with poison() as p:
-        c = scaled_matmul(*(p(laid_out(x, layout)) for x in (a, b, *rest)))
-    assert torch.equal(c, want)
-
-
-@pytest.mark.core
-@pytest.mark.parametrize("dtype", EIGHT_BIT)
-@pytest.mark.parametrize("tile", [*TILES, *FAST_TILES[1]], **tile_names)
-def test_no_tile_reads_or_writes_out_of_bounds(tile, dtype):
-    M, N, K = tile["BLOCK_M"] + 1, tile["BLOCK_N"] + 8, tile["BLOCK_K"] + 16
-    a, b = operand(M, K, dtype=dtype), operand(N, K, dtype=dtype, seed=1).t()
-    rest = scale(M, "each", 2), scale(N, "each", 3), randn(N, dtype=torch.bfloat16, seed=4)
-    with use_tile("scaled_matmul", tile), poison() as p:
-        c = scaled_matmul(*(p(x) for x in (a, b, *rest)))
-    want = reference(*widened(a, b, *rest))
-    assert_close(c, want, dtype=torch.bfloat16, terms=K, fp8=ON_GPU and dtype == FP8)
 
 
 # --- anything else ------------------------------------------------------------------------------
@@ -424,118 +340,6 @@ def test_anything(M, N, K, dtype, a, b, scale_a, scale_b, with_bias, activation,
 
 # --- wrong input --------------------------------------------------------------------------------
 
-NEITHER = "a must be float8_e4m3fn or int8, got"
-A, B = (torch.ones(s).to(INT8) for s in ((3, 4), (4, 5)))
-S, ROWS, COLUMNS, BIAS = torch.ones(()), torch.ones(3), torch.ones(5), torch.ones(5).bfloat16()
-WRONG = {
-    "a is a list": (([[1]], B, S, S), TypeError, "a must be a torch.Tensor, got list"),
-    "b is None": ((A, None, S, S), TypeError, "b must be a torch.Tensor, got None"),
-    "scale_a is a number": ((A, B, 1.0, S), TypeError, "scale_a must be a torch.Tensor, got float"),
-    "scale_b is None": ((A, B, S, None), TypeError, "scale_b must be a torch.Tensor, got NoneType"),
-    "float16": (
-        (A.half(), B.half(), S, S),
-        TypeError,
-        f"{NEITHER} float16",
-    ),
-    "uint8": ((A.byte(), B.byte(), S, S), TypeError, f"{NEITHER} uint8"),
-    "float8_e5m2": (
-        (A, B.to(torch.float8_e5m2), S, S),
-        TypeError,
-        "b must be float8_e4m3fn or int8, got float8_e5m2",
-    ),
-    "dtypes differ": (
-        (A, B.to(FP8), S, S),
-        TypeError,
-        r"b must have .* a \(int8\), got float8_e4m3fn",
-    ),
-    "scale dtype": ((A, B, S.double(), S), TypeError, "scale_a must be float32, got float64"),
-    "bias dtype": ((A, B, S, S, BIAS.float()), TypeError, "bias must be bfloat16, got float32"),
-    "bias dtype, float32": (
-        (A, B, S, S, BIAS, None, torch.float32),
-        TypeError,
-        "bias must be float32, got bfloat16",
-    ),
-    "dtype": (
-        (A, B, S, S, None, None, torch.int32),
-        TypeError,
-        "dtype must be float32, float16 or bfloat16, got torch.int32",
-    ),
-    "dtype is a string": (
-        (A, B, S, S, None, None, "float32"),
-        TypeError,
-        "dtype .* got float32",
-    ),
-    "b elsewhere": ((A, B.to("meta"), S, S), TypeError, "b must be on .* like a, got meta"),
-    "a scale elsewhere": (
-        (A, B, S.to("meta"), S.to("meta")),
-        TypeError,
-        "scale_a must be on .* like a, got meta",
-    ),
-    "the bias elsewhere": ((A, B, S, S, BIAS.to("meta")), TypeError, "bias must be on .* got meta"),
-    "a vector": ((A[0], B, S, S), ValueError, r"a must have shape \[M, K\], got \[4\]"),
-    "a batch": ((A[None], B, S, S), ValueError, r"a must .* \[M, K\], got \[1, 3, 4\]"),
-    "K differs": ((A, B[1:], S, S), ValueError, r"b must .* \[K, N\] with K=4, got \[3, 5\]"),
-    "too many rows": (
-        (A, B, COLUMNS, S),
-        ValueError,
-        r"scale_a must have shape \[\], \[M\] or \[M, 1\] with M=3, got \[5\]",
-    ),
-    "scale_a lies": ((A, B, ROWS[None], S), ValueError, r"scale_a must .* M=3.*, got \[1, 3\]"),
-    "scale_a has three dimensions": (
-        (A, B, ROWS[:, None, None], S),
-        ValueError,
-        r"scale_a must .* got \[3, 1, 1\]",
-    ),
-    "too few columns": (
-        (A, B, S, ROWS),
-        ValueError,
-        r"scale_b must have shape \[\], \[N\] or \[1, N\] with N=5, got \[3\]",
-    ),
-    "scale_b stands": ((A, B, S, COLUMNS[:, None]), ValueError, r"scale_b .* N=5.*, got \[5, 1\]"),
-    "bias too short": ((A, B, S, S, BIAS[1:]), ValueError, r"bias must .* with N=5, got \[4\]"),
-    "activation": (
-        (A, B, S, S, None, "tanh"),
-        ValueError,
-        "activation must be .*got 'tanh'",
-    ),
-}
-
-
-@pytest.mark.parametrize("args, error, message", WRONG.values(), ids=WRONG)
-def test_wrong_input_is_refused_before_any_launch(args, error, message, monkeypatch):
-    def launched(*args, **kwargs):
-        raise RuntimeError("launched")
-
-    monkeypatch.setattr(
-        importlib.import_module("tilelab.kernels.scaled_matmul"), "launch", launched
-    )
-    args = [
-        x.to(DEVICE) if isinstance(x, torch.Tensor) and x.device.type != "meta" else x for x in args
-    ]
-    with pytest.raises(error, match=message):
-        scaled_matmul(*args)
-
-
-@pytest.mark.parametrize("name", ["a", "b", "scale_a", "scale_b", "bias"])
-def test_what_requires_grad_is_refused(name):
-    """It would silently get none. Under no_grad it is inference, and detached it is one's own."""
-    tensors = dict(a=A.to(FP8), b=B.to(FP8), scale_a=S, scale_b=S, bias=BIAS)
-    tensors = {k: x.clone().to(DEVICE) for k, x in tensors.items()}
-    want = scaled_matmul(**tensors)
-    tensors[name].requires_grad_()
-    with pytest.raises(ValueError, match=f"^{name} requires grad, and scaled_matmul has no"):
-        scaled_matmul(**tensors)
-    with torch.no_grad():
-        assert torch.equal(scaled_matmul(**tensors), want)
-    with torch.inference_mode():
-        assert torch.equal(scaled_matmul(**tensors), want)
-
-
-def test_meta_tensors_give_the_shape():
-    meta = [x.to("meta") for x in (A, B, S, COLUMNS)]
-    c = scaled_matmul(*meta, dtype=torch.float16)
-    assert (c.device.type, c.shape, c.dtype) == ("meta", (3, 5), torch.float16)
-
 
 def test_a_twin_leaves_the_storage_around_a_float8_tensor_as_it_is():
     """The interpreter computes on float32 twins: what it was not asked to write keeps its bits."""
@@ -549,37 +353,10 @@ def test_a_twin_leaves_the_storage_around_a_float8_tensor_as_it_is():
 
 # --- on a GPU, at real sizes --------------------------------------------------------------------
 
-REAL_SHAPES = {
-    "square": (4096, 4096, 4096),
-    "one token": (1, 4096, 4096),
-    "few tokens": (64, 11008, 4096),
-    "odd": (4095, 4097, 4093),
-    "rows that TMA cannot read": (500, 1000, 4001),
-}
-
 
 def need_float8(dtype):
     if dtype == FP8 and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("this GPU has no float8_e4m3fn")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", EIGHT_BIT)
-@pytest.mark.parametrize("shape", REAL_SHAPES.values(), ids=REAL_SHAPES)
-def test_real_sizes(shape, dtype):
-    need_float8(dtype)
-    check(*shape, dtype, bias="bias")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", EIGHT_BIT)
-@pytest.mark.parametrize("tile", [*TILES, *FAST_TILES[1]], **tile_names)
-def test_every_tile_at_real_size(tile, dtype):
-    need_float8(dtype)
-    if "kernel" in tile and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("this GPU has no TMA")
-    with use_tile("scaled_matmul", tile):
-        check(1000, 1504, 784, dtype)
 
 
 @pytest.mark.gpu

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import requests
 import torch
+
 from tilelab.nets import data
 from tilelab.nets.data import DataError, batches, load, read_idx, shift_images, write_idx
 

@@ -5,14 +5,14 @@ import itertools
 
 import pytest
 import torch
-from tilelab.nets.imagenet import VGG16, Bottleneck, ResNet50, fold
-from tilelab.nets.models import build
-from tilelab.perf.work import networks
 from torch import nn
 from torch.nn import functional as F
 
 from tests.tools.inputs import DEVICE, double, randn
 from tests.tools.tolerance import assert_close
+from tilelab.nets.imagenet import VGG16, Bottleneck, ResNet50, fold
+from tilelab.nets.models import build
+from tilelab.perf.work import networks
 
 
 def torch_vgg16(shape, classes, width):

@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from tilelab.nets import layers
-from tilelab.nets.models import MODELS, TorchCNN, build
 from torch import nn
 from torch.nn import functional as F
 
 from tests.tools.inputs import DEVICE, double, gradients, randn
 from tests.tools.tolerance import assert_close
+from tilelab.nets import layers
+from tilelab.nets.models import MODELS, TorchCNN, build
 
 
 class ReluAfter(nn.Module):

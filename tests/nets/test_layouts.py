@@ -7,14 +7,14 @@ strides do not fit, and say nothing. So a whole forward pass is watched, operato
 
 import pytest
 import torch
-from tilelab.nets import layers
-from tilelab.nets.imagenet import VGG16, ResNet50
-from tilelab.nets.models import MODELS, build
-from tilelab.nets.train import Images
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.tools.inputs import DEVICE, randn
+from tilelab.nets import layers
+from tilelab.nets.imagenet import VGG16, ResNet50
+from tilelab.nets.models import MODELS, build
+from tilelab.nets.train import Images
 
 # What may happen beside our operators and views. None of them moves a tensor for its layout.
 POINTWISE = ("aten.add_.Tensor", "aten.relu_.default", "aten.mean.dim")  # of ResNet-50's sums

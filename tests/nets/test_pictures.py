@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
-from tilelab.nets import pictures
 from torch.nn import functional as F
+
+from tilelab.nets import pictures
 
 
 def history(epochs):

@@ -15,6 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
+
+from tests.tools.inputs import DEVICE, double
+from tilelab.__main__ import main
 from tilelab.kernels import SGD, AdamW, cross_entropy
 from tilelab.nets import checkpoint, data, models, train
 from tilelab.nets.config import Config, ConfigError
@@ -22,10 +26,6 @@ from tilelab.nets.data import DataError
 from tilelab.nets.imagenet import VGG16
 from tilelab.nets.models import TorchCNN, build
 from tilelab.nets.train import Images, evaluate, fit, learning_rate, scores
-from torch.nn import functional as F
-
-from tests.tools.inputs import DEVICE, double
-from tilelab.__main__ import main
 
 ROOT = Path(__file__).parents[2]
 # A whole run in half a second: 4 epochs of 2 steps.
@@ -116,7 +116,7 @@ OPTIMIZERS = {
 @pytest.mark.core
 @pytest.mark.parametrize(
     ("name", "optimizer"),
-    [("cnn", "adamw"), ("cnn", "sgd"), ("cnn-unfused", "adamw"), ("cnn-im2col", "adamw")],
+    [("cnn", "adamw"), ("cnn-unfused", "sgd"), ("cnn-im2col", "adamw")],
 )
 def test_ten_losses_are_those_of_torch(name, optimizer):
     ours, theirs, options = OPTIMIZERS[optimizer]
@@ -305,7 +305,9 @@ def test_a_resumed_run_is_an_unbroken_one(finished, tmp_path, epochs):
 
 
 @pytest.mark.parametrize(
-    "options", [{"optimizer": "sgd"}, {"dtype": "float16"}, {"model": "cnn", "epochs": 2}], ids=str
+    "options",
+    [{"optimizer": "sgd"}, {"dtype": "float16"}, {"model": "cnn", "epochs": 2, "limit": 16}],
+    ids=str,
 )
 def test_resuming_takes_the_optimizer_and_the_scaler_along(tmp_path, options):
     options = {"limit": 32, "epochs": 3, **options}
@@ -818,6 +820,7 @@ def test_the_output_is_a_line_per_epoch(tmp_path, capsys):
 
 
 def test_importing_does_not_wait_for_what_few_need():
-    code = "import tilelab.nets.train, sys; print({'matplotlib', 'pooch', 'requests'} & set(sys.modules))"
+    few = "{'matplotlib', 'pooch', 'requests'}"
+    code = f"import tilelab.nets.train, sys; print({few} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert out.stdout == "set()\n" and out.stderr == ""

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+
 from tilelab.kernels import _launch
 from tilelab.perf.commands import arguments
 from tilelab.perf.compiler import aot

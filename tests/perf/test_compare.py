@@ -4,6 +4,7 @@ import argparse
 
 import numpy as np
 import pytest
+
 from tilelab.perf.errors import PerfError
 from tilelab.perf.report import compare as module
 from tilelab.perf.report.compare import compare, format_table, summary

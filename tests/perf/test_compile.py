@@ -4,15 +4,15 @@ import contextlib
 import importlib
 
 import pytest
+
+from tests.perf.test_prediction import product
+from tests.perf.test_sweep import FakeCompilers
+from tilelab.__main__ import main
 from tilelab.perf.commands import compile as compiling
 from tilelab.perf.commands import provenance, sweep
 from tilelab.perf.report import diagnosis
 from tilelab.perf.rows import ranking, results
 from tilelab.perf.work import gpus
-
-from tests.perf.test_prediction import product
-from tests.perf.test_sweep import FakeCompilers
-from tilelab.__main__ import main
 
 H200 = gpus.GPUS["h200"]
 

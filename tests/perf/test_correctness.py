@@ -4,11 +4,11 @@ import re
 
 import pytest
 import torch
+
+from tests.tools.inputs import DEVICE
 from tilelab.perf.clock import correctness
 from tilelab.perf.clock.correctness import Gate, relative_error
 from tilelab.perf.work.workloads import Workload, prepare
-
-from tests.tools.inputs import DEVICE
 
 pytestmark = pytest.mark.core  # with the oldest triton, too
 

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
 from tilelab.nets.imagenet import torch_vgg16_features
 from tilelab.nets.models import TorchCNN
 from tilelab.perf.work import cost, networks
 from tilelab.perf.work.operators import OPERATORS
 from tilelab.perf.work.shapes import shapes
-from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 CONVOLUTIONS = ("conv2d", "conv2d_im2col")
 

@@ -10,6 +10,7 @@ import types
 
 import pytest
 import torch
+
 from tilelab.perf.clock import devices as module
 from tilelab.perf.clock.devices import CudaDevice, HostDevice, Nvml, current_device
 from tilelab.perf.errors import PerfError

@@ -6,11 +6,11 @@ The rows here differ from the winner's in one thing each; those of perf_rows.py 
 import re
 
 import pytest
+
+from tests.tools import perf_rows
 from tilelab.perf.report import diagnosis
 from tilelab.perf.rows.ranking import workloads
 from tilelab.perf.work import gpus
-
-from tests.tools import perf_rows
 
 H200 = gpus.GPUS["h200"]
 TILE = dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3)

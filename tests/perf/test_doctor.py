@@ -7,12 +7,12 @@ import os
 import numpy as np
 import pytest
 import torch
+
+from tests.tools.fake_device import BrokenGPU, FakeDevice
 from tilelab.perf.clock.devices import HostDevice
 from tilelab.perf.commands import doctor
 from tilelab.perf.commands.doctor import LEVELS, Finding, examine, lines
 from tilelab.perf.errors import PerfError
-
-from tests.tools.fake_device import BrokenGPU, FakeDevice
 
 H200 = dict(bandwidth=4.3e12, bf16=790e12, fp16=780e12, tf32=420e12)
 

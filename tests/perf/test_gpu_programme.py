@@ -16,6 +16,9 @@ import time
 
 import pytest
 import torch
+
+from tests.tools import perf_rows
+from tilelab import __main__ as main
 from tilelab.kernels import _launch, _tiles
 from tilelab.perf.clock import devices
 from tilelab.perf.commands import (
@@ -33,9 +36,6 @@ from tilelab.perf.report import history, html_page, plot
 from tilelab.perf.report import tuned_table as tuning
 from tilelab.perf.rows import ranking, results
 from tilelab.perf.work.operators import OPERATORS
-
-from tests.tools import perf_rows
-from tilelab import __main__ as main
 
 ABOUT = dict(gpu="NVIDIA H200", driver="580.0", versions=provenance.versions())
 

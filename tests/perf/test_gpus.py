@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+
 from tilelab.perf.errors import PerfError
 from tilelab.perf.work import gpus
 

@@ -4,12 +4,12 @@ import json
 import os
 
 import pytest
-from tilelab.perf.errors import PerfError
-from tilelab.perf.report import history
-from tilelab.perf.rows import ranking, results, stats
 
 from tests.tools import perf_rows
 from tilelab import __main__ as main
+from tilelab.perf.errors import PerfError
+from tilelab.perf.report import history
+from tilelab.perf.rows import ranking, results, stats
 
 
 def squares(sizes=(512, 1024, 2048), measured=True):

@@ -8,11 +8,11 @@ import shutil
 import subprocess
 
 import pytest
+
+from tests.tools import perf_rows
 from tilelab.perf.report import html_page
 from tilelab.perf.rows import ranking
 from tilelab.perf.rows.ranking import number_text, speed, workloads
-
-from tests.tools import perf_rows
 
 EVIL = "\"><script>alert(1)</script><img src=https://example.org/x onerror='alert(2)'>&amp;{{7*7}}"
 VOID = {"meta", "link", "img", "source", "input", "br"}

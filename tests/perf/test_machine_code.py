@@ -17,6 +17,7 @@ import subprocess
 import sys
 
 import pytest
+
 from tilelab.perf.compiler import machine_code
 from tilelab.perf.compiler.machine_code import Instruction
 from tilelab.perf.errors import PerfError
@@ -45,10 +46,10 @@ OTHERS = ["conv2d", "softmax", "softmax, online", "bias_relu"]
 def compile_all(target: str, folder: pathlib.Path) -> None:
     """Write the machine code of every case, and the PTX of NVIDIA's, to `folder`."""
     import torch
-    from tilelab.kernels import _launch, _tiles
-    from tilelab.perf.compiler import aot
 
     from tilelab import kernels
+    from tilelab.kernels import _launch, _tiles
+    from tilelab.perf.compiler import aot
 
     bf16 = torch.bfloat16
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+
 from tilelab.perf.rows import results
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -9,6 +9,7 @@ import site
 import subprocess
 
 import pytest
+
 from tilelab.perf.compiler import occupancy
 from tilelab.perf.compiler.occupancy import Occupancy
 from tilelab.perf.errors import PerfError

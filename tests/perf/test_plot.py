@@ -16,14 +16,14 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.image import imread
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
+
+from tests.tools import perf_rows
 from tilelab.perf.errors import PerfError
 from tilelab.perf.report import figures, plot
 from tilelab.perf.report.figures import DARK, LIGHT
 from tilelab.perf.report.html_page import alt_text
 from tilelab.perf.rows import ranking, results, stats
 from tilelab.perf.rows.ranking import seconds, speed, workloads
-
-from tests.tools import perf_rows
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+
 from tilelab.perf.compiler.prediction import LAUNCH_S, padding, predict, refused
 from tilelab.perf.work.gpus import GPUS
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from tilelab.perf.errors import PerfError
 from tilelab.perf.rows import results
 

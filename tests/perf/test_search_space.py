@@ -1,6 +1,7 @@
 """Which tiles a sweep tries."""
 
 import pytest
+
 from tilelab.perf.commands.arguments import parse_axes
 from tilelab.perf.errors import PerfError
 from tilelab.perf.work import operators, search_space

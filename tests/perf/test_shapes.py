@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from tilelab.nets.models import TorchCNN
 from tilelab.perf.errors import PerfError
 from tilelab.perf.work import networks

@@ -16,6 +16,10 @@ import time
 
 import pytest
 import torch
+
+from tests.tools.fake_device import BrokenGPU, FakeDevice
+from tilelab import __main__ as main
+from tilelab import kernels
 from tilelab.kernels import _launch, _tiles
 from tilelab.perf.clock.correctness import Gate
 from tilelab.perf.commands import arguments, provenance, sweep
@@ -24,10 +28,6 @@ from tilelab.perf.errors import PerfError
 from tilelab.perf.rows import results
 from tilelab.perf.work import gpus, workloads
 from tilelab.perf.work.operators import OPERATORS
-
-from tests.tools.fake_device import BrokenGPU, FakeDevice
-from tilelab import __main__ as main
-from tilelab import kernels
 
 SHAPE = "m=48,n=40,k=64"
 

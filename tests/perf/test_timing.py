@@ -6,11 +6,11 @@ import statistics
 
 import numpy as np
 import pytest
+
+from tests.tools.fake_device import BrokenGPU, FakeDevice
 from tilelab.perf.clock import timing
 from tilelab.perf.clock.timing import Rules, energy, race, screen, sets_needed, warm
 from tilelab.perf.rows import stats
-
-from tests.tools.fake_device import BrokenGPU, FakeDevice
 
 TRUE = {"a": 1.00e-3, "b": 1.03e-3, "c": 2e-3}
 

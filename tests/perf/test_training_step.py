@@ -6,12 +6,12 @@ import json
 
 import pytest
 import torch
+
+from tilelab.__main__ import main
 from tilelab.perf.commands import training_step
 from tilelab.perf.commands.training_step import Kept, Ledger, totals
 from tilelab.perf.report import tables
 from tilelab.perf.work import cost
-
-from tilelab.__main__ import main
 
 
 @pytest.fixture(scope="module")

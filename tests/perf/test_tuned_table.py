@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+
 from tilelab.kernels import _launch, _tiles
 from tilelab.perf.errors import PerfError
 from tilelab.perf.report import tuned_table

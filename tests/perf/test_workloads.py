@@ -7,6 +7,8 @@ import sys
 
 import pytest
 import torch
+
+from tests.tools.inputs import DEVICE
 from tilelab.kernels import _launch
 from tilelab.nets import step
 from tilelab.perf.clock.correctness import Gate
@@ -15,8 +17,6 @@ from tilelab.perf.work import formulas, peers, shapes, workloads
 from tilelab.perf.work.operators import OPERATORS
 from tilelab.perf.work.peers import PEERS
 from tilelab.perf.work.workloads import Workload, modes, prepare
-
-from tests.tools.inputs import DEVICE
 
 EVERY = [(op, mode) for op, o in OPERATORS.items() for mode in o.modes]
 

@@ -24,13 +24,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+
+from tests.tools.inputs import gradients
+from tilelab import kernels
 from tilelab.kernels import _launch, _tiles
 from tilelab.kernels.activation import ACTIVATIONS
 from tilelab.nets import step as training
 from tilelab.perf.work.workloads import set_precision
-
-from tests.tools.inputs import gradients
-from tilelab import kernels
 
 # isort: split
 import triton  # after the kernels: they decide between interpreter and compiler

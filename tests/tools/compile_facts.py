@@ -33,11 +33,11 @@ import time
 import types
 from collections import defaultdict
 
-from tilelab.perf.compiler import aot
-from tilelab.perf.rows import results
 from tqdm import tqdm
 
 from tests.tools import compile_bars, compile_cases
+from tilelab.perf.compiler import aot
+from tilelab.perf.rows import results
 
 # isort: split
 import triton  # after the kernels: they decide between interpreter and compiler

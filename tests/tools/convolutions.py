@@ -150,14 +150,6 @@ CORE = [
 ]
 assert set(CORE) <= set(CONVS)
 
-every_conv = pytest.mark.parametrize(
-    "conv",
-    [
-        pytest.param(conv, id=name, marks=[pytest.mark.core] if name in CORE else [])
-        for name, conv in CONVS.items()
-    ],
-)
-
 every_dtype = pytest.mark.parametrize(
     "dtype",
     [pytest.param(torch.float32, marks=pytest.mark.core), torch.float16, torch.bfloat16],

@@ -1,7 +1,7 @@
 """A simulated GPU with a simulated clock, for tests of what decides when to measure and to stop.
 
-It has the methods of perf/clock/devices.py. No call is executed: `times` says how long each takes, and the
-clock goes on by as much, so a race of fifteen seconds takes milliseconds.
+It has the methods of perf/clock/devices.py. No call is executed: `times` says how long each takes,
+and the clock goes on by as much. So a race of fifteen seconds takes milliseconds.
 
     FakeDevice(1e-3)                                     every call takes a millisecond
     FakeDevice(lambda call: call.seconds, noise=0.01)    each its own time, with 1% of noise
@@ -18,9 +18,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from tilelab.perf.clock.devices import SAMPLE, cache_label
 
 from tests.tools.inputs import DEVICE
+from tilelab.perf.clock.devices import SAMPLE, cache_label
 
 
 class BrokenGPU(RuntimeError):

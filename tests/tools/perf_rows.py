@@ -10,6 +10,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+
 from tilelab.perf.compiler.prediction import predict, refused
 from tilelab.perf.rows import results, stats
 from tilelab.perf.work import gpus

@@ -4,7 +4,6 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from tilelab.kernels._launch import launch
 
 from tests.tools.inputs import (
     DEVICE,
@@ -18,6 +17,7 @@ from tests.tools.inputs import (
 )
 from tests.tools.poison import poison
 from tests.tools.tolerance import assert_close, bound, compare
+from tilelab.kernels._launch import launch
 
 # --- assert_close -------------------------------------------------------------------------------
 
