@@ -68,9 +68,11 @@ from tilelab.kernels.activation import activate
 _fast = functools.partial(tma_tile, per_sm=1, GROUP_M=8, SUBTILES=1, SPLIT_K=1)
 
 # The tiles, by bytes per element. They were compiled for sm_90 with triton 3.6.0 and 3.9.0, in
-# 16-bit with all four layouts of A and B. No tile spills: every value fits into the registers. Each
-# wgmma (Hopper's tensor-core instruction) reads both operands from shared memory and is as wide as
-# the tile. A step has at most 100 instructions.
+# 16-bit with all four layouts of A and B. No tile spills with ReLU: every value fits into the
+# registers. With GELU or SiLU, a 128x256 tile with SUBTILES=1 may spill up to 24 bytes per thread,
+# outside of the loop. Each wgmma (Hopper's tensor-core instruction) reads both operands from shared
+# memory and is as wide as the tile. A step has at most 100 instructions.
+# tests/tools/compile_bars.py tests all this.
 FAST_TILES = {
     2: [
         # This is the most reuse that the registers allow. In halves, the epilogue leaves room in
