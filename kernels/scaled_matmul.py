@@ -68,9 +68,11 @@ DEFAULT = {1: TILES[0]}  # by bytes per element
 _fast = functools.partial(tma_tile, GROUP_M=8)
 
 # The tiles, by bytes per element. They were compiled for sm_90 in both dtypes with triton 3.6.0 and
-# 3.9.0 (not run). No tile spills, and both operands come from shared memory. A wgmma is as wide as
-# the tile in float8, and 64x128 in int8. A step has at most 94 instructions, except with int8 at
-# 128x256: there it has twice as many wgmma, and 101 to 105 instructions.
+# 3.9.0 (not run). No tile spills with ReLU. With GELU or SiLU, a 128x256 tile with SUBTILES=1 may
+# spill up to 24 bytes per thread, outside of the loop. Both operands come from shared memory. A
+# wgmma (Hopper's tensor-core instruction) is as wide as the tile in float8, and 64x128 in int8. A
+# step has at most 94 instructions, except with int8 at 128x256: there it has twice as many wgmma,
+# and 101 to 105 instructions.
 FAST_TILES = {
     1: [
         # This is the most reuse that the registers allow. In halves, the epilogue leaves room in
