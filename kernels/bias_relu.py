@@ -14,12 +14,13 @@ This is the first lesson. Channels are columns. All other dimensions together ar
          |     #     |        column, and writes the sums as one row of [parts, C].
          +-----#-----+        A second, small kernel adds the parts up.
 
-What the words mean. A GPU runs many copies of a kernel at once. Each copy is a program, and has a
-number. A tile is the rectangle of data that a program handles at once; its sides are powers of two.
-A tile at the border can be larger than what is left of the data. So it has a mask, which says for
-each of its elements whether it exists. A GPU consists of SMs (streaming multiprocessors): an H200
-has 132. An SM runs several programs at once. A warp is 32 threads of a program, which execute the
-same instruction together. sm_90 is the compiler's name for the Hopper GPUs (H100 and H200).
+What the words mean. A kernel is a function for the GPU, which runs many copies of it at once. Each
+copy is a program, and has a number. A tile is the rectangle of data that a program handles at once;
+its sides are powers of two. A tile at the border can be larger than what is left of the data. So it
+has a mask, which says for each of its elements whether it exists. A GPU consists of SMs (streaming
+multiprocessors): an H200 has 132. An SM runs several programs at once. A warp is 32 threads of a
+program, which execute the same instruction together. sm_90 is the compiler's name for the Hopper
+GPUs (H100 and H200).
 
 What limits it: memory. Let n = M*C, and let an element have e bytes. The forward does 2n FLOPs and
 moves 2ne bytes (it reads x and writes y). Its arithmetic intensity is their ratio: 0.5 FLOPs per
@@ -58,8 +59,9 @@ def reference(x, bias, activation="relu"):
 # 1. Instructions. The memory delivers 4.8 TB/s, which is 20.7 bytes per clock to each of 132 SMs
 #    (at 1.755 GHz). While a warp moves 16 bytes for each of its 32 threads, 512 / 20.7 = 25 clocks
 #    pass. An SM issues 4 instructions per clock, so it can issue 99 of them meanwhile. Compiled for
-#    sm_90, the forward has 42 instructions for each 16 bytes of a thread (76 for contiguous NCHW).
-#    It had 143 when it found each row by three divisions of 64 bits: see _rows.py.
+#    sm_90 (triton 3.6.0 and 3.9.0), the forward has 34 instructions for each 16 bytes that a thread
+#    moves, and 68 for contiguous NCHW. An earlier version found each row by three divisions of 64
+#    bits, and had 143: see _rows.py.
 # 2. Latency. Data arrive about 0.8 us after a program asks for them. In that time an SM could
 #    receive 4.8 TB/s / 132 * 0.8 us = 29 KB, so it must have asked for that much in advance. An SM
 #    holds 2,048 threads, which are 16 programs of 4 warps. With the default tile each of them asks
