@@ -128,24 +128,23 @@ def kept_for(activation: str | None, output: torch.Tensor) -> torch.Tensor | Non
 # Four ways to the gradient, where z is a sum of K products. For one element of the result, of e
 # bytes, forward and backward together move these bytes ("out" is a write, "in" is a read):
 #
-#       way                                  forward          backward                bytes
-#    0  ReLU, which needs only y             y out            dy, y in, dz out        4e
-#    1  the epilogue stores z as well as y   y, z out         dy, z in, dz out        5e
-#    2  the backward computes z again        y out            z out; dy, z in, dz out 5e, 2K FLOPs
-#    3  y has a pass of its own              z out; z in,     dy, z in, dz out        6e
-#                                            y out
+#       way                                  forward              backward                 bytes
+#    0  ReLU needs only y                    y out                dy, y in; dz out         4e
+#    1  the epilogue stores z as well as y   y, z out             dy, z in; dz out         5e
+#    2  the backward computes z again        y out                z out; dy, z in; dz out  5e
+#    3  y has a pass of its own              z out; z in; y out   dy, z in; dz out         6e
 #
 # The kernel of way 1 spills. (A spill is a value that does not fit into the registers and goes to
 # memory.) In a 128x256 tile that is loaded by TMA, it spills 176 to 288 bytes per thread. Way 2
-# costs 2K FLOPs and saves e = 2 bytes in 16-bit against way 3. An H200 does 206 FLOPs in the time
-# of one byte, so way 2 is faster than way 3 for K < 206, and slower for longer sums.
+# costs another 2K FLOPs, and saves e = 2 bytes in 16-bit against way 3. An H200 does 206 FLOPs in
+# the time of one byte. So way 2 is faster than way 3 for K < 206, and slower for longer sums.
 #
 # The operators take way 3. It needs no kernel of its own, and bias_relu.py computes dz and the
 # gradient of the bias in one pass.
 
 
 def needs_z(activation: str | None, *inputs: torch.Tensor | None) -> bool:
-    """Whether a call must keep z: an input requires a gradient that y is not enough for."""
+    """Return whether a call must keep z: an input requires a gradient that y is not enough for."""
     if activation is None or ACTIVATIONS[activation].of_output or not torch.is_grad_enabled():
         return False
     return any(x is not None and x.requires_grad for x in inputs)
