@@ -291,9 +291,9 @@ def matmul(
         a: [M, K]; float32, float16 or bfloat16; any strides, so transposed views cost no copy.
         b: [K, N], of a's dtype; any strides.
         bias: [N], of a's dtype, or None.
-        activation: None, "relu", "gelu" (exact), "gelu_tanh" or "silu". If a
-            gradient is required, all but "relu" and None are a pass of their own: it adds the bias,
-            too, and reads the product as rounded to a's dtype.
+        activation: None, "relu", "gelu" (exact), "gelu_tanh" or "silu". If a gradient is required,
+            all but None and ReLU are a pass of their own. It also adds the bias, and reads the
+            product as rounded to a's dtype.
 
     Returns:
         [M, N] of a's dtype, row-major. A GPU rounds float32 operands to TF32 if
