@@ -173,7 +173,7 @@ _pretended: Device | None = None  # the device of `record`
 
 
 def on_gpu() -> bool:
-    """Whether a launch now would run on a GPU, and is neither interpreted nor recorded."""
+    """Return whether a launch now would run on a GPU, and is neither interpreted nor recorded."""
     return not INTERPRET and _recorded is None
 
 
