@@ -661,7 +661,7 @@ OPERATORS = {
         {"no images": convolution(NO_IMAGES),
          "few channels": convolution(Conv((0, 5, 6, 7), 4, (3, 2)), activation="relu")},
         {name: convolution(conv) for name, conv in RESNET_50.items()},
-        switch=CUDNN, layouts=3,
+        switch=CUDNN, layouts=3, far=("0", "2", "gradient"),
     ),
     "depthwise": Operator(
         kernels.conv2d, conv2d, DEPTHWISE,
