@@ -2,13 +2,9 @@
 
     tilelab compare before.jsonl after.jsonl
 
-Every workload that both files have gets the ratio of its times, B / A: above 1, B takes longer. Its
-95% interval comes from the samples of both (stats.unpaired_ratio). With a margin of 2%:
-
-    SAME      the whole interval lies within 0.98 ... 1.02
-    SLOWER    the whole interval lies above 1, and the ratio is above 1.02
-    FASTER    the whole interval lies below 1, and the ratio is below 0.98
-    UNSURE    everything else, and every row that is noisy or was throttled: measure again
+For every workload that both files have, the ratio of the times B / A: above 1, B takes longer. Its
+95% interval comes from the samples of both (stats.unpaired_ratio). perf/README.md says what the
+verdicts mean.
 
 A power cap does not count as throttling here. Large products run into it in every round of every
 run, and the clock that it leaves is part of how fast they are.

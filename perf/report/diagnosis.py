@@ -14,9 +14,6 @@ traffic where they are the limit. Such a cause is given as a factor: the tile's 
 its predicted time with the winner's value. Factors multiply, so the shares of a gap are computed in
 logarithms: 1.1x is 35% of 1.31x. Other causes are named with their numbers, and no share is
 claimed.
-
-Every sentence about a tile has a number, and a rule of thumb where there is one, so it can be
-checked.
 """
 
 import math
