@@ -1,7 +1,7 @@
 """Results files: what a sweep writes and every other command reads. Version 1 of the schema.
 
 JSON lines. A header says on what, with what and when; the rows after it say what was tried and what
-came of it. Each row is one line, in the file as soon as it is known:
+came of it:
 
     {"kind": "header", "schema": 1, "gpu": "NVIDIA H200", "versions": {...}, ...}
     {"kind": "row", "op": "matmul", "mode": "fwd", "tile": {...}, "stage": "screen", ...}
@@ -9,11 +9,8 @@ came of it. Each row is one line, in the file as soon as it is known:
     {"kind": "header", ...}                                      the sweep was stopped and resumed
     {"kind": "row", ...}
 
-A process that is killed can leave half a line at the end, and nothing worse: `read` leaves it out,
-`Writer` cuts it off before it goes on, and both say so. Damage anywhere else is an error.
-
-The tables HEADER and ROW are the schema. They are what is checked when a line is written or read,
-and what README.md prints.
+The tables HEADER and ROW are the schema: what is checked when a line is written or read, and what
+README.md prints. README.md also says what becomes of a file that was killed, resumed or damaged.
 """
 
 import fcntl

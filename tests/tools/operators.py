@@ -1,8 +1,9 @@
-"""The operators, each one row: what the contract suite (test_contracts.py) holds them to.
+"""The operators, each one row: what the contract suite (test_contracts.py) tests them with.
 
-A new operator gets the whole contract by a row here: right results and gradients for every sample
-and every tile, in any layout, in poison, past 2^31 elements, twice the same, wrong input refused.
-Its own test file has what is special to it.
+A new operator gets the whole contract by a row here. The contract asks for right results and
+gradients for every sample and every tile, in any layout, in poisoned memory, and past 2^31
+elements. It asks for the same bits twice, and for an error on wrong input. An operator's own test
+file has what is special to it.
 """
 
 from collections.abc import Callable
