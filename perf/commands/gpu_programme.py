@@ -163,32 +163,27 @@ def load(out: pathlib.Path) -> dict[str, Any] | None:
     """What programme.json says; None where there is none."""
     path = out / "programme.json"
     try:
-        state = json.loads(path.read_text())
-        if isinstance(state["tasks"], dict) and isinstance(state["gpu"], str):
-            return state
+        return json.loads(path.read_text())
     except FileNotFoundError:
         return None
     except OSError as error:
         raise PerfError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise PerfError(f"{path} is damaged: remove it, and what was measured is kept and found")
+    except ValueError as error:
+        what = "remove it, and what was measured is kept and found"
+        raise PerfError(f"{path} is damaged: {what}") from error
 
 
 class Programme:
     """The tasks on one GPU, and what is known of them.
 
     Args:
-        out: the folder.
+        out: the folder. One of another GPU, driver, torch or triton is a PerfError.
         every: the tasks, the most valuable first.
         names: of those that are asked for.
         budget: s, for all of them.
         about: of `machine`.
         environment: of the tasks' processes.
         began: when the budget's clock started, by time.monotonic.
-
-    Raises:
-        PerfError: `out` is about another GPU, driver, torch or triton.
     """
 
     def __init__(
@@ -226,8 +221,10 @@ class Programme:
 
     def run(self) -> int:
         """Do what is left; print the summary however it ends. Returns the exit status."""
-        with _one_at_a_time(self.out), _termination_interrupts():
-            interrupted = False
+        # SIGTERM, which `timeout` and batch systems send, is as Ctrl-C.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        interrupted = False
+        with _one_at_a_time(self.out):
             try:
                 for i, task in enumerate(self.tasks):
                     if not self.done(task):
@@ -236,8 +233,11 @@ class Programme:
                 interrupted = True
             self._save()
             print(f"\n{self.summary()}")
-            print(f"{self.out}: the next call with this --out goes on" if self._unfinished()
-                  else f"{self.out}: everything is done")  # fmt: skip
+            unfinished = any(
+                self.records.get(task.name, {}).get("status") != "done" for task in self.every
+            )
+            what = "the next call with this --out goes on" if unfinished else "everything is done"
+            print(f"{self.out}: {what}")
         mine = [self.records.get(task.name, {}) for task in self.tasks]
         failed = any(r.get("status") == "failed" or r.get("failures") for r in mine)
         return 130 if interrupted else int(failed)
@@ -301,9 +301,6 @@ class Programme:
         text = json.dumps(self.state, indent=1)
         results.write_whole(self.out / "programme.json", f"{text}\n".encode())
 
-    def _unfinished(self) -> bool:
-        return any(self.records.get(task.name, {}).get("status") != "done" for task in self.every)
-
     def summary(self) -> str:
         """Markdown: the tests that failed, then what came of each task."""
         versions = self.state["versions"]
@@ -315,9 +312,7 @@ class Programme:
         failures = [f for record in self.records.values() for f in record.get("failures") or ()]
         if failures:
             lines += [f"**{len(failures)} tests failed:**", ""]
-            lines += [f"- `{name}`" for name in failures[:20]]
-            lines += [f"- and {len(failures) - 20} more"] if len(failures) > 20 else []
-            lines += [""]
+            lines += [*(f"- `{name}`" for name in failures), ""]
         lines += ["| task | status | s | what came of it |", "|---|---|---|---|"]
         for task in self.every:
             record = self.records.get(task.name, {})
@@ -412,20 +407,6 @@ def _stop(process: subprocess.Popen) -> None:
 
 
 @contextlib.contextmanager
-def _termination_interrupts() -> Iterator[None]:
-    """SIGTERM, which `timeout` and batch systems send, is as Ctrl-C."""
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.contextmanager
 def _one_at_a_time(out: pathlib.Path) -> Iterator[None]:
     """Make the folder, and hold it against another programme."""
     try:
@@ -451,9 +432,6 @@ def _note_errors(task: Task) -> Iterator[None]:
         print(f"  {task.name}: {error}", flush=True)
 
 
-def last_lines(log: pathlib.Path, count: int = 8) -> list[str]:
-    """The last lines of a log."""
-    try:
-        return log.read_text(errors="replace").strip().splitlines()[-count:]
-    except OSError:
-        return []
+def last_lines(log: pathlib.Path) -> list[str]:
+    """The last eight lines of a log."""
+    return log.read_text(errors="replace").strip().splitlines()[-8:]

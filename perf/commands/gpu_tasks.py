@@ -51,39 +51,27 @@ class Outcome(NamedTuple):
 
 
 class Task(NamedTuple):
-    """One task.
-
-    Attributes:
-        name: of the task.
-        group: one of GROUPS, for --only.
-        weight: its share of the budget, among the weights of what is left.
-        least: s; with less it is not begun.
-        command: of the seconds that it has, the command line; None if there is nothing to work on.
-        source: a hash of what it depends on. It is done again if that has changed.
-        outcome: reads what came of it.
-        fresh: files that are removed when it begins with another source.
-        keep: what is done with its files when it ends, however that was.
-    """
+    """One task."""
 
     name: str
-    group: str
-    weight: float
-    least: float
+    group: str  # one of GROUPS, for --only
+    weight: float  # its share of the budget, among the weights of what is left
+    least: float  # s; with less it is not begun
+    # Of the seconds that it has, the command line; None if there is nothing to work on.
     command: Callable[[float], list[str] | None]
-    source: Callable[[], str]
-    outcome: Callable[[], Outcome]
-    fresh: tuple[pathlib.Path, ...] = ()
-    keep: Callable[[], Any] | None = None
+    source: Callable[[], str]  # a hash of what it depends on: if that has changed, it is done again
+    outcome: Callable[[], Outcome]  # reads what came of it
+    fresh: tuple[
+        pathlib.Path, ...
+    ] = ()  # files that are removed when it begins with another source
+    keep: Callable[[], Any] | None = None  # what is done with its files, however it ends
 
 
 def tasks(out: pathlib.Path, gpu: str, dry: bool, to: pathlib.Path) -> list[Task]:
     """Every task, in order.
 
-    Args:
-        out: folder of all that is written, but for the tuned table and the log.
-        gpu: the device's name, as torch has it.
-        dry: on the CPU, kernels interpreted, as little as possible of each.
-        to: the log.
+    `out` is the folder of all that is written, but for the tuned table of the device `gpu` and the
+    log, `to`. If `dry` the CPU interprets the kernels, and does as little as possible of each.
     """
     first = [DRY_SWEEP] if dry else sweeps()
     second = [
@@ -120,11 +108,7 @@ def sweeps() -> list[Sweep]:
 
 def _python(*words: object) -> list[str]:
     """A command line for a process in ROOT. It ends up in results files: paths are from there."""
-    return [sys.executable, *(str(_short(w) if isinstance(w, pathlib.Path) else w) for w in words)]
-
-
-def _short(path: pathlib.Path) -> pathlib.Path:
-    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    return [sys.executable, *(str(word).removeprefix(f"{ROOT}/") for word in words)]
 
 
 def digest(*parts: object) -> str:
@@ -262,7 +246,7 @@ def read_sweep(path: pathlib.Path) -> Outcome:
     left = sum(found == {"skipped"} for found in statuses.values())
     wrong = sum("wrong" in found for found in statuses.values())
     work = history.distinct_work(rows)
-    words = [ratios_text(ranking.speedups(work), len(work))] if work else ["nothing measured"]
+    words = [_ratios_text(ranking.speedups(work), len(work))] if work else ["nothing measured"]
     failed = [w.name for w in work if w.best is None]
     words += [f"no right result for {', '.join(failed)}"] if failed else []
     words += [f"{wrong} wrong"] if wrong else []
@@ -270,7 +254,7 @@ def read_sweep(path: pathlib.Path) -> Outcome:
     return Outcome("; ".join(words), complete=not left)
 
 
-def ratios_text(speedups: list[ranking.Speedup], count: int) -> str:
+def _ratios_text(speedups: list[ranking.Speedup], count: int) -> str:
     """The mean and the worst of the speed-ups over the best peer, of `count` workloads."""
     if not speedups:
         return f"{count} shapes, none beside a peer"
@@ -310,11 +294,11 @@ def _training(name: str, flags: Iterable[str], out: pathlib.Path, dry: bool) -> 
             lines = (folder / "metrics.jsonl").read_text().splitlines()
         except OSError:
             return Outcome("no result")
-        last = json.loads(lines[-1]) if lines else None
-        return Outcome("no epoch" if not last else (
-            f"{last['accuracy']:.1%} after epoch {last['epoch']}, "
-            f"{last['images_per_second']:,.0f} images/s"
-        ))  # fmt: skip
+        if not lines:
+            return Outcome("no epoch")
+        last = json.loads(lines[-1])
+        text = f"{last['accuracy']:.1%} after epoch {last['epoch']}"
+        return Outcome(f"{text}, {last['images_per_second']:,.0f} images/s")
 
     return Task(name, "training", 20, 15, lambda seconds: command, source, outcome)
 

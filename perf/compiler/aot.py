@@ -26,6 +26,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 from typing import Any, NamedTuple
 
 import torch
@@ -53,13 +54,6 @@ ENVIRONMENT = {  # of the processes that compile; they see no GPU, and so take n
     "CUDA_VISIBLE_DEVICES": "",
     "HIP_VISIBLE_DEVICES": "",
 }
-
-
-def gpu_target(target: str) -> GPUTarget:
-    """Triton's description of "sm_90" or "gfx942"."""
-    if target.startswith("gfx"):
-        return GPUTarget("hip", target, 64)
-    return GPUTarget("cuda", int(target.removeprefix("sm_").rstrip("a")), 32)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -93,13 +87,8 @@ class Trace(NamedTuple):
             "tile_op": self.choice and self.choice.op,
             "sizes": self.choice.sizes if self.choice else {},
             "launches": len(self.launches),
-            "moved": self.moved,
+            "moved": sum(_bytes(launch.args) for launch in self.launches),
         }
-
-    @property
-    def moved(self) -> int:
-        """Bytes that the launches read and write, if each touches its tensors once."""
-        return sum(_bytes(launch.args) for launch in self.launches)
 
 
 def trace(w: Workload, tile: dict | None, target: str = "") -> Trace:
@@ -134,6 +123,7 @@ def _launch_of(events: list) -> _launch.Launch | None:
 
 
 def _bytes(args: tuple) -> int:
+    """Bytes that a launch reads and writes, if it touches its tensors once."""
     storages = {}
     for t in _launch.tensors_of(args):
         size = t.numel() * t.element_size()
@@ -188,34 +178,22 @@ def lesson_tiles(tile_op: str, module: str, itemsize: int) -> tuple[list, list, 
 # -------------------------------------------------------------------------------------------------
 
 
-class _Driver:
-    """Stands in for the GPU's driver: Triton's JIT asks it what to compile for."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
-        self.device = str(target)  # a kernel keeps what it has compiled by device
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> str:
-        return self.device
-
-    def get_current_stream(self, device: Any) -> int:
-        return 0
-
-    def set_current_device(self, device: Any) -> None:
-        pass
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-
 def compile_for(target: str) -> None:
     """From now on Triton's JIT compiles for `target`, in this process, which must be a compiler."""
     if _launch.INTERPRET:
         raise RuntimeError("this process interprets: set TRITON_INTERPRET=0 before it starts")
-    triton.runtime.driver.set_active(_Driver(gpu_target(target)))
+    if target.startswith("gfx"):
+        gpu = GPUTarget("hip", target, 64)
+    else:
+        gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    driver = types.SimpleNamespace(  # what the JIT asks the GPU's driver
+        get_current_target=lambda: gpu,
+        get_current_device=lambda: str(gpu),  # a kernel keeps what it has compiled by device
+        get_current_stream=lambda device: 0,
+        set_current_device=lambda device: None,
+        get_active_torch_device=lambda: torch.device("cpu"),
+    )
+    triton.runtime.driver.set_active(driver)
 
 
 def compile_launch(launch: _launch.Launch) -> Any:
@@ -227,31 +205,26 @@ def compile_launch(launch: _launch.Launch) -> Any:
     return launch.kernel.warmup(*args, grid=launch.grid, **launch.meta)
 
 
-# By Triton's hash, since many shapes share a kernel. Disassembling takes as long as compiling, so
-# what came of it is kept on the disk, too.
-_analyses: dict[str, dict] = {}
-
-
 def analyse(compiled: Any) -> dict:
-    """What machine_code.py reads off the code, and the shared memory of a program in bytes."""
-    if compiled.hash not in _analyses:
-        folder = pathlib.Path(triton.knobs.cache.dir) / f"tilelab-{_reader()}"
-        path = folder / f"{compiled.hash}.json"
-        try:
-            analysis = json.loads(path.read_text())
-        except (OSError, ValueError):  # not there
-            if "cubin" in compiled.asm:
-                analysis = machine_code.analyse_cubin(compiled.asm["cubin"])
-            else:
-                analysis = machine_code.analyse_amdgcn(compiled.asm["amdgcn"])
-            results.write_whole(path, json.dumps(analysis).encode())
-        _analyses[compiled.hash] = analysis | {"shared": compiled.metadata.shared}
-    return _analyses[compiled.hash]
+    """What machine_code.py reads off the code, and the shared memory of a program in bytes.
+
+    Disassembling takes as long as compiling, so what came of it is kept beside Triton's cache.
+    """
+    path = pathlib.Path(triton.knobs.cache.dir) / f"tilelab-{_reader()}" / f"{compiled.hash}.json"
+    try:
+        analysis = json.loads(path.read_text())
+    except (OSError, ValueError):  # not there
+        if "cubin" in compiled.asm:
+            analysis = machine_code.analyse_cubin(compiled.asm["cubin"])
+        else:
+            analysis = machine_code.analyse_amdgcn(compiled.asm["amdgcn"])
+        results.write_whole(path, json.dumps(analysis).encode())
+    return analysis | {"shared": compiled.metadata.shared}
 
 
 @functools.cache
 def _reader() -> str:
-    """Which version of sass.py has read the code: the name of its folder beside Triton's cache."""
+    """Which version of machine_code.py has read the code."""
     return hashlib.sha256(pathlib.Path(machine_code.__file__).read_bytes()).hexdigest()[:12]
 
 

@@ -35,7 +35,7 @@ def test_a_trace_is_what_would_be_launched():
     assert trace.tile_op is operators.MATMUL and trace.choice.sizes == dict(M=4096, N=2048, K=1024)
     assert trace.main.grid == (32 * 16,)
     assert {k: trace.main.meta[k] for k in TILE} == TILE
-    assert trace.moved == 2 * (4096 * 1024 + 1024 * 2048 + 4096 * 2048)
+    assert trace.about["moved"] == 2 * (4096 * 1024 + 1024 * 2048 + 4096 * 2048)
 
 
 def test_a_trace_counts_intermediate_results():
@@ -45,7 +45,7 @@ def test_a_trace_counts_intermediate_results():
         aot.trace(CONV._replace(op="conv2d_im2col"), None),
     )
     matrix = 32 * 28 * 28 * 128 * 9 * 2
-    assert explicit.moved - base.moved == 2 * matrix
+    assert explicit.about["moved"] - base.about["moved"] == 2 * matrix
     assert explicit.main.kernel.__name__ == "matmul_kernel" and len(explicit.launches) == 2
 
 
