@@ -45,15 +45,11 @@ SCREEN_SHARE = 0.6  # of what is left for a workload
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `tilelab sweep`."""
-    arguments.add_arguments(parser)
+    arguments.add_arguments(parser, "sweep", top=5)
     parser.add_argument(
         "--peers", default="torch", help=f"all, none, or of {', '.join(PEERS)} (default: torch)"
     )
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="for everything together")
-    parser.add_argument("--out", type=pathlib.Path, help="folder (default: runs/sweep)")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with --out, or the newest default folder"
-    )
     parser.add_argument(
         "--save-tuned", action="store_true", help="let the kernels use the winners from now on"
     )
@@ -68,9 +64,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "-t", "--target", default="sm_90", help="what to predict for without a GPU (default: sm_90)"
-    )
-    parser.add_argument(
-        "--top", type=arguments.positive, default=5, help="tiles to print a problem (default: 5)"
     )
 
 
@@ -120,15 +113,7 @@ def finish_up(path: pathlib.Path, args: argparse.Namespace) -> None:
 
 
 class Sweep:
-    """One sweep on one device.
-
-    Args:
-        device: of perf/clock/devices.py, or a simulated one.
-        work: the workloads.
-        args: of the command line.
-        compilers: to compile with.
-        writer: of the results file.
-    """
+    """One sweep on one device, of perf/clock/devices.py or a simulated one."""
 
     def __init__(
         self,
@@ -163,10 +148,6 @@ class Sweep:
                 workloads.set_precision(w.precision)
                 self._measure(w, mine, share)
 
-    def _left(self, share: float) -> float | None:
-        """The clock's time when this share of the budget is spent; None without a budget."""
-        return self.began + share * self.args.budget if self.args.budget else None
-
     # --- compile ---------------------------------------------------------------------------------
 
     def _compile(self) -> list[dict]:
@@ -181,7 +162,6 @@ class Sweep:
         )
         if target is None:  # the interpreter: nothing to compile for
             return rows + [fields | {"stage": "compile", "status": "ok"} for _, fields in jobs]
-        deadline = self._left(COMPILE_SHARE)
         done = set()
         with tqdm(total=len(jobs), unit="tile", desc="compile", disable=None) as bar:
             for row in compile_rows(jobs, target, self.model, self.compilers):
@@ -190,7 +170,8 @@ class Sweep:
                 done.add(results.key(row))
                 if row["status"] != "ok":
                     self.writer.write(stored(row))
-                if deadline is not None and self.device.now() > deadline:
+                budget = self.args.budget
+                if budget and self.device.now() > self.began + COMPILE_SHARE * budget:
                     break
         late = [fields | {"stage": "compile"} for _, fields in jobs]
         late = [row for row in late if results.key(row) not in done]
@@ -405,14 +386,12 @@ class Sweep:
     def _has_final(self, w: Workload) -> bool:
         """Whether the file already has the race of this workload, as it would be run today."""
         source, about = aot.source_hash(w.op), results.workload(w._asdict())
+        finals = (row for row in self.writer.rows if row["stage"] == "final")
         raced = {
-            row["impl"]
-            for row in self.writer.rows
-            if row["stage"] == "final"
-            and results.workload(row) == about
-            and row.get("source") in (None, source)
+            row["impl"] for row in finals
+            if results.workload(row) == about and row.get("source") in (None, source)
             and (row.get("cache") != "cold" or not self.args.hot)
-        }
+        }  # fmt: skip
         return raced >= {"tilelab", *self._peers_of(w)}
 
     def _peers_of(self, w: Workload) -> list[str]:
@@ -427,9 +406,7 @@ class Sweep:
     def _failing(self, row: dict, what: str = "") -> Iterator[list[str]]:
         """Within this context an error becomes the row's; the list that it gives has it then.
 
-        Args:
-            row: whose it is.
-            what: said before the error, where it is about all tiles.
+        `what` is said before the error, where it is about all tiles.
         """
         failure: list[str] = []
         try:
@@ -442,10 +419,8 @@ class Sweep:
     def _broken(self, what: str, row: dict | None = None) -> None:
         """Stop if the GPU itself no longer works; out of memory and the like are only a row.
 
-        Args:
-            what: the error.
-            row: of whose it is. A tile's becomes one of a screening that failed, even if that was
-                in a race: so `--resume` goes on without this tile.
+        A tile's row becomes one of a screening that failed, even if the error was in a race: so
+        `--resume` goes on without this tile.
         """
         try:
             self.device.synchronize()
@@ -479,11 +454,7 @@ def with_tile(call: Callable[[], tuple], tile: dict | None) -> Callable[[], tupl
 
 
 def peers(text: str) -> list[str]:
-    """The peers that `text` names.
-
-    Raises:
-        PerfError: an unknown one.
-    """
+    """The peers that `text` names; a PerfError for an unknown one."""
     if text == "none":
         return []
     names = list(PEERS) if text == "all" else text.split(",")

@@ -255,11 +255,9 @@ def compile_job(w: Workload, tile: dict | None, target: str) -> dict:
 
 
 def work_of_boxes(tile_op: TileOp, launch: _launch.Launch) -> dict[str, int]:
-    """What a convolution computes that loads by TMA: whole tiles, and all that they add.
+    """What a convolution by TMA computes: "units", tiles or parts of them, and "computed_flops".
 
-    Returns:
-        "units", how many tiles and parts of them there are, and "computed_flops"; {} if it is no
-        such launch.
+    Other launches have neither.
     """
     if tile_op.boxes is None or not launch.kernel.__name__.endswith("_tma_kernel"):
         return {}
@@ -290,10 +288,9 @@ def annotated_loop(w: Workload, tile: dict | None, target: str) -> list[tuple[st
 
 
 class Compilers:
-    """Worker processes that compile. Use as a context manager; `submit` returns a Future of a dict.
+    """Worker processes that compile, one a core if no number is given.
 
-    Args:
-        workers: how many; None for one a core.
+    Use it as a context manager; `submit` returns a Future of a dict.
     """
 
     def __init__(self, workers: int | None = None) -> None:

@@ -13,17 +13,11 @@ COLUMNS = tuple(key for key in CONV if key != "K")  # im2col knows no filters
 
 
 class Shape(NamedTuple):
-    """Sizes to measure.
+    """Sizes to measure."""
 
-    Attributes:
-        name: for people, "resnet50.layer1.0.conv2 n32".
-        sizes: by key, the keys of the operator's row.
-        count: how often these sizes occur in the network; 1 where there is none.
-    """
-
-    name: str
-    sizes: dict[str, int]
-    count: int = 1
+    name: str  # for people, "resnet50.layer1.0.conv2 n32"
+    sizes: dict[str, int]  # by key, the keys of the operator's row
+    count: int = 1  # how often these sizes occur in the network
 
 
 # -------------------------------------------------------------------------------------------------
@@ -32,10 +26,7 @@ class Shape(NamedTuple):
 
 
 class Conv(NamedTuple):
-    """A convolution of a network, square taps.
-
-    `relu`: a ReLU follows; `add`: but the shortcut is added first.
-    """
+    """A convolution of a network, square taps."""
 
     name: str
     C: int
@@ -44,8 +35,8 @@ class Conv(NamedTuple):
     R: int
     stride: int = 1
     padding: int = 0
-    relu: bool = True
-    add: bool = False
+    relu: bool = True  # a ReLU follows
+    add: bool = False  # but the shortcut is added first
     groups: int = 1
 
 
@@ -69,15 +60,12 @@ class Linear(NamedTuple):
 
 
 class Network(NamedTuple):
-    """A network: its layers in order, and its trainable parameters; of a part of one, no matter.
+    """A network, or some of its layers."""
 
-    `called`: the network that the layers are of, where the set has another name.
-    """
-
-    layers: list[Conv | Pool | Linear]
-    tensors: int = 0
+    layers: list[Conv | Pool | Linear]  # in order
+    tensors: int = 0  # of its trainable parameters; 0 for a part of a network
     parameters: int = 0
-    called: str = ""
+    called: str = ""  # the network that the layers are of, where the set has another name
 
 
 def _network(layers: list[Conv | Pool | Linear], normalised: bool = False) -> Network:
@@ -129,8 +117,8 @@ def resnext50() -> Network:
 
 def stems() -> Network:
     """The first layer of each network for colour images."""
-    return Network([make().layers[0]._replace(name=make.__name__)
-                    for make in (resnet50, alexnet, vgg16)])  # fmt: skip
+    every = (resnet50, alexnet, vgg16)
+    return Network([make().layers[0]._replace(name=make.__name__) for make in every])
 
 
 def vgg16(H: int = 224, width: int = 64) -> Network:
