@@ -114,7 +114,7 @@ def missing(
     a row of one of these attempts: a stage, or a stage and a cache. The target is "" where kernels
     are interpreted.
     """
-    asked = [compilers.submit("describe", w, None, target) for w in work]
+    asked = [compilers.submit("describe", w, target) for w in work]
     lists, done = [], []
     for w, future in zip(work, asked, strict=True):
         described = future.result()
@@ -225,7 +225,7 @@ def _explain(work: list[Workload], args: argparse.Namespace, chosen: list[gpus.G
     w = work[0]
     with aot.Compilers(1) as compilers:
         for gpu in chosen:
-            described = compilers.submit("describe", w, None, gpu.target).result()
+            described = compilers.submit("describe", w, gpu.target).result()
             if described.get("failed"):
                 raise PerfError(described["failed"])
             tile = arguments.tiles(described, w, args.axis)[0]

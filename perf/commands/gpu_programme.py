@@ -103,7 +103,7 @@ def chosen_tasks(text: str | None, groups: dict[str, str]) -> set[str]:
     return {name for name, group in groups.items() if name in words or group in words}
 
 
-# -- where this is -------------------------------------------------------------------------------
+# --- where this is -------------------------------------------------------------------------------
 
 
 def machine(args: argparse.Namespace, groups: set[str]) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def environment(dry: bool) -> dict[str, str]:
     return os.environ | found
 
 
-# -- what is done --------------------------------------------------------------------------------
+# --- what is done --------------------------------------------------------------------------------
 
 
 def load(out: pathlib.Path) -> dict[str, Any] | None:
@@ -176,14 +176,8 @@ def load(out: pathlib.Path) -> dict[str, Any] | None:
 class Programme:
     """The tasks on one GPU, and what is known of them.
 
-    Args:
-        out: the folder. One of another GPU, driver, torch or triton is a PerfError.
-        every: the tasks, the most valuable first.
-        names: of those that are asked for.
-        budget: s, for all of them.
-        about: of `machine`.
-        environment: of the tasks' processes.
-        began: when the budget's clock started, by time.monotonic.
+    `every` has the most valuable first; those named are done, in `budget` s since `began`. It is a
+    PerfError if the folder `out` is about another GPU, driver, torch or triton.
     """
 
     def __init__(
@@ -356,7 +350,7 @@ def share(task: Task, later: list[Task], left: float) -> tuple[float, float]:
     return min(max(task.least, left * task.weight / total), most), most
 
 
-# -- processes -----------------------------------------------------------------------------------
+# --- processes -----------------------------------------------------------------------------------
 
 
 def execute(

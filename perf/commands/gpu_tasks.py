@@ -85,7 +85,7 @@ def tasks(out: pathlib.Path, gpu: str, dry: bool, to: pathlib.Path) -> list[Task
         *(_tests(name, out, dry) for name in TESTS),
         _ceilings(out),
         *(_sweep(s, path, dry) for s, path in zip(first, swept, strict=True)),
-        *(_after(s, *paths, gpu, dry) for s, *paths in zip(second, again, swept, strict=True)),
+        *(_after(s, path, gpu, dry) for s, path in zip(second, again, strict=True)),
         *(_training(name, flags, out, dry) for name, flags in training.items()),
         _plots("plots", swept, out / "figures", 15),
         _report("report", swept, out / "report.html", 40),
@@ -116,7 +116,7 @@ def digest(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
-# -- correctness and ceilings --------------------------------------------------------------------
+# --- correctness and ceilings --------------------------------------------------------------------
 
 
 def _tests(name: str, out: pathlib.Path, dry: bool) -> Task:
@@ -169,7 +169,7 @@ def _ceilings(out: pathlib.Path) -> Task:
     return Task("ceilings", "ceilings", 40, 30, lambda seconds: command, lambda: "", outcome)
 
 
-# -- sweeps, and the tuned table -----------------------------------------------------------------
+# --- sweeps, and the tuned table -----------------------------------------------------------------
 
 
 def words_of(sweep: Sweep) -> list[str]:
@@ -215,7 +215,7 @@ def _sweep(sweep: Sweep, path: pathlib.Path, dry: bool) -> Task:
     )  # fmt: skip
 
 
-def _after(sweep: Sweep, path: pathlib.Path, before: pathlib.Path, gpu: str, dry: bool) -> Task:
+def _after(sweep: Sweep, path: pathlib.Path, gpu: str, dry: bool) -> Task:
     def source() -> str:
         dtype, _ = DTYPES[sweep.dtype]
         try:
@@ -227,7 +227,7 @@ def _after(sweep: Sweep, path: pathlib.Path, before: pathlib.Path, gpu: str, dry
     more = ("--tiles", "default", "--note", NOTE_AFTER)
     return Task(
         sweep.name, "after", sweep.seconds, 30, _command(sweep, path, dry, *more),
-        source, lambda: read_after(path, before), fresh=(path,),
+        source, lambda: read_sweep(path), fresh=(path,),
     )  # fmt: skip
 
 
@@ -264,21 +264,7 @@ def _ratios_text(speedups: list[ranking.Speedup], count: int) -> str:
     return f"{text}, worst {worst.ratio:.3g}x {worst.workload.mode} {worst.workload.name}"
 
 
-def read_after(path: pathlib.Path, before: pathlib.Path) -> Outcome:
-    """As `read_sweep`, with what the default tiles did before there was a tuned table."""
-    found = read_sweep(path)
-    mine = {results.workload(w._asdict()) for w in history.distinct_work(_rows(path))}
-    old = []
-    for w in history.distinct_work(_rows(before)):
-        default = [row for row in w.tiles if row.get("default") and row.get("median_s")]
-        if default and w.best_peer and results.workload(w._asdict()) in mine:
-            old.append(ranking.paired(default[0], w.best_peer)[0])
-    if not old:
-        return found
-    return found._replace(text=f"{found.text}; before tuning {stats.geomean(old):.3g}x")
-
-
-# -- training ------------------------------------------------------------------------------------
+# --- training ------------------------------------------------------------------------------------
 
 
 def _training(name: str, flags: Iterable[str], out: pathlib.Path, dry: bool) -> Task:
@@ -303,7 +289,7 @@ def _training(name: str, flags: Iterable[str], out: pathlib.Path, dry: bool) -> 
     return Task(name, "training", 20, 15, lambda seconds: command, source, outcome)
 
 
-# -- pictures, pages and the log -----------------------------------------------------------------
+# --- pictures, pages and the log -----------------------------------------------------------------
 
 
 def _of_files(

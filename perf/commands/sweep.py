@@ -15,10 +15,11 @@ first step is all there is; then this is `tilelab compile`, and says so.
 import argparse
 import contextlib
 import gc
-import pathlib
+import math
 import random
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -95,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def finish_up(path: pathlib.Path, args: argparse.Namespace) -> None:
+def finish_up(path: Path, args: argparse.Namespace) -> None:
     """Print who won and why the others lost, save what was asked for, draw the pictures."""
     headers, rows = ranking.read([path])
     if any(row["measured"] for row in rows):
@@ -130,7 +131,7 @@ class Sweep:
         self.model = self.gpu or gpus.GPUS.get(gpus.TARGETS.get(device.target))
         self.peers = peers(args.peers)
         self.rng = random.Random(args.seed)
-        self.began = device.now()
+        self.budget, self.began = args.budget or math.inf, device.now()
 
     def run(self) -> None:
         """Do it all; what is finished is in the file whenever this ends."""
@@ -138,15 +139,12 @@ class Sweep:
         with self.device.stream(), workloads.cudnn_benchmark(True):
             for i, w in enumerate(self.work):
                 mine = compiled.get(results.workload(w._asdict()), [])
-                share = None
-                if self.args.budget:
-                    left = self.began + self.args.budget - self.device.now()
-                    share = left / (len(self.work) - i)
-                    if left <= 0:
-                        self._skip(mine, "the time budget ran out")
-                        continue
+                left = self.began + self.budget - self.device.now()
+                if left <= 0:
+                    self._skip(mine, "the time budget ran out")
+                    continue
                 workloads.set_precision(w.precision)
-                self._measure(w, mine, share)
+                self._measure(w, mine, left / (len(self.work) - i))
 
     # --- compile ---------------------------------------------------------------------------------
 
@@ -170,8 +168,7 @@ class Sweep:
                 done.add(results.key(row))
                 if row["status"] != "ok":
                     self.writer.write(stored(row))
-                budget = self.args.budget
-                if budget and self.device.now() > self.began + COMPILE_SHARE * budget:
+                if self.device.now() > self.began + COMPILE_SHARE * self.budget:
                     break
         late = [fields | {"stage": "compile"} for _, fields in jobs]
         late = [row for row in late if results.key(row) not in done]
@@ -186,12 +183,12 @@ class Sweep:
 
     # --- measure ---------------------------------------------------------------------------------
 
-    def _measure(self, w: Workload, compiled: list[dict], share: float | None) -> None:
-        """Screen and race one workload."""
+    def _measure(self, w: Workload, compiled: list[dict], share: float) -> None:
+        """Screen and race one workload, in its share of the budget: s."""
         new = any(row["stage"] == "compile" and row["status"] == "ok" for row in compiled)
         if self._has_final(w) and not new:
             return
-        until = None if share is None else self.device.now() + share
+        until = self.device.now() + share
         nothing = self._row(w, "tilelab", None, "screen")
         with self._failing(nothing, "cannot be set up: ") as failure:
             gate = Gate(w, self.device.torch_device, self._seed())
@@ -223,24 +220,22 @@ class Sweep:
         call.impl, call.workload, call.tile = impl, w, None
         return call
 
-    def _warm(self, runner: Any, share: float | None) -> None:
+    def _warm(self, runner: Any, share: float) -> None:
         """Up to 5 s of work before timing; of a small budget a twentieth."""
-        most = 5.0 if share is None else min(5.0, 0.05 * share)
+        most = min(5.0, 0.05 * share)
         timing.warm(self.device, runner, steady=min(1.0, most), most=most)
 
     def _screen(self, w, compiled, gate, calls, cache, share) -> list[dict]:
         """Gate and time each tile that compiling has left; return the rows that are right."""
-        until = None if share is None else self.device.now() + SCREEN_SHARE * share
+        until = self.device.now() + SCREEN_SHARE * share
         name = f"{w.op} {w.mode} {w.name}"
         rows = [row for row in compiled if row.get("stage") == "screen" and row["status"] == "ok"]
         todo = [row for row in compiled if row.get("stage") == "compile" and row["status"] == "ok"]
         # In case the time is not enough: the default first, the lesson's tiles, what looks best.
-        todo.sort(
-            key=lambda r: (not r["default"], not r.get("lesson"), r.get("predicted_s") or 0.0)
-        )
+        todo.sort(key=lambda r: (not r["default"], not r.get("lesson"), r.get("predicted_s", 0.0)))
         checked, warm = None, False
         for i, row in enumerate(tqdm(todo, unit="tile", desc=name, disable=None, leave=False)):
-            if until is not None and self.device.now() > until:
+            if self.device.now() > until:
                 self._skip(todo[i:], "not timed: the time budget ran out")
                 break
             row = row | {"stage": "screen", "cache": cache}
@@ -323,7 +318,7 @@ class Sweep:
     def _energy(self, entries, runners, until) -> None:
         """Joules of what was raced: its rows, which the file has by now, are written again."""
         for name, row in entries.items():
-            if row["status"] != "ok" or (until is not None and self.device.now() >= until):
+            if row["status"] != "ok" or self.device.now() >= until:
                 continue
             try:
                 joules = timing.energy(self.device, runners[name])

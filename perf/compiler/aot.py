@@ -56,9 +56,7 @@ ENVIRONMENT = {  # of the processes that compile; they see no GPU, and so take n
 }
 
 
-# -------------------------------------------------------------------------------------------------
-# What a call would launch.
-# -------------------------------------------------------------------------------------------------
+# --- what a call would launch --------------------------------------------------------------------
 
 
 def device(target: str) -> _launch.Device:
@@ -161,11 +159,9 @@ def lesson_tiles(tile_op: str, module: str, itemsize: int) -> tuple[list, list, 
     A lesson may be two files: that of the kernel, and the one named as `choose_tile` is asked, up
     to what it adds for a special case ("conv2d_grouped").
     """
-    files = [importlib.import_module(module)]
-    names = [f"tilelab.kernels.{tile_op}", f"tilelab.kernels.{tile_op.rpartition('_')[0]}"]
-    first_of = next((n for n in names if n[-1] != "." and importlib.util.find_spec(n)), module)
-    if first_of != module:
-        files.append(importlib.import_module(first_of))
+    names = (f"tilelab.kernels.{tile_op}", f"tilelab.kernels.{tile_op.rpartition('_')[0]}")
+    second = next((n for n in names if n[-1] != "." and importlib.util.find_spec(n)), module)
+    files = [importlib.import_module(name) for name in (module, second)]
 
     def first(name: str, missing: Any) -> Any:
         return next((getattr(file, name) for file in files if hasattr(file, name)), missing)
@@ -173,9 +169,7 @@ def lesson_tiles(tile_op: str, module: str, itemsize: int) -> tuple[list, list, 
     return first("FAST_TILES", {}).get(itemsize, []), first("TILES", []), first("RUNGS", [])
 
 
-# -------------------------------------------------------------------------------------------------
-# Compile and read.
-# -------------------------------------------------------------------------------------------------
+# --- compile and read ----------------------------------------------------------------------------
 
 
 def compile_for(target: str) -> None:
@@ -282,9 +276,7 @@ def annotated_loop(w: Workload, tile: dict | None, target: str) -> list[tuple[st
     return [(own if pathlib.Path(f).name == name else f, n, text) for f, n, text in loop]
 
 
-# -------------------------------------------------------------------------------------------------
-# Worker processes.
-# -------------------------------------------------------------------------------------------------
+# --- worker processes ----------------------------------------------------------------------------
 
 
 class Compilers:
@@ -298,7 +290,6 @@ class Compilers:
         self._threads = concurrent.futures.ThreadPoolExecutor(self.workers)
         self._local = threading.local()
         self._processes: list[subprocess.Popen] = []
-        self._logs = tempfile.TemporaryDirectory(prefix="perf-compile-")
 
     def __enter__(self) -> "Compilers":
         return self
@@ -309,11 +300,10 @@ class Compilers:
             process.kill()
             process.wait()
         self._threads.shutdown(wait=True)
-        self._logs.cleanup()
 
-    def submit(self, what: str, w: Workload, tile: dict | None, target: str):
+    def submit(self, what: str, w: Workload, *more: Any) -> concurrent.futures.Future:
         """Ask for "describe", "compile" (`compile_job`) or "annotate" (`annotated_loop`)."""
-        return self._threads.submit(self._work, [what, list(w), tile, target])
+        return self._threads.submit(self._work, [what, list(w), *more])
 
     def _work(self, job: list) -> Any:
         process = getattr(self._local, "process", None)
@@ -332,23 +322,18 @@ class Compilers:
         if answer:
             return json.loads(answer)
         code = process.wait()
-        log = pathlib.Path(process.log).read_text(errors="replace").strip().splitlines()
-        tail = log[-1] if log else "it said nothing"
+        process.log.seek(0)
+        tail = (process.log.read().strip() or "it said nothing").splitlines()[-1]
         return {"failed": f"the compiler process ended with {code}: {tail}"[:500]}
 
     def _start(self) -> subprocess.Popen:
-        log = tempfile.NamedTemporaryFile(dir=self._logs.name, delete=False)
+        log = tempfile.TemporaryFile("w+", errors="replace")
         process = subprocess.Popen(
-            [sys.executable, "-m", "tilelab.perf.compiler.aot"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            cwd=pathlib.Path(__file__).parents[2],
+            [sys.executable, "-m", "tilelab.perf.compiler.aot"], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=log, text=True, cwd=pathlib.Path(__file__).parents[2],
             env=os.environ | ENVIRONMENT,
-        )
-        log.close()
-        process.log = log.name
+        )  # fmt: skip
+        process.log = log
         self._processes.append(process)
         return process
 
@@ -384,14 +369,11 @@ def _serve() -> None:
     """Answer jobs until stdin ends. What the compiler prints goes to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    jobs = {"describe": describe, "compile": compile_job, "annotate": annotated_loop}
     for line in sys.stdin:
-        what, w, tile, target = json.loads(line)
+        what, w, *more = json.loads(line)
         try:
-            if what == "describe":
-                answer = describe(Workload(*w), target)
-            else:
-                do = {"compile": compile_job, "annotate": annotated_loop}[what]
-                answer = do(Workload(*w), tile, target)
+            answer = jobs[what](Workload(*w), *more)
         except PerfError as e:
             answer = {"failed": str(e)}
         except Exception as e:

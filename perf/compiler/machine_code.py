@@ -42,11 +42,8 @@ class Code(NamedTuple):
     labels: dict[str, int]
 
 
-# -------------------------------------------------------------------------------------------------
 # What belongs to which group: the first pattern that matches the whole name, without the modifiers
 # that NVIDIA appends after a dot. Global stores, spills and constants are among the "other".
-# -------------------------------------------------------------------------------------------------
-
 NVIDIA_GROUPS = {
     "tensor core": r"(UTC)?[BDHIOQ]G?MMA",
     "load": r"LDG?|LDGSTS|UTMALDG|UBLKCP",
@@ -85,9 +82,7 @@ def _group(instruction: Instruction) -> str:
     return next((name for name, pattern in groups.items() if _is(instruction, pattern)), "other")
 
 
-# -------------------------------------------------------------------------------------------------
-# The two public analyses.
-# -------------------------------------------------------------------------------------------------
+# --- the two public analyses ---------------------------------------------------------------------
 
 
 def analyse_cubin(cubin: bytes) -> dict:
@@ -182,12 +177,10 @@ def _operands(tensor: list[Instruction]) -> str | None:
 def _serialised(body: list[Instruction]) -> bool:
     """Whether each wgmma of the loop waits for the one before.
 
-    A wgmma runs beside the program that issued it. One turn of a healthy loop issues all of its
-    wgmma, be they 2, 4 or 8, between one WARPGROUP.ARRIVE and one WARPGROUP.DEPBAR, which lets the
-    newest batch run on (gsb0, 0x1). Where ptxas cannot prove that nothing else touches the
-    accumulators (its warning C7515), it gives every single wgmma an ARRIVE of its own and a DEPBAR
-    that waits for it (gsb0, 0x0): 4 + 4 for 4 wgmma. That was found in the code of triton 3.6.0 for
-    a matmul with transposed B in 128x256 tiles, and with 3.6.0 and 3.9.0 in tiles that spill.
+    One turn of a healthy loop issues all of its wgmma, be they 2, 4 or 8, between one
+    WARPGROUP.ARRIVE and one WARPGROUP.DEPBAR, which lets the newest batch run on. Where ptxas
+    cannot prove that nothing else touches the accumulators (its warning C7515), it gives every
+    single wgmma an ARRIVE of its own and a DEPBAR that waits for it.
     """
     wgmma = sum(_is(x, r"[BDHIOQ]GMMA") for x in body)
     return wgmma > 1 and sum(x.name == "WARPGROUP.ARRIVE" for x in body) >= wgmma
@@ -205,9 +198,7 @@ def _width(instruction: Instruction) -> int:
     return next((_WIDTHS[part] for part in parts if part in _WIDTHS), 4)
 
 
-# -------------------------------------------------------------------------------------------------
-# Loops.
-# -------------------------------------------------------------------------------------------------
+# --- loops ---------------------------------------------------------------------------------------
 
 
 def main_loop(code: Code) -> list[int] | None:
@@ -279,9 +270,7 @@ def _reachable(edges: list[list[int]], start: int, without: int | None = None) -
     return seen
 
 
-# -------------------------------------------------------------------------------------------------
-# Parse.
-# -------------------------------------------------------------------------------------------------
+# --- parse ---------------------------------------------------------------------------------------
 
 
 def parse_sass(text: str) -> Code:
@@ -315,9 +304,7 @@ def parse_amdgcn(text: str) -> Code:
     return code
 
 
-# -------------------------------------------------------------------------------------------------
-# Tools.
-# -------------------------------------------------------------------------------------------------
+# --- tools ---------------------------------------------------------------------------------------
 
 
 def _tool(name: str, options: list[str], cubin: bytes) -> str:

@@ -174,9 +174,7 @@ def find(text: str) -> GPU:
     return gpu
 
 
-# -------------------------------------------------------------------------------------------------
-# What fits on one SM: the input of perf/compiler/occupancy.py.
-# -------------------------------------------------------------------------------------------------
+# --- what fits on one SM: the input of perf/compiler/occupancy.py --------------------------------
 
 
 class Limits(NamedTuple):

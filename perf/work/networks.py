@@ -20,9 +20,7 @@ class Shape(NamedTuple):
     count: int = 1  # how often these sizes occur in the network
 
 
-# -------------------------------------------------------------------------------------------------
-# Networks
-# -------------------------------------------------------------------------------------------------
+# --- networks ------------------------------------------------------------------------------------
 
 
 class Conv(NamedTuple):
@@ -171,10 +169,9 @@ def demo() -> Network:
     )
 
 
-# -------------------------------------------------------------------------------------------------
-# What a layer is for an operator: sizes from the layer, the one that follows, and the batch N.
-# None where the operator has no part in it.
-# -------------------------------------------------------------------------------------------------
+# --- what a layer is for an operator -------------------------------------------------------------
+# Each function gets a layer, the one that follows and the batch N. It returns the sizes, or None
+# where the operator has no part in the layer.
 
 
 def convolution(layer, following, N: int) -> dict[str, int] | None:
@@ -231,9 +228,7 @@ def scores(layer, following, N: int) -> dict[str, int] | None:
     return {"M": N, "N": layer.outputs} if last else None
 
 
-# -------------------------------------------------------------------------------------------------
-# Sets that are no network: the shapes for a batch N, which may mean rows or tokens.
-# -------------------------------------------------------------------------------------------------
+# --- sets that are no network: the shapes for a batch N, which may mean rows or tokens -----------
 
 
 def square(N: int) -> list[Shape]:

@@ -86,9 +86,7 @@ class Operator(NamedTuple):
     sweeps: tuple[Sweep, ...] = (Sweep(),)  # its tasks in `tilelab gpu`
 
 
-# -------------------------------------------------------------------------------------------------
-# Kernels whose tile is swept, as far as several modes have them
-# -------------------------------------------------------------------------------------------------
+# --- kernels whose tile is swept, as far as several modes have them ------------------------------
 
 _CONV_BY_TMA = search_space.fast_convolutions
 MATMUL = TileOp("matmul", search_space.PRODUCT | {"GROUP_M": (8,)}, search_space.fast_products)
@@ -117,9 +115,7 @@ SOFTMAX = TileOp("softmax", search_space.SOFTMAX, few_columns=search_space.FEW_C
 SOFTMAX_BWD = SOFTMAX._replace(name="softmax_backward")
 CROSS_ENTROPY = SOFTMAX._replace(name="cross_entropy")
 
-# -------------------------------------------------------------------------------------------------
-# What several rows have in common
-# -------------------------------------------------------------------------------------------------
+# --- what several rows have in common ------------------------------------------------------------
 
 _COMPILE = "torch,compile"
 _PRODUCTS = dict(
