@@ -101,13 +101,9 @@ Job = tuple[Workload, dict]  # a tile to do, as the fields of its row
 
 
 def missing(
-    work: list[Workload],
-    args: argparse.Namespace,
-    compilers: aot.Compilers,
-    writer: results.Writer,
-    target: str,
-    attempts: Sequence[dict] = ({"stage": "compile"},),
-) -> tuple[list[Job], list[dict]]:
+    work: list[Workload], args: argparse.Namespace, compilers: aot.Compilers,
+    writer: results.Writer, target: str, attempts: Sequence[dict] = ({"stage": "compile"},),
+) -> tuple[list[Job], list[dict]]:  # fmt: skip
     """The tiles still to do, one of each workload in turn; and the rows that the file has already.
 
     So a sweep that is cut short has tried as many tiles of each workload. A tile is done if it has

@@ -1,17 +1,10 @@
 """`tilelab gpu`: everything that needs a GPU, in order of value, in the time there is.
 
-    make gpu                                 1500 s, into perf/results/<gpu>/
-    make gpu ARGS="--budget 600"             a shorter window; the next call goes on
-    make gpu ARGS="--list"                   what there is to do, what is done, and the shares
-    make gpu ARGS="--only sweep,report"
-    make gpu ARGS="--dry-run"                the whole path on the CPU, in a minute
-
-gpu_tasks.py lists the tasks: are the kernels right here, the GPU's ceilings, sweeps against every
-peer, the same again with the tuned table, training, pictures and the log. Each is a process of its
-own, so a GPU context that breaks takes one task along. A task's files hold what it has finished,
-and programme.json says which tasks are done. It is written whole before and after each: Ctrl-C,
-kill -9 and the end of the budget cost what was under way, and the next call goes on there. A task
-whose sources have changed since (kernels, the tuned table) is done again.
+gpu_tasks.py lists the tasks; perf/README.md says what they are for. Each is a process of its own,
+so a GPU context that breaks takes one task along. A task's files hold what it has finished, and
+programme.json says which tasks are done. It is written whole before and after each: Ctrl-C, kill -9
+and the end of the budget cost what was under way, and the next call goes on there. A task whose
+sources have changed since (kernels, the tuned table) is done again.
 """
 
 import argparse
@@ -86,7 +79,10 @@ def run(args: argparse.Namespace) -> int:
     out = folder(args, about["gpu"])
     to = (out.parent if out.parent == ROOT / "perf" / "results" else out) / "log.jsonl"
     every = tasks(out, about["gpu"], args.dry_run, to)
-    programme = Programme(out, every, names, args.budget, about, environment(args.dry_run), began)
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "OPENBLAS_NUM_THREADS": "1"}
+    if args.dry_run:
+        environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    programme = Programme(out, every, names, args.budget, about, environment, began)
     if args.list:
         print(programme.table())
         return 0
@@ -148,14 +144,6 @@ def folder(args: argparse.Namespace, gpu: str) -> pathlib.Path:
     return ROOT / "perf" / "results" / _tiles.tuned_path(gpu).stem
 
 
-def environment(dry: bool) -> dict[str, str]:
-    """Of the tasks' processes."""
-    found = {"PYTHONUNBUFFERED": "1", "OPENBLAS_NUM_THREADS": "1"}
-    if dry:
-        found |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    return os.environ | found
-
-
 # --- what is done --------------------------------------------------------------------------------
 
 
@@ -181,15 +169,9 @@ class Programme:
     """
 
     def __init__(
-        self,
-        out: pathlib.Path,
-        every: list[Task],
-        names: set[str],
-        budget: float,
-        about: dict[str, Any],
-        environment: dict[str, str],
-        began: float | None = None,
-    ) -> None:
+        self, out: pathlib.Path, every: list[Task], names: set[str], budget: float,
+        about: dict[str, Any], environment: dict[str, str], began: float | None = None,
+    ) -> None:  # fmt: skip
         self.out, self.every, self.environment = out, every, environment
         self.tasks = [task for task in every if task.name in names]
         self.budget, self.began = budget, time.monotonic() if began is None else began

@@ -277,12 +277,9 @@ def _training(name: str, flags: Iterable[str], out: pathlib.Path, dry: bool) -> 
 
     def outcome() -> Outcome:
         try:
-            lines = (folder / "metrics.jsonl").read_text().splitlines()
-        except OSError:
-            return Outcome("no result")
-        if not lines:
+            last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        except (OSError, IndexError):
             return Outcome("no epoch")
-        last = json.loads(lines[-1])
         text = f"{last['accuracy']:.1%} after epoch {last['epoch']}"
         return Outcome(f"{text}, {last['images_per_second']:,.0f} images/s")
 

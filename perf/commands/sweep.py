@@ -1,15 +1,9 @@
 """`tilelab sweep`: time every tile, and every peer, and say which is best and why.
 
-The order of things, for all workloads and then for each:
-
-    compile     every tile in parallel processes; what spills, does not fit or misses the tensor
-                cores is pruned, and reported as pruned
-    gate        a wrong result is reported as wrong and never ranked (clock/correctness.py)
-    screen      about 20 ms each
-    final       the eight fastest, the default and every peer, in a race of rounds (clock/timing.py)
-
-Each row is in the file as soon as it is known, and `--resume` goes on from there. With no GPU the
-first step is all there is; then this is `tilelab compile`, and says so.
+All tiles are compiled first. Then those of each workload go through a gate, a screening and a race:
+perf/README.md explains them ("How a sweep measures"). Each row is in the file once it is known, and
+`--resume` goes on from there. With no GPU the first step is all there is; then this is `tilelab
+compile`, and says so.
 """
 
 import argparse
@@ -117,13 +111,9 @@ class Sweep:
     """One sweep on one device, of perf/clock/devices.py or a simulated one."""
 
     def __init__(
-        self,
-        device: Any,
-        work: list[Workload],
-        args: argparse.Namespace,
-        compilers: aot.Compilers,
-        writer: results.Writer,
-    ) -> None:
+        self, device: Any, work: list[Workload], args: argparse.Namespace,
+        compilers: aot.Compilers, writer: results.Writer,
+    ) -> None:  # fmt: skip
         self.device, self.work, self.args = device, work, args
         self.compilers, self.writer = compilers, writer
         self.gpu = ranking.known_gpu(device.name)

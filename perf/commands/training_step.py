@@ -106,9 +106,8 @@ def count(batch: int, dtype: str, target: str) -> dict[str, Any]:
         optimizer = kernels.AdamW(model.parameters(), capturable=True)
         scaler = torch.amp.GradScaler("cpu", enabled=dtype == "float16")
         images = torch.zeros(batch, 28, 28, dtype=torch.uint8)
-        ours = step.TrainStep(
-            model, optimizer, images, labels, 0.0, 1.0, batch, compute, scaler=scaler
-        )
+        data = images, labels, 0.0, 1.0
+        ours = step.TrainStep(model, optimizer, *data, batch, compute, scaler=scaler)
         for _ in range(2):  # the first one makes the optimizer's state
             ours.begin(torch.arange(batch), torch.zeros(batch, 2), torch.zeros(1))
             events.clear()

@@ -66,7 +66,7 @@ class Network(NamedTuple):
     called: str = ""  # the network that the layers are of, where the set has another name
 
 
-def _network(layers: list[Conv | Pool | Linear], normalised: bool = False) -> Network:
+def _network(*layers: Conv | Pool | Linear, normalised: bool = False) -> Network:
     """Count the parameters: weight and bias; normalised convolutions have a scale and a shift."""
     tensors = parameters = 0
     for layer in layers:
@@ -77,7 +77,7 @@ def _network(layers: list[Conv | Pool | Linear], normalised: bool = False) -> Ne
         elif isinstance(layer, Linear):
             tensors += 2
             parameters += layer.outputs * (layer.inputs + 1)
-    return Network(layers, tensors, parameters)
+    return Network(list(layers), tensors, parameters)
 
 
 def resnet50(groups: int = 1, wider: int = 1) -> Network:
@@ -98,7 +98,7 @@ def resnet50(groups: int = 1, wider: int = 1) -> Network:
                 shortcut = f"{name}.downsample.0"
                 layers.append(Conv(shortcut, C, H, outputs, 1, stride, relu=False))
             C, H = outputs, H // stride
-    return _network([*layers, Linear("fc", 2048, 1000)], normalised=True)
+    return _network(*layers, Linear("fc", 2048, 1000), normalised=True)
 
 
 def resnet50_3x3() -> Network:
@@ -129,43 +129,39 @@ def vgg16(H: int = 224, width: int = 64) -> Network:
             C, place = wider * width, place + 2  # a ReLU is between
         layers.append(Pool(f"features.{place}", C, H, 2, 2))
         H, place = H // 2, place + 1
-    layers += [
+    return _network(
+        *layers,
         Linear("classifier.0", C * H * H, 64 * width),
         Linear("classifier.3", 64 * width, 64 * width),
         Linear("classifier.6", 64 * width, 1000),
-    ]
-    return _network(layers)
+    )
 
 
 def alexnet() -> Network:
     """AlexNet of one tower, as torchvision has it."""
     return _network(
-        [
-            Conv("features.0", 3, 224, 64, 11, 4, 2),
-            Pool("features.2", 64, 55, 3, 2),
-            Conv("features.3", 64, 27, 192, 5, padding=2),
-            Pool("features.5", 192, 27, 3, 2),
-            Conv("features.6", 192, 13, 384, 3, padding=1),
-            Conv("features.8", 384, 13, 256, 3, padding=1),
-            Conv("features.10", 256, 13, 256, 3, padding=1),
-            Pool("features.12", 256, 13, 3, 2),
-            Linear("classifier.1", 256 * 6 * 6, 4096),
-            Linear("classifier.4", 4096, 4096),
-            Linear("classifier.6", 4096, 1000),
-        ]
+        Conv("features.0", 3, 224, 64, 11, 4, 2),
+        Pool("features.2", 64, 55, 3, 2),
+        Conv("features.3", 64, 27, 192, 5, padding=2),
+        Pool("features.5", 192, 27, 3, 2),
+        Conv("features.6", 192, 13, 384, 3, padding=1),
+        Conv("features.8", 384, 13, 256, 3, padding=1),
+        Conv("features.10", 256, 13, 256, 3, padding=1),
+        Pool("features.12", 256, 13, 3, 2),
+        Linear("classifier.1", 256 * 6 * 6, 4096),
+        Linear("classifier.4", 4096, 4096),
+        Linear("classifier.6", 4096, 1000),
     )
 
 
 def demo() -> Network:
     """The CNN of nets/models.py for 28 x 28 grey images and 10 classes."""
     return _network(
-        [
-            Conv("conv1", 1, 28, 16, 3),
-            Pool("pool1", 16, 26, 2, 2),
-            Conv("conv2", 16, 13, 32, 3),
-            Pool("pool2", 32, 11, 2, 2),
-            Linear("fc", 800, 10),
-        ]
+        Conv("conv1", 1, 28, 16, 3),
+        Pool("pool1", 16, 26, 2, 2),
+        Conv("conv2", 16, 13, 32, 3),
+        Pool("pool2", 32, 11, 2, 2),
+        Linear("fc", 800, 10),
     )
 
 

@@ -1,12 +1,9 @@
 """Which sizes are measured: named sets, and ranges. `--shapes help` prints what `describe` returns.
 
-square                         products of 256 ... 16384 squared
-resnet50                       every layer of ResNet-50 that the operator has, batch 32 and 256
-resnet50@64,vgg16@64           two sets, batch 64
-resnet50_3x3@32                some of its layers, as resnext50 and stems are of theirs
-m=1024:8192:1024               a range, ends included: n and k follow m unless they are given
-m=256*2:16384,k=64             doubling instead of adding
-n=32,c=64,h=56,k=64,r=3,padding=1
+resnet50@64,vgg16@64                two sets, batch 64
+m=1024:8192:1024                    a range, ends included: n and k follow m unless they are given
+m=256*2:16384,k=64                  doubling instead of adding
+n=32,c=64,h=56,k=64,r=3,padding=1   one shape
 """
 
 import functools
