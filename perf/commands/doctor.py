@@ -335,7 +335,7 @@ def _rotation(device: Any, gpu: gpus.GPU | None) -> list[Finding]:
 
 
 def _peers() -> list[Finding]:
-    """With what the kernels can be compared here."""
+    """What the kernels can be compared with here."""
     cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
     if cudnn is None:
         detail = "not in this build of torch: convolutions have no peer worth the name"

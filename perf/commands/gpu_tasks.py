@@ -57,7 +57,7 @@ class Task(NamedTuple):
     group: str  # one of GROUPS, for --only
     weight: float  # its share of the budget, among the weights of what is left
     least: float  # s; with less it is not begun
-    # Of the seconds that it has, the command line; None if there is nothing to work on.
+    # The command line for the seconds that it has; None if there is nothing to work on.
     command: Callable[[float], list[str] | None]
     source: Callable[[], str]  # a hash of what it depends on: if that has changed, it is done again
     outcome: Callable[[], Outcome]  # reads what came of it

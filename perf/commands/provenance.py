@@ -39,7 +39,7 @@ def now() -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Of what the numbers depend on."""
+    """The versions of what the numbers depend on."""
     cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None
     return {
         "python": platform.python_version(),

@@ -155,7 +155,7 @@ def unchecked() -> Iterator[None]:
 class Ledger(TorchDispatchMode):
     """Lists torch's operators that launch something, as (name, bytes), among our launches.
 
-    Of those it keeps no tensors: a gradient that somebody else holds, autograd would copy.
+    It keeps no tensors of theirs: autograd would copy a gradient that somebody else holds.
     """
 
     def __init__(self, events: list) -> None:

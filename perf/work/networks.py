@@ -102,13 +102,13 @@ def resnet50(groups: int = 1, wider: int = 1) -> Network:
 
 
 def resnet50_3x3() -> Network:
-    """Of ResNet-50 the 3x3 convolutions."""
+    """The 3x3 convolutions of ResNet-50."""
     layers = resnet50().layers
     return Network([x for x in layers if isinstance(x, Conv) and x.R == 3], called="resnet50")
 
 
 def resnext50() -> Network:
-    """Of ResNeXt-50 32x4d the convolutions with groups; the others are much as in ResNet-50."""
+    """The convolutions of ResNeXt-50 32x4d with groups; others are much as in ResNet-50."""
     layers = resnet50(groups=32, wider=2).layers
     return Network([x for x in layers if isinstance(x, Conv) and x.groups > 1])
 

@@ -132,7 +132,7 @@ def fast_weight_gradients(sizes: dict[str, int], itemsize: int) -> Iterator[dict
     The kernel is for elements of two bytes.
     """
     shapes = ((128, 256), (128, 128), (64, 256), (64, 128), (128, 64), (64, 64))
-    # Of 256 columns a tile may have two pixels of half as many filters.
+    # A tile of 256 columns may have two pixels of half as many filters.
     shapes = [(m, n) for m, n in shapes if m == 64 or m < (2 + n // 256) * sizes["M"]]
     for (m, n), k, stages in itertools.product(shapes, (64, 32), range(2, 8)):
         subtiles = {256: 4, 128: 2, 64: 1}[n]

@@ -63,12 +63,12 @@ class Workload(NamedTuple):
 
     @property
     def flops(self) -> int:
-        """That the mathematics asks for."""
+        """FLOPs that the mathematics asks for."""
         return self.about.flops(self.shape)
 
     @property
     def bytes(self) -> int:
-        """That must be read and written at least."""
+        """Bytes that must be read and written at least."""
         return self.about.bytes(self.shape, self.torch_dtype.itemsize)
 
 
@@ -168,7 +168,7 @@ def cudnn_benchmark(on: bool) -> Iterator[None]:
 
 
 def set_precision(precision: str) -> None:
-    """Of float32 products and convolutions, ours and torch's: "ieee" or "tf32"."""
+    """Set how float32 products and convolutions round, ours and torch's: "ieee" or "tf32"."""
     # The older flags, since they set the newer ones too. The other way round Inductor, which reads
     # the older ones, gets an error: that the two contradict each other.
     with warnings.catch_warnings():  # that they are old
