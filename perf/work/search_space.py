@@ -44,8 +44,8 @@ FAST_AXES = dict(
 # with the tiles that the lesson lists (its RUNGS).
 LOWER_RUNGS = ("direct", "flat")
 KERNELS = (*LOWER_RUNGS, "pointer", "tma", "tma_ws")
-# Elements of a tile in registers. Of a product, 256x256: what spills there teaches something. Of
-# the others 128 a thread of four warps: beyond that they spill, after minutes of compiling.
+# Elements of a tile in registers. A product may have 256x256: what spills there teaches something.
+# Others may have 128 a thread of four warps: beyond that they spill, after minutes of compiling.
 MOST_OF_A_PRODUCT, MOST_OF_ROWS = 2**16, 2**14
 SHARED = 227 * 1024  # bytes that a program can have on the GPUs with TMA
 
