@@ -69,7 +69,7 @@ def _padding(row: dict) -> float:
         return padding(row["sizes"], row["tile"])
     # The fused block's filter is padded: four places of one patch, seen as one filter.
     R, S = row["shape"]["R"], row["shape"]["S"]
-    return padding(row["sizes"], row["tile"]) * (R + 1) * (S + 1) / (R * S)
+    return padding(row["sizes"], row["tile"]) * ((R + 1) * (S + 1) / (R * S))
 
 
 def step_flops(tile_op: TileOp, tile: dict[str, int]) -> int:
