@@ -4,6 +4,7 @@
 """
 
 import argparse
+import pathlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,8 +15,8 @@ from tilelab.perf.work.operators import OPERATORS
 from tilelab.perf.work.workloads import DTYPES, Workload, modes
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what to measure: operators, modes, dtypes, shapes, axes."""
+def add_arguments(parser: argparse.ArgumentParser, command: str, top: int) -> None:
+    """Add what to measure (operators, modes, dtypes, shapes, axes), and where it goes."""
     parser.add_argument("ops", nargs="+", metavar="OP", help=f"all, or of: {', '.join(OPERATORS)}")
     parser.add_argument(
         "--mode",
@@ -49,6 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers", type=positive, help="processes that compile (default: one for each core)"
     )
     parser.add_argument("--note", default="", help="kept in the results file")
+    parser.add_argument("--out", type=pathlib.Path, help=f"folder (default: runs/{command})")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with --out, or the newest default folder"
+    )
+    parser.add_argument(
+        "--top", type=positive, default=top, help="tiles to print a problem (default: %(default)s)"
+    )
 
 
 def positive(text: str) -> int:
@@ -59,12 +67,7 @@ def positive(text: str) -> int:
 
 
 def workloads(args: argparse.Namespace) -> list[Workload]:
-    """What the arguments name.
-
-    Raises:
-        PerfError: an unknown name, or nothing to do.
-        Help: for `--shapes help`.
-    """
+    """What the arguments name; a PerfError if that is unknown or nothing, Help if they ask."""
     if args.shapes == "help":
         raise Help(shapes.describe())
     ops = list(OPERATORS) if args.ops == ["all"] else args.ops
@@ -88,11 +91,7 @@ def workloads(args: argparse.Namespace) -> list[Workload]:
 
 
 def parse_axes(texts: Iterable[str]) -> dict[str, tuple]:
-    """["BLOCK_M=64,128", "num_warps=8", "kernel=tma"] as a dict.
-
-    Raises:
-        PerfError: not of that form, given twice, or a value that no tile can have.
-    """
+    """["BLOCK_M=64,128", "num_warps=8", "kernel=tma"] as a dict; a PerfError if no tile has it."""
     axes = {}
     for text in texts:
         name, _, values = text.partition("=")
@@ -114,16 +113,13 @@ def parse_axes(texts: Iterable[str]) -> dict[str, tuple]:
         if name in axes:
             raise PerfError(f"{name} is given twice: all its values go into one -a")
         axes[name] = numbers
-    known = sorted(_known_axes())
+    modes = (mode for row in OPERATORS.values() for mode in row.modes.values())
+    known = {"kernel", *search_space.FAST_AXES}
+    known = sorted(known.union(*(tile_op.axes for mode in modes for tile_op in mode.tile_ops)))
     for name in axes:
-        if name not in (*known, "kernel"):
+        if name not in known:
             raise PerfError(f"unknown axis {name!r}: there are {', '.join(known)}")
     return axes
-
-
-def _known_axes() -> set[str]:
-    every = (t for row in OPERATORS.values() for mode in row.modes.values() for t in mode.tile_ops)
-    return {name for t in every for name in (*t.axes, *search_space.FAST_AXES)}
 
 
 def identity(w: Workload, source: str) -> dict[str, Any]:
@@ -144,14 +140,9 @@ def identity(w: Workload, source: str) -> dict[str, Any]:
 def tiles(described: dict, w: Workload, axes: list[str], which: str = "all") -> list[dict | None]:
     """The tiles to try for what `aot.describe` has described: the default first.
 
-    [None] where the work has no tile of its own, as a whole training step.
-
-    Args:
-        described: by `aot.describe`, which knows no tuned table.
-        w: the work.
-        axes: what `-a` says.
-        which: as `--tiles` says. "default" is the one tile that a call of `w` takes here: of the
-            tuned table, or the lesson's default.
+    [None] where the work has no tile of its own, as a whole training step. `axes` is what `-a`
+    says, and `which` what `--tiles` says: "default" is the one tile that a call of `w` takes here,
+    of the tuned table, which `described` does not know, or the lesson's default.
     """
     if described["tile_op"] is None:
         return [None]

@@ -9,6 +9,7 @@ import argparse
 import concurrent.futures
 import itertools
 import pathlib
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 from tqdm import tqdm
@@ -26,19 +27,12 @@ from tilelab.perf.work.workloads import Workload
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `tilelab compile`."""
-    arguments.add_arguments(parser)
+    arguments.add_arguments(parser, "compile", top=10)
     parser.add_argument(
         "-t",
         "--target",
         default="sm_90",
         help=f"of {', '.join(gpus.TARGETS)}, or GPUs: {', '.join(gpus.GPUS)} (default: sm_90)",
-    )
-    parser.add_argument("--out", type=pathlib.Path, help="folder (default: runs/compile)")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with --out, or the newest default folder"
-    )
-    parser.add_argument(
-        "--top", type=arguments.positive, default=10, help="tiles to print a problem (default: 10)"
     )
     parser.add_argument(
         "--explain", action="store_true", help="say in words what one tile does, and show its loop"
@@ -81,12 +75,9 @@ def label(gpu: gpus.GPU) -> str:
 
 
 def compile_all(
-    work: list[Workload],
-    gpu: gpus.GPU,
-    compilers: aot.Compilers,
-    path: pathlib.Path,
+    work: list[Workload], gpu: gpus.GPU, compilers: aot.Compilers, path: pathlib.Path,
     args: argparse.Namespace,
-) -> list[dict]:
+) -> None:  # fmt: skip
     """Compile every tile of all work for one GPU into a results file; print what came of it."""
     if args.tiles == "default":
         raise PerfError("--tiles default needs the GPU whose tuned table it is about")
@@ -104,33 +95,22 @@ def compile_all(
     for w in work:
         print("\n" + table(found[results.workload(w._asdict())], args.top))
     print(f"\n{len(rows)} tiles in {path}")
-    return rows
 
 
 Job = tuple[Workload, dict]  # a tile to do, as the fields of its row
 
 
 def missing(
-    work: list[Workload],
-    args: argparse.Namespace,
-    compilers: aot.Compilers,
-    writer: results.Writer,
-    target: str,
-    attempts: Sequence[dict] = ({"stage": "compile"},),
-) -> tuple[list[Job], list[dict]]:
+    work: list[Workload], args: argparse.Namespace, compilers: aot.Compilers,
+    writer: results.Writer, target: str, attempts: Sequence[dict] = ({"stage": "compile"},),
+) -> tuple[list[Job], list[dict]]:  # fmt: skip
     """The tiles still to do, one of each workload in turn; and the rows that the file has already.
 
-    So a sweep that is cut short has tried as many tiles of each workload.
-
-    Args:
-        work: the workloads.
-        args: of the command line: which tiles.
-        compilers: to ask for the tiles there are.
-        writer: of the file.
-        target: what they are compiled for; "" where they are interpreted.
-        attempts: the stage, or stage and cache, of a row that makes a tile done.
+    So a sweep that is cut short has tried as many tiles of each workload. A tile is done if it has
+    a row of one of these attempts: a stage, or a stage and a cache. The target is "" where kernels
+    are interpreted.
     """
-    asked = [compilers.submit("describe", w, None, target) for w in work]
+    asked = [compilers.submit("describe", w, target) for w in work]
     lists, done = [], []
     for w, future in zip(work, asked, strict=True):
         described = future.result()
@@ -150,10 +130,7 @@ def missing(
 
 
 def compile_rows(
-    jobs: Iterable[Job],
-    target: str,
-    gpu: gpus.GPU | None,
-    compilers: aot.Compilers,
+    jobs: Iterable[Job], target: str, gpu: gpus.GPU | None, compilers: aot.Compilers
 ) -> Iterator[dict]:
     """Compile, and yield rows as they are ready: status ok, pruned (with the reason) or error.
 
@@ -186,9 +163,9 @@ def stored(row: dict) -> dict:
 
 def by_work(rows: Iterable[dict]) -> dict[tuple, list[dict]]:
     """The rows of each workload, by what `results.workload` says of them, or of `w._asdict()`."""
-    found: dict[tuple, list[dict]] = {}
+    found: dict[tuple, list[dict]] = defaultdict(list)
     for row in rows:
-        found.setdefault(results.workload(row), []).append(row)
+        found[results.workload(row)].append(row)
     return found
 
 
@@ -197,14 +174,14 @@ COLUMNS = {  # of the table: heading, and how a row fills it
     "registers": lambda r: r.get("registers"),
     "spills": lambda r: r.get("spills"),
     "shared": lambda r: r.get("shared"),
-    "occupancy": lambda r: f"{r['occupancy']:.0%} {r['limit']}" if "occupancy" in r else "",
+    "occupancy": lambda r: f"{r['occupancy']:.0%} {r['limit']}",
     "tensor cores": lambda r: r.get("tensor_core") or "-",
     "load": lambda r: r.get("load_bytes"),
     "loop": lambda r: r.get("loop_instructions"),
-    "waves": lambda r: f"{r['waves']:.2f}" if "waves" in r else "",
-    "padding": lambda r: f"{r['padding']:.2f}" if "padding" in r else "",
-    "µs": lambda r: f"{r['predicted_s'] * 1e6:.1f}" if "predicted_s" in r else "",
-    "TFLOP/s": lambda r: f"{r['predicted_tflops']:.0f}" if "predicted_tflops" in r else "",
+    "waves": lambda r: f"{r['waves']:.2f}",
+    "padding": lambda r: f"{r['padding']:.2f}",
+    "µs": lambda r: f"{r['predicted_s'] * 1e6:.1f}",
+    "TFLOP/s": lambda r: f"{r['predicted_tflops']:.0f}",
     "bound": lambda r: r.get("bound", ""),
 }
 
@@ -214,8 +191,8 @@ def table(rows: list[dict], top: int) -> str:
     first = rows[0]
     good = [row for row in rows if row["status"] in ("ok", "predicted")]
     good.sort(key=lambda row: row["predicted_s"])
-    title = f"{first['op']} {first['mode']} {first['dtype']} {first['precision']}, "
-    title += f"{first['shape_name']}, predicted"
+    words = (first[key] for key in ("op", "mode", "dtype", "precision"))
+    title = f"{' '.join(words)}, {first['shape_name']}, predicted"
     if first["tile"] is None:
         if not good:
             return f"{title}: {first['reason']}"
@@ -229,12 +206,13 @@ def table(rows: list[dict], top: int) -> str:
     lines = [title]
     for line in cells:
         lines.append("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip())
-    refusals: dict[str, int] = {}
+    refusals = Counter()
     for row in rows:
-        if row["status"] in ("pruned", "error"):
-            what = row["reason"].split(":")[0] if row["status"] == "error" else row["reason"]
-            what = "spills registers" if what.startswith("spills") else what
-            refusals[what] = refusals.get(what, 0) + 1
+        if row["status"] == "error":
+            refusals[row["reason"].split(":")[0]] += 1
+        elif row["status"] == "pruned":
+            spills = row["reason"].startswith("spills")
+            refusals["spills registers" if spills else row["reason"]] += 1
     lines += [f"not worth running: {n} x {what}" for what, n in refusals.items()]
     return "\n".join(lines)
 
@@ -243,18 +221,14 @@ def _explain(work: list[Workload], args: argparse.Namespace, chosen: list[gpus.G
     w = work[0]
     with aot.Compilers(1) as compilers:
         for gpu in chosen:
-            described = compilers.submit("describe", w, None, gpu.target).result()
+            described = compilers.submit("describe", w, gpu.target).result()
             if described.get("failed"):
                 raise PerfError(described["failed"])
             tile = arguments.tiles(described, w, args.axis)[0]
             if tile is None:
                 raise PerfError(f"{w.op} has no tile of its own to explain")
-            fields = arguments.identity(w, aot.source_hash(w.op)) | {
-                "impl": "tilelab",
-                "tile": tile,
-            }
-            compiled = compilers.submit("compile", w, tile, gpu.target).result()
-            row = finish(fields | compiled, gpu)
+            row = arguments.identity(w, aot.source_hash(w.op)) | {"impl": "tilelab", "tile": tile}
+            row = finish(row | compilers.submit("compile", w, tile, gpu.target).result(), gpu)
             print(diagnosis.describe_tile(row, gpu))
             if not row.get("failed"):
                 loop = compilers.submit("annotate", w, tile, gpu.target).result()

@@ -25,7 +25,6 @@ from collections.abc import Callable
 from contextlib import closing
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from tilelab.perf.clock import timing
@@ -39,26 +38,17 @@ LEVELS = ("ok", "note", "warning", "error")
 SLOW_COPY = 0.75  # of the data sheet's bandwidth; HBM gives about 0.9
 SLOW_MATMUL = 0.6  # of its peak; cuBLAS at 8192^3 gives about 0.8 within the power limit
 TOO_FAST = 1.05  # of any data sheet: then the clock is wrong
-SPREAD = 0.02  # between the quartiles of one kernel's samples
 SETTINGS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at.
+    """One thing that was looked at."""
 
-    Attributes:
-        level: one of LEVELS.
-        title: what was looked at.
-        detail: what was found, and what to do if something is wrong.
-        value: the number, if there is one.
-        unit: of the value.
-    """
-
-    level: str
-    title: str
-    detail: str
-    value: float | None = None
-    unit: str = ""
+    level: str  # one of LEVELS
+    title: str  # what was looked at
+    detail: str  # what was found, and what to do if something is wrong
+    value: float | None = None  # the number, if there is one
+    unit: str = ""  # of the value
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,13 +85,7 @@ def lines(findings: list[Finding]) -> list[str]:
 
 
 def examine(device: Any, quick: bool = False, host: bool = False) -> list[Finding]:
-    """Look at everything; return the findings in the order in which they are to be read.
-
-    Args:
-        device: of perf/clock/devices.py, or with its methods.
-        quick: leave out what takes more than a few seconds.
-        host: measure what a call costs on the host too.
-    """
+    """Look at everything that is asked for, on a device of perf/clock/devices.py."""
     findings = _software()
     if device.timer_name == "host":
         findings += [*_no_gpu(), *_interpreter()]
@@ -117,11 +101,6 @@ def examine(device: Any, quick: bool = False, host: bool = False) -> list[Findin
     return findings + (_host() if host else [])
 
 
-# -------------------------------------------------------------------------------------------------
-# Software.
-# -------------------------------------------------------------------------------------------------
-
-
 def _software() -> list[Finding]:
     found = provenance.versions()
     text = ", ".join(f"{name} {found[name]}" for name in ("python", "torch", "numpy", "triton"))
@@ -132,11 +111,6 @@ def _software() -> list[Finding]:
     built = torch.version.cuda and f"CUDA {torch.version.cuda}"
     built = built or (torch.version.hip and f"ROCm {torch.version.hip}") or "the CPU alone"
     return [Finding("ok", "versions", f"{text}; torch is built for {built}")]
-
-
-# -------------------------------------------------------------------------------------------------
-# Without a GPU.
-# -------------------------------------------------------------------------------------------------
 
 
 def _no_gpu() -> list[Finding]:
@@ -168,19 +142,14 @@ def _interpreter() -> list[Finding]:
         kernels = importlib.import_module("tilelab.kernels")
         x, bias = torch.tensor([[1.0, -2.0], [3.0, 4.0]]), torch.tensor([0.5, -5.0])
         right = torch.equal(kernels.bias_relu(x, bias), torch.relu(x + bias))
+        problem = "" if right else "a kernel gives a wrong result"
     except Exception as error:
-        detail = f"a kernel does not run in Triton's interpreter: {first_line(error)}"
-        return [compiles, Finding("error", "interpreter", detail)]
-    if not right:
-        detail = "a kernel gives a wrong result in Triton's interpreter"
+        problem = f"a kernel does not run: {first_line(error)}"
+    if problem:
+        detail = f"in Triton's interpreter {problem}"
         return [compiles, Finding("error", "interpreter", detail)]
     detail = "kernels run on the CPU, for tests and dry runs; their times mean nothing"
     return [compiles, Finding("ok", "interpreter", detail)]
-
-
-# -------------------------------------------------------------------------------------------------
-# The GPU.
-# -------------------------------------------------------------------------------------------------
 
 
 def _gpu(device: Any) -> list[Finding]:
@@ -232,14 +201,13 @@ def _works(device: Any) -> Finding:
     except Exception as error:
         detail = f"the GPU is visible but fails: {first_line(error)}"
         return Finding("error", "a small kernel", detail)
-    micro, detail = seconds * 1e6, f"{seconds * 1e6:.1f} µs, timed with {timer}"
+    level, micro = "warning" if late or timer == "events" else "ok", seconds * 1e6
+    detail = f"{micro:.1f} µs, timed with {timer}"
     if late:
         detail += ": the host is too slow to hide its own time, which makes such times too long"
-        return Finding("warning", "a small kernel", detail, micro, "µs")
-    if timer == "events":
+    elif timer == "events":
         detail += f": {reason or 'it is slow'}"
-        return Finding("warning", "a small kernel", detail, micro, "µs")
-    return Finding("ok", "a small kernel", detail, micro, "µs")
+    return Finding(level, "a small kernel", detail, micro, "µs")
 
 
 def _measured(device: Any) -> list[Finding]:
@@ -278,9 +246,8 @@ def _copy(device: Any, gpu: gpus.GPU | None) -> list[Finding]:
     size = min(2**30, device.memory_free() // 4)
     source, to = (torch.empty(size, dtype=torch.uint8, device=device.torch_device) for _ in "ab")
     source.random_()
-    with closing(
-        device.prepare([functools.partial(torch.Tensor.copy_, to, source)], "cold")
-    ) as runner:
+    call = functools.partial(torch.Tensor.copy_, to, source)
+    with closing(device.prepare([call], "cold")) as runner:
         timing.warm(device, runner)
         seconds = statistics.median(timing.screen(device, runner, 0.2))
     rate = 2 * size / seconds
@@ -307,9 +274,7 @@ def _matmul(device: Any, gpu: gpus.GPU | None, kind: str) -> list[Finding]:
     detail = f"{rate / 1e12:.0f} TFLOP/s of {kind}, {size}^3"
     peak = gpu and gpu.peak(kind)
     found = [_share(f"matmul {kind}", detail, rate, peak, SLOW_MATMUL, "TFLOP/s")]
-    if kind == "bf16":
-        found += [*_throttling(device, clocks, reasons), _steady(samples)]
-    return found
+    return found + (_throttling(device, clocks, reasons) if kind == "bf16" else [])
 
 
 def _under_load(device: Any, runner: Any, seconds: float = 1.0) -> tuple[list, list, set]:
@@ -329,23 +294,14 @@ def _throttling(device: Any, clocks: list[float], reasons: set[str]) -> list[Fin
     clock = statistics.median(clocks)
     most = (device.header()["clocks_mhz"] or {}).get("sm_max")
     detail = f"SM clock {clock:.0f} MHz under load" + (f", of {most}" if most else "")
-    if not reasons:
-        return [Finding("ok", "throttling", detail, clock, "MHz")]
-    detail += f"; held back by: {', '.join(sorted(reasons))}"
+    level = "ok"
     if reasons == {"power cap"}:
-        detail += ". Large products run at the power limit: rows are flagged, and comparable here"
-        return [Finding("note", "throttling", detail, clock, "MHz")]
-    detail += ". Such rows are flagged: cool the GPU, or ask who set its limits"
-    return [Finding("warning", "throttling", detail, clock, "MHz")]
-
-
-def _steady(samples: list[float]) -> Finding:
-    q25, median, q75 = np.quantile(samples, [0.25, 0.5, 0.75])
-    spread = float((q75 - q25) / median)
-    detail = f"the middle half of {len(samples)} samples lies within {spread:.2%} of the median"
-    if spread > SPREAD:
-        detail += ": somebody else uses the GPU, or its clock wanders; small differences are lost"
-    return Finding("warning" if spread > SPREAD else "ok", "steadiness", detail, spread * 100, "%")
+        level, todo = "note", "Large products run at the power limit: rows are flagged, comparable"
+    elif reasons:
+        level, todo = "warning", "Such rows are flagged: cool the GPU, or ask who set its limits"
+    if reasons:
+        detail += f"; held back by: {', '.join(sorted(reasons))}. {todo}"
+    return [Finding(level, "throttling", detail, clock, "MHz")]
 
 
 def _rotation(device: Any, gpu: gpus.GPU | None) -> list[Finding]:
@@ -369,35 +325,30 @@ def _rotation(device: Any, gpu: gpus.GPU | None) -> list[Finding]:
             rates[cache] = 2 * size / statistics.median(timing.screen(device, runner, 0.1)) / 1e12
     hot, cold = rates["hot"], rates["cold"]
     detail = f"{2 * size / 2**20:.0f} MiB hot {hot:.2f} TB/s, in {sets.count} sets {cold:.2f} TB/s"
-    if gpu is None:
-        return [Finding("note", "rotation", detail, cold, "TB/s")]
-    if cold > TOO_FAST * gpu.bandwidth / 1e12:
+    level = "ok" if gpu else "note"
+    if gpu and cold > TOO_FAST * gpu.bandwidth / 1e12:
+        level = "error"
         detail += ": faster than the memory, so rows that say cold are not"
-        return [Finding("error", "rotation", detail, cold, "TB/s")]
-    if hot < 1.1 * cold:
+    elif gpu and hot < 1.1 * cold:
+        level = "note"
         detail += ": hot is no faster, so this cannot show whether the rotation works"
-        return [Finding("note", "rotation", detail, cold, "TB/s")]
-    return [Finding("ok", "rotation", f"{detail}: the cache is defeated", cold, "TB/s")]
+    return [Finding(level, "rotation", detail, cold, "TB/s")]
 
 
 def _peers() -> list[Finding]:
-    """With what the kernels can be compared here."""
-    found = []
+    """What the kernels can be compared with here."""
     cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
     if cudnn is None:
         detail = "not in this build of torch: convolutions have no peer worth the name"
-        found.append(Finding("warning", "cuDNN", detail))
+        found = [Finding("warning", "cuDNN", detail)]
     else:
-        found.append(Finding("ok", "cuDNN", f"version {cudnn}"))
+        found = [Finding("ok", "cuDNN", f"version {cudnn}")]
     try:
-        x = torch.ones(64, device="cuda")
-        right = torch.compile(lambda x: torch.relu(x) * 2 + 1)(x).sum().item() == 64 * 3
-        ok = "" if right else "it gives a wrong result"
+        torch.compile(lambda x: torch.relu(x) * 2 + 1)(torch.ones(64, device="cuda"))
+        return [*found, Finding("ok", "torch.compile", "works")]
     except Exception as error:
-        ok = first_line(error)
-    detail = f"does not work, the peers compile and inductor are left out: {ok}" if ok else "works"
-    found.append(Finding("warning" if ok else "ok", "torch.compile", detail))
-    return found
+        detail = f"does not work, the peers compile and inductor are left out: {first_line(error)}"
+        return [*found, Finding("warning", "torch.compile", detail)]
 
 
 def _host() -> list[Finding]:
@@ -406,7 +357,5 @@ def _host() -> list[Finding]:
         measured = importlib.import_module("tilelab.perf.clock.host_overhead").measure()
     except (ImportError, PerfError) as error:
         return [Finding("warning", "host", f"was not measured: {first_line(error)}")]
-    found = []
-    for name, (cost, unit) in measured.items():
-        found.append(Finding("note", f"host {name}", f"{cost:.4g} {unit}", cost, unit))
-    return found
+    return [Finding("note", f"host {name}", f"{cost:.4g} {unit}", cost, unit)
+            for name, (cost, unit) in measured.items()]  # fmt: skip

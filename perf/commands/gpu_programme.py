@@ -1,18 +1,10 @@
 """`tilelab gpu`: does everything that needs a GPU, in order of value, in the time there is.
 
-    make gpu                                 1500 s, into perf/results/<gpu>/
-    make gpu ARGS="--budget 600"             a shorter window; the next call goes on
-    make gpu ARGS="--list"                   what there is to do, what is done, and the shares
-    make gpu ARGS="--only sweep,report"      some of the tasks
-    make gpu ARGS="--dry-run"                the whole path on the CPU, in a minute
-
-gpu_tasks.py lists the tasks: the tests, the GPU's ceilings, sweeps against every peer, the same
-again with the tuned table, training, figures and the log. Each task is a process of its own, so a
-GPU context that breaks ends only one task. A task's files hold what it has finished.
-
-programme.json says which tasks are done. It is written whole before and after each task. So Ctrl-C,
-kill -9 and the end of the budget cost only the task under way, and the next call goes on there. A
-task whose sources have changed since (kernels, the tuned table) is done again.
+gpu_tasks.py lists the tasks; perf/README.md says what they are for. Each is a process of its own,
+so a GPU context that breaks takes one task along. A task's files hold what it has finished, and
+programme.json says which tasks are done. It is written whole before and after each: Ctrl-C, kill -9
+and the end of the budget cost what was under way, and the next call goes on there. A task whose
+sources have changed since (kernels, the tuned table) is done again.
 """
 
 import argparse
@@ -87,7 +79,10 @@ def run(args: argparse.Namespace) -> int:
     out = folder(args, about["gpu"])
     to = (out.parent if out.parent == ROOT / "perf" / "results" else out) / "log.jsonl"
     every = tasks(out, about["gpu"], args.dry_run, to)
-    programme = Programme(out, every, names, args.budget, about, environment(args.dry_run), began)
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "OPENBLAS_NUM_THREADS": "1"}
+    if args.dry_run:
+        environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    programme = Programme(out, every, names, args.budget, about, environment, began)
     if args.list:
         print(programme.table())
         return 0
@@ -104,7 +99,7 @@ def chosen_tasks(text: str | None, groups: dict[str, str]) -> set[str]:
     return {name for name, group in groups.items() if name in words or group in words}
 
 
-# -- where this is -------------------------------------------------------------------------------
+# --- where this is -------------------------------------------------------------------------------
 
 
 def machine(args: argparse.Namespace, groups: set[str]) -> dict[str, Any]:
@@ -149,59 +144,34 @@ def folder(args: argparse.Namespace, gpu: str) -> pathlib.Path:
     return ROOT / "perf" / "results" / _tiles.tuned_path(gpu).stem
 
 
-def environment(dry: bool) -> dict[str, str]:
-    """Of the tasks' processes."""
-    found = {"PYTHONUNBUFFERED": "1", "OPENBLAS_NUM_THREADS": "1"}
-    if dry:
-        found |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    return os.environ | found
-
-
-# -- what is done --------------------------------------------------------------------------------
+# --- what is done --------------------------------------------------------------------------------
 
 
 def load(out: pathlib.Path) -> dict[str, Any] | None:
     """What programme.json says; None where there is none."""
     path = out / "programme.json"
     try:
-        state = json.loads(path.read_text())
-        if isinstance(state["tasks"], dict) and isinstance(state["gpu"], str):
-            return state
+        return json.loads(path.read_text())
     except FileNotFoundError:
         return None
     except OSError as error:
         raise PerfError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise PerfError(f"{path} is damaged: remove it, and what was measured is kept and found")
+    except ValueError as error:
+        what = "remove it, and what was measured is kept and found"
+        raise PerfError(f"{path} is damaged: {what}") from error
 
 
 class Programme:
     """The tasks on one GPU, and what is known of them.
 
-    Args:
-        out: the folder.
-        every: the tasks, the most valuable first.
-        names: of those that are asked for.
-        budget: s, for all of them.
-        about: of `machine`.
-        environment: of the tasks' processes.
-        began: when the budget's clock started, by time.monotonic.
-
-    Raises:
-        PerfError: `out` is about another GPU, driver, torch or triton.
+    `every` has the most valuable first; those named are done, in `budget` s since `began`. It is a
+    PerfError if the folder `out` is about another GPU, driver, torch or triton.
     """
 
     def __init__(
-        self,
-        out: pathlib.Path,
-        every: list[Task],
-        names: set[str],
-        budget: float,
-        about: dict[str, Any],
-        environment: dict[str, str],
-        began: float | None = None,
-    ) -> None:
+        self, out: pathlib.Path, every: list[Task], names: set[str], budget: float,
+        about: dict[str, Any], environment: dict[str, str], began: float | None = None,
+    ) -> None:  # fmt: skip
         self.out, self.every, self.environment = out, every, environment
         self.tasks = [task for task in every if task.name in names]
         self.budget, self.began = budget, time.monotonic() if began is None else began
@@ -227,8 +197,10 @@ class Programme:
 
     def run(self) -> int:
         """Do what is left; print the summary however it ends. Returns the exit status."""
-        with _one_at_a_time(self.out), _termination_interrupts():
-            interrupted = False
+        # SIGTERM, which `timeout` and batch systems send, is as Ctrl-C.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        interrupted = False
+        with _one_at_a_time(self.out):
             try:
                 for i, task in enumerate(self.tasks):
                     if not self.done(task):
@@ -237,8 +209,11 @@ class Programme:
                 interrupted = True
             self._save()
             print(f"\n{self.summary()}")
-            print(f"{self.out}: the next call with this --out goes on" if self._unfinished()
-                  else f"{self.out}: everything is done")  # fmt: skip
+            unfinished = any(
+                self.records.get(task.name, {}).get("status") != "done" for task in self.every
+            )
+            what = "the next call with this --out goes on" if unfinished else "everything is done"
+            print(f"{self.out}: {what}")
         mine = [self.records.get(task.name, {}) for task in self.tasks]
         failed = any(r.get("status") == "failed" or r.get("failures") for r in mine)
         return 130 if interrupted else int(failed)
@@ -302,9 +277,6 @@ class Programme:
         text = json.dumps(self.state, indent=1)
         results.write_whole(self.out / "programme.json", f"{text}\n".encode())
 
-    def _unfinished(self) -> bool:
-        return any(self.records.get(task.name, {}).get("status") != "done" for task in self.every)
-
     def summary(self) -> str:
         """Markdown: the tests that failed, then what came of each task."""
         versions = self.state["versions"]
@@ -316,9 +288,7 @@ class Programme:
         failures = [f for record in self.records.values() for f in record.get("failures") or ()]
         if failures:
             lines += [f"**{len(failures)} tests failed:**", ""]
-            lines += [f"- `{name}`" for name in failures[:20]]
-            lines += [f"- and {len(failures) - 20} more"] if len(failures) > 20 else []
-            lines += [""]
+            lines += [*(f"- `{name}`" for name in failures), ""]
         lines += ["| task | status | s | what came of it |", "|---|---|---|---|"]
         for task in self.every:
             record = self.records.get(task.name, {})
@@ -362,7 +332,7 @@ def share(task: Task, later: list[Task], left: float) -> tuple[float, float]:
     return min(max(task.least, left * task.weight / total), most), most
 
 
-# -- processes -----------------------------------------------------------------------------------
+# --- processes -----------------------------------------------------------------------------------
 
 
 def execute(
@@ -413,20 +383,6 @@ def _stop(process: subprocess.Popen) -> None:
 
 
 @contextlib.contextmanager
-def _termination_interrupts() -> Iterator[None]:
-    """SIGTERM, which `timeout` and batch systems send, is as Ctrl-C."""
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.contextmanager
 def _one_at_a_time(out: pathlib.Path) -> Iterator[None]:
     """Make the folder, and hold it against another programme."""
     try:
@@ -452,9 +408,6 @@ def _note_errors(task: Task) -> Iterator[None]:
         print(f"  {task.name}: {error}", flush=True)
 
 
-def last_lines(log: pathlib.Path, count: int = 8) -> list[str]:
-    """The last lines of a log."""
-    try:
-        return log.read_text(errors="replace").strip().splitlines()[-count:]
-    except OSError:
-        return []
+def last_lines(log: pathlib.Path) -> list[str]:
+    """The last eight lines of a log."""
+    return log.read_text(errors="replace").strip().splitlines()[-8:]

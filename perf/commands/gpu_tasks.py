@@ -52,39 +52,27 @@ class Outcome(NamedTuple):
 
 
 class Task(NamedTuple):
-    """One task.
-
-    Attributes:
-        name: of the task.
-        group: one of GROUPS, for --only.
-        weight: its share of the budget, among the weights of what is left.
-        least: s; with less it is not begun.
-        command: of the seconds that it has, the command line; None if there is nothing to work on.
-        source: a hash of what it depends on. It is done again if that has changed.
-        outcome: reads what came of it.
-        fresh: files that are removed when it begins with another source.
-        keep: what is done with its files when it ends, however that was.
-    """
+    """One task."""
 
     name: str
-    group: str
-    weight: float
-    least: float
+    group: str  # one of GROUPS, for --only
+    weight: float  # its share of the budget, among the weights of what is left
+    least: float  # s; with less it is not begun
+    # The command line for the seconds that it has; None if there is nothing to work on.
     command: Callable[[float], list[str] | None]
-    source: Callable[[], str]
-    outcome: Callable[[], Outcome]
-    fresh: tuple[pathlib.Path, ...] = ()
-    keep: Callable[[], Any] | None = None
+    source: Callable[[], str]  # a hash of what it depends on: if that has changed, it is done again
+    outcome: Callable[[], Outcome]  # reads what came of it
+    fresh: tuple[
+        pathlib.Path, ...
+    ] = ()  # files that are removed when it begins with another source
+    keep: Callable[[], Any] | None = None  # what is done with its files, however it ends
 
 
 def tasks(out: pathlib.Path, gpu: str, dry: bool, to: pathlib.Path) -> list[Task]:
     """Every task, in order.
 
-    Args:
-        out: folder of all that is written, but for the tuned table and the log.
-        gpu: the device's name, as torch has it.
-        dry: on the CPU, kernels interpreted, as little as possible of each.
-        to: the log.
+    `out` is the folder of all that is written, but for the tuned table of the device `gpu` and the
+    log, `to`. If `dry` the CPU interprets the kernels, and does as little as possible of each.
     """
     first = [DRY_SWEEP] if dry else sweeps()
     second = [
@@ -98,7 +86,7 @@ def tasks(out: pathlib.Path, gpu: str, dry: bool, to: pathlib.Path) -> list[Task
         *(_tests(name, out, dry) for name in TESTS),
         _ceilings(out),
         *(_sweep(s, path, dry) for s, path in zip(first, swept, strict=True)),
-        *(_after(s, *paths, gpu, dry) for s, *paths in zip(second, again, swept, strict=True)),
+        *(_after(s, path, gpu, dry) for s, path in zip(second, again, strict=True)),
         *(_training(name, flags, out, dry) for name, flags in training.items()),
         _plots("plots", swept, out / "figures", 15),
         _report("report", swept, out / "report.html", 40),
@@ -121,11 +109,7 @@ def sweeps() -> list[Sweep]:
 
 def _python(*words: object) -> list[str]:
     """A command line for a process in ROOT. It ends up in results files: paths are from there."""
-    return [sys.executable, *(str(_short(w) if isinstance(w, pathlib.Path) else w) for w in words)]
-
-
-def _short(path: pathlib.Path) -> pathlib.Path:
-    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    return [sys.executable, *(str(word).removeprefix(f"{ROOT}/") for word in words)]
 
 
 def digest(*parts: object) -> str:
@@ -133,7 +117,7 @@ def digest(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
-# -- correctness and ceilings --------------------------------------------------------------------
+# --- correctness and ceilings --------------------------------------------------------------------
 
 
 def _tests(name: str, out: pathlib.Path, dry: bool) -> Task:
@@ -186,7 +170,7 @@ def _ceilings(out: pathlib.Path) -> Task:
     return Task("ceilings", "ceilings", 40, 30, lambda seconds: command, lambda: "", outcome)
 
 
-# -- sweeps, and the tuned table -----------------------------------------------------------------
+# --- sweeps, and the tuned table -----------------------------------------------------------------
 
 
 def words_of(sweep: Sweep) -> list[str]:
@@ -232,7 +216,7 @@ def _sweep(sweep: Sweep, path: pathlib.Path, dry: bool) -> Task:
     )  # fmt: skip
 
 
-def _after(sweep: Sweep, path: pathlib.Path, before: pathlib.Path, gpu: str, dry: bool) -> Task:
+def _after(sweep: Sweep, path: pathlib.Path, gpu: str, dry: bool) -> Task:
     def source() -> str:
         dtype, _ = DTYPES[sweep.dtype]
         try:
@@ -244,7 +228,7 @@ def _after(sweep: Sweep, path: pathlib.Path, before: pathlib.Path, gpu: str, dry
     more = ("--tiles", "default", "--note", NOTE_AFTER)
     return Task(
         sweep.name, "after", sweep.seconds, 30, _command(sweep, path, dry, *more),
-        source, lambda: read_after(path, before), fresh=(path,),
+        source, lambda: read_sweep(path), fresh=(path,),
     )  # fmt: skip
 
 
@@ -263,7 +247,7 @@ def read_sweep(path: pathlib.Path) -> Outcome:
     left = sum(found == {"skipped"} for found in statuses.values())
     wrong = sum("wrong" in found for found in statuses.values())
     work = history.distinct_work(rows)
-    words = [ratios_text(ranking.speedups(work), len(work))] if work else ["nothing measured"]
+    words = [_ratios_text(ranking.speedups(work), len(work))] if work else ["nothing measured"]
     failed = [w.name for w in work if w.best is None]
     words += [f"no right result for {', '.join(failed)}"] if failed else []
     words += [f"{wrong} wrong"] if wrong else []
@@ -271,7 +255,7 @@ def read_sweep(path: pathlib.Path) -> Outcome:
     return Outcome("; ".join(words), complete=not left)
 
 
-def ratios_text(speedups: list[ranking.Speedup], count: int) -> str:
+def _ratios_text(speedups: list[ranking.Speedup], count: int) -> str:
     """The mean and the worst of the speed-ups over the best peer, of `count` workloads."""
     if not speedups:
         return f"{count} shapes, none beside a peer"
@@ -281,21 +265,7 @@ def ratios_text(speedups: list[ranking.Speedup], count: int) -> str:
     return f"{text}, worst {worst.ratio:.3g}x {worst.workload.mode} {worst.workload.name}"
 
 
-def read_after(path: pathlib.Path, before: pathlib.Path) -> Outcome:
-    """As `read_sweep`, with what the default tiles did before there was a tuned table."""
-    found = read_sweep(path)
-    mine = {results.workload(w._asdict()) for w in history.distinct_work(_rows(path))}
-    old = []
-    for w in history.distinct_work(_rows(before)):
-        default = [row for row in w.tiles if row.get("default") and row.get("median_s")]
-        if default and w.best_peer and results.workload(w._asdict()) in mine:
-            old.append(ranking.paired(default[0], w.best_peer)[0])
-    if not old:
-        return found
-    return found._replace(text=f"{found.text}; before tuning {stats.geomean(old):.3g}x")
-
-
-# -- training ------------------------------------------------------------------------------------
+# --- training ------------------------------------------------------------------------------------
 
 
 def _training(name: str, flags: Iterable[str], out: pathlib.Path, dry: bool) -> Task:
@@ -308,19 +278,16 @@ def _training(name: str, flags: Iterable[str], out: pathlib.Path, dry: bool) -> 
 
     def outcome() -> Outcome:
         try:
-            lines = (folder / "metrics.jsonl").read_text().splitlines()
-        except OSError:
-            return Outcome("no result")
-        last = json.loads(lines[-1]) if lines else None
-        return Outcome("no epoch" if not last else (
-            f"{last['accuracy']:.1%} after epoch {last['epoch']}, "
-            f"{last['images_per_second']:,.0f} images/s"
-        ))  # fmt: skip
+            last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        except (OSError, IndexError):
+            return Outcome("no epoch")
+        text = f"{last['accuracy']:.1%} after epoch {last['epoch']}"
+        return Outcome(f"{text}, {last['images_per_second']:,.0f} images/s")
 
     return Task(name, "training", 20, 15, lambda seconds: command, source, outcome)
 
 
-# -- pictures, pages and the log -----------------------------------------------------------------
+# --- pictures, pages and the log -----------------------------------------------------------------
 
 
 def _of_files(

@@ -39,7 +39,7 @@ def now() -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Of what the numbers depend on."""
+    """The versions of what the numbers depend on."""
     cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None
     return {
         "python": platform.python_version(),
@@ -68,9 +68,6 @@ def commit() -> dict[str, Any]:
 
 
 def _cpu() -> str:
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.machine())

@@ -1,24 +1,19 @@
 """`tilelab sweep`: times every tile and every peer, and says which is best and why.
 
-All workloads are compiled first. Then each goes through the other stages:
-
-    compile     parallel processes compile every tile; a tile that spills, does not fit or misses
-                the tensor cores is pruned, and reported as pruned
-    gate        a wrong result is reported as wrong and never ranked (clock/correctness.py)
-    screen      each tile is timed for about 20 ms
-    final       the eight fastest, the default and every peer race in rounds (clock/timing.py)
-
-Each row is in the file as soon as it is known, and `--resume` goes on from there. With no GPU, only
-the first stage runs: the command then does what `tilelab compile` does, and says so.
+All tiles are compiled first. Then those of each workload go through a gate, a screening and a race:
+perf/README.md explains them ("How a sweep measures"). Each row is in the file once it is known, and
+`--resume` goes on from there. With no GPU the first step is all there is; then this is `tilelab
+compile`, and says so.
 """
 
 import argparse
 import contextlib
 import gc
-import pathlib
+import math
 import random
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -45,15 +40,11 @@ SCREEN_SHARE = 0.6  # of what is left for a workload
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `tilelab sweep`."""
-    arguments.add_arguments(parser)
+    arguments.add_arguments(parser, "sweep", top=5)
     parser.add_argument(
         "--peers", default="torch", help=f"all, none, or of {', '.join(PEERS)} (default: torch)"
     )
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="for everything together")
-    parser.add_argument("--out", type=pathlib.Path, help="folder (default: runs/sweep)")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with --out, or the newest default folder"
-    )
     parser.add_argument(
         "--save-tuned", action="store_true", help="let the kernels use the winners from now on"
     )
@@ -68,9 +59,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "-t", "--target", default="sm_90", help="what to predict for without a GPU (default: sm_90)"
-    )
-    parser.add_argument(
-        "--top", type=arguments.positive, default=5, help="tiles to print a problem (default: 5)"
     )
 
 
@@ -102,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def finish_up(path: pathlib.Path, args: argparse.Namespace) -> None:
+def finish_up(path: Path, args: argparse.Namespace) -> None:
     """Print who won and why the others lost, save what was asked for, draw the pictures."""
     headers, rows = ranking.read([path])
     if any(row["measured"] for row in rows):
@@ -120,24 +108,12 @@ def finish_up(path: pathlib.Path, args: argparse.Namespace) -> None:
 
 
 class Sweep:
-    """One sweep on one device.
-
-    Args:
-        device: of perf/clock/devices.py, or a simulated one.
-        work: the workloads.
-        args: of the command line.
-        compilers: to compile with.
-        writer: of the results file.
-    """
+    """One sweep on one device, of perf/clock/devices.py or a simulated one."""
 
     def __init__(
-        self,
-        device: Any,
-        work: list[Workload],
-        args: argparse.Namespace,
-        compilers: aot.Compilers,
-        writer: results.Writer,
-    ) -> None:
+        self, device: Any, work: list[Workload], args: argparse.Namespace,
+        compilers: aot.Compilers, writer: results.Writer,
+    ) -> None:  # fmt: skip
         self.device, self.work, self.args = device, work, args
         self.compilers, self.writer = compilers, writer
         self.gpu = ranking.known_gpu(device.name)
@@ -145,7 +121,7 @@ class Sweep:
         self.model = self.gpu or gpus.GPUS.get(gpus.TARGETS.get(device.target))
         self.peers = peers(args.peers)
         self.rng = random.Random(args.seed)
-        self.began = device.now()
+        self.budget, self.began = args.budget or math.inf, device.now()
 
     def run(self) -> None:
         """Do it all; what is finished is in the file whenever this ends."""
@@ -153,19 +129,12 @@ class Sweep:
         with self.device.stream(), workloads.cudnn_benchmark(True):
             for i, w in enumerate(self.work):
                 mine = compiled.get(results.workload(w._asdict()), [])
-                share = None
-                if self.args.budget:
-                    left = self.began + self.args.budget - self.device.now()
-                    share = left / (len(self.work) - i)
-                    if left <= 0:
-                        self._skip(mine, "the time budget ran out")
-                        continue
+                left = self.began + self.budget - self.device.now()
+                if left <= 0:
+                    self._skip(mine, "the time budget ran out")
+                    continue
                 workloads.set_precision(w.precision)
-                self._measure(w, mine, share)
-
-    def _left(self, share: float) -> float | None:
-        """The clock's time when this share of the budget is spent; None without a budget."""
-        return self.began + share * self.args.budget if self.args.budget else None
+                self._measure(w, mine, left / (len(self.work) - i))
 
     # --- compile ---------------------------------------------------------------------------------
 
@@ -181,7 +150,6 @@ class Sweep:
         )
         if target is None:  # the interpreter: nothing to compile for
             return rows + [fields | {"stage": "compile", "status": "ok"} for _, fields in jobs]
-        deadline = self._left(COMPILE_SHARE)
         done = set()
         with tqdm(total=len(jobs), unit="tile", desc="compile", disable=None) as bar:
             for row in compile_rows(jobs, target, self.model, self.compilers):
@@ -190,7 +158,7 @@ class Sweep:
                 done.add(results.key(row))
                 if row["status"] != "ok":
                     self.writer.write(stored(row))
-                if deadline is not None and self.device.now() > deadline:
+                if self.device.now() > self.began + COMPILE_SHARE * self.budget:
                     break
         late = [fields | {"stage": "compile"} for _, fields in jobs]
         late = [row for row in late if results.key(row) not in done]
@@ -205,12 +173,12 @@ class Sweep:
 
     # --- measure ---------------------------------------------------------------------------------
 
-    def _measure(self, w: Workload, compiled: list[dict], share: float | None) -> None:
-        """Screen and race one workload."""
+    def _measure(self, w: Workload, compiled: list[dict], share: float) -> None:
+        """Screen and race one workload, in its share of the budget: s."""
         new = any(row["stage"] == "compile" and row["status"] == "ok" for row in compiled)
         if self._has_final(w) and not new:
             return
-        until = None if share is None else self.device.now() + share
+        until = self.device.now() + share
         nothing = self._row(w, "tilelab", None, "screen")
         with self._failing(nothing, "cannot be set up: ") as failure:
             gate = Gate(w, self.device.torch_device, self._seed())
@@ -242,24 +210,22 @@ class Sweep:
         call.impl, call.workload, call.tile = impl, w, None
         return call
 
-    def _warm(self, runner: Any, share: float | None) -> None:
+    def _warm(self, runner: Any, share: float) -> None:
         """Up to 5 s of work before timing; of a small budget a twentieth."""
-        most = 5.0 if share is None else min(5.0, 0.05 * share)
+        most = min(5.0, 0.05 * share)
         timing.warm(self.device, runner, steady=min(1.0, most), most=most)
 
     def _screen(self, w, compiled, gate, calls, cache, share) -> list[dict]:
         """Gate and time each tile that compiling has left; return the rows that are right."""
-        until = None if share is None else self.device.now() + SCREEN_SHARE * share
+        until = self.device.now() + SCREEN_SHARE * share
         name = f"{w.op} {w.mode} {w.name}"
         rows = [row for row in compiled if row.get("stage") == "screen" and row["status"] == "ok"]
         todo = [row for row in compiled if row.get("stage") == "compile" and row["status"] == "ok"]
         # In case the time is not enough: the default first, the lesson's tiles, what looks best.
-        todo.sort(
-            key=lambda r: (not r["default"], not r.get("lesson"), r.get("predicted_s") or 0.0)
-        )
+        todo.sort(key=lambda r: (not r["default"], not r.get("lesson"), r.get("predicted_s", 0.0)))
         checked, warm = None, False
         for i, row in enumerate(tqdm(todo, unit="tile", desc=name, disable=None, leave=False)):
-            if until is not None and self.device.now() > until:
+            if self.device.now() > until:
                 self._skip(todo[i:], "not timed: the time budget ran out")
                 break
             row = row | {"stage": "screen", "cache": cache}
@@ -342,7 +308,7 @@ class Sweep:
     def _energy(self, entries, runners, until) -> None:
         """Joules of what was raced: its rows, which the file has by now, are written again."""
         for name, row in entries.items():
-            if row["status"] != "ok" or (until is not None and self.device.now() >= until):
+            if row["status"] != "ok" or self.device.now() >= until:
                 continue
             try:
                 joules = timing.energy(self.device, runners[name])
@@ -405,14 +371,12 @@ class Sweep:
     def _has_final(self, w: Workload) -> bool:
         """Whether the file already has the race of this workload, as it would be run today."""
         source, about = aot.source_hash(w.op), results.workload(w._asdict())
+        finals = (row for row in self.writer.rows if row["stage"] == "final")
         raced = {
-            row["impl"]
-            for row in self.writer.rows
-            if row["stage"] == "final"
-            and results.workload(row) == about
-            and row.get("source") in (None, source)
+            row["impl"] for row in finals
+            if results.workload(row) == about and row.get("source") in (None, source)
             and (row.get("cache") != "cold" or not self.args.hot)
-        }
+        }  # fmt: skip
         return raced >= {"tilelab", *self._peers_of(w)}
 
     def _peers_of(self, w: Workload) -> list[str]:
@@ -427,9 +391,7 @@ class Sweep:
     def _failing(self, row: dict, what: str = "") -> Iterator[list[str]]:
         """Within this context an error becomes the row's; the list that it gives has it then.
 
-        Args:
-            row: whose it is.
-            what: said before the error, where it is about all tiles.
+        `what` is said before the error, where it is about all tiles.
         """
         failure: list[str] = []
         try:
@@ -442,10 +404,8 @@ class Sweep:
     def _broken(self, what: str, row: dict | None = None) -> None:
         """Stop if the GPU itself no longer works; out of memory and the like are only a row.
 
-        Args:
-            what: the error.
-            row: of whose it is. A tile's becomes one of a screening that failed, even if that was
-                in a race: so `--resume` goes on without this tile.
+        A tile's row becomes one of a screening that failed, even if the error was in a race: so
+        `--resume` goes on without this tile.
         """
         try:
             self.device.synchronize()
@@ -479,11 +439,7 @@ def with_tile(call: Callable[[], tuple], tile: dict | None) -> Callable[[], tupl
 
 
 def peers(text: str) -> list[str]:
-    """The peers that `text` names.
-
-    Raises:
-        PerfError: an unknown one.
-    """
+    """The peers that `text` names; a PerfError for an unknown one."""
     if text == "none":
         return []
     names = list(PEERS) if text == "all" else text.split(",")

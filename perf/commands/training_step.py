@@ -27,7 +27,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,35 +106,39 @@ def count(batch: int, dtype: str, target: str) -> dict[str, Any]:
         optimizer = kernels.AdamW(model.parameters(), capturable=True)
         scaler = torch.amp.GradScaler("cpu", enabled=dtype == "float16")
         images = torch.zeros(batch, 28, 28, dtype=torch.uint8)
-        ours = step.TrainStep(
-            model, optimizer, images, labels, 0.0, 1.0, batch, compute, scaler=scaler
-        )
+        data = images, labels, 0.0, 1.0
+        ours = step.TrainStep(model, optimizer, *data, batch, compute, scaler=scaler)
         for _ in range(2):  # the first one makes the optimizer's state
             ours.begin(torch.arange(batch), torch.zeros(batch, 2), torch.zeros(1))
             events.clear()
-            with Ledger(events), Kept() as kept, unchecked():
+            with Ledger(events), listing_kept() as kept, unchecked():
                 ours.step()
     own = {"launches": [entry(e) for e in events if not isinstance(e, _launch.Choice)]}
-    own["kept"] = kept.bytes([*model.parameters(), *ours.copies.values()])
+    own["kept"] = kept_bytes(kept, [*model.parameters(), *ours.copies.values()])
 
     twin = models.build("cnn-torch", (1, 28, 28), 10).to(memory_format=torch.channels_last)
     adamw = torch.optim.AdamW(twin.parameters(), fused=True)
     x = torch.zeros(batch, 1, 28, 28, dtype=compute).to(memory_format=torch.channels_last)
     for _ in range(2):
         seen: list = []
-        with Ledger(seen), Kept() as kept:
+        with Ledger(seen), listing_kept() as kept:
             with torch.autocast("cpu", compute, enabled=dtype != "float32"):
                 logits = twin(x)
             loss = F.cross_entropy(logits.float(), labels)
             adamw.zero_grad()
             loss.backward()
             adamw.step()
-    theirs = {"launches": [entry(event) for event in seen]}
-    theirs["kept"] = kept.bytes(twin.parameters())
-    least = cost.train_step_bytes({"N": batch}, compute.itemsize)
-    least = {"launches": cost.train_step_launches(), "bytes": least}
-    about = {"batch": batch, "dtype": dtype, "target": target}
-    return about | {"minimum": least, "tilelab": own, "torch": theirs}
+    return {
+        "batch": batch,
+        "dtype": dtype,
+        "target": target,
+        "minimum": {
+            "launches": cost.train_step_launches(),
+            "bytes": cost.train_step_bytes({"N": batch}, compute.itemsize),
+        },
+        "tilelab": own,
+        "torch": {"launches": seen, "kept": kept_bytes(kept, twin.parameters())},
+    }
 
 
 @contextlib.contextmanager
@@ -151,7 +155,7 @@ def unchecked() -> Iterator[None]:
 class Ledger(TorchDispatchMode):
     """Lists torch's operators that launch something, as (name, bytes), among our launches.
 
-    Of those it keeps no tensors: a gradient that somebody else holds, autograd would copy.
+    It keeps no tensors of theirs: autograd would copy a gradient that somebody else holds.
     """
 
     def __init__(self, events: list) -> None:
@@ -169,32 +173,26 @@ class Ledger(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if not _is_view(func) and not name.startswith(NO_LAUNCH):
             masks = args[-1] if name == "convolution_backward" else [True]
-            moved = sum(map(_size, _tensors((args, kwargs or {}, result))))
+            leaves = tree_leaves((args, kwargs or {}, result))
+            moved = sum(_size(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor))
             self.events += [(name, moved // sum(masks))] * sum(masks)
         return result
 
 
-class Kept:
-    """Lists what autograd keeps for the backward."""
+@contextlib.contextmanager
+def listing_kept() -> Iterator[list[torch.Tensor]]:
+    """Within this context what autograd keeps for the backward is listed."""
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        yield kept
 
-    def __enter__(self) -> "Kept":
-        self.tensors: list[torch.Tensor] = []
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda x: x)
-        self.hooks.__enter__()
-        return self
 
-    def __exit__(self, *error) -> None:
-        self.hooks.__exit__(*error)
-
-    def _keep(self, x: torch.Tensor) -> torch.Tensor:
-        self.tensors.append(x)
-        return x
-
-    def bytes(self, parameters) -> int:
-        """Of all that was kept, each storage once, but not these."""
-        known = {p.untyped_storage().data_ptr() for p in parameters}
-        sizes = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in self.tensors}
-        return sum(size for at, size in sizes.items() if at not in known)
+def kept_bytes(kept: list[torch.Tensor], parameters: Iterable[torch.Tensor]) -> int:
+    """Bytes of all that was kept, each storage once, but not of these parameters."""
+    known = {p.untyped_storage().data_ptr() for p in parameters}
+    storages = [x.untyped_storage() for x in kept]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return sum(size for at, size in sizes.items() if at not in known)
 
 
 def entry(event: Any) -> tuple[str, int]:
@@ -213,10 +211,6 @@ def entry(event: Any) -> tuple[str, int]:
 def _size(x: torch.Tensor) -> int:
     """Bytes of memory that a tensor covers."""
     return min(x.numel() * x.element_size(), x.untyped_storage().nbytes())
-
-
-def _tensors(x: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(x) if isinstance(leaf, torch.Tensor)]
 
 
 def _is_view(func: Any) -> bool:

@@ -26,6 +26,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 from typing import Any, NamedTuple
 
 import torch
@@ -55,16 +56,7 @@ ENVIRONMENT = {  # of the processes that compile; they see no GPU, and so take n
 }
 
 
-def gpu_target(target: str) -> GPUTarget:
-    """Triton's description of "sm_90" or "gfx942"."""
-    if target.startswith("gfx"):
-        return GPUTarget("hip", target, 64)
-    return GPUTarget("cuda", int(target.removeprefix("sm_").rstrip("a")), 32)
-
-
-# -------------------------------------------------------------------------------------------------
-# What a call would launch.
-# -------------------------------------------------------------------------------------------------
+# --- what a call would launch --------------------------------------------------------------------
 
 
 def device(target: str) -> _launch.Device:
@@ -93,13 +85,8 @@ class Trace(NamedTuple):
             "tile_op": self.choice and self.choice.op,
             "sizes": self.choice.sizes if self.choice else {},
             "launches": len(self.launches),
-            "moved": self.moved,
+            "moved": sum(_bytes(launch.args) for launch in self.launches),
         }
-
-    @property
-    def moved(self) -> int:
-        """Bytes that the launches read and write, if each touches its tensors once."""
-        return sum(_bytes(launch.args) for launch in self.launches)
 
 
 def trace(w: Workload, tile: dict | None, target: str = "") -> Trace:
@@ -134,6 +121,7 @@ def _launch_of(events: list) -> _launch.Launch | None:
 
 
 def _bytes(args: tuple) -> int:
+    """Bytes that a launch reads and writes, if it touches its tensors once."""
     storages = {}
     for t in _launch.tensors_of(args):
         size = t.numel() * t.element_size()
@@ -171,11 +159,9 @@ def lesson_tiles(tile_op: str, module: str, itemsize: int) -> tuple[list, list, 
     A lesson may be two files: that of the kernel, and the one named as `choose_tile` is asked, up
     to what it adds for a special case ("conv2d_grouped").
     """
-    files = [importlib.import_module(module)]
-    names = [f"tilelab.kernels.{tile_op}", f"tilelab.kernels.{tile_op.rpartition('_')[0]}"]
-    first_of = next((n for n in names if n[-1] != "." and importlib.util.find_spec(n)), module)
-    if first_of != module:
-        files.append(importlib.import_module(first_of))
+    names = (f"tilelab.kernels.{tile_op}", f"tilelab.kernels.{tile_op.rpartition('_')[0]}")
+    second = next((n for n in names if n[-1] != "." and importlib.util.find_spec(n)), module)
+    files = [importlib.import_module(name) for name in (module, second)]
 
     def first(name: str, missing: Any) -> Any:
         return next((getattr(file, name) for file in files if hasattr(file, name)), missing)
@@ -183,39 +169,25 @@ def lesson_tiles(tile_op: str, module: str, itemsize: int) -> tuple[list, list, 
     return first("FAST_TILES", {}).get(itemsize, []), first("TILES", []), first("RUNGS", [])
 
 
-# -------------------------------------------------------------------------------------------------
-# Compile and read.
-# -------------------------------------------------------------------------------------------------
-
-
-class _Driver:
-    """Stands in for the GPU's driver: Triton's JIT asks it what to compile for."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
-        self.device = str(target)  # a kernel keeps what it has compiled by device
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> str:
-        return self.device
-
-    def get_current_stream(self, device: Any) -> int:
-        return 0
-
-    def set_current_device(self, device: Any) -> None:
-        pass
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
+# --- compile and read ----------------------------------------------------------------------------
 
 
 def compile_for(target: str) -> None:
     """From now on Triton's JIT compiles for `target`, in this process, which must be a compiler."""
     if _launch.INTERPRET:
         raise RuntimeError("this process interprets: set TRITON_INTERPRET=0 before it starts")
-    triton.runtime.driver.set_active(_Driver(gpu_target(target)))
+    if target.startswith("gfx"):
+        gpu = GPUTarget("hip", target, 64)
+    else:
+        gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    driver = types.SimpleNamespace(  # what the JIT asks the GPU's driver
+        get_current_target=lambda: gpu,
+        get_current_device=lambda: str(gpu),  # a kernel keeps what it has compiled by device
+        get_current_stream=lambda device: 0,
+        set_current_device=lambda device: None,
+        get_active_torch_device=lambda: torch.device("cpu"),
+    )
+    triton.runtime.driver.set_active(driver)
 
 
 def compile_launch(launch: _launch.Launch) -> Any:
@@ -227,31 +199,26 @@ def compile_launch(launch: _launch.Launch) -> Any:
     return launch.kernel.warmup(*args, grid=launch.grid, **launch.meta)
 
 
-# By Triton's hash, since many shapes share a kernel. Disassembling takes as long as compiling, so
-# what came of it is kept on the disk, too.
-_analyses: dict[str, dict] = {}
-
-
 def analyse(compiled: Any) -> dict:
-    """What machine_code.py reads off the code, and the shared memory of a program in bytes."""
-    if compiled.hash not in _analyses:
-        folder = pathlib.Path(triton.knobs.cache.dir) / f"tilelab-{_reader()}"
-        path = folder / f"{compiled.hash}.json"
-        try:
-            analysis = json.loads(path.read_text())
-        except (OSError, ValueError):  # not there
-            if "cubin" in compiled.asm:
-                analysis = machine_code.analyse_cubin(compiled.asm["cubin"])
-            else:
-                analysis = machine_code.analyse_amdgcn(compiled.asm["amdgcn"])
-            results.write_whole(path, json.dumps(analysis).encode())
-        _analyses[compiled.hash] = analysis | {"shared": compiled.metadata.shared}
-    return _analyses[compiled.hash]
+    """What machine_code.py reads off the code, and the shared memory of a program in bytes.
+
+    Disassembling takes as long as compiling, so what came of it is kept beside Triton's cache.
+    """
+    path = pathlib.Path(triton.knobs.cache.dir) / f"tilelab-{_reader()}" / f"{compiled.hash}.json"
+    try:
+        analysis = json.loads(path.read_text())
+    except (OSError, ValueError):  # not there
+        if "cubin" in compiled.asm:
+            analysis = machine_code.analyse_cubin(compiled.asm["cubin"])
+        else:
+            analysis = machine_code.analyse_amdgcn(compiled.asm["amdgcn"])
+        results.write_whole(path, json.dumps(analysis).encode())
+    return analysis | {"shared": compiled.metadata.shared}
 
 
 @functools.cache
 def _reader() -> str:
-    """Which version of sass.py has read the code: the name of its folder beside Triton's cache."""
+    """Which version of machine_code.py has read the code."""
     return hashlib.sha256(pathlib.Path(machine_code.__file__).read_bytes()).hexdigest()[:12]
 
 
@@ -282,11 +249,9 @@ def compile_job(w: Workload, tile: dict | None, target: str) -> dict:
 
 
 def work_of_boxes(tile_op: TileOp, launch: _launch.Launch) -> dict[str, int]:
-    """What a convolution computes that loads by TMA: whole tiles, and all that they add.
+    """What a convolution by TMA computes: "units", tiles or parts of them, and "computed_flops".
 
-    Returns:
-        "units", how many tiles and parts of them there are, and "computed_flops"; {} if it is no
-        such launch.
+    Other launches have neither.
     """
     if tile_op.boxes is None or not launch.kernel.__name__.endswith("_tma_kernel"):
         return {}
@@ -311,16 +276,13 @@ def annotated_loop(w: Workload, tile: dict | None, target: str) -> list[tuple[st
     return [(own if pathlib.Path(f).name == name else f, n, text) for f, n, text in loop]
 
 
-# -------------------------------------------------------------------------------------------------
-# Worker processes.
-# -------------------------------------------------------------------------------------------------
+# --- worker processes ----------------------------------------------------------------------------
 
 
 class Compilers:
-    """Worker processes that compile. Use as a context manager; `submit` returns a Future of a dict.
+    """Worker processes that compile, one a core if no number is given.
 
-    Args:
-        workers: how many; None for one a core.
+    Use it as a context manager; `submit` returns a Future of a dict.
     """
 
     def __init__(self, workers: int | None = None) -> None:
@@ -328,7 +290,6 @@ class Compilers:
         self._threads = concurrent.futures.ThreadPoolExecutor(self.workers)
         self._local = threading.local()
         self._processes: list[subprocess.Popen] = []
-        self._logs = tempfile.TemporaryDirectory(prefix="perf-compile-")
 
     def __enter__(self) -> "Compilers":
         return self
@@ -339,11 +300,10 @@ class Compilers:
             process.kill()
             process.wait()
         self._threads.shutdown(wait=True)
-        self._logs.cleanup()
 
-    def submit(self, what: str, w: Workload, tile: dict | None, target: str):
+    def submit(self, what: str, w: Workload, *more: Any) -> concurrent.futures.Future:
         """Ask for "describe", "compile" (`compile_job`) or "annotate" (`annotated_loop`)."""
-        return self._threads.submit(self._work, [what, list(w), tile, target])
+        return self._threads.submit(self._work, [what, list(w), *more])
 
     def _work(self, job: list) -> Any:
         process = getattr(self._local, "process", None)
@@ -362,23 +322,18 @@ class Compilers:
         if answer:
             return json.loads(answer)
         code = process.wait()
-        log = pathlib.Path(process.log).read_text(errors="replace").strip().splitlines()
-        tail = log[-1] if log else "it said nothing"
+        process.log.seek(0)
+        tail = (process.log.read().strip() or "it said nothing").splitlines()[-1]
         return {"failed": f"the compiler process ended with {code}: {tail}"[:500]}
 
     def _start(self) -> subprocess.Popen:
-        log = tempfile.NamedTemporaryFile(dir=self._logs.name, delete=False)
+        log = tempfile.TemporaryFile("w+", errors="replace")
         process = subprocess.Popen(
-            [sys.executable, "-m", "tilelab.perf.compiler.aot"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            cwd=pathlib.Path(__file__).parents[2],
+            [sys.executable, "-m", "tilelab.perf.compiler.aot"], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=log, text=True, cwd=pathlib.Path(__file__).parents[2],
             env=os.environ | ENVIRONMENT,
-        )
-        log.close()
-        process.log = log.name
+        )  # fmt: skip
+        process.log = log
         self._processes.append(process)
         return process
 
@@ -414,14 +369,11 @@ def _serve() -> None:
     """Answer jobs until stdin ends. What the compiler prints goes to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    jobs = {"describe": describe, "compile": compile_job, "annotate": annotated_loop}
     for line in sys.stdin:
-        what, w, tile, target = json.loads(line)
+        what, w, *more = json.loads(line)
         try:
-            if what == "describe":
-                answer = describe(Workload(*w), target)
-            else:
-                do = {"compile": compile_job, "annotate": annotated_loop}[what]
-                answer = do(Workload(*w), tile, target)
+            answer = jobs[what](Workload(*w), *more)
         except PerfError as e:
             answer = {"failed": str(e)}
         except Exception as e:

@@ -24,19 +24,12 @@ from tilelab.perf.errors import PerfError
 
 
 class Instruction(NamedTuple):
-    """One machine instruction.
+    """One machine instruction."""
 
-    Attributes:
-        name: with its modifiers, "LDG.E.128" or "buffer_load_dwordx4".
-        operands: the text behind the name.
-        predicate: the condition in front of it, such as "@!P0"; mostly "".
-        source: (file, line) of the source, if known; else ("", 0).
-    """
-
-    name: str
-    operands: str = ""
-    predicate: str = ""
-    source: tuple[str, int] = ("", 0)
+    name: str  # with its modifiers, "LDG.E.128" or "buffer_load_dwordx4"
+    operands: str = ""  # the text behind the name
+    predicate: str = ""  # the condition in front of it, such as "@!P0"; mostly ""
+    source: tuple[str, int] = ("", 0)  # (file, line) of the source, if known
 
     def __str__(self) -> str:
         return " ".join(filter(None, [self.predicate, self.name, self.operands]))
@@ -49,11 +42,8 @@ class Code(NamedTuple):
     labels: dict[str, int]
 
 
-# -------------------------------------------------------------------------------------------------
 # What belongs to which group: the first pattern that matches the whole name, without the modifiers
 # that NVIDIA appends after a dot. Global stores, spills and constants are among the "other".
-# -------------------------------------------------------------------------------------------------
-
 NVIDIA_GROUPS = {
     "tensor core": r"(UTC)?[BDHIOQ]G?MMA",
     "load": r"LDG?|LDGSTS|UTMALDG|UBLKCP",
@@ -81,12 +71,8 @@ JUMPS = r"BRAU?|JMP|s_c?branch\w*"
 STORES = r"STG?|UTMASTG|(buffer|global|flat)_store_\w+"
 
 
-def _base(instruction: Instruction) -> str:
-    return instruction.name.split(".")[0]
-
-
 def _is(instruction: Instruction, pattern: str) -> bool:
-    return re.fullmatch(pattern, _base(instruction)) is not None
+    return re.fullmatch(pattern, instruction.name.split(".")[0]) is not None
 
 
 def _group(instruction: Instruction) -> str:
@@ -96,37 +82,18 @@ def _group(instruction: Instruction) -> str:
     return next((name for name, pattern in groups.items() if _is(instruction, pattern)), "other")
 
 
-# -------------------------------------------------------------------------------------------------
-# The two public analyses.
-# -------------------------------------------------------------------------------------------------
+# --- the two public analyses ---------------------------------------------------------------------
 
 
 def analyse_cubin(cubin: bytes) -> dict:
-    """What to know of a kernel compiled for an NVIDIA GPU.
+    """The fields of a results row (rows/results.py) that Triton's `asm["cubin"]` shows.
 
-    Args:
-        cubin: the binary: `asm["cubin"]` of Triton's compiled kernel.
-
-    Returns:
-        registers: of a thread.
-        spills: bytes of memory a thread that hold what did not fit the registers.
-        tensor_core: the widest tensor-core instruction of the main loop (of the kernel, if it has
-            no loop), such as "HGMMA.64x256x16.F32.BF16"; None without.
-        tensor_cores_in_loop: how many of them one turn of the main loop has.
-        operands: where Hopper's (wgmma) and Blackwell's read A: "shared", "registers" or "tensor
-            memory"; None for the older ones, which read registers only, and without.
-        serialised: each wgmma waits for the one before, see `_serialised`.
-        load_bytes: width of the narrowest load from global memory, a thread, in the main loop (in
-            the kernel, if that has none); 16 for TMA, also by another warp; None without.
-        store_bytes: of the narrowest store to global memory, in the kernel.
-        tma: whether the kernel uses the TMA unit to load or store.
-        loop_instructions: of the main loop: the innermost with tensor-core instructions, or else
-            the longest innermost one. None without a loop.
-        instructions: of the kernel as listed, padding included.
-        loop_mix: instructions of the main loop by group, see NVIDIA_GROUPS; {} without a loop.
+    "instructions" are those of the kernel as listed, padding included. Where a kernel has no loop,
+    what is said of the main loop is said of the whole kernel, but "loop_mix" is {}. Loads by TMA
+    count as 16 bytes wide, those of another warp too.
 
     Raises:
-        PerfError: no binary, a tool that is missing, or a binary that it does not understand.
+        PerfError: a tool is missing, or does not understand the binary.
     """
     usage = _tool("cuobjdump", ["-res-usage"], cubin)
     found = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
@@ -138,23 +105,14 @@ def analyse_cubin(cubin: bytes) -> dict:
 
 
 def analyse_amdgcn(text: str) -> dict:
-    """What to know of a kernel compiled for an AMD GPU, with the keys of `analyse_cubin`.
+    """The keys of `analyse_cubin`, of Triton's `asm["amdgcn"]`.
 
-    Args:
-        text: the assembly: `asm["amdgcn"]` of Triton's compiled kernel.
-
-    Returns:
-        As `analyse_cubin`. `registers` are the vector registers of a lane, ordinary and
-        accumulation ones together; `spills` counts those that are stored to memory, 4 bytes each.
-        There is no wgmma and no TMA, so `operands` is None, `serialised` and `tma` are False.
-
-    Raises:
-        PerfError: the text holds no kernel.
+    "registers" are the vector registers of a lane, ordinary and accumulation ones together;
+    "spills" counts those that are stored to memory, 4 bytes each. There is no wgmma and no TMA, so
+    "operands" is None, "serialised" and "tma" are False.
     """
     registers = re.search(r"^\s+\.vgpr_count:\s+(\d+)", text, re.M)
     spilled = re.search(r"^\s+\.vgpr_spill_count:\s+(\d+)", text, re.M)
-    if not registers or not spilled:
-        raise PerfError("no kernel in this AMD assembly: its metadata has no .vgpr_count")
     code = parse_amdgcn(text)
     return {"registers": int(registers[1]), "spills": 4 * int(spilled[1])} | _analyse(code)
 
@@ -165,9 +123,6 @@ def annotate(cubin: bytes) -> list[tuple[str, int, str]]:
     Where a function of triton's own is inlined, the line is the kernel's that called it, if the
     compiler recorded it (3.9.0 does, 3.6.0 does not). Without a loop it is the whole kernel. The
     file is "" where the compiler left no line.
-
-    Raises:
-        PerfError: as `analyse_cubin`.
     """
     code = parse_sass(_tool("nvdisasm", ["-c", "-ndf", "-gi"], cubin))
     loop = main_loop(code) or range(len(code.instructions))
@@ -181,13 +136,15 @@ def _analyse(code: Code) -> dict:
     loads = [x for x in body if _group(x) == "load"]
     if not loads and tensor:  # warp-specialised: another warp's loop loads
         loads = [x for x in code.instructions if _is(x, "UTMALDG")]
+    loads = loads or [x for x in code.instructions if _group(x) == "load"]
+    stores = [x for x in code.instructions if _is(x, STORES)]
     return {
         "tensor_core": max(tensor, key=_flops).name if tensor else None,
         "tensor_cores_in_loop": len(tensor) if loop else 0,
         "operands": _operands(tensor),
         "serialised": _serialised(body),
-        "load_bytes": _narrowest(loads or code.instructions, "load"),
-        "store_bytes": _narrowest(code.instructions, "store"),
+        "load_bytes": min(map(_width, loads), default=None),
+        "store_bytes": min(map(_width, stores), default=None),
         "tma": any(_is(x, r"UTMA(LDG|STG|REDG)") for x in code.instructions),
         "loop_instructions": len(loop) if loop else None,
         "instructions": len(code.instructions),
@@ -220,12 +177,10 @@ def _operands(tensor: list[Instruction]) -> str | None:
 def _serialised(body: list[Instruction]) -> bool:
     """Whether each wgmma of the loop waits for the one before.
 
-    A wgmma runs beside the program that issued it. One turn of a healthy loop issues all of its
-    wgmma, be they 2, 4 or 8, between one WARPGROUP.ARRIVE and one WARPGROUP.DEPBAR, which lets the
-    newest batch run on (gsb0, 0x1). Where ptxas cannot prove that nothing else touches the
-    accumulators (its warning C7515), it gives every single wgmma an ARRIVE of its own and a DEPBAR
-    that waits for it (gsb0, 0x0): 4 + 4 for 4 wgmma. That was found in the code of triton 3.6.0 for
-    a matmul with transposed B in 128x256 tiles, and with 3.6.0 and 3.9.0 in tiles that spill.
+    One turn of a healthy loop issues all of its wgmma, be they 2, 4 or 8, between one
+    WARPGROUP.ARRIVE and one WARPGROUP.DEPBAR, which lets the newest batch run on. Where ptxas
+    cannot prove that nothing else touches the accumulators (its warning C7515), it gives every
+    single wgmma an ARRIVE of its own and a DEPBAR that waits for it.
     """
     wgmma = sum(_is(x, r"[BDHIOQ]GMMA") for x in body)
     return wgmma > 1 and sum(x.name == "WARPGROUP.ARRIVE" for x in body) >= wgmma
@@ -236,15 +191,6 @@ _WIDTHS |= {"byte": 1, "ubyte": 1, "sbyte": 1, "short": 2, "ushort": 2, "sshort"
 _WIDTHS |= {"dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
 
 
-def _narrowest(instructions: list[Instruction], what: str) -> int | None:
-    """Bytes a thread of the narrowest "load" or "store"; None if there is none."""
-    if what == "load":
-        chosen = [x for x in instructions if _group(x) == "load"]
-    else:
-        chosen = [x for x in instructions if _is(x, STORES)]
-    return min(map(_width, chosen), default=None)
-
-
 def _width(instruction: Instruction) -> int:
     if _is(instruction, r"UTMA\w+|UBLKCP"):
         return 16
@@ -252,9 +198,7 @@ def _width(instruction: Instruction) -> int:
     return next((_WIDTHS[part] for part in parts if part in _WIDTHS), 4)
 
 
-# -------------------------------------------------------------------------------------------------
-# Loops.
-# -------------------------------------------------------------------------------------------------
+# --- loops ---------------------------------------------------------------------------------------
 
 
 def main_loop(code: Code) -> list[int] | None:
@@ -302,15 +246,11 @@ def _successors(code: Code) -> list[list[int]]:
     for i, x in enumerate(code.instructions):
         targets = []
         if _is(x, JUMPS):
-            targets = [code.labels[label] for label in _labels(x) if label in code.labels]
+            targets = [code.labels[label] for label in re.findall(r"\.L\w+", x.operands)]
         if _conditional(x) or not _is(x, f"{JUMPS}|{ENDS}"):
             targets.append(i + 1)
         after.append([t for t in targets if t < len(code.instructions)])
     return after
-
-
-def _labels(jump: Instruction) -> list[str]:
-    return re.findall(r"\.L\w+", jump.operands)
 
 
 def _conditional(x: Instruction) -> bool:
@@ -330,9 +270,7 @@ def _reachable(edges: list[list[int]], start: int, without: int | None = None) -
     return seen
 
 
-# -------------------------------------------------------------------------------------------------
-# Parse.
-# -------------------------------------------------------------------------------------------------
+# --- parse ---------------------------------------------------------------------------------------
 
 
 def parse_sass(text: str) -> Code:
@@ -352,8 +290,6 @@ def parse_sass(text: str) -> Code:
                 lines = []
             predicate, name, operands = found.groups()
             code.instructions.append(Instruction(name, operands, predicate or "", source))
-    if not code.instructions:
-        raise PerfError("nvdisasm shows no instruction of this cubin")
     return code
 
 
@@ -365,20 +301,14 @@ def parse_amdgcn(text: str) -> Code:
             code.labels[label[1]] = len(code.instructions)
         elif found := re.match(r"\t([a-z]\w+)\s*([^;]*)", line):
             code.instructions.append(Instruction(found[1], found[2].strip()))
-    if not code.instructions:
-        raise PerfError("no instruction in this AMD assembly")
     return code
 
 
-# -------------------------------------------------------------------------------------------------
-# Tools.
-# -------------------------------------------------------------------------------------------------
+# --- tools ---------------------------------------------------------------------------------------
 
 
 def _tool(name: str, options: list[str], cubin: bytes) -> str:
     """What a tool of those that triton brings along says of a binary."""
-    if not cubin:
-        raise PerfError(f"no cubin to give to {name}: the kernel has no binary for an NVIDIA GPU")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -397,8 +327,4 @@ def _tool(name: str, options: list[str], cubin: bytes) -> str:
 
 def _tools() -> pathlib.Path:
     spec = importlib.util.find_spec("triton")  # not imported: that would choose the interpreter
-    if spec is None or not spec.submodule_search_locations:
-        raise PerfError(
-            "triton is not installed, and with it cuobjdump and nvdisasm: pip install it"
-        )
     return pathlib.Path(spec.submodule_search_locations[0]) / "backends" / "nvidia" / "bin"

@@ -10,25 +10,16 @@ file. AMD's compute units follow the same rules with other numbers.
 
 from typing import NamedTuple
 
-from tilelab.perf.errors import PerfError
 from tilelab.perf.work import gpus
 
 
 class Occupancy(NamedTuple):
-    """What is resident on one SM at a time.
+    """What is resident on one SM at a time."""
 
-    Attributes:
-        blocks: programs (AMD: workgroups); 0 if not even one fits.
-        warps: their warps together.
-        fraction: of the warps that the SM could hold, 0 to 1.
-        limit: what stands in the way of another block: "warps" (all slots are taken), "registers",
-            "shared memory" or "blocks". With blocks == 0: "does not fit: shared memory",
-            "does not fit: registers" or "does not fit: threads".
-    """
-
-    blocks: int
-    warps: int
-    fraction: float
+    blocks: int  # programs (AMD: workgroups); 0 if not even one fits
+    fraction: float  # their warps, of those that the SM could hold: 0 to 1
+    # What stands in the way of another block: "warps" (all slots are taken), "registers", "shared
+    # memory" or "blocks". With no block it is "does not fit: shared memory", say, or "threads".
     limit: str
 
 
@@ -41,24 +32,16 @@ def occupancy(target: str, threads: int, registers: int, shared: int) -> Occupan
         registers: of a thread; on AMD vector registers, ordinary and accumulation ones together.
         shared: bytes of shared memory of one program.
 
-    Raises:
-        PerfError: an unknown target, no threads, or a negative size.
-
     Source: cuda_occupancy.h of the CUDA toolkit, cudaOccMaxActiveBlocksPerMultiprocessor. For AMD,
     LLVM's AMDGPUBaseInfo.cpp, getNumWavesPerEUWithNumVGPRs and getMaxWorkGroupsPerCU.
 
     Example:
         >>> occupancy("sm_90", threads=256, registers=168, shared=147 * 1024)
-        Occupancy(blocks=1, warps=8, fraction=0.125, limit='registers')
+        Occupancy(blocks=1, fraction=0.125, limit='registers')
     """
-    limits = gpus.limits(target)
-    if threads < 1 or registers < 0 or shared < 0:
-        raise PerfError(
-            "occupancy needs threads >= 1, registers >= 0 and shared >= 0: "
-            f"got {threads}, {registers} and {shared}"
-        )
-    if threads > limits.threads_per_block:
-        return Occupancy(0, 0, 0.0, "does not fit: threads")
+    limits = gpus.LIMITS[target]
+    if threads > gpus.THREADS_PER_BLOCK:
+        return Occupancy(0, 0.0, "does not fit: threads")
 
     # "warps" comes first: where it binds together with another, all slots are taken.
     warps = -(-threads // limits.warp)
@@ -71,8 +54,8 @@ def occupancy(target: str, threads: int, registers: int, shared: int) -> Occupan
     limit = min(room, key=room.get)
     blocks = room[limit]
     if blocks == 0:
-        return Occupancy(0, 0, 0.0, f"does not fit: {limit}")
-    return Occupancy(blocks, blocks * warps, blocks * warps / limits.warps, limit)
+        return Occupancy(0, 0.0, f"does not fit: {limit}")
+    return Occupancy(blocks, blocks * warps / limits.warps, limit)
 
 
 def _by_registers(limits: gpus.Limits, warps: int, registers: int) -> int:
@@ -80,13 +63,13 @@ def _by_registers(limits: gpus.Limits, warps: int, registers: int) -> int:
         return 0
     # Each partition has registers of its own, so what is left over in two does not make a warp.
     one_warp = _round_up(max(registers, 1) * limits.warp, limits.register_granule)
-    resident = limits.partitions * (limits.registers // limits.partitions // one_warp)
+    resident = gpus.PARTITIONS * (limits.registers // gpus.PARTITIONS // one_warp)
     return resident // warps
 
 
 def _by_shared(limits: gpus.Limits, shared: int) -> int:
     taken = _round_up(shared + limits.shared_reserved, limits.shared_granule)
-    return limits.shared // taken if taken else limits.blocks
+    return limits.shared // taken if taken else limits.blocks  # AMD's reserve nothing
 
 
 def _round_up(x: int, multiple: int) -> int:

@@ -53,7 +53,7 @@ def loop_warps(tile: dict) -> int:
     return tile["num_warps"] * (2 if tile.get("kernel") == "tma_ws" else 1)
 
 
-def units(row: dict) -> int:
+def _pieces(row: dict) -> int:
     """Pieces of equal work that programs are given: one each, unless they are persistent."""
     tile = row["tile"]
     if not tile.get("PROGRAMS_PER_SM"):
@@ -64,17 +64,15 @@ def units(row: dict) -> int:
     return math.prod(blocks) * tile.get("SPLIT_K", 1)
 
 
-def extra_work(row: dict) -> float:
-    """FLOPs of our algorithm over those of the mathematics: the fused block's padded filter."""
+def _padding(row: dict) -> float:
+    """FLOPs that the launch computes over those of the mathematics."""
+    if "computed_flops" in row:
+        return row["computed_flops"] / row["flops"]
     if not tile_op(row).pooled:
-        return 1.0
+        return padding(row["sizes"], row["tile"])
+    # The fused block's filter is padded: four places of one patch, seen as one filter.
     R, S = row["shape"]["R"], row["shape"]["S"]
-    return (R + 1) * (S + 1) / (R * S)  # four places of one such patch, seen as one filter
-
-
-def is_product(tile: dict) -> bool:
-    """Whether the tile is of a product, that a kernel adds up step by step."""
-    return "BLOCK_K" in tile or tile.get("kernel") == "direct"
+    return padding(row["sizes"], row["tile"]) * ((R + 1) * (S + 1) / (R * S))
 
 
 def step_flops(tile_op: TileOp, tile: dict[str, int]) -> int:
@@ -87,34 +85,23 @@ def step_flops(tile_op: TileOp, tile: dict[str, int]) -> int:
 
 
 def predict(row: dict, gpu: GPU) -> dict:
-    """The row fields that follow from a compiled tile's own: occupancy, waves, padding, time.
+    """The row fields that follow from a compiled tile's own (aot.py): occupancy, waves, time.
 
-    Args:
-        row: with op, mode, shape, dtype, precision, tile, sizes, flops, moved, launches, programs,
-            threads and what machine_code.py reads off the code; with computed_flops and units where
-            the launch says them (aot.py) and sizes and tile would not. For a whole training step
-            there is no tile, and only its bytes and launches count.
-        gpu: for which.
+    A whole training step has no tile, and only its bytes and launches count.
     """
     if row.get("tile") is None:
-        memory = _memory(row, gpu)
         peak = gpu.peak(kind(row["dtype"], row["precision"]))
-        times = {"memory": memory, "compute": row["flops"] / peak}
-        return _finish(row, times, gpu)
+        return _times(row, {"memory": _memory(row, gpu), "compute": row["flops"] / peak})
 
     fits = occupancy(gpu.target, row["threads"], row["registers"], row["shared"])
-    at_once = gpu.sms * max(fits.blocks, 1)
-    waves = row["programs"] / at_once
-    pieces = units(row)
+    pieces = _pieces(row)
     found = {
         "occupancy": fits.fraction,
         "blocks_per_sm": fits.blocks,
         "limit": fits.limit,
-        "waves": waves,
+        "waves": row["programs"] / (gpu.sms * max(fits.blocks, 1)),
         "wave_efficiency": pieces / (gpu.sms * math.ceil(pieces / gpu.sms)),
-        "padding": row["computed_flops"] / row["flops"]
-        if "computed_flops" in row
-        else padding(row["sizes"], row["tile"]) * extra_work(row),
+        "padding": _padding(row),
     }
     if fits.blocks == 0:
         return found
@@ -123,12 +110,12 @@ def predict(row: dict, gpu: GPU) -> dict:
     unit = kind(row["dtype"], row["precision"]) if row.get("tensor_core") else "fp32"
     peak = gpu.peak(unit) or gpu.peak("fp32")
     times["compute"] = work / (peak * found["wave_efficiency"])
+    clocks = gpu.sms * gpu.clock_mhz * 1e6
     tile = row["tile"]
-    if is_product(tile):
+    if "BLOCK_K" in tile or tile.get("kernel") == "direct":  # a product, added up step by step
         tile = {"BLOCK_M": 1, "BLOCK_N": 1, "BLOCK_K": 1} | tile
         work /= found["wave_efficiency"]
         step = step_flops(tile_op(row), tile)
-        clocks = gpu.sms * gpu.clock_mhz * 1e6
         itemsize = {"float32": 4, "float8_e4m3fn": 1, "int8": 1}.get(row["dtype"], 2)
         loaded = (tile["BLOCK_M"] + tile["BLOCK_N"]) * tile["BLOCK_K"] * itemsize
         times["l2"] = work / step * loaded / (L2_BYTES_PER_CLOCK * clocks)
@@ -138,13 +125,13 @@ def predict(row: dict, gpu: GPU) -> dict:
             instructions = row["loop_instructions"] * loop_warps(tile)
             times["issue"] = work / step * instructions / (SCHEDULERS * clocks)
     elif "PATCH_P" in tile:
-        loop, clocks = row.get("loop_instructions") or 0, gpu.sms * gpu.clock_mhz * 1e6
+        loop = row.get("loop_instructions") or 0
         steps = padding(row["sizes"], tile) * math.prod(row["sizes"].values())
         steps /= tile["BLOCK_M"] * tile["BLOCK_N"]
         issued = (row["instructions"] - loop) * row["programs"] + loop * steps
         issued *= tile["num_warps"] / found["wave_efficiency"]
         times["issue"] = issued / (SCHEDULERS * clocks)
-    return found | _finish(row, times, gpu)
+    return found | _times(row, times)
 
 
 def _memory(row: dict, gpu: GPU) -> float:
@@ -152,7 +139,7 @@ def _memory(row: dict, gpu: GPU) -> float:
     return max(row["moved"], row["bytes"]) / gpu.bandwidth
 
 
-def _finish(row: dict, times: dict[str, float], gpu: GPU) -> dict:
+def _times(row: dict, times: dict[str, float]) -> dict:
     bound = max(times, key=times.get)
     launching = LAUNCH_S * row["launches"]
     seconds = times[bound] + launching

@@ -31,7 +31,7 @@ def forward(given: dict) -> tuple[int, int, int, int]:
 
 
 def input_grad(given: dict) -> tuple[int, int, int, int]:
-    """Of the classes of pixels each has taps of its own, and all together have each tap once."""
+    """Each class of pixels has taps of its own, and all together have each tap once."""
     boxes, pixels = _boxes(given, "N ROWS COLUMNS", "N H W")
     tiles = boxes * cdiv(given["C"], given["BLOCK_N"])
     steps = given["R"] * given["S"] * cdiv(given["K"], given["BLOCK_K"])

@@ -8,66 +8,49 @@ and are not guessed.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from tilelab.perf.errors import PerfError
 
-MHZ = 1e6
-GB = 10**9
 MIB = 2**20
 KIB = 2**10
 
-KINDS = ("bf16", "fp16", "tf32", "fp8", "int8", "fp32")
+KINDS = dict(float32="fp32", float16="fp16", bfloat16="bf16", float8_e4m3fn="fp8", int8="int8")
 
 
-@dataclass(frozen=True)
-class GPU:
-    """One model of a GPU.
+def kind(dtype: str, precision: str = "ieee") -> str:
+    """The kind of arithmetic that a dtype is multiplied in; of float32 also "tf32"."""
+    return "tf32" if (dtype, precision) == ("float32", "tf32") else KINDS[dtype]
 
-    Attributes:
-        name: the short key, "h200".
-        title: the vendor's name and form factor.
-        target: what it is compiled for, "sm_90" or "gfx942".
-        device_names: what torch and NVML call it; nothing else is taken for it.
-        sms: streaming multiprocessors (AMD: compute units).
-        clock_mhz: the clock of the vendor's tensor-core peaks.
-        fma_clock_mhz: the clock of the vendor's fp32 peak.
-        rate: operations a clock and SM, by kind; a multiply-add counts as two. Without the kinds
-            that the GPU lacks. "fp32" is what the ordinary cores do, without tensor cores.
-        bandwidth: of its memory, bytes/s.
-        l2: bytes of the last cache before memory, which a cold measurement has to overflow.
-        memory: bytes, as the vendor counts them (GB of 10^9).
-        source: the vendor's documents and their addresses.
-    """
 
-    name: str
-    title: str
-    target: str
-    device_names: tuple[str, ...]
-    sms: int
-    clock_mhz: float
-    fma_clock_mhz: float
-    rate: Mapping[str, int] = field(hash=False)
-    bandwidth: float
-    l2: int
-    memory: int
-    source: str
+class GPU(NamedTuple):
+    """One model of a GPU."""
+
+    name: str  # the short key, "h200"
+    title: str  # the vendor's name and form factor
+    target: str  # what it is compiled for, "sm_90" or "gfx942"
+    device_names: tuple[str, ...]  # what torch and NVML call it; nothing else is taken for it
+    sms: int  # streaming multiprocessors (AMD: compute units)
+    clock_mhz: float  # of the vendor's tensor-core peaks
+    fma_clock_mhz: float  # of the vendor's fp32 peak
+    # Operations a clock and SM, by kind; a multiply-add counts as two. "fp32" is what the ordinary
+    # cores do. Kinds that the GPU lacks are missing.
+    rate: Mapping[str, int]
+    bandwidth: float  # of its memory, bytes/s
+    l2: int  # bytes of the last cache before memory, which a cold measurement has to overflow
+    source: str  # the vendor's documents and their addresses
 
     def peak(self, kind: str) -> float | None:
-        """FLOP/s (int8: operations/s) of one of KINDS at most; None if the GPU lacks that kind."""
-        if kind not in KINDS:
-            raise PerfError(f"no such kind of arithmetic: {kind!r}; known: {', '.join(KINDS)}")
-        if kind not in self.rate:
-            return None
+        """FLOP/s (int8: operations/s) of a kind at most; None if the GPU lacks it."""
         clock_mhz = self.fma_clock_mhz if kind == "fp32" else self.clock_mhz
-        return self.sms * clock_mhz * MHZ * self.rate[kind]
+        return self.sms * clock_mhz * 1e6 * self.rate[kind] if kind in self.rate else None
 
 
 # NVIDIA quotes the tensor cores of Hopper and of the B200 at a lower clock than their fp32: 132 SMs
 # x 4096 give 989.4 TFLOP/s at 1830 MHz, 132 x 256 give 66.9 at 1980 MHz, the highest boost clock.
 HOPPER = dict(bf16=4096, fp16=4096, tf32=2048, fp8=8192, int8=8192, fp32=256)
 
-_ALL = [
+_GPUS = [
     GPU(
         name="a100",
         title="NVIDIA A100 80GB SXM",
@@ -79,7 +62,6 @@ _ALL = [
         rate=dict(bf16=2048, fp16=2048, tf32=1024, int8=4096, fp32=128),
         bandwidth=2.039e12,
         l2=40 * MIB,
-        memory=80 * GB,
         source="NVIDIA A100 Tensor Core GPU datasheet, "
         "https://www.nvidia.com/en-us/data-center/a100/; "
         "NVIDIA A100 Tensor Core GPU Architecture (white paper), https://images.nvidia.com/"
@@ -96,7 +78,6 @@ _ALL = [
         rate=HOPPER,
         bandwidth=3.35e12,
         l2=50 * MIB,
-        memory=80 * GB,
         source="NVIDIA H100 Tensor Core GPU datasheet, "
         "https://www.nvidia.com/en-us/data-center/h100/; "
         "NVIDIA H100 Tensor Core GPU Architecture (white paper), "
@@ -113,7 +94,6 @@ _ALL = [
         rate=HOPPER,
         bandwidth=4.8e12,
         l2=50 * MIB,
-        memory=141 * GB,
         source="NVIDIA H200 Tensor Core GPU datasheet, https://www.nvidia.com/en-us/data-center/h200/",
     ),
     GPU(
@@ -127,7 +107,6 @@ _ALL = [
         rate=dict(bf16=8192, fp16=8192, tf32=4096, fp8=16384, int8=16384, fp32=256),
         bandwidth=8e12,
         l2=126 * MIB,
-        memory=180 * GB,
         source="NVIDIA HGX platform, specifications of HGX B200 (eight GPUs, with sparsity), "
         "https://www.nvidia.com/en-us/data-center/hgx/; NVIDIA Blackwell Tuning Guide (L2), "
         "https://docs.nvidia.com/cuda/blackwell-tuning-guide/",
@@ -143,7 +122,6 @@ _ALL = [
         rate=dict(bf16=2048, fp16=2048, tf32=1024, fp8=4096, int8=4096, fp32=256),
         bandwidth=5.3e12,
         l2=256 * MIB,  # the Infinity Cache, which all share; each of the eight dies has 4 MiB of L2
-        memory=192 * GB,
         source="AMD Instinct MI300X Accelerator data sheet, https://www.amd.com/content/dam/amd/en/"
         "documents/instinct-tech-docs/data-sheets/amd-instinct-mi300x-data-sheet.pdf",
     ),
@@ -158,12 +136,11 @@ _ALL = [
         rate=dict(bf16=512, fp16=512, tf32=256, fp8=1024, int8=2048, fp32=256),
         bandwidth=1.008e12,
         l2=72 * MIB,
-        memory=24 * GB,
         source="NVIDIA Ada GPU Architecture (white paper, version 2), https://images.nvidia.com/"
         "aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf",
     ),
 ]
-GPUS: dict[str, GPU] = {gpu.name: gpu for gpu in _ALL}
+GPUS: dict[str, GPU] = {gpu.name: gpu for gpu in _GPUS}
 
 # The GPU that stands for a target in predictions.
 TARGETS = {
@@ -181,139 +158,64 @@ def find_device(device_name: str) -> GPU | None:
     The whole name has to match: an "H100 PCIe", an "H200 NVL" or a slice of a GPU (MIG) is not the
     card whose name it begins with.
     """
-    wanted = _plain(device_name)
-    for gpu in _ALL:
-        if wanted in map(_plain, gpu.device_names):
-            return gpu
-    return None
+    return next((gpu for gpu in _GPUS if device_name in gpu.device_names), None)
 
 
 def find(text: str) -> GPU:
     """The GPU of a short name ("h200"), a target ("sm_90") or a device name ("NVIDIA H200")."""
-    key = _plain(text)
+    key = text.lower()
     gpu = GPUS.get(key) or GPUS.get(TARGETS.get(key, "")) or find_device(text)
     if gpu is None:
         raise PerfError(
             f"no peaks are known for {text!r}; known: {', '.join(GPUS)}, the targets "
             f"{', '.join(TARGETS)}, and the device names "
-            f"{', '.join(gpu.device_names[0] for gpu in _ALL)}"
+            f"{', '.join(gpu.device_names[0] for gpu in _GPUS)}"
         )
     return gpu
 
 
-def _plain(name: str) -> str:
-    return " ".join(name.casefold().split())
+# --- what fits on one SM: the input of perf/compiler/occupancy.py --------------------------------
 
 
-def kind(dtype: str, precision: str = "ieee") -> str:
-    """The kind of arithmetic, one of KINDS, that a dtype is multiplied in.
+class Limits(NamedTuple):
+    """What one SM (AMD: compute unit) of a target holds, and in which portions it gives it out."""
 
-    Args:
-        dtype: as torch calls it, "bfloat16".
-        precision: of float32 products, "ieee" or "tf32"; the others have but one.
-
-    Raises:
-        PerfError: another dtype or precision.
-    """
-    kinds = dict(float32="fp32", float16="fp16", bfloat16="bf16", float8_e4m3fn="fp8", int8="int8")
-    if dtype not in kinds or precision not in ("ieee", "tf32"):
-        raise PerfError(
-            f"no such arithmetic: dtype {dtype!r} with precision {precision!r}; "
-            f"dtypes: {', '.join(kinds)}; precisions: ieee, tf32"
-        )
-    return "tf32" if (dtype, precision) == ("float32", "tf32") else kinds[dtype]
+    warp: int  # threads of a warp (AMD: wave)
+    warps: int  # resident warps
+    blocks: int  # resident blocks
+    registers: int  # 32-bit registers, of all partitions together
+    registers_per_thread: int  # that a thread may have
+    register_granule: int  # a warp's registers are rounded up to a multiple of this
+    shared: int  # bytes of shared memory
+    shared_reserved: int  # bytes that the system takes for itself in each block
+    shared_granule: int  # a block's bytes, the reserved ones with them, are rounded up to this
 
 
-# -------------------------------------------------------------------------------------------------
-# What fits on one SM: the input of perf/compiler/occupancy.py.
-# -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one SM (AMD: compute unit) of a target holds, and in which portions it gives it out.
-
-    Attributes:
-        warp: threads of a warp (AMD: wave).
-        warps: resident warps.
-        blocks: resident blocks.
-        threads_per_block: threads a block may have.
-        partitions: a warp lives in one of them, and each has its share of the registers.
-        registers: 32-bit registers, of all partitions together.
-        registers_per_thread: that a thread may have.
-        register_granule: a warp's registers are rounded up to a multiple of this.
-        shared: bytes of shared memory.
-        shared_per_block: bytes that a block may ask for.
-        shared_reserved: bytes that the system takes for itself in each block.
-        shared_granule: a block's bytes, the reserved ones with them, are rounded up to this.
-        source: where the numbers come from.
-    """
-
-    warp: int
-    warps: int
-    blocks: int
-    threads_per_block: int
-    partitions: int
-    registers: int
-    registers_per_thread: int
-    register_granule: int
-    shared: int
-    shared_per_block: int
-    shared_reserved: int
-    shared_granule: int
-    source: str
+THREADS_PER_BLOCK = 1024
+PARTITIONS = 4  # of an SM: a warp lives in one of them, and each has its share of the registers
 
 
 def _nvidia(warps: int, blocks: int, shared_kib: int) -> Limits:
     return Limits(
-        warp=32,
-        warps=warps,
-        blocks=blocks,
-        threads_per_block=1024,
-        partitions=4,
-        registers=64 * KIB,
-        registers_per_thread=256,
-        register_granule=256,
-        shared=shared_kib * KIB,
-        shared_per_block=(shared_kib - 1) * KIB,
-        shared_reserved=1 * KIB,
-        shared_granule=128,
-        source="NVIDIA CUDA C++ Programming Guide, specifications per compute capability, "
-        "https://docs.nvidia.com/cuda/cuda-c-programming-guide/; cuda_occupancy.h of the toolkit",
-    )
+        warp=32, warps=warps, blocks=blocks, registers=64 * KIB, registers_per_thread=256,
+        register_granule=256, shared=shared_kib * KIB, shared_reserved=1 * KIB, shared_granule=128,
+    )  # fmt: skip
 
 
+# NVIDIA CUDA C++ Programming Guide, specifications per compute capability,
+# https://docs.nvidia.com/cuda/cuda-c-programming-guide/; cuda_occupancy.h of the toolkit.
+# AMD Instinct MI300 Instruction Set Architecture Reference Guide, https://www.amd.com/content/dam/
+# amd/en/documents/instinct-tech-docs/instruction-set-architectures/
+# amd-instinct-mi300-cdna3-instruction-set-architecture.pdf; waves and granules: LLVM,
+# llvm/lib/Target/AMDGPU/Utils/AMDGPUBaseInfo.cpp (IsaInfo), https://github.com/llvm/llvm-project
 LIMITS: dict[str, Limits] = {
     "sm_80": _nvidia(warps=64, blocks=32, shared_kib=164),
-    "sm_86": _nvidia(warps=48, blocks=16, shared_kib=100),
     "sm_89": _nvidia(warps=48, blocks=24, shared_kib=100),
     "sm_90": _nvidia(warps=64, blocks=32, shared_kib=228),
     "sm_100": _nvidia(warps=64, blocks=32, shared_kib=228),
     # 512 registers a lane and SIMD, of which a wave takes multiples of 8: for 64 lanes, 512.
     "gfx942": Limits(
-        warp=64,
-        warps=32,
-        blocks=32,
-        threads_per_block=1024,
-        partitions=4,
-        registers=4 * 512 * 64,
-        registers_per_thread=512,
-        register_granule=8 * 64,
-        shared=64 * KIB,
-        shared_per_block=64 * KIB,
-        shared_reserved=0,
-        shared_granule=512,
-        source="AMD Instinct MI300 Instruction Set Architecture Reference Guide, https://www.amd.com/"
-        "content/dam/amd/en/documents/instinct-tech-docs/instruction-set-architectures/"
-        "amd-instinct-mi300-cdna3-instruction-set-architecture.pdf; waves and granules: LLVM, "
-        "llvm/lib/Target/AMDGPU/Utils/AMDGPUBaseInfo.cpp (IsaInfo), https://github.com/llvm/"
-        "llvm-project",
+        warp=64, warps=32, blocks=32, registers=4 * 512 * 64, registers_per_thread=512,
+        register_granule=8 * 64, shared=64 * KIB, shared_reserved=0, shared_granule=512,
     ),
-}
-
-
-def limits(target: str) -> Limits:
-    """The limits of a target such as "sm_90"; an error says for which they are known."""
-    if target not in LIMITS:
-        raise PerfError(f"no limits are known for target {target!r}; known: {', '.join(LIMITS)}")
-    return LIMITS[target]
+}  # fmt: skip

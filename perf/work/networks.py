@@ -13,29 +13,18 @@ COLUMNS = tuple(key for key in CONV if key != "K")  # im2col knows no filters
 
 
 class Shape(NamedTuple):
-    """Sizes to measure.
+    """Sizes to measure."""
 
-    Attributes:
-        name: for people, "resnet50.layer1.0.conv2 n32".
-        sizes: by key, the keys of the operator's row.
-        count: how often these sizes occur in the network; 1 where there is none.
-    """
-
-    name: str
-    sizes: dict[str, int]
-    count: int = 1
+    name: str  # for people, "resnet50.layer1.0.conv2 n32"
+    sizes: dict[str, int]  # by key, the keys of the operator's row
+    count: int = 1  # how often these sizes occur in the network
 
 
-# -------------------------------------------------------------------------------------------------
-# Networks
-# -------------------------------------------------------------------------------------------------
+# --- networks ------------------------------------------------------------------------------------
 
 
 class Conv(NamedTuple):
-    """A convolution of a network, square taps.
-
-    `relu`: a ReLU follows; `add`: but the shortcut is added first.
-    """
+    """A convolution of a network, square taps."""
 
     name: str
     C: int
@@ -44,8 +33,8 @@ class Conv(NamedTuple):
     R: int
     stride: int = 1
     padding: int = 0
-    relu: bool = True
-    add: bool = False
+    relu: bool = True  # a ReLU follows
+    add: bool = False  # but the shortcut is added first
     groups: int = 1
 
 
@@ -69,18 +58,15 @@ class Linear(NamedTuple):
 
 
 class Network(NamedTuple):
-    """A network: its layers in order, and its trainable parameters; of a part of one, no matter.
+    """A network, or some of its layers."""
 
-    `called`: the network that the layers are of, where the set has another name.
-    """
-
-    layers: list[Conv | Pool | Linear]
-    tensors: int = 0
+    layers: list[Conv | Pool | Linear]  # in order
+    tensors: int = 0  # of its trainable parameters; 0 for a part of a network
     parameters: int = 0
-    called: str = ""
+    called: str = ""  # the network that the layers are of, where the set has another name
 
 
-def _network(layers: list[Conv | Pool | Linear], normalised: bool = False) -> Network:
+def _network(*layers: Conv | Pool | Linear, normalised: bool = False) -> Network:
     """Count the parameters: weight and bias; normalised convolutions have a scale and a shift."""
     tensors = parameters = 0
     for layer in layers:
@@ -91,7 +77,7 @@ def _network(layers: list[Conv | Pool | Linear], normalised: bool = False) -> Ne
         elif isinstance(layer, Linear):
             tensors += 2
             parameters += layer.outputs * (layer.inputs + 1)
-    return Network(layers, tensors, parameters)
+    return Network(list(layers), tensors, parameters)
 
 
 def resnet50(groups: int = 1, wider: int = 1) -> Network:
@@ -112,25 +98,25 @@ def resnet50(groups: int = 1, wider: int = 1) -> Network:
                 shortcut = f"{name}.downsample.0"
                 layers.append(Conv(shortcut, C, H, outputs, 1, stride, relu=False))
             C, H = outputs, H // stride
-    return _network([*layers, Linear("fc", 2048, 1000)], normalised=True)
+    return _network(*layers, Linear("fc", 2048, 1000), normalised=True)
 
 
 def resnet50_3x3() -> Network:
-    """Of ResNet-50 the 3x3 convolutions."""
+    """The 3x3 convolutions of ResNet-50."""
     layers = resnet50().layers
     return Network([x for x in layers if isinstance(x, Conv) and x.R == 3], called="resnet50")
 
 
 def resnext50() -> Network:
-    """Of ResNeXt-50 32x4d the convolutions with groups; the others are much as in ResNet-50."""
+    """The convolutions of ResNeXt-50 32x4d with groups; others are much as in ResNet-50."""
     layers = resnet50(groups=32, wider=2).layers
     return Network([x for x in layers if isinstance(x, Conv) and x.groups > 1])
 
 
 def stems() -> Network:
     """The first layer of each network for colour images."""
-    return Network([make().layers[0]._replace(name=make.__name__)
-                    for make in (resnet50, alexnet, vgg16)])  # fmt: skip
+    every = (resnet50, alexnet, vgg16)
+    return Network([make().layers[0]._replace(name=make.__name__) for make in every])
 
 
 def vgg16(H: int = 224, width: int = 64) -> Network:
@@ -143,50 +129,45 @@ def vgg16(H: int = 224, width: int = 64) -> Network:
             C, place = wider * width, place + 2  # a ReLU is between
         layers.append(Pool(f"features.{place}", C, H, 2, 2))
         H, place = H // 2, place + 1
-    layers += [
+    return _network(
+        *layers,
         Linear("classifier.0", C * H * H, 64 * width),
         Linear("classifier.3", 64 * width, 64 * width),
         Linear("classifier.6", 64 * width, 1000),
-    ]
-    return _network(layers)
+    )
 
 
 def alexnet() -> Network:
     """AlexNet of one tower, as torchvision has it."""
     return _network(
-        [
-            Conv("features.0", 3, 224, 64, 11, 4, 2),
-            Pool("features.2", 64, 55, 3, 2),
-            Conv("features.3", 64, 27, 192, 5, padding=2),
-            Pool("features.5", 192, 27, 3, 2),
-            Conv("features.6", 192, 13, 384, 3, padding=1),
-            Conv("features.8", 384, 13, 256, 3, padding=1),
-            Conv("features.10", 256, 13, 256, 3, padding=1),
-            Pool("features.12", 256, 13, 3, 2),
-            Linear("classifier.1", 256 * 6 * 6, 4096),
-            Linear("classifier.4", 4096, 4096),
-            Linear("classifier.6", 4096, 1000),
-        ]
+        Conv("features.0", 3, 224, 64, 11, 4, 2),
+        Pool("features.2", 64, 55, 3, 2),
+        Conv("features.3", 64, 27, 192, 5, padding=2),
+        Pool("features.5", 192, 27, 3, 2),
+        Conv("features.6", 192, 13, 384, 3, padding=1),
+        Conv("features.8", 384, 13, 256, 3, padding=1),
+        Conv("features.10", 256, 13, 256, 3, padding=1),
+        Pool("features.12", 256, 13, 3, 2),
+        Linear("classifier.1", 256 * 6 * 6, 4096),
+        Linear("classifier.4", 4096, 4096),
+        Linear("classifier.6", 4096, 1000),
     )
 
 
 def demo() -> Network:
     """The CNN of nets/models.py for 28 x 28 grey images and 10 classes."""
     return _network(
-        [
-            Conv("conv1", 1, 28, 16, 3),
-            Pool("pool1", 16, 26, 2, 2),
-            Conv("conv2", 16, 13, 32, 3),
-            Pool("pool2", 32, 11, 2, 2),
-            Linear("fc", 800, 10),
-        ]
+        Conv("conv1", 1, 28, 16, 3),
+        Pool("pool1", 16, 26, 2, 2),
+        Conv("conv2", 16, 13, 32, 3),
+        Pool("pool2", 32, 11, 2, 2),
+        Linear("fc", 800, 10),
     )
 
 
-# -------------------------------------------------------------------------------------------------
-# What a layer is for an operator: sizes from the layer, the one that follows, and the batch N.
-# None where the operator has no part in it.
-# -------------------------------------------------------------------------------------------------
+# --- what a layer is for an operator -------------------------------------------------------------
+# Each function gets a layer, the one that follows and the batch N. It returns the sizes, or None
+# where the operator has no part in the layer.
 
 
 def convolution(layer, following, N: int) -> dict[str, int] | None:
@@ -243,9 +224,7 @@ def scores(layer, following, N: int) -> dict[str, int] | None:
     return {"M": N, "N": layer.outputs} if last else None
 
 
-# -------------------------------------------------------------------------------------------------
-# Sets that are no network: the shapes for a batch N, which may mean rows or tokens.
-# -------------------------------------------------------------------------------------------------
+# --- sets that are no network: the shapes for a batch N, which may mean rows or tokens -----------
 
 
 def square(N: int) -> list[Shape]:

@@ -25,47 +25,31 @@ from tilelab.perf.work.search_space import TileOp
 
 
 class Mode(NamedTuple):
-    """What an operator does in one mode: forward, a gradient, both ways, or a step.
+    """What an operator does in one mode: forward, a gradient, both ways, or a step."""
 
-    Attributes:
-        tile_ops: whose tile is swept, by the names that `choose_tile` is asked for. The shape
-            decides which of them is asked for first. Empty where there is no one tile.
-        flops: of the sizes, the FLOPs that the mathematics asks for.
-        bytes: of the sizes and of an element's bytes, what must be read and written at least.
-        wrt: the inputs that it differentiates.
-        misrouted: the largest acceptable error where a maximum, of what was rounded, decides which
-            way a gradient goes; 0 if none does.
-    """
-
+    # Whose tile is swept, by the names that `choose_tile` is asked for. The shape decides which of
+    # them is asked for first. Empty where there is no one tile.
     tile_ops: tuple[TileOp, ...]
-    flops: Callable[[Sizes], int]
-    bytes: Callable[[Sizes, int], int]
-    wrt: tuple[str, ...] = ()
+    flops: Callable[[Sizes], int]  # that the mathematics asks for
+    bytes: Callable[[Sizes, int], int]  # read and written at least; of the sizes and an element's
+    wrt: tuple[str, ...] = ()  # the inputs that it differentiates
+    # The largest acceptable error where a maximum, of what was rounded, decides which way a
+    # gradient goes; 0 if none does.
     misrouted: float = 0.0
 
 
 class Sweep(NamedTuple):
-    """What `tilelab gpu` sweeps of an operator.
+    """What `tilelab gpu` sweeps of an operator."""
 
-    Attributes:
-        name: of the task; "" is the operator's. Rows that name the same task are swept together.
-        seconds: its weight among the others, which is about its seconds of a budget of 1500.
-        shapes: as --shapes takes them; "" is the operator's default.
-        mode, dtype, peers: as the options of `tilelab sweep`; with "" the first dtype it has.
-        turn: sweeps of turn 1 are worth most and come first, in the order of the rows.
-        ops: the operators; a row's own. gpu_tasks.py fills it.
-        more: further options, but not of the second look at the default tile.
-    """
-
-    name: str = ""
-    seconds: float = 20
-    shapes: str = ""
-    mode: str = "all"
-    dtype: str = ""
+    name: str = ""  # of the task; "" is the operator's. Rows that name the same task share it
+    seconds: float = 20  # its weight among the others: about its seconds of a budget of 1500
+    shapes: str = ""  # as --shapes takes them; "" is the operator's default
+    mode: str = "all"  # this and the next two are as the options of `tilelab sweep`
+    dtype: str = ""  # "" is the first that the operator has
     peers: str = "torch"
-    turn: int = 1
-    ops: tuple[str, ...] = ()
-    more: tuple[str, ...] = ()
+    turn: int = 1  # sweeps of turn 1 are worth most and come first, in the order of the rows
+    ops: tuple[str, ...] = ()  # gpu_tasks.py fills it
+    more: tuple[str, ...] = ()  # further options, but not of the second look at the default tile
 
 
 def torch_and_compile(w: Any) -> tuple[str, ...]:
@@ -74,54 +58,35 @@ def torch_and_compile(w: Any) -> tuple[str, ...]:
 
 
 class Operator(NamedTuple):
-    """An operator.
+    """An operator."""
 
-    Attributes:
-        lesson: the file in kernels/ that has it; "" for what the whole of kernels/ and nets/ makes.
-        sizes: the keys of a shape.
-        default: the shapes that are measured unless others are asked for, as --shapes takes them.
-        tiny: the sizes of the set "tiny", which divide nothing.
-        modes: what it does, by mode.
-        inputs: makes its tensors by name, of the sizes and a `formulas.Maker`.
-        ours: computes the result, of the sizes and the tensors.
-        theirs: the same by torch; in float64 it is the reference.
-        dtypes: as users type them.
-        implied: sizes that need not be given: a number, or the key whose value is taken.
-        misfit: says why sizes make no workload; None if they do.
-        layer: the sizes that a layer of a network has for it (networks.py).
-        sets: further sets of shapes by name, each a function of the batch; before `layer`.
-        peers: those that have something of their own for a workload.
-        product: whether arithmetic is what counts: speeds are in FLOP/s, not bytes/s.
-        result: the dtype of its results, where it is not the one of its inputs.
-        layers: how many layers round their results, one after another.
-        prepare: makes the call instead of `inputs`, `ours` and `theirs` (training.py).
-        sweeps: its tasks in `tilelab gpu`.
-    """
-
-    lesson: str
-    sizes: tuple[str, ...]
-    default: str
-    tiny: list[tuple[int, ...]]
-    modes: dict[str, Mode]
+    lesson: str  # its file in kernels/; "" for what the whole of kernels/ and nets/ makes
+    sizes: tuple[str, ...]  # the keys of a shape
+    default: str  # the shapes that are measured unless others are asked for, as --shapes takes them
+    tiny: list[tuple[int, ...]]  # the sizes of the set "tiny", which divide nothing
+    modes: dict[str, Mode]  # what it does, by mode
+    # Makes its tensors by name, of the sizes and a `formulas.Maker`.
     inputs: Callable[[Sizes, formulas.Maker], dict[str, torch.Tensor]] | None = None
-    ours: Callable[..., Any] | None = None
-    theirs: Callable[..., Any] | None = None
-    dtypes: tuple[str, ...] = ("bf16", "fp16", "fp32", "tf32")
-    implied: dict[str, str | int] = {}
-    misfit: Callable[[Sizes], str | None] = lambda s: None
+    ours: Callable[..., Any] | None = None  # computes the result, of the sizes and the tensors
+    theirs: Callable[..., Any] | None = None  # the same by torch; in float64 it is the reference
+    dtypes: tuple[str, ...] = ("bf16", "fp16", "fp32", "tf32")  # as users type them
+    implied: dict[str, str | int] = {}  # sizes that need not be given: a number, or another's key
+    misfit: Callable[[Sizes], str | None] = lambda s: None  # why sizes make no workload, if so
+    # The sizes that a layer of a network has for it (networks.py).
     layer: Callable[[Any, Any, int], Sizes | None] = lambda layer, following, N: None
+    # Further sets of shapes by name, each a function of the batch; they come before `layer`.
     sets: dict[str, Callable[[int], list[Shape]]] = {}
+    # Those that have something of their own for a workload.
     peers: Callable[[Any], tuple[str, ...]] = torch_and_compile
-    product: bool = False
-    result: str = ""
-    layers: int = 1
+    product: bool = False  # arithmetic is what counts: speeds are in FLOP/s, not bytes/s
+    result: str = ""  # the dtype of its results, where it is not the one of its inputs
+    layers: int = 1  # how many layers round their results, one after another
+    # Makes the call instead of `inputs`, `ours` and `theirs` (training.py).
     prepare: Callable[..., tuple] | None = None
-    sweeps: tuple[Sweep, ...] = (Sweep(),)
+    sweeps: tuple[Sweep, ...] = (Sweep(),)  # its tasks in `tilelab gpu`
 
 
-# -------------------------------------------------------------------------------------------------
-# Kernels whose tile is swept, as far as several modes have them
-# -------------------------------------------------------------------------------------------------
+# --- kernels whose tile is swept, as far as several modes have them ------------------------------
 
 _CONV_BY_TMA = search_space.fast_convolutions
 MATMUL = TileOp("matmul", search_space.PRODUCT | {"GROUP_M": (8,)}, search_space.fast_products)
@@ -150,9 +115,7 @@ SOFTMAX = TileOp("softmax", search_space.SOFTMAX, few_columns=search_space.FEW_C
 SOFTMAX_BWD = SOFTMAX._replace(name="softmax_backward")
 CROSS_ENTROPY = SOFTMAX._replace(name="cross_entropy")
 
-# -------------------------------------------------------------------------------------------------
-# What several rows have in common
-# -------------------------------------------------------------------------------------------------
+# --- what several rows have in common ------------------------------------------------------------
 
 _COMPILE = "torch,compile"
 _PRODUCTS = dict(
@@ -252,9 +215,7 @@ OPERATORS: dict[str, Operator] = {
         lesson="matmul",
         modes={
             "fwd": Mode(
-                (MATMUL,),
-                cost.product_flops,
-                lambda s, e: cost.product_bytes(s, e) + s["N"] * e,
+                (MATMUL,), cost.product_flops, lambda s, e: cost.product_bytes(s, e) + s["N"] * e
             )
         },
         inputs=lambda s, make: dict(
@@ -512,12 +473,7 @@ OPERATORS: dict[str, Operator] = {
         layers=4,
         prepare=training.training_step,
         sweeps=(
-            Sweep(
-                seconds=30,
-                shapes="demo@256,demo@1024,demo@4096",
-                peers="torch,graph,compile",
-                turn=2,
-            ),
+            Sweep("", 30, "demo@256,demo@1024,demo@4096", peers="torch,graph,compile", turn=2),
         ),
     ),
 }

@@ -44,40 +44,30 @@ FAST_AXES = dict(
 # with the tiles that the lesson lists (its RUNGS).
 LOWER_RUNGS = ("direct", "flat")
 KERNELS = (*LOWER_RUNGS, "pointer", "tma", "tma_ws")
-# Elements of a tile in registers. Of a product, 256x256: what spills there teaches something. Of
-# the others 128 a thread of four warps: beyond that they spill, after minutes of compiling.
+# Elements of a tile in registers. A product may have 256x256: what spills there teaches something.
+# Others may have 128 a thread of four warps: beyond that they spill, after minutes of compiling.
 MOST_OF_A_PRODUCT, MOST_OF_ROWS = 2**16, 2**14
 SHARED = 227 * 1024  # bytes that a program can have on the GPUs with TMA
 
 
 class TileOp(NamedTuple):
-    """A kernel whose tile is swept.
+    """A kernel whose tile is swept."""
 
-    Attributes:
-        name: what `choose_tile` is asked for.
-        axes: the values that a sweep tries on each axis of the tile.
-        fast: makes the tiles by TMA worth trying, of the sizes and an element's bytes. Without it
-            only the lesson's own are tried.
-        boxes: what its launches by TMA compute (boxes.py), if they load boxes of pixels.
-        pooled: whether the kernel through pointers adds up four outputs for each that it stores.
-        few_columns: the axes that replace those above where there are 64 columns or less.
-    """
-
-    name: str
-    axes: dict[str, tuple[int, ...]]
+    name: str  # what `choose_tile` is asked for
+    axes: dict[str, tuple[int, ...]]  # the values that a sweep tries on each axis of the tile
+    # Makes the tiles by TMA worth trying, of the sizes and an element's bytes. Without it only the
+    # lesson's own are tried.
     fast: Callable[[dict, int], Iterator[dict]] | None = None
+    # What its launches by TMA compute (boxes.py), if they load boxes of pixels.
     boxes: Callable[[dict], tuple[int, int, int, int]] | None = None
-    pooled: bool = False
-    few_columns: dict[str, tuple[int, ...]] = {}
+    pooled: bool = False  # the kernel through pointers adds up four outputs for each that it stores
+    few_columns: dict[str, tuple[int, ...]] = {}  # axes that differ where there are 64 columns
 
 
 def fast_products(sizes: dict[str, int], itemsize: int) -> Iterator[dict]:
     """Tiles of the kernels of products that load by TMA: those combinations that can make sense.
 
-    Args:
-        sizes: M, N and K.
-        itemsize: bytes of an operand's element; a step is 128 or 256 bytes of a row. The kernel
-            for one byte does not split K.
+    A step is 128 or 256 bytes of a row. The kernel for elements of one byte does not split K.
     """
     shapes = ((128, 256), (256, 128), (128, 128), (64, 256), (64, 128))
     for (m, n), step, stages in itertools.product(shapes, (128, 256), (3, 4)):
@@ -111,11 +101,8 @@ def fast_convolutions(
 ) -> Iterator[dict]:
     """Tiles of a convolution that loads boxes of pixels by TMA: M pixels, N and K channels.
 
-    Args:
-        sizes: M, N and K.
-        itemsize: bytes of an element; a step is 128 bytes of a pixel, or less where that pads less.
-        filters: of a tile.
-        split: whether its sum may be in parts.
+    A step is 128 bytes of a pixel, or less where that pads less. A tile has one of `filters`, and
+    its sum may be in parts if `split`.
     """
     steps, least = [], None
     for step in (128 // itemsize, 32, 16):
@@ -142,12 +129,10 @@ def fast_convolutions(
 def fast_weight_gradients(sizes: dict[str, int], itemsize: int) -> Iterator[dict]:
     """Tiles of a weight gradient that sums images by TMA: M filters, N taps and channels, K pixels.
 
-    Args:
-        sizes: M, N and K.
-        itemsize: bytes of an element: the kernel is for two.
+    The kernel is for elements of two bytes.
     """
     shapes = ((128, 256), (128, 128), (64, 256), (64, 128), (128, 64), (64, 64))
-    # Of 256 columns a tile may have two pixels of half as many filters.
+    # A tile of 256 columns may have two pixels of half as many filters.
     shapes = [(m, n) for m, n in shapes if m == 64 or m < (2 + n // 256) * sizes["M"]]
     for (m, n), k, stages in itertools.product(shapes, (64, 32), range(2, 8)):
         subtiles = {256: 4, 128: 2, 64: 1}[n]

@@ -69,12 +69,12 @@ class Workload(NamedTuple):
 
     @property
     def flops(self) -> int:
-        """That the mathematics asks for."""
+        """FLOPs that the mathematics asks for."""
         return self.about.flops(self.shape)
 
     @property
     def bytes(self) -> int:
-        """That must be read and written at least."""
+        """Bytes that must be read and written at least."""
         return self.about.bytes(self.shape, self.torch_dtype.itemsize)
 
 
@@ -84,9 +84,8 @@ GRADIENTS = ("dgrad", "wgrad", "bwd", "fwdbwd")
 def modes(op: str, text: str) -> list[str]:
     """The modes of `op` that `text` names: "fwd,dgrad", "bwd" (every gradient) or "all".
 
-    Raises:
-        PerfError: an unknown operator or mode. A mode that only other operators have is left out;
-            what has `step` alone does that, whatever is asked for.
+    A mode that only other operators have is left out. What has `step` alone does that, whatever is
+    asked for.
     """
     if op not in OPERATORS:
         raise PerfError(f"unknown operator {op!r}: there are {', '.join(OPERATORS)}")
@@ -110,7 +109,9 @@ def offers(peer: str, w: Workload) -> bool:
 
 
 def prepare(w: Workload, impl: str, device: str, seed: int | None) -> Callable[[], tuple]:
-    """Make inputs, and return the function that does the work once on them.
+    """Make inputs, and return the function that does the work once on them for its results.
+
+    Its attribute `inputs` has the tensors that it must not change.
 
     Args:
         w: what to do.
@@ -118,21 +119,11 @@ def prepare(w: Workload, impl: str, device: str, seed: int | None) -> Callable[[
         device: where.
         seed: of the inputs; the same seed gives every implementation the same values. With None
             they are left empty.
-
-    Returns:
-        A function that returns the results, a tuple of tensors. Its attribute `inputs` has the
-        tensors that it must not change.
-
-    Raises:
-        PerfError: a peer that does not exist for this workload.
     """
     if impl in PEERS and not offers(impl, w):
         raise PerfError(f"{impl} has nothing for {w.op} {w.mode}")
-    if impl not in ("tilelab", "reference", *PEERS):
-        raise PerfError(f"unknown peer {impl!r}: there are {', '.join(PEERS)}")
-    make = Maker(w.torch_dtype, device, seed)
-    call, inputs = (w.operator.prepare or _function)(w, impl, device, make)
-    call.inputs = inputs
+    do = w.operator.prepare or _function
+    call, call.inputs = do(w, impl, device, Maker(w.torch_dtype, device, seed))
     return call
 
 
@@ -154,23 +145,21 @@ def _function(w, impl, device, make):
             with torch.no_grad():
                 return (forward(*tensors),)
 
-        return call, tensors
-
-    if w.mode == "fwdbwd":
+    elif w.mode == "fwdbwd":
 
         def call():
             y = forward(*tensors)
             return y.detach(), *torch.autograd.grad(y, wrt)
 
-        return call, tensors
+    else:
+        y = forward(*tensors)
+        dy = make(*y.shape).to(y.dtype)  # after the inputs: the same for every implementation
+        tensors.append(dy)
 
-    y = forward(*tensors)
-    dy = make(*y.shape).to(y.dtype)  # after the inputs: the same values for every implementation
+        def call():
+            return torch.autograd.grad(y, wrt, dy, retain_graph=True)
 
-    def call():
-        return torch.autograd.grad(y, wrt, dy, retain_graph=True)
-
-    return call, [*tensors, dy]
+    return call, tensors
 
 
 @contextlib.contextmanager
@@ -185,7 +174,7 @@ def cudnn_benchmark(on: bool) -> Iterator[None]:
 
 
 def set_precision(precision: str) -> None:
-    """Of float32 products and convolutions, ours and torch's: "ieee" or "tf32"."""
+    """Set how float32 products and convolutions round, ours and torch's: "ieee" or "tf32"."""
     # The older flags, since they set the newer ones too. The other way round Inductor, which reads
     # the older ones, gets an error: that the two contradict each other.
     with warnings.catch_warnings():  # that they are old

@@ -35,7 +35,7 @@ def test_a_trace_is_what_would_be_launched():
     assert trace.tile_op is operators.MATMUL and trace.choice.sizes == dict(M=4096, N=2048, K=1024)
     assert trace.main.grid == (32 * 16,)
     assert {k: trace.main.meta[k] for k in TILE} == TILE
-    assert trace.moved == 2 * (4096 * 1024 + 1024 * 2048 + 4096 * 2048)
+    assert trace.about["moved"] == 2 * (4096 * 1024 + 1024 * 2048 + 4096 * 2048)
 
 
 def test_a_trace_counts_intermediate_results():
@@ -45,7 +45,7 @@ def test_a_trace_counts_intermediate_results():
         aot.trace(CONV._replace(op="conv2d_im2col"), None),
     )
     matrix = 32 * 28 * 28 * 128 * 9 * 2
-    assert explicit.moved - base.moved == 2 * matrix
+    assert explicit.about["moved"] - base.about["moved"] == 2 * matrix
     assert explicit.main.kernel.__name__ == "matmul_kernel" and len(explicit.launches) == 2
 
 
@@ -197,7 +197,7 @@ def test_compile(compilers, target):
 
 @pytest.mark.slow
 def test_describe_gives_the_gpus_default_and_the_lessons_tiles(compilers):
-    described = compilers.submit("describe", list(CONV), None, "").result()
+    described = compilers.submit("describe", list(CONV), "").result()
     assert described["tile_op"] == "conv2d"
     assert described["sizes"] == dict(M=32 * 28 * 28, N=256, K=128)
     assert described["tile"]["BLOCK_M"] == 128  # not the interpreter's thousands
@@ -222,14 +222,14 @@ def test_what_does_not_compile_is_a_row(compilers):
 
 @pytest.mark.slow
 def test_a_worker_that_dies_takes_one_job_along(compilers):
-    compilers.submit("describe", list(MATMUL), None, "").result()
+    compilers.submit("describe", list(MATMUL), "").result()
     compilers._processes[-1].kill()
     compilers._processes[-1].wait()
-    again = compilers.submit("describe", list(MATMUL), None, "").result()
+    again = compilers.submit("describe", list(MATMUL), "").result()
     assert again["tile_op"] == "matmul"  # a new worker, which sees no GPU that is measured
     seen = pathlib.Path(f"/proc/{compilers._processes[-1].pid}/environ").read_text().split("\0")
     assert {"CUDA_VISIBLE_DEVICES=", "HIP_VISIBLE_DEVICES="} <= set(seen)
-    stuck = compilers.submit("wrong job", list(MATMUL), None, "").result()
+    stuck = compilers.submit("wrong job", list(MATMUL), "").result()
     assert "KeyError" in stuck["failed"]
 
 

@@ -12,7 +12,6 @@ import pytest
 
 from tilelab.perf.compiler import occupancy
 from tilelab.perf.compiler.occupancy import Occupancy
-from tilelab.perf.errors import PerfError
 from tilelab.perf.work import gpus
 
 NVIDIA = [target for target in gpus.LIMITS if target.startswith("sm_")]
@@ -89,7 +88,8 @@ def calculator(tmp_path_factory):
         lines = []
         for target, threads, registers, shared in cases:
             limits = gpus.LIMITS[target]
-            device = (limits.warps, limits.shared, limits.shared_per_block, limits.shared_reserved)
+            reserved = limits.shared_reserved
+            device = (limits.warps, limits.shared, limits.shared - reserved, reserved)
             cc = target.removeprefix("sm_")
             lines.append(" ".join(map(str, (cc, *device, threads, registers, shared))))
         run = subprocess.run(
@@ -107,7 +107,7 @@ def random_case(rng: random.Random) -> tuple[str, int, int, int]:
     # A third where Triton lives, the rest anywhere, past the limits too.
     threads = 32 << rng.randrange(6) if rng.random() < 0.4 else rng.randrange(1, 1100)
     registers = rng.randrange(16, 256) if rng.random() < 0.7 else rng.randrange(0, 300)
-    top = gpus.LIMITS[target].shared_per_block
+    top = gpus.LIMITS[target].shared - gpus.LIMITS[target].shared_reserved
     shared = rng.choice(
         [0, rng.randrange(0, 4096), rng.randrange(0, top), top, top + 1, top + rng.randrange(9999)]
     )
@@ -137,23 +137,23 @@ def test_equals_nvidias_calculator(calculator):
     ("case", "expected"),
     [
         # A full SM: nothing but the slots for warps limits it.
-        (("sm_90", 256, 32, 0), Occupancy(8, 64, 1.0, "warps")),
+        (("sm_90", 256, 32, 0), Occupancy(8, 1.0, "warps")),
         # The same kernel fills an A100 but not the smaller SM of a 4090.
-        (("sm_80", 256, 40, 0), Occupancy(6, 48, 0.75, "registers")),
-        (("sm_89", 256, 40, 0), Occupancy(6, 48, 1.0, "warps")),
+        (("sm_80", 256, 40, 0), Occupancy(6, 0.75, "registers")),
+        (("sm_89", 256, 40, 0), Occupancy(6, 1.0, "warps")),
         # Small blocks: 32 of them leave half the slots empty.
-        (("sm_90", 32, 16, 0), Occupancy(32, 32, 0.5, "blocks")),
+        (("sm_90", 32, 16, 0), Occupancy(32, 0.5, "blocks")),
         # Triton's large tile on Hopper: 147 KiB, so one block, whatever its registers.
-        (("sm_90", 256, 128, 147 * 1024), Occupancy(1, 8, 0.125, "shared memory")),
+        (("sm_90", 256, 128, 147 * 1024), Occupancy(1, 0.125, "shared memory")),
         # The 1 KiB that the driver takes is counted: 2 x 114 KiB would be all there is.
-        (("sm_90", 128, 64, 113 * 1024), Occupancy(2, 8, 0.125, "shared memory")),
-        (("sm_90", 128, 64, 114 * 1024), Occupancy(1, 4, 0.0625, "shared memory")),
-        (("sm_80", 128, 64, 163 * 1024), Occupancy(1, 4, 0.0625, "shared memory")),
-        (("sm_80", 128, 64, 163 * 1024 + 1), Occupancy(0, 0, 0.0, "does not fit: shared memory")),
-        (("sm_90", 1024, 65, 0), Occupancy(0, 0, 0.0, "does not fit: registers")),
-        (("sm_90", 1056, 16, 0), Occupancy(0, 0, 0.0, "does not fit: threads")),
+        (("sm_90", 128, 64, 113 * 1024), Occupancy(2, 0.125, "shared memory")),
+        (("sm_90", 128, 64, 114 * 1024), Occupancy(1, 0.0625, "shared memory")),
+        (("sm_80", 128, 64, 163 * 1024), Occupancy(1, 0.0625, "shared memory")),
+        (("sm_80", 128, 64, 163 * 1024 + 1), Occupancy(0, 0.0, "does not fit: shared memory")),
+        (("sm_90", 1024, 65, 0), Occupancy(0, 0.0, "does not fit: registers")),
+        (("sm_90", 1056, 16, 0), Occupancy(0, 0.0, "does not fit: threads")),
         # A partition of 16384 registers holds five warps of 96: 20 on the SM, and not 21.
-        (("sm_90", 32, 96, 0), Occupancy(20, 20, 0.3125, "registers")),
+        (("sm_90", 32, 96, 0), Occupancy(20, 0.3125, "registers")),
     ],
 )
 def test_worked_examples(case, expected):
@@ -181,20 +181,7 @@ def test_worked_examples(case, expected):
 def test_amd(threads, registers, shared, waves, limit):
     # By hand, from the sources that gpus.py names; there is no calculator to ask.
     ours = occupancy.occupancy("gfx942", threads, registers, shared)
-    assert (ours.warps, ours.limit) == (waves, limit)
-    assert ours.fraction == waves / 32
-
-
-@pytest.mark.parametrize("case", [("sm_90", 0, 32, 0), ("sm_90", 32, -1, 0), ("sm_90", 32, 32, -1)])
-def test_impossible_input_is_one_clear_line(case):
-    with pytest.raises(PerfError, match="occupancy needs threads >= 1") as error:
-        occupancy.occupancy(*case)
-    assert "\n" not in str(error.value)
-
-
-def test_an_unknown_target_lists_the_known_ones():
-    with pytest.raises(PerfError, match="'sm_70'; known: sm_80, .*gfx942"):
-        occupancy.occupancy("sm_70", 32, 32, 0)
+    assert (ours.fraction, ours.limit) == (waves / 32, limit)
 
 
 def test_the_docstrings_example():

@@ -38,7 +38,7 @@ class FakeCompilers:
     def __init__(self, spilling=(), failing=()):
         self.spilling, self.failing, self.jobs = spilling, failing, []
 
-    def submit(self, what, w, tile, target):
+    def submit(self, what, w, *more):
         future = concurrent.futures.Future()
         if what == "describe":
             described = aot.describe(w)
@@ -46,6 +46,7 @@ class FakeCompilers:
                 described["tile"] = described["lesson"][0]  # not the interpreter's own
             future.set_result(described)
             return future
+        tile, _ = more
         self.jobs.append(tile)
         t = aot.trace(w, tile)
         answer = t.about

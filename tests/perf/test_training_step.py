@@ -9,7 +9,7 @@ import torch
 
 from tilelab.__main__ import main
 from tilelab.perf.commands import training_step
-from tilelab.perf.commands.training_step import Kept, Ledger, totals
+from tilelab.perf.commands.training_step import Ledger, kept_bytes, listing_kept, totals
 from tilelab.perf.report import tables
 from tilelab.perf.work import cost
 
@@ -68,7 +68,7 @@ def test_the_committed_counts_are_those_of_the_code(counts):
 
 def test_a_ledger_lists_what_launches():
     x = torch.ones(4, 6, requires_grad=True)
-    with Ledger([]) as ledger, Kept() as kept:
+    with Ledger([]) as ledger, listing_kept() as kept:
         y = x.t().reshape(-1)[::2]  # a view, a copy, a view
         z = y * y.expand(3, 12)
         z.sum().backward()
@@ -76,8 +76,8 @@ def test_a_ledger_lists_what_launches():
     assert names[:3] == ["clone", "mul", "sum"] and "t" not in names
     assert dict(ledger.events)["clone"] == 2 * 4 * 24
     assert ledger.events[2] == ("sum", 4 * 36 + 4)
-    assert kept.bytes([x]) == 4 * 24  # y's storage, once
-    assert kept.bytes([x, y]) == 0
+    assert kept_bytes(kept, [x]) == 4 * 24  # y's storage, once
+    assert kept_bytes(kept, [x, y]) == 0
 
 
 @pytest.mark.slow
