@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from tilelab.perf.errors import PerfError
 from tilelab.perf.rows import results, stats
 from tilelab.perf.work import gpus
+from tilelab.perf.work.operators import is_product
 
 Row = dict[str, Any]
 
@@ -172,18 +173,12 @@ def speed(row: Row, time: float | None = None) -> float | None:
     time = seconds(row) if time is None else time
     if not time:
         return None
-    return row["flops"] / time / 1e12 if _is_product(row["op"]) else row["bytes"] / time / 1e9
+    return row["flops"] / time / 1e12 if is_product(row["op"]) else row["bytes"] / time / 1e9
 
 
 def unit(op: str) -> str:
     """Of `speed`."""
-    return "TFLOP/s" if _is_product(op) else "GB/s"
-
-
-def _is_product(op: str) -> bool:
-    from tilelab.perf.work import operators  # and with it torch: only who speaks of speeds waits
-
-    return operators.is_product(op)
+    return "TFLOP/s" if is_product(op) else "GB/s"
 
 
 def paired(row: Row, other: Row) -> tuple[float, float | None, float | None]:
