@@ -3,12 +3,8 @@
     tilelab compare before.jsonl after.jsonl
 
 For every workload that both files have, the ratio of the times B / A: above 1, B takes longer. Its
-95% interval comes from the samples of both (stats.unpaired_ratio). With a margin of 2%:
-
-    SAME      the whole interval lies within 0.98 ... 1.02
-    SLOWER    the whole interval lies above 1, and the ratio is above 1.02
-    FASTER    the whole interval lies below 1, and the ratio is below 0.98
-    UNSURE    everything else, and every row that is noisy or was throttled: measure again
+95% interval comes from the samples of both (stats.unpaired_ratio). perf/README.md says what the
+verdicts mean.
 
 A power cap is not counted as throttling here: large products run into it in every round of every
 run, and the clock that it leaves is part of how fast they are.
@@ -43,16 +39,10 @@ MARGIN = 0.02
 
 
 class Comparison(NamedTuple):
-    """One line of a comparison.
+    """One line of a comparison: rows `a` and `b`, and the ratio of their times with its interval.
 
-    Attributes:
-        a, b: the rows that were compared.
-        ratio: time of b over time of a; None if b has no right result.
-        low: of the ratio's 95% interval.
-        high: its other end.
-        verdict: one of VERDICTS.
-        source: of the kernels, "same" or "changed"; "" for peers, and where it is not known.
-        note: what to know besides.
+    `ratio` is None if b has no right result. `source`, of the kernels, is "same" or "changed"; ""
+    for peers, and where it is not known.
     """
 
     a: dict
@@ -73,17 +63,11 @@ class Comparison(NamedTuple):
 def compare(
     a_rows: list[dict], b_rows: list[dict], margin: float = MARGIN, every_tile: bool = False
 ) -> list[Comparison]:
-    """Compare rows as results.read gives them; the worst first.
+    """Compare rows as results.read gives them: the best tiles, or every tile; the worst first.
 
     Finalists are compared, or what was only screened where there is none; predictions with
     predictions. What only one of both has is left out, with one exception: where a has a right
     result and b tried and has none, that is the worst of all.
-
-    Args:
-        a_rows: before.
-        b_rows: after.
-        margin: what counts as the same, 0.02 for 2%.
-        every_tile: compare tile by tile, instead of the best tile of each workload.
     """
     a_best, b_best = _best(a_rows, every_tile), _best(b_rows, every_tile)
     b_failed = {
@@ -116,10 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: Callable[[str], Any] = print) -> int:
-    """Compare two files and print what came of it.
-
-    Returns:
-        The exit status: 1 if --fail-on found something, otherwise 0.
+    """Compare two files and print what came of it; 1 if --fail-on found something, otherwise 0.
 
     Raises:
         PerfError: for files that cannot be read, do not belong beside each other, or have nothing
@@ -151,14 +132,8 @@ def format_table(found: list[Comparison]) -> str:
     if peers:
         lines += [("",) * len(head), ("peers",) + ("",) * (len(head) - 1), *peers]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = []
-    for line in lines:
-        cells = [
-            cell.rjust(width) if 1 <= i <= 4 else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        text.append("  ".join(cells).rstrip())
-    return "\n".join(text)
+    formats = [f"{{:{'>' if 1 <= i <= 4 else '<'}{width}}}" for i, width in enumerate(widths)]
+    return "\n".join("  ".join(formats).format(*line).rstrip() for line in lines)
 
 
 def summary(found: list[Comparison]) -> str:
@@ -187,9 +162,7 @@ def summary(found: list[Comparison]) -> str:
     return "\n".join([*lines, f"peers: {text}"])
 
 
-# -------------------------------------------------------------------------------------------------
-# Which rows, and what they say
-# -------------------------------------------------------------------------------------------------
+# -- which rows, and what they say -----------------------------------------------------------------
 
 
 def _subject(row: dict, every_tile: bool) -> tuple:
@@ -259,9 +232,7 @@ def _source(a: dict, b: dict) -> str:
     return "same" if a["source"] == b["source"] else "changed"
 
 
-# -------------------------------------------------------------------------------------------------
-# Text
-# -------------------------------------------------------------------------------------------------
+# -- text ------------------------------------------------------------------------------------------
 
 
 def _headings(a_path, a, b_path, b, anyway: bool) -> list[str]:

@@ -103,10 +103,9 @@ class Workload(NamedTuple):
 
 
 def workloads(rows: Iterable[Row]) -> list[Workload]:
-    """Sort rows into workloads.
+    """Sort rows into workloads, in the order of the first rows of their operator, GPU and family.
 
-    Operators, GPUs and families of shapes come in the order of their first rows; within a family
-    the sizes and layers come in order, whichever was finished first.
+    Within a family of shapes, sizes and layers come in order, whichever was finished first.
     """
     groups: dict[tuple, dict[tuple, Row]] = defaultdict(dict)
     for row in rows:
@@ -115,14 +114,13 @@ def workloads(rows: Iterable[Row]) -> list[Workload]:
         attempt = (row["impl"], tuple(sorted((row.get("tile") or {}).items())))
         group[attempt] = _later(group.get(attempt), row)
     found = []
-    for (gpu, measured, (op, mode, dtype, precision, _), cache), group in groups.items():
+    for (gpu, measured, (*work, _), cache), group in groups.items():
         first = next(iter(group.values()))
         shape = first["shape"]
         name = first.get("shape_name") or shape_text(shape)
-        about = gpu, measured, op, mode, dtype, precision, shape, name, cache
         mine = [row for row in group.values() if row["impl"] == "tilelab"]
         others = [row for row in group.values() if row["impl"] != "tilelab"]
-        found.append(Workload(*about, mine, others))
+        found.append(Workload(gpu, measured, *work, shape, name, cache, mine, others))
     firsts: dict[tuple, int] = {}
     for w in found:
         firsts.setdefault(_group(w), len(firsts))
@@ -182,10 +180,9 @@ def unit(op: str) -> str:
 
 
 def paired(row: Row, other: Row) -> tuple[float, float | None, float | None]:
-    """How many times as fast `row` is as `other`, with its 95% interval.
+    """How many times as fast `row` is as `other`, and the ends of the 95% interval.
 
-    Rows of one race were timed in the same rounds: the ratio is that of each round. Without a race
-    in common it is the ratio of the medians, and the interval is (None, None).
+    Rows of one race are compared round by round; others by their medians, without an interval.
     """
     a, b = other.get("samples_s") or [], row.get("samples_s") or []
     if row.get("race") and row.get("race") == other.get("race") and len(a) == len(b) >= 3:
