@@ -18,6 +18,7 @@ YARDSTICK = 2.8
 TRIES = 5  # some seconds apart: a machine that others use is slow for a while
 CHILD = """
 import json
+from tests.tools.check_costs import check_costs
 from tilelab.perf.clock import host_overhead as host
 from tilelab.kernels import _tiles
 def yardstick():
@@ -28,10 +29,10 @@ def yardstick():
 def plain():
     return host.least_microseconds({"yardstick": yardstick}, 10)["yardstick"]
 before, ops = plain(), ("matmul", "conv2d")
-found = dict(checks=host.check_costs(20, *ops), calls=host.call_costs(2))
+found = dict(checks=check_costs(20, *ops), calls=host.call_costs(2))
 found["yardstick"] = max(before, plain())
 _tiles._nearest_tile = _tiles._nearest_tile.__wrapped__  # a look-up with no cache
-found["uncached"] = host.check_costs(2, "matmul")
+found["uncached"] = check_costs(2, "matmul")
 print(json.dumps(found))
 """
 
