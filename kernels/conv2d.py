@@ -1,58 +1,41 @@
 """Direct convolution by implicit GEMM: a matmul whose left matrix is never written to memory.
 
-In cuDNN's letters: x [N, C, H, W], weight [K, C, R, S], y [N, K, P, Q].
+In cuDNN's letters: x [N, C, H, W], weight [K, C, R, S], y [N, K, P, Q]. A tap (r, s) is one of the
+R*S positions of a filter.
 
     forward     y[n,k,p,q]  = act(bias[k] + sum over c,r,s of x[n, c, h, w] * weight[k,c,r,s])
-                              with h = p*stride - padding + r*dilation, and w alike
-    backward    dx, dweight: the two other products of the same three tensors, each a lesson of its
-                own: conv2d_input_grad.py, conv2d_weight_grad.py
-                dbias = sum over n,p,q of dy, in the pass through the ReLU (bias_relu.py) or, if
-                there is none, in that of dweight
+                              with h = p*stride - padding + r*dilation, and w likewise
+    backward    dx and dweight are lessons: conv2d_input_grad.py, conv2d_weight_grad.py
+                dbias = sum over n,p,q of dy
 
-Seen as a matmul, a row is an output pixel, a column is an output channel, and the sum runs over the
-filter taps and the input channels:
+Seen as a matmul, a row is an output pixel and a column is an output channel. The sum runs over the
+taps and the input channels. One program owns a tile of y: BLOCK_M pixels x BLOCK_N channels.
 
-    GEMM M = N*P*Q      x as [N*P*Q, R*S*C]        a tile of rows, and its input for one tap:
+    GEMM M = N*P*Q      x as [N*P*Q, R*S*C]        pixels # of a tile, and their input + for one tap
     GEMM N = K          weight as [R*S*C, K]           q ->               w ->
     GEMM K = R*S*C      y as [N*P*Q, K]              p # # # #          h . . . . . .
                                                      | # # # #          | . . + + + +
     for each tile (m, k) of y, in parallel:          v                  v . . + + + +
         acc = 0
-        for each tap (r, s):                       the same pixels, shifted by the tap; where they
-            for each block of channels c:          fall into the padding, the load is masked to 0
+        for each tap (r, s):                       The tap shifts all pixels alike. In the padding
+            for each block of channels c:          the load is masked and gives 0.
                 acc += x[pixels of m shifted by (r, s), c] @ weight[k, c, r, s]
         y[m, k] = act(acc + bias[k])
 
-The matrix [N*P*Q, R*S*C] holds every input pixel up to R*S times. im2col.py writes it out and pays
-for that in bandwidth; here a program computes the addresses instead, and the copies come out of
-the cache.
+The matrix [N*P*Q, R*S*C] would hold an input pixel up to R*S times. im2col.py writes that matrix to
+memory and reads it back. Here a program computes the addresses, and caches serve the repeats.
 
-Four kernels compute it, each to be read after the one before, and each a rung of a ladder. What a
-rung costs is counted in instructions: an SM issues four a clock, in which its tensor cores do 4,096
-FLOPs in 16-bit. So a kernel with more than one instruction for 1,024 FLOPs cannot keep them busy.
+What limits it: 2*N*P*Q*K*C*R*S FLOPs for e(|x| + |weight| + |y|) bytes, with e bytes an element. An
+H200 can do 206 FLOPs per byte. For large images in 16-bit a layer does, in FLOPs per byte:
 
-    rung      kernel                  what changes                        instructions
-    direct    conv2d_direct_kernel    the seven loops as on paper         124
-    flat      conv2d_flat_kernel      a matmul: tensor cores              1.5
-    pointer   conv2d_kernel           a step is one tap: no divisions     0.31
-    tma       conv2d_tma.py           a unit fetches boxes of pixels      0.20
+    3x3, 128 channels in and out                         576    tensor cores are the limit
+    1x1, 128 channels in and out                          64    memory is the limit
+    7x7 at stride 2, 3 to 64 channels (ResNet's first)   124    memory is the limit
 
-(Compiled for sm_90 by triton 3.9.0, each with the largest tile of its list; not run.)
+Three kernels follow, from naive to fast; conv2d_tma.py has a fourth. They are compared below.
 
-Which one a call takes: TMA where GPU and tensors have it, else the pointers of conv2d_kernel, for
-few channels those of conv2d_flat_kernel. A filter of one pixel is a matmul, a filter for each
-channel a kernel of its own (conv2d_depthwise.py). `use_tile("conv2d", tile)` forces any rung, since
-a tile says which kernel it is for.
-
-What limits it: 2*N*P*Q*K*C*R*S FLOPs over e(|x| + |weight| + |y|) bytes. For large images and 128
-channels in and out, in 16-bit, a 3x3 layer does 576 FLOPs a byte: tensor cores (an H200 does 206 in
-the time of one byte). A 1x1 layer does 64, the first layer of a ResNet (7x7, 3 channels to 64) 124:
-those wait for memory.
-
-Memory is channels_last: then the C numbers of a pixel lie side by side, a row of the tile is one
-contiguous load, and a tap is one number added to all addresses. Any other strides are accepted.
-
-Read first: matmul.py. Source: Chetlur et al., cuDNN: Efficient Primitives for Deep Learning (2014).
+Read first: matmul.py, im2col.py. Source: Chetlur et al., cuDNN: Efficient Primitives for Deep
+Learning (2014).
 """
 
 import functools
@@ -80,32 +63,58 @@ def reference(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, a
     return activated(y, activation)
 
 
+# The four kernels are rungs of a ladder, to be read in this order. Each needs fewer instructions
+# than the one before for the same FLOPs:
+#
+#     direct     conv2d_direct_kernel    the seven loops as on paper, without tensor cores
+#     flat       conv2d_flat_kernel      a matmul by tensor cores; a step divides vectors of indices
+#     pointer    conv2d_kernel           a step stays within one tap, so it divides only scalars
+#     tma        conv2d_tma.py           a unit of the GPU, the TMA, fetches boxes of pixels
+#
+# How many instructions are too many? An SM is one of a GPU's processors; an H200 has 132. Its
+# threads run in warps of 32, and one instruction is issued for a whole warp. In a clock, an SM of
+# sm_90 (H100, H200) can issue four instructions, and its tensor cores can do 4,096 FLOPs in 16-bit.
+# So a kernel with more than one instruction per 1,024 FLOPs cannot keep them busy:
+#
+#               largest tile           instructions       FLOPs        instructions
+#                                      a warp and step    a step       per 1,024 FLOPs
+#     direct    32x32, 4 warps         62                     2,048    124
+#     flat      128x128x32, 8 warps    194                1,048,576      1.5
+#     pointer   128x256x64, 8 warps    156                4,194,304      0.30
+#     tma       256x128x64, 8 warps    101                4,194,304      0.20
+#
+# (bfloat16, compiled by triton 3.9.0; not run. For example, 4 warps * 62 / (2,048 / 1,024) = 124.)
+# The last two are below 1, so this limit holds back neither of them. Between the two, tma also
+# saves registers: as compiled, a thread takes 154 instead of 240.
 TILES = [
-    # the default: both operands of three stages in 48 KiB, so it runs on every GPU since 2020
+    # This is the default in 16-bit. In three stages both operands take 48 KiB of shared memory,
+    # which every GPU since 2020 has.
     dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=3),
-    # float32: without TF32 each thread holds its rows and columns of a step in registers
+    # This is the default in float32. Without TF32, each thread holds its rows and columns of a step
+    # in registers, so the blocks are smaller.
     dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=8, num_stages=3),
-    # 64 channels deep: half as many taps to look up
+    # A step has 64 channels. That makes half as many steps, each of which looks up its tap.
     dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
-    # wide layers: the most reuse that fits the registers. Of Hopper's, conv2d_tma.py has a better
-    # one; in this kernel triton 3.6.0 makes each wgmma of it wait for the last
+    # This is for wide layers: a larger accumulator does not fit the registers. With triton 3.6.0
+    # for sm_90, each wgmma (its tensor-core instruction) waits here for the one before.
     dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=8, num_stages=3),
-    # 64 output channels (the first stage of a ResNet): nothing of the tile is padding
+    # 64 output channels, as in the first stage of a ResNet, fill all columns of this tile.
     dict(BLOCK_M=256, BLOCK_N=64, BLOCK_K=32, num_warps=8, num_stages=3),
-    # small images and small batches: four times the programs
+    # Small images and small batches get four times as many programs.
     dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=4),
-    # few input channels: conv2d_flat_kernel needs the registers for addresses and masks
+    # This is for few input channels: conv2d_flat_kernel needs registers for addresses and masks.
     dict(BLOCK_M=64, BLOCK_N=32, BLOCK_K=16, num_warps=4, num_stages=2),
 ]
 DEFAULT = {2: TILES[0], 4: TILES[1]}
 FLAT_DEFAULT = {2: TILES[6], 4: TILES[6]}
-# The rungs that a call takes only if it is forced to: `use_tile("conv2d", tile)`, or a sweep.
+# A call takes these two only where `use_tile("conv2d", tile)` or a sweep forces it to.
 RUNGS = [
-    # eight products a thread and step: more of them, and their addresses spill
+    # A thread does 32 * 32 / 128 = 8 products a step. For more of them, its addresses would spill.
     dict(kernel="direct", BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=2),
     dict(kernel="flat", BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=3),
 ]
-FEW_CHANNELS = 16  # below this a block of one tap's channels would be mostly padding
+# A block of one tap's channels has at least 16. With fewer channels it would hold padding.
+FEW_CHANNELS = 16
 
 
 @triton.jit
@@ -119,12 +128,11 @@ def conv2d_direct_kernel(
 ):  # fmt: skip
     """One program computes a tile of y: BLOCK_M pixels x BLOCK_N channels of one group.
 
-    Naive: the seven loops as they are written on paper, four of them side by side in the tile and
-    the other three one after the other. Each step is BLOCK_M + BLOCK_N numbers and their products,
-    and no tensor core multiplies single numbers.
+    Naive: the tile stands for the loops over n, p, q and k. Those over r, s and c run in turn, and
+    a step multiplies BLOCK_M numbers by BLOCK_N, each by each. C and K are per group.
     """
     blocks_n = tl.cdiv(K, BLOCK_N)
-    pid_m = tl.program_id(0) // blocks_n  # programs that share their pixels run side by side
+    pid_m = tl.program_id(0) // blocks_n  # Neighbouring programs share their pixels.
     pid_n = tl.program_id(0) % blocks_n
     group = tl.program_id(1).to(tl.int64)
     M = tl.cast(N, tl.int64) * P * Q
@@ -170,12 +178,11 @@ def conv2d_flat_kernel(
 ):  # fmt: skip
     """One program computes a tile of y: BLOCK_M pixels x BLOCK_N channels of one group.
 
-    Implicit GEMM, and the one for few channels: taps and channels are one long sum over j in
-    [0, R*S*C), a step of it is a product for the tensor cores, and every step finds out which
-    (r, s, c) its columns are. C and K are per group.
+    Tensor cores: taps and channels are one sum over j in [0, R*S*C), and each step finds out which
+    (r, s, c) its j are. So even few channels fill a step. C and K are per group.
     """
     blocks_n = tl.cdiv(K, BLOCK_N)
-    pid_m = tl.program_id(0) // blocks_n  # programs that share their pixels run side by side
+    pid_m = tl.program_id(0) // blocks_n  # Neighbouring programs share their pixels.
     pid_n = tl.program_id(0) % blocks_n
     group = tl.program_id(1).to(tl.int64)
     x_ptr += group * C * stride_xc
@@ -184,9 +191,10 @@ def conv2d_flat_kernel(
     M = tl.cast(N, tl.int64) * P * Q
     offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    pixel = offs_m % M  # past the border it wraps around: valid to read, never stored
+    # Rows past the last pixel wrap around: they read something valid that is never stored.
+    pixel = offs_m % M
     n, p, q = pixel // Q // P, pixel // Q % P, pixel % Q
-    h, w = p * STRIDE_H - PAD_H, q * STRIDE_W - PAD_W  # of tap (0, 0)
+    h, w = p * STRIDE_H - PAD_H, q * STRIDE_W - PAD_W  # where tap (0, 0) lies
     x_rows = n * stride_xn + h * stride_xh + w * stride_xw
     w_cols = offs_n % K * stride_wk
 
@@ -232,14 +240,16 @@ def conv2d_kernel(
 ):  # fmt: skip
     """One program computes a tile of y: BLOCK_M pixels x BLOCK_N channels of one group.
 
-    Faster: a step is a block of channels of one tap. A tap moves all pixels by the same distance:
-    the tile of addresses is made once, a step adds one number to it, and divides only scalars.
+    Faster: a step is a block of channels of one tap. A tap shifts all pixels by the same distance,
+    so the addresses are computed once, and a step adds one number to all. C and K are per group.
     """
     blocks_n = tl.cdiv(K, BLOCK_N)
     pid_m = tl.program_id(0) // blocks_n
     pid_n = tl.program_id(0) % blocks_n
     group = tl.program_id(1).to(tl.int64)
-    INDEX: tl.constexpr = tl.int32 if NEAR else tl.int64  # half the registers, half the additions
+    # A register has 32 bits. An offset of 64 bits takes two, and two instructions to add. NEAR says
+    # that 32 bits are enough.
+    INDEX: tl.constexpr = tl.int32 if NEAR else tl.int64
     x_ptr += group * C * stride_xc
     w_ptr += group * K * stride_wk
 
@@ -247,19 +257,23 @@ def conv2d_kernel(
     offs_m = pid_m.to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n.to(INDEX) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_c = tl.arange(0, BLOCK_K).to(INDEX)
-    pixel = offs_m % M
+    pixel = offs_m % M  # Rows past the last pixel wrap around, as above.
     n, p, q = pixel // Q // P, pixel // Q % P, pixel % Q
-    h, w = p * STRIDE_H - PAD_H, q * STRIDE_W - PAD_W
+    h, w = p * STRIDE_H - PAD_H, q * STRIDE_W - PAD_W  # where tap (0, 0) lies
+    # In channels_last memory stride_xc is 1: the channels of a pixel are neighbours, and a row of
+    # the tile is one contiguous load. Other strides work as well.
     x_rows = n * stride_xn + h * stride_xh + w * stride_xw
     x_offs = x_rows[:, None] + (offs_c * stride_xc)[None, :]  # [BLOCK_M, BLOCK_K]
     w_offs = (offs_c * stride_wc)[:, None] + (offs_n % K * stride_wk)[None, :]
-    step_h = tl.cast(stride_xh, tl.int64) * DIL_H  # from one tap to the next
+    # These are the distances in memory from one tap, or one channel, to the next.
+    step_h = tl.cast(stride_xh, tl.int64) * DIL_H
     step_w = tl.cast(stride_xw, tl.int64) * DIL_W
     step_c = tl.cast(stride_xc, tl.int64)
     step_wr, step_ws = tl.cast(stride_wr, tl.int64), tl.cast(stride_ws, tl.int64)
     step_wc = tl.cast(stride_wc, tl.int64)
 
-    # Which taps fall into the padding, a bit each, where a word has as many.
+    # For each pixel, one bit per tap says whether that tap lies inside the image. An int32 holds
+    # the bits of up to 32 taps.
     BITS: tl.constexpr = R * S <= 32 and PAD_H + PAD_W > 0
     bits = tl.full((BLOCK_M,), 0, tl.int32)
     if BITS:
@@ -278,10 +292,10 @@ def conv2d_kernel(
         w_ptrs = w_ptr + (r * step_wr + s * step_ws + c * step_wc) + w_offs
         if BITS:
             inside = ((bits >> tap) & 1) != 0
-        else:
+        else:  # There are more than 32 taps; or there is no padding, and every tap is inside.
             inside = (h + r * DIL_H >= 0) & (h + r * DIL_H < H)
             inside &= (w + s * DIL_W >= 0) & (w + s * DIL_W < W)
-        if EVEN_C:
+        if EVEN_C:  # C is a multiple of BLOCK_K: no channel needs a mask.
             if PAD_H + PAD_W > 0:
                 x = tl.load(x_ptrs, mask=inside[:, None], other=0.0)
             else:
@@ -305,7 +319,7 @@ def conv2d_kernel(
 
 
 def _empty_output(x, weight, stride, padding, dilation):
-    """y, channels_last."""
+    """Return an empty y [N, K, P, Q], channels_last."""
     P, Q = output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
     return empty_channels_last((x.shape[0], weight.shape[0], P, Q), x)
 
@@ -321,6 +335,16 @@ def _conv2d(
     groups: int,
     activation: str | None,
 ) -> torch.Tensor:
+    # A call takes the first of these for which the condition holds:
+    #
+    #     conv2d_depthwise.py    every channel has a filter of its own (`is_depthwise`)
+    #     matmul.py              1x1 filters, stride 1, no padding, no groups (`as_pixels`)
+    #     conv2d_tma.py          the GPU has TMA, and TMA can read the tensors (`plan_for`)
+    #     conv2d_flat_kernel     a group has fewer than FEW_CHANNELS input channels
+    #     conv2d_kernel          all other calls
+    #
+    # A tile that is forced or tuned can choose otherwise: pointers instead of TMA, or one of RUNGS
+    # instead of conv2d_kernel.
     y = _empty_output(x, weight, stride, padding, dilation)
     if is_depthwise(weight, groups):
         conv2d_depthwise(x, weight, bias, y, stride, padding, dilation, activation)
@@ -334,11 +358,13 @@ def _conv2d(
     pixels = None
     if R * S == 1:
         pixels = as_pixels(x, stride, padding, groups)
-    if pixels is not None:  # a filter of one pixel: a matmul
+    if pixels is not None:  # x is [M, C] in memory, and a filter is a column of C numbers
         rows = y.permute(0, 2, 3, 1).view(M, K)
         matmul_into(rows, pixels, weight.view(K, C).t(), bias, activation, precision)
         return y
 
+    # `can` names the kernels among which a tile may choose. With groups or few channels, RUNGS are
+    # not among them.
     can = ("pointer", *(tile["kernel"] for tile in RUNGS)) if op == "conv2d" else ("pointer",)
     plan = plan_for(x, weight, stride, padding, dilation, groups, precision)
     default, can = choices(
@@ -346,6 +372,8 @@ def _conv2d(
         lambda sms: fast_tile(plan, x.itemsize, sms),
     )  # fmt: skip
     tile = choose_tile(op, x.dtype, default, can, M=M, N=K, K=R * S * C if flat else C)
+    # `choose_tile` takes a tile without a name for one of "pointer". With few channels that means
+    # conv2d_flat_kernel, which takes the place of conv2d_kernel there.
     rung = tile.get("kernel", "flat" if flat else "pointer")
     if rung == "tma":
         conv2d_tma(plan, x, weight, bias, activation, y, tile, precision, padding)
@@ -355,7 +383,8 @@ def _conv2d(
         options["PRECISION"] = precision
     if rung == "pointer":
         options["EVEN_C"] = C % tile["BLOCK_K"] == 0
-        padded = (N, C, H + 2 * padding[0], W + 2 * padding[1])  # where a tile's tap (0, 0) may be
+        # Tap (0, 0) of a pixel may lie in the padding, and so may its offset.
+        padded = (N, C, H + 2 * padding[0], W + 2 * padding[1])
         sizes = padded, weight.shape, y.shape
         options["NEAR"] = _are_near(*zip(sizes, (t.stride() for t in (x, weight, y)), strict=True))
     launch(
@@ -370,9 +399,9 @@ def _conv2d(
 
 @functools.lru_cache(maxsize=4096)
 def _are_near(*tensors):
-    """Whether 32 bits hold every offset in these tensors, each given by its sizes and strides."""
+    """Return whether 32 bits hold every offset in these tensors, given as (sizes, strides) each."""
     far = [sum((n - 1) * s for n, s in zip(*t, strict=True)) for t in tensors]
-    return max(far) < 2**30  # and a tile may end beyond the last pixel
+    return max(far) < 2**30  # 2**31 would be too many: a tile may end beyond the last pixel.
 
 
 @_conv2d.register_fake
@@ -391,16 +420,16 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dy):
     x, weight, y = ctx.saved_tensors
-    if weight is None:  # only how it lies in memory is asked for
+    if weight is None:  # No gradient reads its values, but dweight gets its shape and strides.
         weight = dy.new_empty_strided(*ctx.weight_layout)
     geometry = ctx.stride, ctx.padding, ctx.dilation, ctx.groups
     dx = dweight = dbias = None
-    if y is not None:  # through the activation, and the bias gradient in the same pass
+    if y is not None:  # One pass goes through the activation and gives the bias gradient too.
         dy, dbias = bias_activation_backward(dy, y, None, ctx.activation)
     if ctx.needs_input_grad[0]:
         dx = conv2d_input_grad(dy, weight, ctx.input_size, *geometry)
     sum_dy = dbias is None and ctx.needs_input_grad[2]
-    if ctx.needs_input_grad[1] and sum_dy and weight.numel():  # both read dy
+    if ctx.needs_input_grad[1] and sum_dy and weight.numel():  # One pass over dy gives both.
         dweight, dbias = conv2d_weight_bias_grad(x, dy, weight, *geometry)
     else:
         if ctx.needs_input_grad[1]:
@@ -427,27 +456,30 @@ def conv2d(
 
     Args:
         x: [N, C, H, W]; float32, float16 or bfloat16; any strides, fastest in channels_last memory.
-            On GPUs with TMA one of fewer than 8 channels (4 in float32) is packed first; no other
-            is copied.
-        weight: [K, C/groups, R, S], of x's dtype; any strides, fastest in channels_last memory: on
-            GPUs with TMA others are packed, and so are those of groups of fewer than 64 filters.
+            GPUs with TMA (Hopper and later) first pack an x of fewer than 8 channels (4 in float32)
+            into a copy. No other x is copied.
+        weight: [K, C/groups, R, S], of x's dtype; any strides, fastest in channels_last memory.
+            GPUs with TMA first pack other weights into a copy, and those of groups of fewer than 64
+            filters.
         bias: [K], of x's dtype, or None.
-        stride: in pixels, an int or (height, width).
-        padding: zeros on each side, an int or (height, width).
-        dilation: distance of the filter's taps in pixels, an int or (height, width).
-        groups: of channels; C for a depthwise convolution.
-        activation: None, "relu", "gelu" (exact), "gelu_tanh" or "silu". With gradients, the sum is
-            rounded to x's dtype before the bias and one other than ReLU.
+        stride: the distance between neighbouring windows in pixels, an int or (height, width).
+        padding: the rows and columns of zeros on each side of the image, an int or (height, width).
+        dilation: the distance between neighbouring taps in pixels, an int or (height, width).
+        groups: into how many groups the channels of x and the filters are divided; C for a
+            depthwise convolution.
+        activation: None, "relu", "gelu" (exact), "gelu_tanh" or "silu". If an input requires a
+            gradient, all but "relu" round the sum to x's dtype before bias and activation.
 
     Returns:
-        [N, K, P, Q] of x's dtype in channels_last memory, accumulated in float32. float32 products
-        are rounded to TF32 on the GPU where `torch.backends.cudnn.allow_tf32` (or its newer
-        `conv.fp32_precision`) says so, which is torch's default. Where x or groups are packed, what
-        is not finite in x may make NaN of a few neighbouring outputs.
+        [N, K, P, Q] of x's dtype in channels_last memory, accumulated in float32, with
+        P = floor((H + 2 * padding - dilation * (R - 1) - 1) / stride) + 1, and Q likewise.
+        A GPU rounds float32 operands to TF32 if `torch.backends.cudnn.allow_tf32` (or its newer
+        `conv.fp32_precision`) says so, as is torch's default. Where x or groups are packed, an
+        infinity or NaN in x may make a few neighbouring outputs NaN.
 
     Raises:
-        TypeError: a dtype or device that is not supported, or differs between the tensors.
-        ValueError: shapes or geometry that do not fit, or an unknown activation.
+        TypeError: a dtype or device is not supported, or differs between the tensors.
+        ValueError: shapes or geometry do not fit, or the activation is unknown.
 
     Source: torch.nn.functional.conv2d, and torch.relu or its gelu and silu.
 

@@ -1,34 +1,41 @@
-"""Convolution + bias + ReLU + 2x2 max-pool in one kernel, and back: the demo network's block.
+"""Convolution, bias, ReLU and 2x2 max-pool in one kernel: a block of the demo network.
 
     forward     z = conv2d(x, weight) + bias        x [N, C, H, W], weight [K, C, R, S], stride 1
                 y[n,k,i,j] = max(0, the largest of z[n, k, 2i + a, 2j + b], a and b in {0, 1})
     backward    dz = dy at the place of the maximum if y > 0, zero everywhere else
                 dx, dweight, dbias: those of the convolution for this dz
+                (a lesson of its own: conv2d_relu_pool_grad.py)
 
-As three kernels, z is written, read and written by the ReLU, and read by the pool: four passes over
-an array four times the size of y, and as many back. Here z never leaves the registers. What is kept
-for the backward is one byte an output: which of the four was the largest (0..3 = 2a + b), or 4
-where the ReLU let none through.
+The place of a pixel in its 2x2 window is 2a + b, 0 to 3. For the backward, the forward keeps one
+byte per output: the place of the maximum, or 4 where the ReLU let none through. z is never written
+to memory.
 
-The four outputs of a window need one patch of (R+1) x (S+1) inputs, most of it more than once:
+A window needs a patch of (R+1) x (S+1) input pixels, and its four places share most of them:
 
-    patch (u, v) of a 3x3 filter      One program owns BLOCK_M windows x BLOCK_N channels, with four
-        v ->                          accumulators, one for each place (a, b). It walks along the
-      u 0  01 01 1                    patch: one load of x, four products. For place (a, b) patch
-      | 02 *  *  13                   pixel (u, v) meets the weight (u - a, v - b), which is 0
-      v 02 *  *  13                   outside of the filter. Left: which places use which pixel
-        2  23 23 3                    (* all four).
+    patch (u, v) of a 3x3 filter      One program owns BLOCK_M windows x BLOCK_N channels. It has
+        v ->                          an accumulator for each place. It walks along the patch: one
+      u 0  01 01 1                    load of x, then a product for each place. For place (a, b),
+      | 02 *  *  13                   patch pixel (u, v) meets the weight (u - a, v - b), which is
+      v 02 *  *  13                   0 outside of the filter. On the left: which places use a
+        2  23 23 3                    pixel (* is all four).
 
-16 loads where four separate outputs would make 36. The price is 64 products for 36: fine where
-loads are what is slow, which is true of few channels on a GPU, and of the interpreter always.
+    for each tile of windows and channels, in parallel:
+        acc[place] = 0, for the four places
+        for each patch pixel (u, v), and each block of channels c:
+            acc[a, b] += x[windows shifted by (u, v), c] @ weight[u - a, v - b, c], for all a, b
+        y, place = max(0, largest of the four + bias), where it was
 
-Its gradients are a lesson of their own: conv2d_relu_pool_grad.py.
+For a 3x3 filter these are 16 loads of x instead of 36, but 64 products instead of 36. This pays
+where loads are slow: on a GPU with few channels, and always in the interpreter. From 8 channels on
+(4 in float32), a GPU with TMA uses the kernel of conv2d_tma.py instead, which can end with a pool.
 
-Memory-bound for small C and K: e(|x| + |y|) + |y| bytes forward, against e(|x| + 4|z| + |y|) of
-three kernels, with |z| = 4|y|.
+What limits it, for few channels: memory. In bytes, with e bytes an element and |z| = 4|y|:
 
-Read first: conv2d.py. Source: the fusion is the one every inference engine does; keeping the place
-as a byte instead of z is what makes it pay in training.
+    fused             e(|x| + |y|) + |y|          the last term is the places
+    three kernels     e(|x| + 4|z| + |y|)         z out, z in and out (ReLU), z in (pool)
+
+Read first: conv2d.py. Source: every inference engine fuses these. Keeping a byte and not z makes it
+pay in training too.
 """
 
 import torch
@@ -50,11 +57,11 @@ def reference(x, weight, bias=None, padding=0):
 
 
 TILES = [
-    # four accumulators of 64x32 are 64 registers of each thread
+    # This is the default in 16-bit. Four accumulators of 64x32 take 64 registers of each thread.
     dict(BLOCK_M=64, BLOCK_N=32, BLOCK_K=32, num_warps=4, num_stages=3),
-    # float32: half the columns
+    # This is the default in float32, with half as many columns.
     dict(BLOCK_M=64, BLOCK_N=16, BLOCK_K=32, num_warps=4, num_stages=3),
-    # one input channel, 3x3: the whole patch is one step of 16
+    # With one input channel and a 3x3 filter, the whole patch is one step of 16.
     dict(BLOCK_M=128, BLOCK_N=16, BLOCK_K=16, num_warps=4, num_stages=2),
 ]
 DEFAULT = {2: TILES[0], 4: TILES[1]}
@@ -77,13 +84,14 @@ def conv2d_relu_pool_kernel(
     offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < K
-    window = offs_m % M  # past the border it wraps around: valid to read, never stored
+    # Rows past the last window wrap around: they read something valid that is never stored.
+    window = offs_m % M
     n, p, q = window // Q // P, window // Q % P, window % Q
-    h, w = p * 2 - PAD_H, q * 2 - PAD_W  # of patch pixel (0, 0)
+    h, w = p * 2 - PAD_H, q * 2 - PAD_W  # where patch pixel (0, 0) lies
     x_rows = n * stride_xn + h * stride_xh + w * stride_xw
     w_cols = offs_n % K * stride_wk
 
-    # Patch pixel (u, v) meets the weight (u - a, v - b): one base for each place (a, b).
+    # Patch pixel (u, v) meets the weight (u - a, v - b), so each place (a, b) has its own base.
     w0_ptr, w1_ptr = w_ptr, w_ptr - stride_ws
     w2_ptr, w3_ptr = w0_ptr - stride_wr, w1_ptr - stride_wr
 
@@ -92,7 +100,7 @@ def conv2d_relu_pool_kernel(
     acc2 = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)  # place (1, 0)
     acc3 = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)  # place (1, 1)
     for j0 in range(0, (R + 1) * (S + 1) * C, BLOCK_K):
-        j = j0 + tl.arange(0, BLOCK_K).to(tl.int64)  # of the patch: (u, v, c), c fastest
+        j = j0 + tl.arange(0, BLOCK_K).to(tl.int64)  # j numbers (u, v, c); c is fastest
         c = j % C
         v = j // C % (S + 1)
         u = j // C // (S + 1)
@@ -133,7 +141,7 @@ def conv2d_relu_pool_kernel(
 
 
 def _empty_outputs(x, weight, padding):
-    """Return y and the place of each maximum, both channels_last [N, K, P//2, Q//2]."""
+    """Return empty y and places, both channels_last [N, K, P//2, Q//2]."""
     P, Q = output_size(x.shape[2:], weight.shape[2:], (1, 1), padding)
     y = empty_channels_last((x.shape[0], weight.shape[0], P // 2, Q // 2), x)
     return y, empty_channels_last(y.shape, x, torch.uint8)
@@ -153,7 +161,7 @@ def _conv2d_relu_pool(
         plan, x, DEFAULT, ("pointer",), lambda sms: fast_tile(plan, x.itemsize, sms, pool=True)
     )
     tile = choose_tile("conv2d_relu_pool", x.dtype, default, can, M=M, N=K, K=patch)
-    if "kernel" in tile:  # the convolution's kernel, with this epilogue
+    if "kernel" in tile:  # It names "tma": the kernel of conv2d_tma.py, with a pool at its end.
         conv2d_tma(plan, x, weight, bias, "relu", y, tile, precision, padding, place)
         return y, place
     launch(
@@ -173,7 +181,7 @@ def _(x, weight, bias, padding):
 
 def _setup_context(ctx, inputs, output):
     x, weight, _, ctx.padding = inputs
-    ctx.set_materialize_grads(False)  # or zeros would come for the places
+    ctx.set_materialize_grads(False)  # Otherwise torch makes zeros as a gradient of the places.
     ctx.input_size, ctx.weight_layout = list(x.shape), (weight.shape, weight.stride())
     needs_dx, needs_dweight, *_ = ctx.needs_input_grad
     saved = x if needs_dweight else None, weight if needs_dx else None, output[1]
@@ -182,7 +190,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dy, _):
     x, weight, place = ctx.saved_tensors
-    if weight is None:  # only how it lies in memory is asked for
+    if weight is None:  # No gradient reads its values, but dweight gets its shape and strides.
         weight = dy.new_empty_strided(*ctx.weight_layout)
     wanted = list(ctx.needs_input_grad[:3])
     grads = conv2d_relu_pool_backward(
@@ -206,17 +214,18 @@ def conv2d_relu_pool(
         x: [N, C, H, W]; float32, float16 or bfloat16; any strides, fastest in channels_last memory.
         weight: [K, C, R, S], of x's dtype; any strides.
         bias: [K], of x's dtype, or None.
-        padding: zeros on each side, an int or (height, width).
+        padding: the rows and columns of zeros on each side of the image, an int or (height, width).
 
     Returns:
-        [N, K, P // 2, Q // 2] of x's dtype in channels_last memory, for a convolution of [P, Q]; an
-        odd last row or column is dropped, as `max_pool2d` does. Differentiable in x, weight, bias.
-        What is not finite in x may make NaN of every window whose patch holds it, and in dy of
-        every 2x2 quad that its patch touches: the four places of a window share one load.
+        [N, K, P // 2, Q // 2] of x's dtype in channels_last memory, where the convolution is
+        [N, K, P, Q]. An odd last row or column is dropped, as `max_pool2d` does. The result is
+        differentiable in x, weight and bias. The four places of a window share their loads, so an
+        infinity or NaN in x may make NaN of every window whose patch holds it. One in dy may make
+        NaN of every 2x2 quad of dx that its patch touches.
 
     Raises:
-        TypeError: a dtype or device that is not supported, or differs between the tensors.
-        ValueError: shapes that do not fit, or a convolution smaller than one window.
+        TypeError: a dtype or device is not supported, or differs between the tensors.
+        ValueError: shapes do not fit, or the convolution is smaller than one window.
 
     Source: torch.nn.functional.conv2d, relu and max_pool2d.
 
@@ -230,7 +239,7 @@ def conv2d_relu_pool(
 
 
 def check_pooled(x, weight, bias, padding):
-    """Raise for what no convolution with a pool can be made of; return the padding as a pair."""
+    """Raise if the arguments make no convolution with a pool. Return the padding as a pair."""
     _, padding, _ = check_conv2d(x, weight, bias, 1, padding, 1, 1, None)
     (_, _, H, W), (_, _, R, S) = x.shape, weight.shape
     if H + 2 * padding[0] - R < 1 or W + 2 * padding[1] - S < 1:  # P or Q below 2

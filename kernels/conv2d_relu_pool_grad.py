@@ -1,42 +1,39 @@
-"""The gradients of conv2d_relu_pool: a scatter that saves products, or products that save a pass.
+"""The gradients of conv2d_relu_pool, in two ways: scattered, or fused.
 
     forward     y[n,k,i,j] = max(0, the largest of z[n, k, 2i + a, 2j + b], a and b in {0, 1})
-                with z = conv2d(x, weight) + bias; kept is the place 2a + b, or 4 where the ReLU
-                let none through
+                with z = conv2d(x, weight) + bias. It keeps the place of the maximum: 2a + b, or 4
+                where the ReLU let none through
     backward    dz = dy at its place, zero everywhere else
                 dx, dweight: those of the convolution for this dz; dbias = sum of dz
 
-There are two ways, and which is the faster one depends on the channels.
-
-Scattered. dz is written, and the convolution's own gradients read it. A window owns the 2x2 pixels
-of dz that it covers: each is written once, none has to be cleared first, and no two programs meet.
+**Scattered.** A kernel writes dz, and the convolution's own gradients read it. A window owns the
+2x2 pixels of dz that it covers, so each pixel is written once, and by one program.
 
     dy       place        dz
-    5 7      0 3          5 . | . .        One program owns BLOCK_N channels of some windows,
-    2 9      4 1          . . | . 7        and sums the columns of what it scatters: the bias
-                          ----+----        gradient, in the same pass. Where P or Q is odd, the
-                          . . | . 9        last row or column has no window; it belongs to half a
-                          . . | . .        one, whose dy is zero.
+    5 7      0 3          5 . | . .        One program owns BLOCK_N channels of a part of the
+    2 9      4 1          . . | . 7        windows. It also sums the columns of what it scatters,
+                          ----+----        which is the bias gradient. Where P or Q is odd, the
+                          . . | . 9        last row or column of dz belongs to half windows. They
+                          . . | . .        have no dy, so it gets zeros.
 
-Fused. dz is never written. As in the forward, the block is a convolution of stride 2 with an
-(R+1) x (S+1) filter and 4K channels. Its gradients are that one's, dy being spread to the four
-places as it is loaded:
+**Fused.** dz is never written. As in the forward, the four places make this a convolution of stride
+2, with an (R+1) x (S+1) filter and 4K channels. Masks give each dy to its place as it is loaded:
 
-    dx       each 2x2 quad of inputs gathers from the (R//2 + 1) x (S//2 + 1) windows that read it
-    dweight  four sums, dy at place (a, b) times the patch, each shifted by (a, b) as it is stored
+    dx         One program owns BLOCK_M quads x BLOCK_N channels. A quad is 2x2 pixels of x. It
+               gathers from the (R//2 + 1) x (S//2 + 1) windows that read it.
+    dweight    One program owns BLOCK_M channels k x BLOCK_N of the patch, for a part of the
+               windows. It keeps four sums of products: dy at place (a, b) times the patch. It
+               stores each of them shifted by (a, b).
 
-What both gradients cost, for one window and channel k of a 3x3 layer with C channels in 16-bit:
+What limits it: bytes or FLOPs, by the number of channels. For one window and one channel k of a 3x3
+layer with C input channels, in 16-bit, dx and dweight together take:
 
-                bytes of dy, place and dz                  FLOPs
-    scattered   3 read, 8 written, 8 read twice:   27      2 * 72 C,  by kernels without a detour
-    fused       3 read twice:                       6      2 * 128 C, four dots a step
+                   bytes of dy, place and dz                FLOPs
+    scattered      3 read, 8 written, 8 read twice: 27      2 * 72 C
+    fused          3 read twice: 6                          2 * 128 C
 
-So 21 bytes stand against 112 C FLOPs and the better kernel. An H200 moves 21 bytes in 4.4 ps. The
-fused kernels, as compiled for it, do a VGG16 layer's own FLOPs at some 100 TFLOP/s, by prediction:
-1.4 C ps. Those of a convolution by TMA should do five times as many, but their tiles have 64
-channels at least: 0.3 max(C, 64) ps. So they are even at 16 channels, and WIDE is the next power of
-two. Without tensor cores or TMA the lines cross at fewer. The demo (1 and 16 channels) is fused,
-VGG16 (64 to 512) scatters.
+So it pays to fuse few channels and to scatter many. `WIDE`, below, is the limit between them. In
+the demo, 1 and 16 channels are fused; in VGG16, 64 to 512 channels are scattered.
 
 Read first: conv2d_relu_pool.py, conv2d_input_grad.py, conv2d_weight_grad.py.
 """
@@ -55,11 +52,12 @@ from tilelab.kernels.conv2d_input_grad import conv2d_input_grad, conv2d_input_gr
 from tilelab.kernels.conv2d_weight_grad import conv2d_weight_grad
 
 TILES = [
-    # input gradient: the accumulator has 4 * BLOCK_N columns, and four warps would spill; in
-    # float32 half the depth
+    # These two are for dx, in 16-bit and in float32. The accumulator has 4 * BLOCK_N columns, and
+    # with four warps it would spill. In float32 a step is half as deep.
     dict(BLOCK_M=64, BLOCK_N=16, BLOCK_K=32, num_warps=8, num_stages=2),
     dict(BLOCK_M=64, BLOCK_N=16, BLOCK_K=16, num_warps=8, num_stages=2),
-    # weight gradient: four accumulators of 64x32 are 64 registers of each thread; and in float32
+    # These two are for dweight, in 16-bit and in float32. Four accumulators of 64x32 take 64
+    # registers of each thread.
     dict(BLOCK_M=64, BLOCK_N=32, BLOCK_K=32, num_warps=4, num_stages=3),
     dict(BLOCK_M=32, BLOCK_N=16, BLOCK_K=16, num_warps=8, num_stages=2),
 ]
@@ -67,14 +65,27 @@ INPUT_DEFAULT = {2: TILES[0], 4: TILES[1]}
 WEIGHT_DEFAULT = {2: TILES[2], 4: TILES[3]}
 
 UNPOOL_TILES = [
-    # the default in 16-bit: 16 channels a thread, so that their places are 16 bytes, too
+    # This is the default in 16-bit. A thread has 16 channels, so their places are 16 bytes too.
     dict(kernel="unpool", BLOCK_M=32, BLOCK_N=64, num_warps=4),
-    dict(kernel="unpool", BLOCK_M=16, BLOCK_N=64, num_warps=4),  # and in float32
+    dict(kernel="unpool", BLOCK_M=16, BLOCK_N=64, num_warps=4),  # the default in float32
     dict(kernel="unpool", BLOCK_M=8, BLOCK_N=256, num_warps=4),  # whole cache lines of a pixel
 ]
 UNPOOL_DEFAULT = {2: UNPOOL_TILES[0], 4: UNPOOL_TILES[1]}
-FUSED = dict(kernel="pointer")  # of "unpool": that nothing is to be scattered
-WIDE = 32  # channels C and K from which on to scatter
+FUSED = dict(kernel="pointer")  # A tile of "unpool" that says: scatter nothing.
+
+# From which number of channels on is it faster to scatter? By the table above, fusing saves 21
+# bytes for each window and channel k. Times on an H200, predicted and not measured:
+#
+#                                                               ps
+#     21 bytes at 4.8 TB/s                                      4.4
+#     2 * 72 C FLOPs by the fused kernels, at 100 TFLOP/s       1.4 C
+#     2 * 72 C FLOPs by TMA, at 500 TFLOP/s                     0.3 C, and 0.3 * 64 at least
+#
+# (Both rates count the FLOPs of the convolution alone, for a layer of VGG16. The fused kernels do
+# more, as above. Tiles by TMA have at least 64 channels.) Both ways take the same time where
+# 1.4 C = 4.4 + 0.3 * 64, at C = 17, and WIDE is the next power of two. Without tensor cores or TMA
+# this C is smaller.
+WIDE = 32
 MOST_INT32 = 2**31
 
 
@@ -84,10 +95,10 @@ def unpool_kernel(
     stride_dyn, stride_dyk, stride_dyp, stride_dyq,
     INDEX: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program scatters `part_windows` x BLOCK_N channels to dz [N, K, P, Q], and sums columns.
+    """One program computes dz of `part_windows` windows x BLOCK_N channels, and its column sums.
 
-    An image has ROWS x COLUMNS windows, P / 2 and Q / 2 rounded up. Place and dz are channels_last.
-    INDEX numbers the windows, with 32 bits if they are enough. db_ptr is [parts, K].
+    dz [N, K, P, Q] and place are channels_last. An image has ROWS x COLUMNS windows: P / 2 and
+    Q / 2 rounded up. INDEX is the dtype that numbers windows. db_ptr is [parts, K].
     """
     offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = (offs_n < K)[None, :]
@@ -103,7 +114,7 @@ def unpool_kernel(
         p = row - n * ROWS
         n, p, q = n.to(tl.int64), p.to(tl.int64), q.to(tl.int64)
         exists = offs_m < last
-        # Half a window has no second row or column.
+        # Half a window at the border has no second row or column, and no dy.
         below, right = exists & (2 * p + 1 < P), exists & (2 * q + 1 < Q)
         mask = (below & right)[:, None] & mask_n  # [BLOCK_M, BLOCK_N]
         rows = n * stride_dyn + p * stride_dyp + q * stride_dyq
@@ -141,8 +152,8 @@ def conv2d_relu_pool_input_grad_kernel(
 ):  # fmt: skip
     """One program computes BLOCK_M quads (2x2 pixels) x BLOCK_N channels of dx.
 
-    An image has ROWS_H x ROWS_W quads, in padded coordinates. Each is a row; its four pixels are
-    four blocks of columns, so that dy and the places are loaded once for all of them.
+    A padded image has ROWS_H x ROWS_W quads. In the accumulator, a quad is a row and its pixels
+    are four blocks of columns, so dy and the places are loaded once for all four.
     """
     blocks_n = tl.cdiv(C, BLOCK_N)
     pid_m = tl.program_id(0) // blocks_n
@@ -151,23 +162,23 @@ def conv2d_relu_pool_input_grad_kernel(
     offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     quad = offs_m % M
     n = quad // ROWS_W // ROWS_H
-    i = quad // ROWS_W % ROWS_H  # the window whose patch begins at this quad
+    i = quad // ROWS_W % ROWS_H  # The patch of window (i, j) begins at this quad.
     j = quad % ROWS_W
-    cols = tl.arange(0, 4 * BLOCK_N).to(tl.int64)  # (e, f, c): pixel (e, f) of the quad, channel c
+    cols = tl.arange(0, 4 * BLOCK_N).to(tl.int64)  # columns are (e, f, c): pixel (e, f)
     c = pid_n.to(tl.int64) * BLOCK_N + cols % BLOCK_N
     e = cols // BLOCK_N // 2
     f = cols // BLOCK_N % 2
     offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
 
-    # Patch pixel (u, v) meets the weight (u - a, v - b): one base for each place (a, b).
+    # Patch pixel (u, v) meets the weight (u - a, v - b), so each place (a, b) has its own base.
     w0_ptr, w1_ptr = w_ptr, w_ptr - stride_ws
     w2_ptr, w3_ptr = w0_ptr - stride_wr, w1_ptr - stride_wr
 
     acc = tl.full((BLOCK_M, 4 * BLOCK_N), 0.0, tl.float32)
     blocks_k = tl.cdiv(K, BLOCK_K)
     for step in range(0, (R // 2 + 1) * (S // 2 + 1) * blocks_k):
-        i_up = step // blocks_k // (S // 2 + 1)  # the window this many rows further up
-        j_up = step // blocks_k % (S // 2 + 1)  # and columns further left
+        i_up = step // blocks_k // (S // 2 + 1)  # The window lies this many rows further up
+        j_up = step // blocks_k % (S // 2 + 1)  # and this many columns further left.
         k = step % blocks_k * BLOCK_K + offs_k
         p, q = i - i_up, j - j_up
         inside = (p >= 0) & (p < P) & (q >= 0) & (q < Q)
@@ -199,7 +210,7 @@ def conv2d_relu_pool_input_grad_kernel(
     h = (2 * i - PAD_H)[:, None] + e[None, :]
     w = (2 * j - PAD_W)[:, None] + f[None, :]
     mask = (offs_m < M)[:, None] & (c < C)[None, :]
-    mask &= (h >= 0) & (h < H) & (w >= 0) & (w < W)
+    mask &= (h >= 0) & (h < H) & (w >= 0) & (w < W)  # dx has no padding.
     dx_rows = n * stride_dxn + (2 * i - PAD_H) * stride_dxh + (2 * j - PAD_W) * stride_dxw
     dx_cols = e * stride_dxh + f * stride_dxw + c * stride_dxc
     dx_ptrs = dx_ptr + dx_rows[:, None] + dx_cols[None, :]
@@ -215,10 +226,10 @@ def conv2d_relu_pool_weight_grad_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program sums `part_windows` into BLOCK_M channels k x BLOCK_N of the patch (u, v, c).
+    """One program computes a part of dweight: BLOCK_M channels k x BLOCK_N of the patch (u, v, c).
 
-    dw_ptr is [parts, 4, SIZE]: for each place a partial dweight, shifted into place. Programs of
-    the first patch block also write db_ptr [parts, K].
+    It sums over `part_windows` windows. dw_ptr is [parts, 4, SIZE], with a partial dweight for each
+    place. Programs of the first block of the patch also write db_ptr [parts, K].
     """
     blocks_n = tl.cdiv((R + 1) * (S + 1) * C, BLOCK_N)
     pid_m = tl.program_id(0) // blocks_n
@@ -234,7 +245,7 @@ def conv2d_relu_pool_weight_grad_kernel(
     first = part * part_windows
     last = tl.minimum(first + part_windows, tl.cast(N, tl.int64) * P * Q)
 
-    live = tl.full((BLOCK_M, BLOCK_K), 0.0, tl.float32)  # dy where it came through the ReLU
+    live = tl.full((BLOCK_M, BLOCK_K), 0.0, tl.float32)  # dy where the ReLU let it through
     acc0 = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
     acc1 = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
     acc2 = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
@@ -268,7 +279,7 @@ def conv2d_relu_pool_weight_grad_kernel(
         acc2 = tl.dot(tl.where(place == 2, dy, zero), x, acc2, input_precision=PRECISION)
         acc3 = tl.dot(tl.where(place == 3, dy, zero), x, acc3, input_precision=PRECISION)
 
-    # Patch pixel (u, v) met the weight (u - a, v - b), if there is one.
+    # Patch pixel (u, v) met the weight (u - a, v - b), if there is one. It is stored there.
     size = tl.cast(SIZE, tl.int64)
     dw_ptr += part * 4 * size
     dw_cols = u * stride_wr + v * stride_ws + c * stride_wc
@@ -285,15 +296,16 @@ def conv2d_relu_pool_weight_grad_kernel(
 
 
 def _unpool_tile(dy, channels):
-    """The tile to scatter dy with, or FUSED, which has the fewest operations."""
+    """Return the tile to scatter dy with, or FUSED."""
     N, K, P, Q = dy.shape
+    # The interpreter is not modelled. Its time is that of its operations, and FUSED has the fewest.
     wide = min(channels, K) >= WIDE and device_of(dy).modelled
     default = UNPOOL_DEFAULT if wide else dict.fromkeys(UNPOOL_DEFAULT, FUSED)
     return choose_tile("unpool", dy.dtype, default, ("pointer", "unpool"), M=N * P * Q, N=K)
 
 
 def _unpool(dy, place, size, bias, tile):
-    """Return dz [N, K, P, Q] of `size` P and Q, and the bias gradient if `bias`, else None."""
+    """Return dz [N, K, P, Q], where (P, Q) is `size`, and dbias if `bias`, else None."""
     (N, K), (P, Q) = dy.shape[:2], size
     dz = empty_channels_last((N, K, P, Q), dy)
     rows, columns = cdiv(P, 2), cdiv(Q, 2)
@@ -317,7 +329,7 @@ def _unpool(dy, place, size, bias, tile):
 
 
 def _input_grad(dy, place, weight, input_size, padding):
-    """Return dx, by the fused kernel."""
+    """Return dx [N, C, H, W], by the fused kernel."""
     dx = empty_channels_last(input_size, dy)
     (N, C, H, W), (_, _, R, S), (_, K, P, Q) = input_size, weight.shape, dy.shape
     quads = [(extent + 2 * pad + 1) // 2 for extent, pad in zip((H, W), padding, strict=True)]
@@ -334,7 +346,7 @@ def _input_grad(dy, place, weight, input_size, padding):
 
 
 def _weight_grad(x, dy, place, weight, padding):
-    """Return dweight and dbias, by the fused kernel; both sums are added up by one launch."""
+    """Return dweight and dbias, by the fused kernel. One more launch adds up the parts of both."""
     dweight, dbias = torch.empty_like(weight), weight.new_empty(weight.shape[0])
     (N, C, H, W), (_, _, R, S), (_, K, P, Q) = x.shape, weight.shape, dy.shape
     M = N * P * Q
@@ -367,17 +379,18 @@ def conv2d_relu_pool_backward(
     wanted: list[bool],
     relu: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dx, dweight, dbias) of conv2d_relu_pool, of which those that are not `wanted` are empty.
+    """Return dx, dweight and dbias of conv2d_relu_pool, and the bias gradient of the layer before.
 
-    With `relu`, x is itself act(z + bias) with a ReLU: dx is the gradient of z, and the fourth
-    result that of its bias, as conv2d_input_grad_relu has them. x is read for this and for dweight,
-    and of weight, where there is no dx, only how it lies in memory.
+    `wanted` says which of the first three are wanted; the others are empty. With `relu`, x is
+    relu(z + bias), the output of the layer before. Then the first result is the gradient of that z
+    and the fourth that of that bias, as in conv2d_input_grad_relu. x is read for these two and for
+    dweight. If dx is not wanted, only the shape and strides of weight are used.
     """
     dx = dweight = dbias = dbefore = None
     tile = _unpool_tile(dy, weight.shape[1])
     scatter = tile.get("kernel") == "unpool"
-    both = wanted[1] and weight.numel()  # by one fused kernel, which needs x
-    if not scatter and wanted[2] and not both:
+    both = wanted[1] and weight.numel()  # One fused kernel has dweight and dbias.
+    if not scatter and wanted[2] and not both:  # Without dweight, the scatter has dbias.
         scatter, tile = True, UNPOOL_DEFAULT[dy.itemsize]
     if scatter:
         pairs = zip(input_size[2:], weight.shape[2:], padding, strict=True)

@@ -1,52 +1,38 @@
-"""The last rung of the convolution: tiles that the tensor memory accelerator (TMA) fetches.
+"""The convolution for Hopper (sm_90) and later: the tensor memory accelerator (TMA) fetches boxes.
 
-The implicit GEMM of conv2d.py spends most of its loop on addresses: of 156 instructions of a step,
-122 are arithmetic on integers, done by every thread, for pixels that lie side by side anyway. Since
-Hopper (sm_90) a GPU has a unit that is told the tensor once, by a descriptor, and then fetches any
-box out of it, at coordinates, on the word of one thread. A convolution is made for it:
+    forward     y[n,k,p,q] = act(bias[k] + sum over c,r,s of x[n, c, h, w] * weight[k,c,r,s])
+                             with h = p*stride - padding + r*dilation, and w likewise
+    backward    conv2d_input_grad_tma.py and conv2d_weight_grad_tma.py, by the same means
 
-    x as [N, H, W, C]     a box of TILE_N images x TILE_P rows x TILE_Q columns x BLOCK_K channels
-                          is one tap's input of a box of output pixels
+This is the last rung of conv2d.py. In the rung before, a step of the largest tile has 156
+instructions (compiled for sm_90 by triton 3.9.0), and 122 of them are integer arithmetic: taps and
+addresses. But the pixels of a tile lie side by side, and GPUs since Hopper have a unit for that. A
+descriptor tells the TMA once where a tensor lies, and how large a box is. Then one thread asks for
+the box at some coordinates, and the TMA copies it to shared memory.
 
-    tap (r, s) of the output box at (n, p, q) reads the input box at (n, p + r - pad, q + s - pad)
+    x as [N, H, W, C]     A box is TILE_N images x TILE_P rows x TILE_Q columns x BLOCK_K channels.
+                          It is the input of one tap (r, s) for a box of output pixels: for the
+                          pixels at (n, p, q) it lies at (n, p + r - padding, q + s - padding).
 
-        x  . . . . . . . .            so a step of the loop is two requests, and what
-           . # # # # . . .            it computes of the tap is two additions. Where the
-           . # # # # + . .            box sticks out of the image, the unit fills in
-           . # # # # + . .            zeros: the padding costs nothing, neither masks
-           . . + + + + . .            nor a padded copy.
+        x  . . . . . . . .            # lies where the output box does; + is the box of a tap one
+           . # # # # . . .            row down and one column right. So a tap is two additions to
+           . # # # # + . .            coordinates. A step of the loop asks for this box and for
+           . # # # # + . .            one of the filters. Where a box sticks out of the image, the
+           . . + + + + . .            TMA fills in zeros: the padding needs no masks and no copy.
 
-Four things follow from how tensor cores on Hopper (wgmma) want their operands:
+One program owns tiles of BLOCK_M = TILE_N * TILE_P * TILE_Q pixels x BLOCK_N filters, in turn:
 
-1. y^T = W x^T. A tile as it comes from TMA can be the second operand, whatever its rank; as the
-   first, Triton would carry it through registers. So the filters are the rows, and the pixels the
-   columns: acc is [BLOCK_N channels, BLOCK_M pixels], and is transposed as it is stored.
-2. Stride. Of the tensor [N, H/2, 2, W/2, 2*C] (the same memory) a box with one index of the third
-   dimension, and channels c or C + c of the last, is every second row and column: tap r reads
-   row r % 2 of the pair r // 2 further on.
-3. The box. 256 pixels can be 1 x 16 x 16 or 16 x 4 x 4 or 128 x 2 x 1: `pixel_box` takes the one
-   with the least that sticks out. An image of 14 x 14 is 7 x 7 of 2 x 2, with 64 images deep.
-4. A filter of one pixel needs none of this: it is a matmul of the pixels (conv2d.py calls it).
+    for each of its tiles:
+        acc = 0                                             # [BLOCK_N, BLOCK_M], float32
+        for each tap, and each block of channels c:
+            acc += w[tap, filters, c] @ transpose(x[box at the tap, c])
+        y[box, filters] = act(transpose(acc) + bias)
 
-What TMA cannot read is packed first, by a small kernel:
+What limits it: FLOPs and bytes are those of conv2d.py, so tensor cores limit wide 3x3 layers. A 1x1
+filter at stride 1 does not come here: conv2d.py makes it a matmul.
 
-    few channels     an image of 3 channels has 6 bytes a pixel, and TMA wants multiples of 16. Each
-                     stride_h x stride_w pixels become one with so many times the channels, rounded
-                     up to 8 (space to depth), and the convolution one of stride 1:
-
-                         7 x 7, stride 2, C = 3          4 x 4, stride 1, C = 12 (of 16)
-                           | a b | c d | e f | g            | A | B | C | D |
-                     the filter is packed alike, with zeros where it has no tap.
-    many groups      32 groups of 4 channels would be 32 products of 4 columns. 64 filters and their
-                     64 channels are one product whose other blocks of the filter are zero: 16 times
-                     the work, but a product of 4 columns alone fills no more of an instruction.
-    filters          that are not [K, R, S, C] in memory. Keep them channels_last, and none is.
-
-Non-finite numbers: a packed zero times an infinity is NaN, so an inf or a NaN in x can reach a few
-neighbouring outputs (of other groups; just outside of its window) that should not know of it.
-
-Read first: conv2d.py, and matmul.py's second half. Sources: CUTLASS's implicit GEMM has the same
-loop over taps; space to depth for a first layer is Google's, of ResNet-50 in MLPerf Training 0.6.
+Read first: conv2d.py, matmul_tma.py. Sources: CUTLASS's implicit GEMM has the same loop over taps;
+space to depth for a first layer is Google's, of ResNet-50 in MLPerf Training 0.6.
 """
 
 import functools
@@ -65,25 +51,27 @@ from tilelab.kernels._partial_sums import reduce_parts
 from tilelab.kernels._tiles import cdiv, choose_tile, persistent, tma_tile
 from tilelab.kernels.activation import activate
 
-_fast = functools.partial(tma_tile, SPLIT_K=1)  # pixels x filters x channels
+_fast = functools.partial(tma_tile, SPLIT_K=1)  # m pixels x n filters x k channels
 
-# By bytes an element. Compiled for sm_90 with triton 3.6.0 and 3.9.0: no spills, wgmma from shared
-# memory, 128 or 256 pixels wide, loads begun a step ahead or more, at most 115 instructions a step.
+# The key is the bytes of an element. What holds for each tile, compiled for sm_90 by triton 3.6.0
+# and 3.9.0: No register spills. Both operands of wgmma, the tensor-core instruction of sm_90, come
+# from shared memory, and it is 128 or 256 pixels wide. Loads begin at least a step ahead. A step
+# has at most 115 instructions.
 FAST_TILES = {
     2: [
-        # the most reuse that the registers hold
+        # No larger accumulator fits the registers, so this tile loads the least for a product.
         _fast(m=256, n=128, k=64, warps=8, stages=3, per_sm=1),
-        # two programs an SM: one multiplies while the other stores
+        # Two programs share an SM: one multiplies while the other stores.
         _fast(m=128, n=128, k=64, warps=8, stages=2, per_sm=2),
-        # 64 filters (the first stage of a ResNet): nothing of the tile is padding
+        # 64 filters, as in the first stage of a ResNet, fill this tile.
         _fast(m=256, n=64, k=64, warps=4, stages=2, per_sm=2),
-        # few pixels: more tiles; with split-K even more
+        # Layers of few pixels have more of these tiles, and more still if the sum is in parts.
         _fast(m=128, n=64, k=64, warps=4, stages=4, per_sm=2),
-        # 32 and 16 channels: the second stage of a small network, packed stems and groups
+        # These are for 32 and 16 channels: in small networks, and in packed images and groups.
         _fast(m=256, n=64, k=32, warps=4, stages=4, per_sm=2),
         _fast(m=256, n=64, k=16, warps=4, stages=6, per_sm=2),
     ],
-    4: [  # TF32; a step of 32 is as many bytes
+    4: [  # TF32: 32 channels are as many bytes as 64 in 16-bit.
         _fast(m=256, n=128, k=32, warps=8, stages=2, per_sm=1),
         _fast(m=128, n=64, k=32, warps=4, stages=3, per_sm=2),
         _fast(m=128, n=64, k=16, warps=4, stages=4, per_sm=2),
@@ -96,7 +84,7 @@ def corner_of(
     box, N, P, Q, TILE_N: tl.constexpr, TILE_P: tl.constexpr, TILE_Q: tl.constexpr,
     SPLIT_K: tl.constexpr,
 ):  # fmt: skip
-    """Of box number `box`: which part of the sum it has, and its first image, row and column."""
+    """Return which part of the sum box number `box` has, and its first image, row and column."""
     blocks_p = tl.cdiv(P, TILE_P)
     blocks_q = tl.cdiv(Q, TILE_Q)
     part = 0
@@ -110,6 +98,16 @@ def corner_of(
     return part, n, p, q
 
 
+# The kernel computes y^T = W x^T: the filters are rows, the pixels are columns. wgmma reads its
+# second operand from shared memory as TMA puts it there, and a box may have any rank. As the first
+# operand, Triton would carry the box through registers. So acc is transposed as it is stored.
+#
+# A box holds neighbours, so a stride needs another view of x. At stride 2, the same memory is
+# [N, H/2, 2, W/2, 2*C]: row 2i + a is row a of pair i, and channel c of column 2j + b is channel
+# b*C + c of pair j. A box with one a and one b has every second row and column. Without padding,
+# tap r reads row r % 2 of the pair that is r // 2 further down.
+
+
 @triton.jit
 def conv2d_tma_kernel(
     x, w, bias_ptr, y, place, N, P, Q, K, C, SPAN, K_GROUP, C_GROUP, stride_bias,
@@ -119,15 +117,16 @@ def conv2d_tma_kernel(
     PRECISION: tl.constexpr, TILE_N: tl.constexpr, TILE_P: tl.constexpr, TILE_Q: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
-    """One program computes every tile of y whose number is its own, modulo the programs.
+    """One program computes several tiles of y: its own number, and every num_programs-th after it.
 
-    x, w [R*S, K, SPAN] and y [N, P, Q, K] are descriptors; so is place where POOL is, which stores
-    the largest of each 2x2, and which it was. A filter has SPAN channels, from C_GROUP times its
-    group on. With SPLIT_K > 1, y is of partial sums: [SPLIT_K * N, ...], N rounded up to boxes.
+    x, w [R*S, K, SPAN] and y [N, P, Q, K] are descriptors. With POOL, y gets the largest of each
+    2x2, and descriptor `place` gets which it was. With SPLIT_K > 1, y has the partial sums of all
+    parts, [SPLIT_K * N, P, Q, K], with N rounded up to whole boxes.
     """
     BLOCK_M: tl.constexpr = TILE_N * TILE_P * TILE_Q
-    # Row h of the padded image is row h % STRIDE_H of the h // STRIDE_H-th group of rows. So that
-    # neither is negative, both begin at the group that holds the first row of the padding.
+    # Each STRIDE_H rows of x make a group. UP groups lie above the image and hold its padding. In
+    # the loop, h counts rows from the first of these groups on, so it is never negative. The
+    # padding begins at h = FIRST_H. Columns are counted likewise.
     UP: tl.constexpr = (PAD_H + STRIDE_H - 1) // STRIDE_H
     LEFT: tl.constexpr = (PAD_W + STRIDE_W - 1) // STRIDE_W
     FIRST_H: tl.constexpr = UP * STRIDE_H - PAD_H
@@ -139,21 +138,22 @@ def conv2d_tma_kernel(
     part_steps = tl.cdiv(steps, SPLIT_K)
 
     for work in tl.range(tl.program_id(0), boxes * blocks_k * SPLIT_K, tl.num_programs(0)):
-        # Which filters of which pixels: those that share their pixels run side by side.
+        # Neighbouring programs share their pixels and have other filters.
         k = work % blocks_k * BLOCK_N
         part, n, p, q = corner_of(work // blocks_k, N, P, Q, TILE_N, TILE_P, TILE_Q, SPLIT_K)
         first_c = 0
-        if GROUPED:
+        if GROUPED:  # K_GROUP filters share C_GROUP channels of x.
             first_c = k // K_GROUP * C_GROUP
 
-        # The first step's tap and channels. The next ones are counted, since to divide costs more;
-        # and without an `if`, behind which Triton would not fetch a step ahead.
+        # These are the tap and the channels of the first step. Later steps count them up, since a
+        # division costs more. An `if` there would keep Triton from loading a step ahead.
         first = part * part_steps
         tap = first // blocks_c
         c = first % blocks_c * BLOCK_K
         acc = tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32)
         for _ in range(first, tl.minimum(first + part_steps, steps)):
-            r = (tap.to(tl.uint32) // S).to(tl.int32)  # unsigned: by a multiplication
+            # The compiler turns an unsigned division by a constant into a multiplication.
+            r = (tap.to(tl.uint32) // S).to(tl.int32)
             h = FIRST_H + r * DIL_H
             v = FIRST_W + (tap - r * S) * DIL_W
             if STRIDE_H * STRIDE_W == 1:
@@ -177,7 +177,7 @@ def conv2d_tma_kernel(
             bias = tl.load(bias_ptr + offs_k * stride_bias, mask=offs_k < K, other=0.0)
             acc += bias.to(tl.float32)[:, None]
         if POOL:
-            which = tl.where(acc <= 0, 4, which)  # the ReLU lets none through
+            which = tl.where(acc <= 0, 4, which)  # The ReLU lets none through.
             SHAPE: tl.constexpr = (TILE_N, TILE_P // 2, TILE_Q // 2, BLOCK_N)
             place.store([n, p // 2, q // 2, k], tl.reshape(which.to(tl.uint8).T, SHAPE))
         acc = activate(acc, ACTIVATION)
@@ -190,7 +190,7 @@ def conv2d_tma_kernel(
 
 @triton.jit
 def first_of_largest(acc0, acc1, acc2, acc3):
-    """The largest of four tiles, and the first that has it, as in torch; a NaN wins."""
+    """Return the largest of four tiles, and the first that has it, as in torch; a NaN wins."""
     best = acc0
     place = tl.full(best.shape, 0, tl.int32)
     place = tl.where((acc1 > best) | (acc1 != acc1), 1, place)
@@ -204,7 +204,7 @@ def first_of_largest(acc0, acc1, acc2, acc3):
 
 @triton.jit
 def _largest_of_four(acc, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Of each 2x2 pixels of acc [channels, ROWS * COLUMNS] the largest, and which it was: 0..3."""
+    """Return the largest of each 2x2 pixels of acc [channels, ROWS * COLUMNS], and which: 0..3."""
     BLOCK_N: tl.constexpr = acc.shape[0]
     pairs = tl.reshape(acc, (BLOCK_N, ROWS // 2, 2, COLUMNS // 2, 2))
     left, right = tl.split(pairs)  # [BLOCK_N, ROWS / 2, 2, COLUMNS / 2]
@@ -216,6 +216,24 @@ def _largest_of_four(acc, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 # --- Packing: what TMA cannot read as it is -------------------------------------------------------
+#
+# Few channels. Strides for TMA are multiples of 16 bytes, but a pixel of 3 channels has 6 bytes in
+# 16-bit. So stride_h x stride_w pixels become one pixel with that many times the channels, rounded
+# up to a multiple of 16 bytes: space to depth. The convolution then has stride 1. The filter is
+# packed in the same way, with zeros where it has no tap. One row of it:
+#
+#     7 taps, stride 2, C = 3             4 taps, stride 1, C = 12, rounded up to 16
+#     | a b | c d | e f | g 0 |     ->    |  A  |  B  |  C  |  D  |
+#
+# Many groups. 32 groups of 4 channels would be 32 products of 4 filters each, but a wgmma always
+# has 64 rows. So 64 filters and the 64 channels of their groups become one product. In it, a filter
+# has zeros for the channels of other groups (the matrix is block-diagonal). This does 16 times the
+# multiplications, but 4 filters alone would have filled only 4 of the 64 rows.
+#
+# Filters. They must lie in memory as [K, R, S, C]. Those of a channels_last weight do.
+#
+# A packed zero times an infinity or NaN is NaN. So one of these in x can make NaN of a few outputs
+# that do not depend on it: those of other groups, and those whose window ends just before it.
 
 
 @triton.jit
@@ -225,10 +243,10 @@ def conv2d_pack_kernel(
     FOLD_H: tl.constexpr, FOLD_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program packs BLOCK_M pixels of out [N, rows, columns, depth]: space to depth.
+    """One program computes BLOCK_M pixels of out [N, rows, columns, depth]: space to depth.
 
     Channel (a * FOLD_W + b) * C + c of pixel (i, j) is channel c of the padded image's pixel
-    (i * FOLD_H + a, j * FOLD_W + b); further ones are zero.
+    (i * FOLD_H + a, j * FOLD_W + b). Channels after the last of these are zero.
     """
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
@@ -255,10 +273,10 @@ def conv2d_pack_filter_kernel(
     FOLD_H: tl.constexpr, FOLD_W: tl.constexpr, DIAGONAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program packs BLOCK_M of the K * taps rows of out [K, taps, depth], BLOCK_N channels.
+    """One program computes BLOCK_M of the K * taps rows of out [K, taps, depth], BLOCK_N channels.
 
-    Channel part * C + c is channel c of part `part`: of the FOLD_H x FOLD_W taps that were folded
-    into one or, where DIAGONAL, of the groups in a block, of which a filter has but its own.
+    Channel part * C + c of out is channel c of part `part`. A part is one of the FOLD_H x FOLD_W
+    taps that become one. If DIAGONAL, it is a group, and a filter is zero in groups not its own.
     """
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -286,18 +304,19 @@ def conv2d_pack_filter_kernel(
 
 
 class Plan(NamedTuple):
-    """How the fast kernel does a convolution: all that does not depend on the data.
+    """How the kernel does a convolution, as far as sizes and strides (in elements) decide it.
 
     Attributes:
         size: (N, P, Q, K).
-        x: sizes and strides of the tensor that boxes are fetched from, its channels last.
-        fold: pixels that become one (space to depth), height and width; None if x is read as it is.
+        x: sizes and strides of the tensor that boxes are fetched from; its channels are last.
+        fold: height and width of the pixels that become one (space to depth); None if x is read as
+            it is.
         w: sizes and strides of the filters as [taps, K, channels].
         packed_w: whether the filters are packed first.
-        taps: R and S, as the kernel counts them.
-        geometry: stride, padding and dilation, likewise.
-        grouped: of how many filters a block is that shares its channels, and from channel to
-            channel of two such; None if all filters have all channels.
+        taps: R and S for the kernel, after packing.
+        geometry: stride, padding and dilation (height, width each) for the kernel.
+        grouped: (filters, channels): so many filters share so many channels of x, and the next
+            filters have the next channels; None without groups.
     """
 
     size: tuple[int, int, int, int]
@@ -310,9 +329,9 @@ class Plan(NamedTuple):
     grouped: tuple[int, int] | None
 
 
-GROUP_BLOCK = 64  # filters in a block of groups: the narrowest tile's
-LARGEST = 2**30  # of a size: the unit's coordinates are of 32 bits
-MOST_FOLDED = 4096  # channels of a folded pixel, which one program packs
+GROUP_BLOCK = 64  # With groups, a tile has so many filters. Smaller groups share it.
+LARGEST = 2**30  # No size may be larger, since coordinates for TMA have 32 bits.
+MOST_FOLDED = 4096  # A folded pixel has at most so many channels, since one program packs it.
 
 
 @functools.lru_cache(maxsize=4096)
@@ -320,14 +339,13 @@ def make_plan(
     x_size: tuple, x_strides: tuple, w_size: tuple, w_strides: tuple,
     stride: tuple, padding: tuple, dilation: tuple, groups: int, item: int,
 ) -> Plan | None:  # fmt: skip
-    """The plan for tensors of these sizes and strides; None if the kernel cannot do them.
+    """Return the plan for x [N, C, H, W] and weight [K, C / groups, R, S], None if there is none.
 
-    They are those of x [N, C, H, W] and of weight [K, C / groups, R, S], strides in elements;
-    `item` is the bytes of one.
+    Strides are in elements, of `item` bytes each.
     """
     (N, C, H, W), (K, channels, R, S) = x_size, w_size
     P, Q = output_size((H, W), (R, S), stride, padding, dilation)
-    unit = 16 // item  # a stride of TMA is a multiple of it
+    unit = 16 // item  # Strides for TMA are multiples of 16 bytes, that is, of so many elements.
     if 0 in (*x_size, *w_size, P, Q) or K % unit or max(*x_size, K, N * P * Q) > LARGEST:
         return None
     if C < unit and groups == 1 and dilation == (1, 1):
@@ -337,7 +355,7 @@ def make_plan(
     if C % unit or strides is None:
         return None
     sn, sh, sw = strides
-    if (R, S, *padding) == (1, 1, 0, 0):  # every stride-th pixel, and no others
+    if (R, S, *padding) == (1, 1, 0, 0):  # Only every stride-th pixel is read.
         x = (N, P, Q, C), (sn, sh * stride[0], sw * stride[1], 1)
         stride = (1, 1)
     elif stride == (1, 1):
@@ -347,13 +365,14 @@ def make_plan(
         rows, columns = H // a, W // b
         last_h = (P - 1) * a - padding[0] + (R - 1) * dilation[0]
         last_w = (Q - 1) * b - padding[1] + (S - 1) * dilation[1]
-        # A row that is part of no group of rows would be read as zeros, or from beyond the border.
+        # The last rows may be too few for a group, and TMA cannot read them. So no tap may need
+        # them. Columns are alike.
         odd = (H % a and last_h >= rows * a) or (W % b and last_w >= columns * b)
         if odd or 0 in (rows, columns) or (b > 1 and sw != C):
             return None
         x = (N, rows, a, columns, b * C), (sn, a * sh, sh, b * sw, 1)
 
-    if max(x[1]) * item >= 2**40:  # what a descriptor's strides can be
+    if max(x[1]) * item >= 2**40:  # A descriptor's strides are below 2**40 bytes.
         return None
     grouped, span, diagonal = None, channels, False
     if groups > 1:
@@ -363,7 +382,7 @@ def make_plan(
             return None
         if diagonal:
             span = GROUP_BLOCK // filters * channels
-        if span % unit:  # the second block's channels would not begin at a multiple of 16 bytes
+        if span % unit:  # The second block's channels would not begin at a multiple of 16 bytes.
             return None
         grouped = (GROUP_BLOCK if diagonal else filters), span
     w = None if diagonal else filters_as_they_lie(w_size, w_strides, unit)
@@ -375,9 +394,10 @@ def make_plan(
 
 
 def pixel_strides(size: tuple, strides: tuple, unit: int) -> tuple[int, int, int] | None:
-    """From image to image, row to row and pixel to pixel, as TMA can read [N, C, H, W]; or None.
+    """Return the strides of images, rows and pixels of x [N, C, H, W], or None.
 
-    That is channels last, at multiples of `unit` elements, and no two of them in one place.
+    None means that TMA cannot read x as it is: channels must be neighbours, these strides must be
+    multiples of `unit` elements, and no two elements may be in one place.
     """
     C = size[1]
     sn, sc, sh, sw = (s if n > 1 else C for n, s in zip(size, strides, strict=True))
@@ -387,7 +407,7 @@ def pixel_strides(size: tuple, strides: tuple, unit: int) -> tuple[int, int, int
 
 
 def filters_as_they_lie(size: tuple, strides: tuple, unit: int) -> tuple[tuple, tuple] | None:
-    """Sizes and strides of filters [K, C, R, S] as [taps, K, C], if TMA can read them so."""
+    """Return sizes and strides of filters [K, C, R, S] as [taps, K, C]; None: TMA can't read it."""
     K, C, R, S = size
     tap = strides[2] if S == 1 else strides[3]
     in_rows = C == 1 or strides[1] == 1
@@ -401,13 +421,13 @@ def filters_as_they_lie(size: tuple, strides: tuple, unit: int) -> tuple[tuple, 
 
 
 def packed_filters(K: int, taps: int, span: int, unit: int) -> tuple[tuple, tuple]:
-    """Sizes and strides of filters as [taps, K, channels], after `packed_filter`."""
+    """Return sizes and strides as [taps, K, channels] of filters that `packed_filter` packed."""
     depth = cdiv(span, unit) * unit
     return (taps, K, depth), (depth, taps * depth, 1)
 
 
 def folded_plan(x_size, w_size, fold, P, Q, unit):
-    """That of an image of few channels: stride x stride pixels become one."""
+    """Return the plan for an image of few channels: `fold`, stride x stride, pixels become one."""
     (N, C, _, _), (K, _, R, S) = x_size, w_size
     R, S = cdiv(R, fold[0]), cdiv(S, fold[1])
     depth = cdiv(fold[0] * fold[1] * C, unit) * unit
@@ -420,7 +440,7 @@ def folded_plan(x_size, w_size, fold, P, Q, unit):
 
 
 def plan_for(x, weight, stride, padding, dilation, groups, precision, pool=False) -> Plan | None:
-    """The plan for this call, if the device and the tensors have one."""
+    """Return the plan for this call, or None if the device or the tensors admit none."""
     if len(device_of(x).kernels) == 1 or (x.dtype == torch.float32 and precision != "tf32"):
         return None
     plan = make_plan(
@@ -429,16 +449,18 @@ def plan_for(x, weight, stride, padding, dilation, groups, precision, pool=False
     )  # fmt: skip
     if plan is None or (plan.fold is None and x.data_ptr() % 16):
         return None
-    # With a pool: places are bytes; and few channels are better off with the portable kernel.
+    # A place has one byte, so with a pool 16 bytes are 16 filters. Images of few channels take the
+    # portable kernel with a pool.
     return None if pool and (plan.fold or plan.size[3] % 16) else plan
 
 
 @functools.lru_cache(maxsize=4096)
 def pixel_box(N: int, P: int, Q: int, pixels: int, pool: bool = False) -> tuple[int, int, int]:
-    """Images, rows and columns of a box of so many pixels: the one that sticks out the least.
+    """Return images, rows and columns of a box of `pixels`: the one that sticks out the least.
 
-    Of equals the one with the widest rows: what it shares with its neighbours is the least. To be
-    pooled, it has whole 2x2, and eight columns, so that a thread holds all four of each.
+    Among equals it is the one with the widest rows, then the one with most rows. For 256 images of
+    14 x 14, a box of 256 pixels is 64 x 2 x 2, and nothing sticks out. For a pool, a box has whole
+    2x2 windows, and at least eight columns, so that a thread holds all four pixels of a window.
     """
     boxes = []
     for log_p, log_q in itertools.product(range(9), repeat=2):
@@ -453,7 +475,7 @@ def pixel_box(N: int, P: int, Q: int, pixels: int, pool: bool = False) -> tuple[
 
 @functools.lru_cache(maxsize=4096)
 def fast_tile(plan: Plan, item: int, sms: int, pool: bool = False) -> dict:
-    """Of FAST_TILES the one, and the parts, with which the busiest SM should be done first."""
+    """Return the one of FAST_TILES, with its parts, for which `busiest_sm` predicts the least."""
     N, P, Q, K = plan.size
     (taps, _, span), _ = plan.w
 
@@ -467,9 +489,10 @@ def fast_tile(plan: Plan, item: int, sms: int, pool: bool = False) -> dict:
 
 
 def choices(plan, x, default: dict, kernels: tuple, fast: Callable[[int], dict]):
-    """What `choose_tile` is to choose from, `default` and `kernels`, if there may be a plan too.
+    """Return what `choose_tile` has to choose from: default tiles and the names of kernels.
 
-    `fast` returns the plan's own choice, for so many SMs. A gradient's plan will do.
+    Without a plan these are `default` and `kernels`. A plan, which may be a gradient's, adds "tma".
+    `fast` returns the tile of the plan for a GPU of so many SMs.
     """
     if plan is None:
         return default, kernels
@@ -480,7 +503,7 @@ def choices(plan, x, default: dict, kernels: tuple, fast: Callable[[int], dict])
 
 
 def _possible(plan: Plan, item: int, pool: bool = False) -> list[dict]:
-    """FAST_TILES that can do the plan, each whole and with its sum in parts."""
+    """Return the FAST_TILES that can do the plan, each with every number of parts it admits."""
     (taps, _, span), _ = plan.w
     found = []
     for tile, parts in itertools.product(FAST_TILES[item], (1, 2, 4, 8, 16)):
@@ -499,13 +522,14 @@ PACK_FILTER_TILE = dict(BLOCK_M=16, BLOCK_N=64, num_warps=4)
 
 
 def packed_image(plan, x, padding):
-    """Return x [N, C, H, W] as the plan has it: folded, padded, channels last."""
+    """Return x [N, C, H, W] as the plan wants it: folded, padded, channels last."""
     size, _ = plan.x
     out = torch.empty(size, dtype=x.dtype, device=x.device)
     _, rows, columns, depth = size
     pixels = size[0] * rows * columns
     tile = dict(choose_tile("conv2d_pack", x.dtype, {x.itemsize: PACK_TILE}, M=pixels, N=depth))
-    # All channels of a pixel are one program's, whatever the tile says; many are of fewer pixels.
+    # One program packs all channels of a pixel, whatever the tile says. If there are many, it packs
+    # fewer pixels.
     elements = 4 * tile["BLOCK_M"] * tile["BLOCK_N"]
     tile["BLOCK_N"] = max(16, triton.next_power_of_2(depth))
     tile["BLOCK_M"] = max(1, min(tile["BLOCK_M"], elements // tile["BLOCK_N"]))
@@ -517,7 +541,10 @@ def packed_image(plan, x, padding):
 
 
 def packed_filter(plan: Plan, size: tuple, weight: torch.Tensor) -> torch.Tensor:
-    """Return weight [K, C, R, S] as the plan has it, of `size` [taps, K, channels]."""
+    """Return weight [K, C, R, S] as the plan wants it, in memory [K, taps, channels].
+
+    `size` is (taps, K, channels).
+    """
     taps, _, depth = size
     (K, C, R, S), (_, taps_w) = weight.shape, plan.taps
     out = torch.empty(K, taps, depth, dtype=weight.dtype, device=weight.device)
@@ -536,13 +563,13 @@ def packed_filter(plan: Plan, size: tuple, weight: torch.Tensor) -> torch.Tensor
 
 
 def conv2d_tma(plan, x, weight, bias, activation, y, tile, precision, padding, place=None):
-    """Launch the fast kernel, with what has to be packed before and added up after it.
+    """Launch the kernel. Pack x and weight before it if needed, and add up parts after it.
 
-    y [N, K, P, Q] is channels_last. With `place`, where a fused 2x2 max-pool stores which was the
-    largest, both are [N, K, P / 2, Q / 2], and place uint8.
+    y [N, K, P, Q] is channels_last. With `place`, a 2x2 max-pool is fused. Then `place`, in uint8,
+    gets which pixel was the largest, and both are [N, K, P / 2, Q / 2].
 
     Raises:
-        ValueError: a tile that groups or a pool cannot have.
+        ValueError: the tile does not suit groups or a pool.
     """
     pool = place is not None
     packed_w = plan.packed_w or weight.data_ptr() % 16 != 0
@@ -556,7 +583,7 @@ def conv2d_tma(plan, x, weight, bias, activation, y, tile, precision, padding, p
     if parts > 1:
         out = torch.empty(how.out[0], dtype=torch.float32, device=x.device)
     ends = dict(HAS_BIAS=bias is not None, ACTIVATION=activation)
-    if parts > 1:  # what follows the whole sum
+    if parts > 1:  # The second pass adds the bias to the whole sum, and applies the activation.
         ends = dict(HAS_BIAS=False, ACTIVATION=None)
     launch(
         conv2d_tma_kernel, (how.programs,),
@@ -572,7 +599,7 @@ def conv2d_tma(plan, x, weight, bias, activation, y, tile, precision, padding, p
 
 
 class Layout(NamedTuple):
-    """What of a launch follows from its plan and tile: as the launch has it."""
+    """The arguments of a launch that follow from its plan and tile."""
 
     programs: int
     boxes: int
@@ -598,7 +625,7 @@ def _layout(plan: Plan, items: tuple, sms: int, item: int, pool: bool, packed_w:
     if packed_w:
         w = packed_filters(K, w[0][0], w[0][2], 16 // item)
     if pool:
-        scale, P, Q = 2, P // 2 * 2, Q // 2 * 2  # the last row or column may have no partner
+        scale, P, Q = 2, P // 2 * 2, Q // 2 * 2  # An odd last row or column is dropped.
     tn, tp, tq = pixel_box(N, P, Q, m, pool)
     boxes_n = cdiv(N, tn)
     boxes = boxes_n * cdiv(P, tp) * cdiv(Q, tq)

@@ -1,11 +1,12 @@
-"""The README's tables of what was compiled, predicted and measured, out of committed results.
+"""The tables of README.md and docs/numbers.md, out of committed results.
 
-`python -m tilelab.perf.report.tables` prints them; tests/perf/test_tables.py holds the README to
+`python -m tilelab.perf.report.tables` prints them; tests/perf/test_tables.py holds the two pages to
 them.
 """
 
 import importlib
 import json
+import statistics
 import types
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,20 +20,24 @@ from tilelab.perf.work.operators import OPERATORS
 
 PREDICTED = Path(__file__).parents[1] / "results" / "predicted" / "sm_90.jsonl.gz"
 STEP = PREDICTED.with_name("step.json")  # of `tilelab step --json`
+DEMO = PREDICTED.parents[1] / "cpu" / "demo.jsonl"  # what `make train` said, for five seeds
 CONVOLUTIONS = [op for op, row in OPERATORS.items() if row.sizes == networks.CONV]
 OPS = [op for op, row in OPERATORS.items() if row.lesson and op not in CONVOLUTIONS]
 CONV_LAYER = "resnet50.layer3.1.conv2 n256"  # 3x3, 256 channels of 14 x 14 pixels
 
 
-def tables(path: Path = PREDICTED, step: Path = STEP) -> dict[str, str]:
-    """Every table by name, in Markdown.
+def tables(path: Path = PREDICTED, step: Path = STEP, demo: Path = DEMO) -> dict[str, str]:
+    """Every table by name, in Markdown; README.md has the summary, docs/numbers.md the others.
 
     Raises:
         PerfError: for a file that cannot be read.
     """
     headers, rows = ranking.read([path], note=lambda text: None)
     entries = history.entries(headers, rows)
+    runs = [json.loads(line) for line in demo.read_text().splitlines()]
     return {
+        "summary": summary(rows, entries, step, runs),
+        "demo": demo_runs(runs),
         "matmul's tiles": matmul_tiles(rows),
         "operators": speeds(entries, OPS),
         "conv2d's tiles": conv_tiles(rows, "fwd"),
@@ -41,6 +46,60 @@ def tables(path: Path = PREDICTED, step: Path = STEP) -> dict[str, str]:
         "convolutions": speeds(entries, CONVOLUTIONS),
         "training step": training_step(step),
     }
+
+
+def summary(rows: Iterable[Row], entries: Iterable[history.Entry], step: Path, runs: list) -> str:
+    """What is fast, in five lines, and how each is known."""
+    best = max(r["predicted_tflops"] for r in _squares(rows))
+    convolutions = [
+        next(
+            e["predicted"]
+            for e in entries
+            if (e["op"], e["mode"], e["shapes"]) == ("conv2d", mode, "resnet50 n256")
+        )
+        for mode in ("fwd", "dgrad", "wgrad")
+    ]
+    largest = json.loads(step.read_text())["steps"][-1]
+    (launches, ours, _), (operators, theirs, _) = (
+        totals(largest, name) for name in ("tilelab", "torch")
+    )
+    right = statistics.mean(run["epochs"][-1]["accuracy"] for run in runs)
+    seconds = statistics.mean(sum(e["seconds"] for e in run["epochs"]) for run in runs)
+    lines = [
+        ("`matmul` of 8192 x 8192 x 8192 in bfloat16, on an H200", f"{best:.0f} TFLOP/s",
+         "predicted"),
+        ("`conv2d` of ResNet-50 at batch 256 in bfloat16, on an H200: forward, input gradient, "
+         "weight gradient", f"{' / '.join(f'{x:.0f}' for x in convolutions)} TFLOP/s",
+         "predicted; geometric mean of 23 layers"),
+        (f"memory moved by a training step of the demo, {largest['batch']:,} images",
+         f"{ours / 1e6:,.0f} MB; PyTorch {theirs / 1e6:,.0f} MB", "counted"),
+        ("launches of that step", f"{launches}; PyTorch {operators} operators", "counted"),
+        ("the demo with no GPU: 3 epochs on 2 CPU cores",
+         f"{seconds:.0f} s, {right:.1%} of unseen digits right",
+         f"measured; mean of {len(runs)} seeds"),
+    ]  # fmt: skip
+    return markdown_table(("what", "how fast", "how that is known"), lines)
+
+
+def demo_runs(runs: list) -> str:
+    """What the demo reached in the interpreter, a line for each seed, and the means."""
+    lines, means = [], []
+    for run in runs:
+        epochs = run["epochs"]
+        *first, last = (f"{e['accuracy']:.1%}" for e in epochs)
+        seconds = sum(e["seconds"] for e in epochs)
+        end = epochs[-1]
+        means.append((end["accuracy"], end["precision"], end["recall"], seconds))
+        lines.append(
+            (run["seed"], f"{', '.join(first)}, **{last}**", f"{end['precision']:.1%}",
+             f"{end['recall']:.1%}", f"{seconds:.1f}")
+        )  # fmt: skip
+    accuracy, precision, recall, seconds = (statistics.mean(x) for x in zip(*means, strict=True))
+    lines.append(
+        ("mean", f"**{accuracy:.2%}**", f"{precision:.1%}", f"{recall:.1%}", f"{seconds:.1f}")
+    )
+    heads = ("seed", "accuracy after epoch 1, 2, 3", "precision", "recall", "seconds of training")
+    return markdown_table(heads, lines)
 
 
 def speeds(entries: Iterable[history.Entry], ops: Sequence[str]) -> str:
@@ -58,9 +117,12 @@ def speeds(entries: Iterable[history.Entry], ops: Sequence[str]) -> str:
 
 def matmul_tiles(rows: Iterable[Row]) -> str:
     """What the tiles of matmul's kernel for Hopper compile to, and the portable one's largest."""
-    mine = [r for r in _compiled(rows, "matmul", "fwd") if set(r["shape"].values()) == {8192}]
     tiles = [_largest(_lesson("matmul").TILES), *_lesson("matmul_tma").FAST_TILES[2]]
-    return _tiles(mine, tiles, "A, B from", "predicted at 8192")
+    return _tiles(_squares(rows), tiles, "A, B from", "predicted at 8192")
+
+
+def _squares(rows: Iterable[Row]) -> list[Row]:
+    return [r for r in _compiled(rows, "matmul", "fwd") if set(r["shape"].values()) == {8192}]
 
 
 def conv_tiles(rows: Iterable[Row], mode: str) -> str:
@@ -96,7 +158,8 @@ def training_step(path: Path) -> str:
 def _tiles(rows: Iterable[Row], tiles: list[dict], operands: str, predicted: str) -> str:
     """A table of these tiles, in their order, as far as there are rows of them."""
     head = (
-        *("tile", "registers", "spills", "shared memory", "tensor cores", operands, "loads"),
+        *("tile", "registers a thread", "spilled bytes a thread", "shared memory"),
+        *("tensor cores", operands, "loads"),
         *("instructions a step", predicted),
     )
     found = {json.dumps(row["tile"], sort_keys=True): row for row in rows}

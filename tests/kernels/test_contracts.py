@@ -454,10 +454,16 @@ def test_real_sizes(name, reason, layout):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name, op, number, dtype", list(every_tile()))
 def test_every_tile_at_real_size(name, op, number, dtype):
-    """Many programs of each tile: the first real size, in the middle of the batch too."""
+    """Many programs of each tile: in the first real size whose call asks for such a tile."""
     operator = OPERATORS[name]
-    sample = next(iter(operator.real.values()))
-    inputs, dy = make(name, sample, dtype)
+    for sample in operator.real.values():
+        inputs, dy = make(name, sample, dtype)
+        with _launch.record(_launch.device_of(inputs[0])) as events:
+            results(name, sample, inputs, dy)
+        if op in [getattr(event, "op", None) for event in events]:
+            break
+    else:
+        pytest.skip(f"no real size takes a tile of {op}")
     want = results(name, sample, inputs, dy)
     with use_tile(op, operator.tiles[op][0][number]):
         got = results(name, sample, inputs, dy)

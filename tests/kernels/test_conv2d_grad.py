@@ -283,7 +283,7 @@ def test_the_same_bits_twice(dtype, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "dtype, layout", zip(DTYPES, ["channels_last", "sliced", "offset"], strict=True)
+    "dtype, layout", list(zip(DTYPES, ["channels_last", "sliced", "offset"], strict=True))
 )
 def test_nothing_is_read_or_written_out_of_bounds(dtype, layout, monkeypatch):
     """In parts, which the interpreter has none of by itself."""

@@ -353,7 +353,8 @@ def test_scattered(shape, filters, taps, padding):
 
 
 @pytest.mark.parametrize(
-    "size, dtype", zip([(6, 8), (7, 8), (6, 9), (7, 9)], [*DTYPES, torch.float32], strict=True)
+    "size, dtype",
+    list(zip([(6, 8), (7, 8), (6, 9), (7, 9)], [*DTYPES, torch.float32], strict=True)),
 )
 def test_each_element_is_scattered_to_its_place_once(size, dtype):
     """Exactly; in poison, where what is not written is NaN. Of an odd size the last is zero."""

@@ -495,7 +495,7 @@ def test_under_autocast_16_bit_logits_have_a_float32_loss(dtype, reduction):
 
 
 @both_kernels
-@pytest.mark.parametrize("dtype, reduction", zip(DTYPES, REDUCTIONS, strict=True))
+@pytest.mark.parametrize("dtype, reduction", list(zip(DTYPES, REDUCTIONS, strict=True)))
 def test_the_same_bits_twice(reduction, dtype, tile):
     x, t = randn(50, 16, dtype=dtype), classes((50, 16))
     dy = randn(*((50,) if reduction == "none" else ()), dtype=dtype, seed=1)

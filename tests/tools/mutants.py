@@ -79,8 +79,8 @@ MUTANTS = {
     ),
     "matmul: the last group of rows is as long as the others": Mutant(
         "matmul.py",
-        "rows = tl.minimum(blocks_m - first_m, GROUP_M)  # the last group may be",
-        "rows = GROUP_M  # the last group may be",
+        "rows = tl.minimum(blocks_m - first_m, GROUP_M)",
+        "rows = GROUP_M",
         (own("matmul", "grouping"), own("matmul")),
     ),
     "matmul: TMA where the rows of C are no multiple of 16 bytes": Mutant(
@@ -316,8 +316,8 @@ MUTANTS = {
     # --- softmax and cross_entropy
     "softmax: what is masked counts as 0": Mutant(
         "softmax.py",
-        'other=float("-inf")).to(tl.float32)  # exp(-inf) adds nothing',
-        "other=0.0).to(tl.float32)",
+        "e = tl.exp2((x - tl.max(x, axis=1)[:, None]) * LOG2_E)",
+        "x = tl.where(mask, x, 0.0)\n    e = tl.exp2((x - tl.max(x, axis=1)[:, None]) * LOG2_E)",
         (contracts("softmax"), own("softmax")),
     ),
     "softmax: an online maximum begins at -inf": Mutant(
@@ -334,7 +334,7 @@ MUTANTS = {
     ),
     "cross_entropy: what comes down to an ignored row is read": Mutant(
         "cross_entropy.py",
-        "g = tl.load(g_ptrs, mask=live, other=0.0)  # float32",
+        "g = tl.load(g_ptrs, mask=live, other=0.0)",
         "g = tl.load(g_ptrs, mask=mask_m, other=0.0)",
         (own("cross_entropy", "ignored"), own("cross_entropy")),
     ),

@@ -3,6 +3,7 @@
 import importlib
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -109,3 +110,27 @@ def test_shells_complete_commands_and_flags(capsys):
     assert main(["--completion", "bash"]) == 0
     script = capsys.readouterr().out
     assert all(name in script for name in COMMANDS) and "--save-tuned" in script
+
+
+# --- The pages ------------------------------------------------------------------------------------
+
+PAGES = [
+    path
+    for path in sorted(ROOT.rglob("*.md"))
+    if not any(part.startswith(".") or part == "runs" for part in path.relative_to(ROOT).parts)
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    """Files exist, and so do the headings that a link names."""
+    for link in re.findall(r'\]\(([^)\s]+)\)|(?:src|srcset)="([^"]+)"', page.read_text()):
+        target, _, anchor = (link[0] or link[1]).partition("#")
+        if target.startswith(("http:", "https:")):
+            continue
+        file = (page.parent / target) if target else page
+        assert file.exists(), f"{page.name}: {target}"
+        if anchor:
+            heads = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
+            names = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+            assert anchor in names, f"{page.name}: {target}#{anchor}"
