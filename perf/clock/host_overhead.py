@@ -28,8 +28,6 @@ from torch.utils import benchmark
 
 import tilelab
 from tilelab.perf.errors import PerfError
-from tilelab.perf.rows.ranking import markdown_table
-from tilelab.perf.rows.results import MODES
 
 ROOT = pathlib.Path(tilelab.__file__).parents[1]  # where tilelab is imported from
 TARGET = "sm_90"
@@ -53,21 +51,6 @@ def measure(rounds: int = 20) -> dict[str, tuple[float, str]]:
             for op, seconds in child("first_calls()", TRITON_CACHE_DIR=folder).items():
                 found[f"{op}: first call, {cache} cache"] = seconds, "s"
     return found
-
-
-def markdown(costs: dict[str, float]) -> str:
-    """The table of what a call of each operator costs, from the µs of `measure` by name."""
-    found: dict[str, dict[str, str]] = {}
-    for name, cost in costs.items():
-        op, _, mode = name.partition(" ")
-        if mode in MODES:
-            found.setdefault(op, {})[mode] = f"{cost:.3g}"
-    lines = []
-    for op, modes in found.items():
-        call = modes.pop("fwd" if "fwd" in modes else "step")
-        gradients = ", ".join(f"{mode} {cost}" for mode, cost in modes.items())
-        lines.append((f"`{op}`", call, gradients or "–"))
-    return markdown_table(("operator", "call (µs)", "its gradients by mode (µs)"), lines)
 
 
 # -- processes -----------------------------------------------------------------------------------
