@@ -81,7 +81,6 @@ def _claim(w: Workload | None) -> tuple:
 
 def _entry(about: tuple, common: Entry, work: Sequence[Workload]) -> Entry:
     """One set of shapes as an entry."""
-    gpu, op, mode, dtype, shapes = about
     best = [w.best for w in work if w.best]
     predicted = [row for row in best if row.get("predicted_s")]
     measured = [row for row in best if row.get("median_s")]
@@ -90,28 +89,24 @@ def _entry(about: tuple, common: Entry, work: Sequence[Workload]) -> Entry:
     newest = max(
         (row for w in work for row in (*w.tiles, *w.peers)), key=lambda r: r.get("time") or ""
     )
-    found = {
-        "gpu": gpu,
-        "commit": newest["commit"] or None,
-        "op": op,
-        "mode": mode,
-        "dtype": dtype,
-        "shapes": shapes,
-        "count": len(work),
-        "unit": ranking.unit(op),
-        "predicted": _mean(ranking.speed(row, row["predicted_s"]) for row in predicted),
-        "measured": _mean(ranking.speed(row) for row in measured),
-        "measured_over_predicted": _mean(
+    found = dict(
+        zip(("gpu", "op", "mode", "dtype", "shapes"), about, strict=True),
+        commit=newest["commit"] or None,
+        count=len(work),
+        unit=ranking.unit(about[1]),
+        predicted=_mean(ranking.speed(row, row["predicted_s"]) for row in predicted),
+        measured=_mean(ranking.speed(row) for row in measured),
+        measured_over_predicted=_mean(
             row["predicted_s"] / row["median_s"] for row in predicted if row.get("median_s")
         ),
-        "ratio": _mean(speedup.ratio for speedup in compared),
-        "worst": worst and _short(worst.ratio),
-        "worst_shape": worst and worst.workload.name,
-        "compared": len(compared),
-        "failed": sum(w.best is None for w in work),
-        "time": newest.get("time"),
+        ratio=_mean(speedup.ratio for speedup in compared),
+        worst=worst and _short(worst.ratio),
+        worst_shape=worst and worst.workload.name,
+        compared=len(compared),
+        failed=sum(w.best is None for w in work),
+        time=newest.get("time"),
         **common,
-    }
+    )
     return {name: found[name] for name in FIELDS}
 
 
@@ -129,16 +124,9 @@ def _short(value: float) -> float:
 
 
 def append(path: Path, new: Iterable[Entry]) -> int:
-    """Add entries to a log, but for those that it has already.
+    """Add entries to a log, but for those that it has already; return how many were added.
 
     The file is written whole: it is as before or complete, whenever this is interrupted.
-
-    Args:
-        path: of the log; begun if it is missing.
-        new: entries.
-
-    Returns:
-        How many were added.
 
     Raises:
         PerfError: if the log is damaged, or cannot be read or written.

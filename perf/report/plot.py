@@ -40,10 +40,10 @@ ONE_OP = ("gpu", "measured", "op", "mode", "dtype", "precision", "cache")
 
 
 class Kind(NamedTuple):
-    """A kind of figure: what draws it, what one figure has in common, and at most how many of what.
+    """A kind of figure: what draws it, and what the workloads of one figure have in common.
 
-    `suits` tells which workloads have something to show; `least` of them make a figure, and `most`
-    fit into one (half as many if they are wide).
+    `suits` tells which workloads have something to show, `lacks` what there is not if none has;
+    `least` of them make a figure, and `most` fit into one (half as many if they are wide).
     """
 
     draw: Callable[..., Figure]
@@ -163,19 +163,7 @@ def _smaller(png: io.BytesIO) -> bytes:
 
 
 def save(page: Page, folder: str | Path, forms: Sequence[str] = ("png",)) -> list[Path]:
-    """Write a figure for light and for dark pages, each file whole: name-light.png, name-dark.png.
-
-    Args:
-        page: what to draw.
-        folder: is made if it is missing.
-        forms: of FORMATS.
-
-    Returns:
-        The paths.
-
-    Raises:
-        PerfError: if a file cannot be written.
-    """
+    """Write a figure for light and for dark pages, whole: name-light.png, name-dark.png."""
     paths = []
     for theme in (LIGHT, DARK):
         for form in forms:
