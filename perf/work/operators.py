@@ -9,6 +9,8 @@ long for a row stands in the files beside this one, which know no operator by it
     training.py       optimizers and training steps        boxes.py         what a box computes
 """
 
+from __future__ import annotations  # of torch, which is not imported here
+
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -112,7 +114,7 @@ class Operator(NamedTuple):
     default: str
     tiny: list[tuple[int, ...]]
     modes: dict[str, Mode]
-    inputs: Callable[[Sizes, Any], dict[str, Any]] | None = None
+    inputs: Callable[[Sizes, formulas.Maker], dict[str, torch.Tensor]] | None = None
     ours: Callable[..., Any] | None = None
     theirs: Callable[..., Any] | None = None
     dtypes: tuple[str, ...] = ("bf16", "fp16", "fp32", "tf32")
