@@ -121,11 +121,8 @@ class Nvml:
 
     def throttle_reasons(self) -> list[str]:
         """Why the clocks are lower than they could be, right now."""
-        # Pynvml had the second name before the first, and drivers have both or the second.
-        mask = self.ask("nvmlDeviceGetCurrentClocksEventReasons", self.handle)
-        if mask is None:
-            mask = self.ask("nvmlDeviceGetCurrentClocksThrottleReasons", self.handle)
-        return [reason for bit, reason in THROTTLE.items() if (mask or 0) & bit]
+        mask = self.ask("nvmlDeviceGetCurrentClocksEventReasons", self.handle) or 0
+        return [reason for bit, reason in THROTTLE.items() if mask & bit]
 
     def power_limit(self) -> float | None:
         """Watts."""
@@ -289,17 +286,12 @@ class CudaRunner:
     idle, it would pass the first event at once and then wait for the host to bring the kernels. So
     each sample begins with a kernel that only spins, and the host queues everything behind it. That
     this worked is checked: when the host is done, the GPU must not have reached the first event.
-
-    Attributes:
-        timer: "graph" or "events".
-        cache: "cold" or "hot".
-        reason: why a call that is short enough for a graph is not in one, or None.
-        late: samples that may hold time of the host, because it could not be hidden.
     """
 
     def __init__(self, device: CudaDevice, calls: Calls, cache: str | None) -> None:
         self.cache = cache_label(calls, cache)
-        self.timer, self.reason, self.late = "events", None, 0
+        self.timer, self.late = "events", 0  # `late` samples may hold time of the host
+        self.reason = None  # why a call that is short enough for a graph is not in one
         self._device, self._calls, self._turn = device, list(calls), 0
         # A single call is hot, or larger than the cache: its result may lie where the last one did.
         self._kept: deque = deque(maxlen=len(calls) if len(calls) > 1 else 0)

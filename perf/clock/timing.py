@@ -199,7 +199,9 @@ def _round(
             times[name] = runners[name].sample()
         except Exception as error:
             results[name].error = first_line(error)
-            if not _alive(device):
+            try:
+                device.synchronize()
+            except Exception:  # after an illegal access every call to the GPU fails
                 return f"{name} broke the GPU"
             continue
         clock = device.clock_mhz()
@@ -213,15 +215,6 @@ def _round(
             result.throttled.append(number)
             result.reasons = sorted({*result.reasons, *held_back})
     return None
-
-
-def _alive(device: Any) -> bool:
-    """Whether the GPU still works: after an illegal access every call to it fails."""
-    try:
-        device.synchronize()
-    except Exception:
-        return False
-    return True
 
 
 def energy(device: Any, runner: Any, seconds: float = 5.0) -> float | None:

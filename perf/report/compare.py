@@ -100,12 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: Callable[[str], Any] = print) -> int:
-    """Compare two files and print what came of it; 1 if --fail-on found something, otherwise 0.
-
-    Raises:
-        PerfError: for files that cannot be read, do not belong beside each other, or have nothing
-            in common.
-    """
+    """Compare two files and print what came of it; 1 if --fail-on found something, otherwise 0."""
     if not 0 <= args.margin < 100:
         raise PerfError(f"--margin must be from 0 to 100 percent, got {args.margin:g}")
     a, b = (results.read(path, note=out) for path in (args.a, args.b))

@@ -127,9 +127,6 @@ def append(path: Path, new: Iterable[Entry]) -> int:
     """Add entries to a log, but for those that it has already; return how many were added.
 
     The file is written whole: it is as before or complete, whenever this is interrupted.
-
-    Raises:
-        PerfError: if the log is damaged, or cannot be read or written.
     """
     old = read(path)
     known = {_identity(entry) for entry in old}
@@ -141,11 +138,7 @@ def append(path: Path, new: Iterable[Entry]) -> int:
 
 
 def read(path: Path) -> list[Entry]:
-    """The entries of a log; none of a file that is not there.
-
-    Raises:
-        PerfError: for a line that is no entry, or a file that cannot be read.
-    """
+    """The entries of a log; none of a file that is not there."""
     try:
         lines = path.read_text().splitlines()
     except FileNotFoundError:
@@ -213,11 +206,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table, and append to the log if there is one.
-
-    Raises:
-        PerfError: for files that cannot be read or written.
-    """
+    """Print the table, and append to the log if there is one."""
     found = [entry for path in args.results for entry in entries(*ranking.read([path]))]
     if not found:
         raise PerfError("nothing to log: nothing has a time, measured or predicted")

@@ -289,11 +289,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the page; say where it is and how large.
-
-    Raises:
-        PerfError: for files that cannot be read or written.
-    """
+    """Write the page; say where it is and how large."""
     size = write(*ranking.read(args.results), Path(args.out))
     print(f"{args.out}: {size / 1e6:.1f} MB")
     return 0

@@ -9,13 +9,6 @@ roofline   speed over arithmetic intensity
 predicted  predicted over measured time of every tile
 forest     speed-up over the fastest peer, with its interval
 ladder     speed of each of a lesson's kernels, from naive to fast, layer by layer
-
-A README shows the one that suits the reader's page:
-
-    <picture>
-      <source media="(prefers-color-scheme: dark)" srcset="figures/forest-matmul-fwd-dark.png">
-      <img src="figures/forest-matmul-fwd-light.png" alt="...">
-    </picture>
 """
 
 import argparse
@@ -185,11 +178,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draw; say what was written, and for what there are no rows.
-
-    Raises:
-        PerfError: for an unknown kind or format, files that cannot be read, or nothing to draw.
-    """
+    """Draw; say what was written, and for what there are no rows."""
     kinds = _choice(args.kind, KINDS, "kind")
     forms = _choice(args.format, FORMATS, "format")
     shown = workloads(ranking.read(args.results)[1])

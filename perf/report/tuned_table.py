@@ -40,9 +40,6 @@ def save(rows: Iterable[dict], folder: pathlib.Path | None = None) -> pathlib.Pa
     An entry that an operator's own sweep has made is not replaced by a guest's: a 1x1 convolution
     is a matmul, and looks its tile up as one, but with B transposed; conv2d_bias_relu looks up
     conv2d's. A guest's entry says by whom it was measured ("by"), and fills what is free.
-
-    Raises:
-        PerfError: no rows to save, rows of several GPUs, or a table that cannot be read or written.
     """
     from tilelab.kernels import _tiles
 

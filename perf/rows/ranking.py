@@ -32,11 +32,7 @@ _NAME = re.compile(r"([\w-]+)[. ]([^ =]+)(?: ([^ =]+))?")  # as perf/work/shapes
 def read(
     paths: Iterable[str | Path], note: Callable[[str], Any] = print
 ) -> tuple[list[dict[str, Any]], list[Row]]:
-    """Read results files: their headers, and their rows, each with the commit it was made with.
-
-    Raises:
-        PerfError: as `results.read` does, and if there is no row at all.
-    """
+    """Read results files: their headers and rows. No row at all is an error."""
     paths = list(paths)
     headers, rows = map(_printable, results.read(*paths, note=note))
     if not rows:

@@ -9,6 +9,9 @@ there are, with replacement, take their median, and do so 2,000 times. The middl
 medians is the interval. It asks nothing of the distribution but that the samples are independent.
 The random numbers come from a fixed seed: the same samples give the same interval, bit for bit.
 
+No samples, one that is not a finite number, and one of a ratio that is not positive are a
+ValueError.
+
 Sources: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13, the percentile
 interval; Hoefler and Belli, Scientific Benchmarking of Parallel Computing Systems (2015).
 """
@@ -22,11 +25,7 @@ RESAMPLES = 2000
 
 
 def summary(samples: Sequence[float]) -> dict[str, float]:
-    """Return median, q25 and q75 (the quartiles), low and high (the 95% interval of the median).
-
-    Raises:
-        ValueError: for no samples, or one that is not a finite number.
-    """
+    """Return median, q25 and q75 (the quartiles), low and high (the 95% interval of the median)."""
     samples = _checked(samples)
     q25, median, q75 = np.quantile(samples, [0.25, 0.5, 0.75])
     low, high = bootstrap_median(samples)
@@ -38,9 +37,6 @@ def bootstrap_median(samples: Sequence[float]) -> tuple[float, float]:
 
     One sample says nothing of its own spread: its interval has no width. Below about ten samples
     the interval is too narrow.
-
-    Raises:
-        ValueError: for no samples, or one that is not a finite number.
     """
     return _interval(_medians(_checked(samples), seed=0))
 
@@ -50,9 +46,6 @@ def paired_ratio(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, 
 
     What slows down a whole round (a clock that falls, a neighbour) slows down both, and cancels in
     the ratio of that round. So this sees differences that are lost in the spread of the times.
-
-    Raises:
-        ValueError: for samples that are not as many, or not positive.
     """
     a, b = _positive(a), _positive(b)
     if len(a) != len(b):
@@ -65,9 +58,6 @@ def unpaired_ratio(a: Sequence[float], b: Sequence[float]) -> tuple[float, float
     """Return the ratio of the medians a / b and its interval's ends, of what was timed apart.
 
     Both are drawn anew independently. It cannot know what else changed between the two runs.
-
-    Raises:
-        ValueError: for no samples, or samples that are not positive.
     """
     a, b = _positive(a), _positive(b)
     drawn = _medians(a, seed=0) / _medians(b, seed=1)
@@ -75,11 +65,7 @@ def unpaired_ratio(a: Sequence[float], b: Sequence[float]) -> tuple[float, float
 
 
 def geomean(values: Iterable[float]) -> float:
-    """Return the geometric mean, the one that suits ratios: of 2 and 1/2 it is 1.
-
-    Raises:
-        ValueError: for no values, or one that is not positive.
-    """
+    """Return the geometric mean, the one that suits ratios: of 2 and 1/2 it is 1."""
     return math.exp(np.log(_positive(list(values))).mean())
 
 

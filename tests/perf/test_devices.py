@@ -465,12 +465,6 @@ def test_what_nvml_cannot_say_is_none():
     assert "not installed" in nvml.missing
 
 
-def test_older_drivers_and_bindings_have_another_name_for_the_reasons():
-    nvml = FakePynvml(nvmlDeviceGetCurrentClocksThrottleReasons=lambda handle: 0x8)
-    del nvml.nvmlDeviceGetCurrentClocksEventReasons
-    assert Nvml(nvml, "ab", None).throttle_reasons() == ["hardware slowdown"]
-
-
 def test_every_name_is_in_pynvml():
     """nvidia-ml-py as it is, without a driver: the names, and the numbers of the bits."""
     pynvml = pytest.importorskip("pynvml", reason="nvidia-ml-py is not installed")
