@@ -203,20 +203,18 @@ class Device:
 
 
 class CudaDevice(Device):
-    """One GPU."""
+    """The first GPU that torch sees: CUDA_VISIBLE_DEVICES chooses another."""
 
     torch_device = "cuda"
     timer_name = "events"
 
-    def __init__(self, index: int = 0) -> None:
+    def __init__(self) -> None:
         if not torch.cuda.is_available():
             raise PerfError("torch sees no GPU: `tilelab doctor` says what works without")
-        if index not in range(torch.cuda.device_count()):
-            raise PerfError(f"there is no GPU {index}: torch sees {torch.cuda.device_count()}")
-        torch.cuda.set_device(index)  # so that "cuda" means this one from here on
-        properties = torch.cuda.get_device_properties(index)
+        self.index = 0
+        properties = torch.cuda.get_device_properties(self.index)
         hip = torch.version.hip is not None
-        self.index, self.name = index, properties.name
+        self.name = properties.name
         self.target = (
             properties.gcnArchName.split(":")[0]
             if hip
@@ -231,7 +229,7 @@ class CudaDevice(Device):
         else:
             self._nvml = _nvml(properties)
             self.nvml_missing = self._nvml.missing
-        self._stream = torch.cuda.Stream(index)
+        self._stream = torch.cuda.Stream(self.index)
 
     @contextlib.contextmanager
     def stream(self) -> Iterator[None]:

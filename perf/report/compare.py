@@ -17,8 +17,7 @@ their code did not change: if they drifted by 3%, so did the machine, and 3% of 
 import argparse
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tilelab.perf.errors import PerfError
 from tilelab.perf.rows import results, stats
@@ -99,17 +98,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--anyway", action="store_true", help=text)
 
 
-def run(args: argparse.Namespace, out: Callable[[str], Any] = print) -> int:
+def run(args: argparse.Namespace) -> int:
     """Compare two files and print what came of it; 1 if --fail-on found something, otherwise 0."""
     if not 0 <= args.margin < 100:
         raise PerfError(f"--margin must be from 0 to 100 percent, got {args.margin:g}")
-    a, b = (results.read(path, note=out) for path in (args.a, args.b))
+    a, b = (results.read(path) for path in (args.a, args.b))
     runs = _headings(args.a, a, args.b, b, args.anyway)
     found = compare(a.rows, b.rows, args.margin / 100, args.every_tile)
     if not found:
         raise PerfError(f"{args.a} and {args.b} have no right result of one workload in common")
-    for text in (*runs, "", format_table(found), "", summary(found)):
-        out(text)
+    print(*runs, "", format_table(found), "", summary(found), sep="\n")
     return int(failed(found, args.fail_on))
 
 
@@ -127,8 +125,12 @@ def format_table(found: list[Comparison]) -> str:
     if peers:
         lines += [("",) * len(head), ("peers",) + ("",) * (len(head) - 1), *peers]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    formats = [f"{{:{'>' if 1 <= i <= 4 else '<'}{width}}}" for i, width in enumerate(widths)]
-    return "\n".join("  ".join(formats).format(*line).rstrip() for line in lines)
+    right = ("B / A", "95% interval", "A", "B")
+    sides = [str.rjust if name in right else str.ljust for name in head]
+    texts = (
+        "  ".join(s(*of) for s, *of in zip(sides, line, widths, strict=True)) for line in lines
+    )
+    return "\n".join(text.rstrip() for text in texts)
 
 
 def summary(found: list[Comparison]) -> str:

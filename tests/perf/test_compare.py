@@ -1,6 +1,8 @@
 """Comparing two results files: verdicts on made-up runs whose truth is known."""
 
 import argparse
+import contextlib
+import io
 
 import numpy as np
 import pytest
@@ -58,9 +60,9 @@ def main(*args):
     """Run the command; return its exit status and what it printed."""
     parser = argparse.ArgumentParser()
     module.add_arguments(parser)
-    printed = []
-    status = module.run(parser.parse_args(list(args)), printed.append)
-    return status, "\n".join(printed)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        status = module.run(parser.parse_args(list(args)))
+    return status, printed.getvalue()
 
 
 def one(a, b, **options):
