@@ -101,43 +101,15 @@ class Nvml:
         self.missing = f"NVML does not know the GPU {uuid}"
 
     def ask(self, function: str, *args: Any) -> Any:
-        """What a function of pynvml returns; None where the GPU, driver or pynvml lacks it.
+        """What a function of pynvml says of the GPU; None where the GPU or the driver lacks it.
 
         A data-centre GPU and a laptop's answer different questions, so every error means "no
         answer": a number that is missing must not stop a sweep.
         """
         with contextlib.suppress(Exception):
-            return getattr(self.module, function)(*args) if self.handle is not None else None
+            of = [self.handle] if function.startswith("nvmlDevice") else []
+            return getattr(self.module, function)(*of, *args) if self.handle is not None else None
         return None
-
-    def driver(self) -> str | None:
-        """The driver's version."""
-        return self.ask("nvmlSystemGetDriverVersion")
-
-    def clock(self, which: str, most: bool = False) -> int | None:
-        """MHz of "SM" or "MEM": now, or the most that the GPU can."""
-        function = "nvmlDeviceGetMaxClockInfo" if most else "nvmlDeviceGetClockInfo"
-        return self.ask(function, self.handle, getattr(self.module, f"NVML_CLOCK_{which}", None))
-
-    def throttle_reasons(self) -> list[str]:
-        """Why the clocks are lower than they could be, right now."""
-        mask = self.ask("nvmlDeviceGetCurrentClocksEventReasons", self.handle) or 0
-        return [reason for bit, reason in THROTTLE.items() if mask & bit]
-
-    def power_limit(self) -> float | None:
-        """Watts."""
-        milliwatts = self.ask("nvmlDeviceGetEnforcedPowerLimit", self.handle)
-        return None if milliwatts is None else milliwatts / 1000
-
-    def energy(self) -> float | None:
-        """Joules since the driver was loaded."""
-        millijoules = self.ask("nvmlDeviceGetTotalEnergyConsumption", self.handle)
-        return None if millijoules is None else millijoules / 1000
-
-    def processes(self) -> int | None:
-        """How many processes compute on the GPU, this one included."""
-        found = self.ask("nvmlDeviceGetComputeRunningProcesses", self.handle)
-        return None if found is None else len(found)
 
 
 def _nvml(properties: Any) -> Nvml:
@@ -169,16 +141,18 @@ class Device:
 
     def header(self) -> dict[str, Any]:
         """The fields of a results file's header that are about the GPU."""
-        nvml = self._nvml
+        limit = self._nvml.ask("nvmlDeviceGetEnforcedPowerLimit")
         clocks = dict(
-            sm=nvml.clock("SM"), memory=nvml.clock("MEM"), sm_max=nvml.clock("SM", most=True)
+            sm=self._clock("nvmlDeviceGetClockInfo", "SM"),
+            memory=self._clock("nvmlDeviceGetClockInfo", "MEM"),
+            sm_max=self._clock("nvmlDeviceGetMaxClockInfo", "SM"),
         )
         return dict(
             gpu=self.name,
             target=self.target,
-            driver=nvml.driver(),
+            driver=self._nvml.ask("nvmlSystemGetDriverVersion"),
             clocks_mhz=None if None in clocks.values() else clocks,
-            power_limit_w=nvml.power_limit(),
+            power_limit_w=None if limit is None else limit / 1000,
         )
 
     def now(self) -> float:
@@ -187,19 +161,25 @@ class Device:
 
     def processes(self) -> int | None:
         """How many processes compute on the GPU, this one included; None if that is not known."""
-        return self._nvml.processes()
+        found = self._nvml.ask("nvmlDeviceGetComputeRunningProcesses")
+        return None if found is None else len(found)
 
     def clock_mhz(self) -> float | None:
         """The clock of the SMs, now."""
-        return self._nvml.clock("SM")
+        return self._clock("nvmlDeviceGetClockInfo", "SM")
 
     def throttle_reasons(self) -> list[str]:
         """Why the GPU is slower than it could be, now; empty where that is not known."""
-        return self._nvml.throttle_reasons()
+        mask = self._nvml.ask("nvmlDeviceGetCurrentClocksEventReasons") or 0
+        return [reason for bit, reason in THROTTLE.items() if mask & bit]
 
     def energy_j(self) -> float | None:
         """Joules that the GPU has used; only differences mean something."""
-        return self._nvml.energy()
+        millijoules = self._nvml.ask("nvmlDeviceGetTotalEnergyConsumption")
+        return None if millijoules is None else millijoules / 1000
+
+    def _clock(self, function: str, which: str) -> int | None:
+        return self._nvml.ask(function, getattr(self._nvml.module, f"NVML_CLOCK_{which}", None))
 
 
 class CudaDevice(Device):

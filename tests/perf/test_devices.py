@@ -419,13 +419,21 @@ class FakePynvml(types.SimpleNamespace):
         return "handle"
 
 
+def device_with(pynvml):
+    """A device with this NVML; the host has as many methods as a GPU."""
+    device = HostDevice()
+    device._nvml = Nvml(pynvml, "ab", None)
+    return device
+
+
 def test_nvml_answers_in_plain_units():
-    nvml = Nvml(FakePynvml(), "ab", None)
-    assert nvml.missing is None and nvml.driver() == "580.1"
-    assert nvml.clock("SM") == 1755 and nvml.clock("MEM") == 3201
-    assert nvml.clock("SM", most=True) == 1980
-    assert nvml.power_limit() == 700.0 and nvml.energy() == 12.345 and nvml.processes() == 2
-    assert nvml.throttle_reasons() == ["power cap", "thermal (software)"]  # idle and set clocks: no
+    device = device_with(FakePynvml())
+    header = device.header()
+    assert device._nvml.missing is None and header["driver"] == "580.1"
+    assert header["clocks_mhz"] == dict(sm=1755, memory=3201, sm_max=1980)
+    assert device.clock_mhz() == 1755 and header["power_limit_w"] == 700.0
+    assert device.energy_j() == 12.345 and device.processes() == 2
+    assert device.throttle_reasons() == ["power cap", "thermal (software)"]  # idle and set: no
 
 
 def test_a_gpu_is_found_by_its_identity():
@@ -451,14 +459,16 @@ def test_what_nvml_cannot_say_is_none():
     broken = {name: FakePynvml.fails for name in vars(FakePynvml()) if name.startswith("nvmlD")}
     for function in ("nvmlDeviceGetHandleByUUID", "nvmlInit"):
         broken.pop(function, None)
-    for nvml in (
-        Nvml(FakePynvml(**broken, nvmlSystemGetDriverVersion=FakePynvml.fails), "ab", None),
-        Nvml(FakePynvml(nvmlInit=FakePynvml.fails), "ab", None),
-        Nvml(None, "ab", None),
+    for pynvml in (
+        FakePynvml(**broken, nvmlSystemGetDriverVersion=FakePynvml.fails),
+        FakePynvml(nvmlInit=FakePynvml.fails),
+        None,
     ):
-        assert nvml.clock("SM") is nvml.energy() is nvml.processes() is nvml.power_limit() is None
-        assert nvml.throttle_reasons() == [] and nvml.driver() is None
-    assert "not installed" in nvml.missing
+        device = device_with(pynvml)
+        assert device.clock_mhz() is device.energy_j() is device.processes() is None
+        assert device.throttle_reasons() == []
+        assert [*device.header().values()] == ["interpreter", None, None, None, None]
+    assert "not installed" in device._nvml.missing
 
 
 def test_every_name_is_in_pynvml():
