@@ -7,19 +7,13 @@ import io
 import numpy as np
 import pytest
 
+from tests.tools import perf_rows
 from tilelab.perf.errors import PerfError
 from tilelab.perf.report import compare as module
 from tilelab.perf.report.compare import compare, format_table, summary
 from tilelab.perf.rows import results
 
-HEADER = {
-    "created": "2026-01-01T00:00:00Z",
-    "gpu": "NVIDIA H200",
-    "measured": True,
-    "driver": "570.1",
-    "commit": "0123456789abcdef",
-    "versions": {"torch": "2.13.0", "triton": "3.7.1"},
-}
+HEADER = perf_rows.HEADER | {"commit": "0123456789abcdef"}
 
 
 def samples(median, seed=0, spread=0.003, count=40):
@@ -28,21 +22,9 @@ def samples(median, seed=0, spread=0.003, count=40):
 
 def row(median=1e-3, seed=0, spread=0.003, **changes):
     timed = samples(median, seed, spread)
-    about = {
-        "op": "matmul",
-        "mode": "fwd",
-        "dtype": "bfloat16",
-        "precision": "ieee",
-        "shape": {"M": 64, "N": 32, "K": 16},
-        "impl": "tilelab",
-        "tile": {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4},
-        "stage": "final",
-        "status": "ok",
-        "source": "aaaa",
-        "samples_s": timed,
-        "median_s": float(np.median(timed)),
-    }
-    return {**about, **changes}
+    tile = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4}
+    about = dict(tile=tile, samples_s=timed, median_s=float(np.median(timed)))
+    return perf_rows.one_row(**about | changes)
 
 
 def peer(median=1e-3, **changes):

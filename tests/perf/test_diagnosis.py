@@ -116,11 +116,6 @@ def test_a_modelled_cause_says_how_much_of_the_gap_it_explains():
     assert code == "waves" and "by the model 2.00x: 33% of the gap" in words
 
 
-def test_all_of_a_gap():
-    slow = loser(padding=1.5, predicted_s=150e-6)
-    assert "by the model 1.50x: all of the gap" in diagnosis.explain_loss(slow, BEST, H200)[1]
-
-
 def test_a_faster_computation_ends_at_the_memory_floor():
     # The memory alone takes 90 of its 120 µs: without padding it would be 90, not 60.
     slow = loser(padding=2.0, predicted_s=120e-6, moved=int(90e-6 * H200.bandwidth))

@@ -13,34 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.tools.perf_rows import HEADER
+from tests.tools.perf_rows import one_row as row
 from tilelab.perf.errors import PerfError
 from tilelab.perf.rows import results
 
 ROOT = Path(__file__).parents[2]
-HEADER = {
-    "created": "2026-01-01T00:00:00Z",
-    "gpu": "NVIDIA H200",
-    "measured": True,
-    "driver": "570.1",
-    "versions": {"torch": "2.13.0", "triton": "3.7.1", "cudnn": None},
-}
-
-
-def row(**changes):
-    about = {
-        "op": "matmul",
-        "mode": "fwd",
-        "dtype": "bfloat16",
-        "precision": "ieee",
-        "shape": {"M": 64, "N": 32, "K": 16},
-        "impl": "tilelab",
-        "tile": {"BLOCK_M": 64, "num_warps": 4},
-        "stage": "final",
-        "status": "ok",
-        "source": "aaaa",
-        "median_s": 1e-3,
-    }
-    return {**about, **changes}
 
 
 def written(path, *rows, **header):
