@@ -1,7 +1,7 @@
-"""What the user passed: checks of arguments, and the dtypes and precision that torch would use.
+"""Checks of the arguments that a user passes, and the dtype and precision that torch would use.
 
 A check raises before anything is launched: TypeError for a dtype or a device, ValueError for a
-shape or a value. Its message names the argument and shows what was received.
+shape or a value. Its message names the argument and shows what was passed.
 """
 
 from collections.abc import Sequence
@@ -19,19 +19,19 @@ def check_tensors(
     dtypes: tuple[torch.dtype, ...] = DTYPES,
     **tensors: torch.Tensor | None,
 ) -> None:
-    """All are tensors of one dtype of `dtypes`, on one device that the kernels can run on.
+    """Raise TypeError unless all are tensors of one dtype, on one device that kernels can run on.
 
-    Those named in `optional` may be None.
+    The dtype must be one of `dtypes`. Tensors that are named in `optional` may be None.
     """
     first_name, first = next(iter(tensors.items()))
-    dtype = device = None  # the first's, once it has passed
+    dtype = device = None  # those of the first tensor, after its checks
     for name, x in tensors.items():
         if x is None and name in optional:
             continue
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if x.dtype is dtype and x.device == device and x.layout is torch.strided:
-            continue  # as the first
+            continue  # it is like the first, so the checks below pass
         if x.dtype not in dtypes:
             raise TypeError(f"{name} must be {either(dtypes)}, got {short_name(x.dtype)}")
         if x.layout != torch.strided:
@@ -46,7 +46,7 @@ def check_tensors(
 
 
 def check_device(name: str, x: torch.Tensor, first_name: str, first: torch.Tensor) -> None:
-    """`x` is where `first` is, and that is a place where kernels can run."""
+    """Raise TypeError unless `x` is on the device of `first`, and kernels can run there."""
     if x.device != first.device:
         raise TypeError(f"{name} must be on {first.device} like {first_name}, got {x.device}")
     if x.device.type not in ("cuda", "meta") and _launch.on_gpu():
@@ -57,7 +57,10 @@ def check_device(name: str, x: torch.Tensor, first_name: str, first: torch.Tenso
 
 
 def check_shape(name: str, x: torch.Tensor, shape: str, **expected: int | None) -> None:
-    """`check_shape("bias", bias, "[N]", N=128)`: the rank, and the sizes that are not None."""
+    """Raise ValueError unless x has the rank, and each size that is not None, of `expected`.
+
+    An example is `check_shape("bias", bias, "[N]", N=128)`. `shape` is for the message.
+    """
     sizes = x.shape
     if len(sizes) == len(expected):
         for want, got in zip(expected.values(), sizes, strict=False):
@@ -72,14 +75,14 @@ def check_shape(name: str, x: torch.Tensor, shape: str, **expected: int | None) 
 
 
 def check_choice(name: str, value: Any, choices: tuple) -> None:
-    """`value` is one of `choices`."""
+    """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def pair(name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]:
-    """An int, or a pair of ints (height, width), as a pair; each at least `minimum`."""
-    if type(value) is int and value >= minimum:  # most calls
+    """Return an int or a pair of ints as a pair (height, width). Each must be >= `minimum`."""
+    if type(value) is int and value >= minimum:  # most calls end here
         return value, value
     if isinstance(value, int) and not isinstance(value, bool):
         value = (value, value)
@@ -101,13 +104,16 @@ def short_name(dtype: torch.dtype) -> str:
 
 
 def either(dtypes: Sequence[torch.dtype]) -> str:
-    """'float32, float16 or bfloat16'."""
+    """Return the names as in 'float32, float16 or bfloat16'."""
     *names, last = map(short_name, dtypes)
     return f"{', '.join(names)} or {last}" if names else last
 
 
 def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """Under `torch.autocast`, the tensors in its dtype (what it does for torch's own matmul)."""
+    """Return the tensors, cast to the dtype of `torch.autocast` if it is on.
+
+    autocast does the same for torch's own matmul.
+    """
     first = tensors[0]
     if not isinstance(first, torch.Tensor) or not _autocast_is_on(first):
         return tensors
@@ -117,23 +123,23 @@ def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
 
 
 def reduction_dtype(x: torch.Tensor) -> torch.dtype:
-    """The result's dtype for softmax and losses: x's, but float32 under `torch.autocast`.
+    """Return the result's dtype for softmax and losses: x's, but float32 under `torch.autocast`.
 
-    torch casts x for that. A kernel that computes in float32 anyway reads x as it is.
+    torch casts x to float32 for that. Our kernels compute in float32 anyway, and need no cast.
     """
     return torch.float32 if _autocast_is_on(x) else x.dtype
 
 
 def _autocast_is_on(x: torch.Tensor) -> bool:
-    device = "cuda" if x.is_cuda else "cpu" if x.is_cpu else None  # where kernels run
+    device = "cuda" if x.is_cuda else "cpu" if x.is_cpu else None  # kernels run on no other device
     return device is not None and torch.is_autocast_enabled(device)
 
 
 def dot_precision(dtype: torch.dtype, switch: Any) -> str:
-    """How `tl.dot` treats float32: "tf32" where torch's own switch allows it, else "ieee".
+    """Return `input_precision` for `tl.dot`: "tf32" if torch's own switch allows it, else "ieee".
 
-    `switch` is `torch.backends.cuda.matmul` or `torch.backends.cudnn.conv`; the older `allow_tf32`
-    flags set the same state.
+    `switch` is `torch.backends.cuda.matmul` or `torch.backends.cudnn.conv`. The older flags
+    `allow_tf32` set the same state. Only float32 operands can be rounded to TF32.
     """
     tf32 = dtype == torch.float32 and switch.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"

@@ -1,17 +1,16 @@
 """Where a kernel runs, and its launch there: on the GPU, or in Triton's interpreter on the CPU.
 
-A kernel file says what its kernels compute. This file decides where they run (on the GPU, or in
-Triton's interpreter where torch sees none) and launches them. Nothing here computes a result, but
-for rounding bfloat16 in the interpreter. Beside it, _checks.py checks what the user passed, and
-_tiles.py chooses the tile.
+The other files of this folder say what is computed. This file decides where kernels run, and
+launches them. It computes no result itself, except that it rounds bfloat16 and float8 for the
+interpreter. _tiles.py chooses the tile of a call, and _checks.py checks its arguments.
 
-Where kernels run. `@triton.jit` reads the variable TRITON_INTERPRET when triton is first imported,
-so it is set here, before that import:
+Where kernels run. `@triton.jit` reads the variable TRITON_INTERPRET when triton is first imported.
+So this file sets it before that import:
 
-    torch sees a GPU                 compiled for it
-    torch sees none                  interpreted on the CPU, with NumPy doing the arithmetic
-    TRITON_INTERPRET=1               interpreted, whatever the machine has (print works in a kernel)
-    TRITON_INTERPRET=0 and no GPU    compile only (`triton.compile`, no launches)
+    torch sees a GPU                 kernels are compiled for it
+    torch sees none                  kernels are interpreted on the CPU; NumPy does the arithmetic
+    TRITON_INTERPRET=1               kernels are interpreted on any machine (print works in them)
+    TRITON_INTERPRET=0 and no GPU    kernels can only be compiled (`triton.compile`), not launched
 """
 
 import contextlib
@@ -35,7 +34,7 @@ INTERPRET: bool = triton.knobs.runtime.interpret
 
 
 def _version(text: str) -> tuple[int, ...]:
-    """'3.7.1+git' -> (3, 7, 1)."""
+    """Return the numbers of a version: '3.7.1+git' -> (3, 7, 1)."""
     numbers = []
     for part in text.split("+")[0].split(".")[:3]:
         digits = "".join(c for c in part if c.isdigit())
@@ -44,7 +43,7 @@ def _version(text: str) -> tuple[int, ...]:
 
 
 def refuse_broken_versions(triton_version: str, numpy_version: str, interpret: bool) -> None:
-    """Raise ImportError, with what to install, for versions that are known not to work."""
+    """Raise ImportError if these versions are known not to work. It says what to install."""
     if _version(triton_version) < (3, 6):
         raise ImportError(
             f"tilelab needs triton >= 3.6, found {triton_version}: pip install -U triton"
@@ -65,13 +64,13 @@ if INTERPRET and isinstance(tl.cdiv, triton.JITFunction):
 
 
 class Device(NamedTuple):
-    """What a choice of kernel depends on.
+    """What the choice of a kernel depends on. An SM is a processor of a GPU (see bias_relu.py).
 
     Attributes:
-        capability: which GPU it is: 90 for sm_90, 0 for AMD's.
-        sms: how many SMs it has.
-        modelled: whether it takes the time that counting its FLOPs and bytes says, as a GPU does;
-            so a lesson may choose by a count. The interpreter's time is that of its operations.
+        capability: the kind of GPU: 90 for sm_90 (Hopper), 0 for AMD's.
+        sms: the number of its SMs.
+        modelled: True if FLOPs and bytes predict its time, as for a GPU. A lesson may then choose a
+            tile by them. They do not predict the time of the interpreter.
     """
 
     capability: int
@@ -80,25 +79,27 @@ class Device(NamedTuple):
 
     @property
     def kernels(self) -> tuple[str, ...]:
-        """The kinds that it can run.
+        """The kinds of kernels that it can run.
 
-        Every device runs "pointer" kernels. "tma" ones load and store through the tensor memory
-        accelerator, which NVIDIA's GPUs have since Hopper; "tma_ws" ones are warp-specialised,
-        which Triton does well on Hopper alone: for sm_100 the same tiles spill.
+        Every device runs "pointer" kernels. "tma" kernels load and store by the tensor memory
+        accelerator, which NVIDIA's GPUs have since Hopper. In "tma_ws" kernels some warps only load
+        (matmul_tma.py). They run on Hopper alone: compiled for sm_100, the same tiles spill.
         """
         if self.capability < 90:
             return ("pointer",)
         return ("pointer", "tma", "tma_ws") if self.capability == 90 else ("pointer", "tma")
 
 
-INTERPRETER = Device(
-    90, sms=2, modelled=False
-)  # two, so that a persistent kernel has programs and turns
-ANY_GPU = Device(89, sms=132)  # recorded for none in particular: every dtype, and no TMA
+# The interpreter plays a Hopper GPU. It has two SMs, so a persistent kernel has several programs
+# with several tiles each.
+INTERPRETER = Device(90, sms=2, modelled=False)
+# This device stands for a GPU when a call is recorded for none in particular. It has every dtype,
+# and no TMA.
+ANY_GPU = Device(89, sms=132)
 
 
 def device_of(x: torch.Tensor) -> Device:
-    """The device that a kernel given `x` runs on, or the one that is recorded for."""
+    """Return the device that a kernel with argument `x` runs on, or is recorded for."""
     if _recorded is not None:
         return _pretended or ANY_GPU
     return INTERPRETER if INTERPRET else _properties(x.get_device())
@@ -112,9 +113,12 @@ def _properties(index: int) -> Device:
 
 
 def tma_rows(x: torch.Tensor, item: int) -> tuple[torch.Tensor, bool, tuple, int] | None:
-    """`x` as rows that TMA can read: is it x^T that has them, its shape, its rows' stride.
+    """Return (x, transposed, shape, stride): the rows that TMA can read in x, or in x^T.
 
-    Rows are contiguous, begin at multiples of 16 bytes, and do not overlap. None if x has none.
+    `transposed` is True if they are the rows of x^T. `shape` and `stride` are those of the matrix
+    with these rows; `stride` is the distance between rows, in elements of `item` bytes. The rows
+    are contiguous, begin at multiples of 16 bytes and do not overlap. Return None if x has no such
+    rows.
     """
     stride, inner = x.stride()
     shape, transposed = x.shape, inner != 1
@@ -128,12 +132,12 @@ def tma_rows(x: torch.Tensor, item: int) -> tuple[torch.Tensor, bool, tuple, int
 def descriptor(
     x: torch.Tensor, shape: Sequence[int], strides: Sequence[int], block: list[int]
 ) -> TensorDescriptor:
-    """What a kernel needs to load or store blocks of a tensor by TMA.
+    """Return what a kernel needs to load or store blocks of a tensor by TMA.
 
-    `shape` and `strides` are the tensor's, of up to five dimensions, and `x` has its first element.
-    The caller has seen to it that the unit can read it: the last stride is 1, and the others and
-    the first element's address are multiples of 16 bytes. TensorDescriptor's constructor would look
-    again, for a microsecond each time.
+    `shape` and `strides` (in elements) are the tensor's, with up to five dimensions. Its first
+    element is that of `x`. The caller has checked that TMA can read it: the last stride is 1, and
+    the other strides and the address are multiples of 16 bytes. TensorDescriptor's constructor is
+    not called, because it would check this again, which takes a microsecond.
     """
     d = object.__new__(TensorDescriptor)
     d.base, d.shape, d.strides, d.block_shape, d.padding = x, shape, strides, block, "zero"
@@ -141,12 +145,12 @@ def descriptor(
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
-    """Memory for descriptors that a kernel makes itself, which Triton asks for at its launch."""
+    """Return memory for descriptors that a kernel makes itself. Triton calls this at a launch."""
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 class Choice(NamedTuple):
-    """That `choose_tile` was asked for a tile, the answer, and the kernels that could be chosen."""
+    """A recorded call of `choose_tile`: its arguments, and the tile that it returned."""
 
     op: str
     dtype: torch.dtype
@@ -156,7 +160,7 @@ class Choice(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """What `launch` was asked to launch."""
+    """A recorded call of `launch`: its arguments."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -165,26 +169,27 @@ class Launch(NamedTuple):
 
 
 _recorded: list[Choice | Launch] | None = None
-_pretended: Device | None = None  # the device that a recorded call would run on
+_pretended: Device | None = None  # the device of `record`
 
 
 def on_gpu() -> bool:
-    """Whether a launch would run on a GPU now: it is neither interpreted nor recorded."""
+    """Return whether a launch now would run on a GPU, and is neither interpreted nor recorded."""
     return not INTERPRET and _recorded is None
 
 
 def note_choice(*choice: Any) -> None:
-    """List a `Choice` of these, where a call is recorded."""
+    """Add a `Choice` with these fields to the record, if there is one."""
     if _recorded is not None:
         _recorded.append(Choice(*choice))
 
 
 @contextlib.contextmanager
 def record(device: Device | None = None) -> Iterator[list[Choice | Launch]]:
-    """Within this context nothing is launched: what would have been is listed, in order.
+    """Record launches instead of running them: within this context, list them in their order.
 
-    So a call can be compiled and counted with no GPU, and its tensors may be empty ones on the CPU.
-    Tiles are the forced ones or the defaults for `device`: nothing is looked up.
+    The tensors of a recorded call may be uninitialised ones on the CPU. So a call can be compiled,
+    and its launches counted, without a GPU. Tiles are the forced ones (`use_tile`), or the defaults
+    for `device`. The tuned tables are not read.
     """
     global _recorded, _pretended
     before = _recorded, _pretended
@@ -196,10 +201,10 @@ def record(device: Device | None = None) -> Iterator[list[Choice | Launch]]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-    """`kernel[grid](*args, **meta)`, on the device of the tensors; nothing where the grid is empty.
+    """Run `kernel[grid](*args, **meta)` on the device of the first argument.
 
-    The first of `args` says which device. A list of tensors among them is passed as the table of
-    their addresses (int64), which is how one launch of an optimizer reaches all parameters.
+    Do nothing if the grid is empty. If an argument is a list of tensors, the kernel gets a table of
+    their addresses (int64): so one launch of an optimizer reaches all parameters.
     """
     if 0 in grid:
         return
@@ -212,7 +217,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         tensors = tensors_of(args)
         if tensors[0].is_cuda and any(isinstance(arg, list) for arg in args):
             raise TypeError("tensors must be on the CPU to be interpreted by their addresses")
-        # NumPy would warn of an inf - inf or a 1 / 0 that the GPU computes in silence.
+        # A GPU computes inf - inf or 1 / 0 without a warning, so NumPy must not warn either.
         with _float32_twins(tensors) as twin, np.errstate(all="ignore"):
             args = tuple(
                 _addresses([twin(t) for t in arg]) if isinstance(arg, list) else twin(arg)
@@ -227,7 +232,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         if any(isinstance(arg, TensorDescriptor) for arg in args):
             _enter_context(first.device)
         if meta.get("WARP_SPECIALIZE"):
-            triton.set_allocator(_scratch)  # of this thread: autograd's has none otherwise
+            triton.set_allocator(_scratch)  # for this thread: autograd's threads have none
         kernel[grid](*args, **meta)
 
 
@@ -235,19 +240,19 @@ _entered = threading.local()
 
 
 def _enter_context(device: torch.device) -> None:
-    """See to it that the driver has a context in this thread: a descriptor is encoded in it.
+    """Make sure that the driver has a context in this thread. Encoding a descriptor needs one.
 
-    A kernel's launch sees to it itself, but its descriptors come before, and a thread of autograd
-    may have done nothing else yet.
+    A kernel's launch makes sure of it, too, but only after its descriptors are encoded. And in a
+    thread of autograd, this launch may be the first call of the driver.
     """
     devices = _entered.__dict__.setdefault("devices", set())
     if device not in devices:
-        torch.cuda.mem_get_info(device)  # a call of the runtime, which enters its context
+        torch.cuda.mem_get_info(device)  # any call of the CUDA runtime enters its context
         devices.add(device)
 
 
 def tensors_of(args: Sequence[Any]) -> list[torch.Tensor]:
-    """The tensors among the arguments of a launch, in lists and in descriptors too."""
+    """Return the tensors among the arguments of a launch, also those in lists and descriptors."""
     flat = [t for arg in args for t in (arg if isinstance(arg, list) else [arg])]
     flat = [t.base if isinstance(t, TensorDescriptor) else t for t in flat]
     return [t for t in flat if isinstance(t, torch.Tensor)]
@@ -258,29 +263,29 @@ def _addresses(tensors: list[torch.Tensor]) -> torch.Tensor:
     return _address_table(tuple(t.data_ptr() for t in tensors), device, stream_of(device))
 
 
-# Training comes back with the same addresses: no copy to the GPU. A table belongs to the stream
-# that its copy and all its readers are ordered by.
+# Every training step has the same addresses, so the table is kept and copied to the GPU only once.
+# Its copy and its readers must be ordered by one stream, so each stream has a table of its own.
 @functools.lru_cache(maxsize=64)
 def _address_table(addresses: tuple[int, ...], device: torch.device, stream: int) -> torch.Tensor:
     return torch.tensor(addresses, dtype=torch.int64).to(device, non_blocking=True)
 
 
 def stream_of(device: torch.device) -> int:
-    """The stream that a launch on `device` would go to now."""
+    """Return the stream that a launch on `device` would use now."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
-WITHOUT_NUMPY = (torch.bfloat16, torch.float8_e4m3fn)  # dtypes that the interpreter gets wrong
+WITHOUT_NUMPY = (torch.bfloat16, torch.float8_e4m3fn)  # the interpreter computes wrongly with these
 
 
 @contextlib.contextmanager
 def _float32_twins(tensors: list[torch.Tensor]) -> Iterator[Any]:
-    """Lend the interpreter float32 twins of bfloat16 and float8 tensors, and round results back.
+    """Give the interpreter float32 copies of bfloat16 and float8 tensors, and round results back.
 
-    NumPy has no bfloat16: the interpreter computes with the raw 16-bit integers and its stores
-    truncate. Of float8_e4m3fn it takes NaN for 480, and is slow. A twin mirrors the whole storage,
-    so views, strides and whatever lies around them are as they were, and what the kernel did not
-    write comes back bit for bit.
+    NumPy has no bfloat16: the interpreter computes with the raw 16-bit integers, and its stores
+    truncate. With float8_e4m3fn it is slow, and reads NaN as 480. A twin is a copy of a tensor's
+    whole storage, so all views and strides in it stay valid. Elements that the kernel did not write
+    keep their bits.
     """
     storages = {}
     for t in tensors:
@@ -298,6 +303,7 @@ def _float32_twins(tensors: list[torch.Tensor]) -> Iterator[Any]:
         return storage.as_strided(t.shape, t.stride(), t.storage_offset())
 
     yield twin
-    for flat, wide in storages.values():  # conversion changes the bits of NaN: only what is new
+    # Copy back only what has changed: a conversion can change the bits of NaN.
+    for flat, wide in storages.values():
         new = wide.view(torch.int32) != flat.float().view(torch.int32)
         flat.copy_(torch.where(new, wide.to(flat.dtype), flat))

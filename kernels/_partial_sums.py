@@ -1,11 +1,20 @@
 """The second pass of a sum in parts: it adds the parts up, always in the same order.
 
-A long sum with few results is shared out among many programs, each of which writes a partial sum in
-float32. A kernel of this file reads them all and writes the result: the same input gives the same
-bits, which atomics would not.
+If a sum is long and has few results, many programs share it. Each program adds up one part, and
+writes a partial sum in float32. Then a kernel of this file reads all partial sums and writes the
+result. The order is fixed, so the same input gives the same bits. With atomics, programs would add
+to one result in any order.
 
-    sum_partials    out = sum of partials           of the gradients of weights and biases
-    reduce_parts    C = act(sum of partials + bias) of products: rows may be padded to whole tiles
+    partial sums [parts, SIZE]              result [SIZE]
+
+        part 0    | . . # # . . |
+        part 1    | . . # # . . |    -->    | . . # # . . |    # is what one program adds up
+        part 2    | . . # # . . |
+
+    sum_partials    out = sum of partials              for gradients of weights and biases
+    reduce_parts    C = act(sum of partials + bias)    for matrix products and convolutions
+
+What limits both: memory. They do one addition for each partial sum that they read.
 """
 
 import torch
@@ -16,22 +25,26 @@ from tilelab.kernels._launch import launch
 from tilelab.kernels._tiles import cdiv, choose_tile
 from tilelab.kernels.activation import activate
 
-# Of partial results there are few columns and many rows where they make the gradient of a bias, and
-# the other way round where they make that of a weight.
+# Partial sums for the gradient of a bias have many rows (parts) and few columns. Those for the
+# gradient of a weight have few rows and many columns.
 FEW_ROWS = dict(BLOCK_N=512, num_warps=4)
-FEW_COLUMNS = dict(BLOCK_N=16, num_warps=4)  # programs for as many SMs as there can be
+FEW_COLUMNS = dict(BLOCK_N=16, num_warps=4)  # narrow blocks give more programs, for more SMs
 MANY_OF_BOTH = dict(BLOCK_N=128, num_warps=4)
-SUM_ELEMENTS = 4096  # at a time: eight 16-byte loads of each thread in flight
-REDUCE_TILE = dict(BLOCK_M=4, BLOCK_N=128, num_warps=2)  # 32 bytes of each part a thread
+# A program loads at most this many elements at a time. They are 16 KiB, so each of its 128 threads
+# has eight loads of 16 bytes in flight.
+SUM_ELEMENTS = 4096
+# A tile of one part is 2 KiB, so each of 64 threads has 32 bytes of it.
+REDUCE_TILE = dict(BLOCK_M=4, BLOCK_N=128, num_warps=2)
 
 
 @triton.jit
 def _sum_columns(
     block, partials_ptr, out_ptr, SIZE, parts, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """Block `block` of out, BLOCK_N column sums of partials [parts, SIZE].
+    """Store block number `block` of out: BLOCK_N column sums of partials [parts, SIZE].
 
-    It takes BLOCK_S rows at a time: of many, one by one, each would cost it the latency of a load.
+    BLOCK_S rows are loaded at a time. One by one, each of many rows would cost the latency of a
+    load.
     """
     offs = block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = offs < SIZE
@@ -56,7 +69,10 @@ def sum_partials_kernel(
     partials_ptr, out_ptr, SIZE, parts, more_ptr, more_out_ptr, MORE_SIZE, more_parts,
     MORE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program computes BLOCK_N column sums of partials, or where there are MORE, of those."""
+    """One program computes BLOCK_N column sums of partials.
+
+    With MORE, the programs after those of partials do the same for `more`.
+    """
     block = tl.program_id(0)
     blocks = tl.cdiv(SIZE, BLOCK_N)
     if MORE:
@@ -75,17 +91,18 @@ def sum_partials(
     more: torch.Tensor | None = None,
     more_out: torch.Tensor | None = None,
 ) -> None:
-    """`out[...] = partials.sum(0)`, in the same order always: the same input gives the same bits.
+    """Compute `out[...] = partials.sum(0)`. The order is fixed: the same input gives the same bits.
 
     Args:
         partials: float32 [parts, ...], contiguous.
-        out: any floating dtype, of as many elements as one partial, dense in the same order.
-        more: further partials, in the same launch: of no more rows and elements, since the tile is
-            for the first.
-        more_out: their sums.
+        out: the result, of any floating dtype. It has as many elements as one part, and is dense in
+            the same order.
+        more: further partial sums, for the same launch. The tile is chosen for `partials`, so these
+            should have no more rows and elements.
+        more_out: the sums of `more`.
     """
     size, parts = out.numel(), partials.shape[0]
-    few = parts <= 8  # the compiler has several of them in flight at a time
+    few = parts <= 8  # the compiler keeps several of so few loads in flight
     default = FEW_ROWS if few else FEW_COLUMNS if size <= 4096 else MANY_OF_BOTH
     tile = choose_tile("sum_partials", partials.dtype, {4: default}, N=size)
     block_s = 1 if few else max(1, SUM_ELEMENTS // tile["BLOCK_N"])
@@ -107,8 +124,8 @@ def matmul_reduce_kernel(
 ):  # fmt: skip
     """One program computes one tile of C = act(sum of partials + bias), always in the same order.
 
-    partials [SPLIT_K, rows, N], rows >= M, and C [M, N] are row-major. With SUMS, sums [M] is the
-    sum of row_partials [SPLIT_K, M] besides.
+    partials [SPLIT_K, rows, N] and C [M, N] are row-major; rows >= M. With SUMS it also adds up
+    row_partials [SPLIT_K, M], into sums [M].
     """
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -116,7 +133,7 @@ def matmul_reduce_kernel(
     mask = (offs_m < M)[:, None] & mask_n[None, :]  # [BLOCK_M, BLOCK_N]
     offs = (offs_m * N)[:, None] + offs_n[None, :]
     acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
-    for part in tl.range(SPLIT_K, loop_unroll_factor=8):  # so that eight loads are on their way
+    for part in tl.range(SPLIT_K, loop_unroll_factor=8):  # eight loads are in flight
         part_ptr = partials_ptr + part * tl.cast(rows, tl.int64) * N
         acc += tl.load(part_ptr + offs, mask=mask, other=0.0)
     if HAS_BIAS:
@@ -134,9 +151,10 @@ def matmul_reduce_kernel(
 
 
 def reduce_parts(partials, bias, activation, c, M, N, rows, parts, row_partials=None, sums=None):
-    """Launch c = act(sum of partials + bias): partials [parts, rows, N], c [M, N] in its memory.
+    """Launch c = act(sum of partials + bias), for partials [parts, rows, N].
 
-    And, if given, sums [M] of row_partials [parts, M].
+    The memory of c is a row-major [M, N]; c itself can have more dimensions. If `sums` [M] is
+    given, the launch also adds up row_partials [parts, M] into it.
     """
     tile = choose_tile("matmul_reduce", c.dtype, {c.itemsize: REDUCE_TILE}, M=M, N=N)
     launch(

@@ -1,37 +1,42 @@
-"""Rows of a tensor of any layout, for the lessons that work along one dimension.
+"""A view of a tensor of any layout as rows, for the lessons that work along one dimension.
 
-Bias-ReLU, softmax and cross-entropy all work along one dimension and treat the others alike. They
-see a tensor of up to four dimensions as [D0, D1, D2, L]: L is the dimension they work along, the
-other three number the rows. Any strides will do, so nothing is copied:
+Bias-ReLU, softmax and cross-entropy work along one dimension, and treat all others alike. They see
+a tensor of up to four dimensions as [D0, D1, D2, L]. L is the dimension that they work along; the
+other three number the rows. Any strides are allowed, so nothing is copied:
 
     x [N, C, H, W], dim=1, channels_last   ->  [N*H*W, 1, 1, C], strides (C, 0, 0, 1)
     x [N, C, H, W], dim=1, contiguous      ->  [N, H*W, 1, C],   strides (C*H*W, 1, 0, H*W)
     x [M, N],       dim=0                  ->  [N, 1, 1, M],     strides (1, 0, 0, N)
 
-Neighbours that lie in memory like one dimension become one, as in the first two. It is worth the
-trouble: each dimension but the last costs a row two divisions of 64 bits, and a division by 1 is
-none (Triton compiles a kernel of its own where an argument is 1). Also H*W is a multiple of 16 more
-often than W is, and only what is known to be one can be read along in 16-byte loads.
+Neighbouring dimensions become one if they lie in memory like one, as in the first two lines. This
+is worth the trouble for two reasons:
+
+1. `row_offsets` finds a row by a division and a remainder of 64 bits for D1, and the same for D2.
+   If a size is 1, they cost nothing, because Triton compiles a kernel of its own for arguments
+   that are 1.
+2. A load can take 16 bytes along a dimension only if its size is a multiple of 16. H*W is one more
+   often than W is.
 """
 
 import itertools
 
 import torch
 import triton
-import triton.language as tl  # noqa: F401  the interpreter looks for it beside a function
+import triton.language as tl  # noqa: F401  the interpreter needs this name in the module
 
 
 def as_rows(dim: int, *tensors: torch.Tensor) -> tuple[int, ...]:
-    """Return (D0, D1, D2, L) and, for each tensor, its four strides in this order.
+    """Return (D0, D1, D2, L) and then, for each tensor, its four strides in this order.
 
-    The tensors have one shape, of four dimensions at most, and their rows get the same numbers. Of
-    a tensor without `dim` give `t.unsqueeze(dim)`: its last stride means nothing.
+    All tensors have the same shape, of at most four dimensions, and their rows get the same
+    numbers. For a tensor without the dimension `dim`, pass `t.unsqueeze(dim)` and ignore its last
+    stride.
     """
     shape = list(tensors[0].shape or (1,))  # a tensor without dimensions is one element
     strides = [list(t.stride() or (1,)) for t in tensors]
     length, along = shape.pop(dim), [s.pop(dim) for s in strides]
     sizes: list[int] = []
-    merged: list[tuple[int, ...]] = []  # of each size, the strides of all tensors
+    merged: list[tuple[int, ...]] = []  # for each size, the strides of all tensors
     for size, each in zip(shape, zip(*strides, strict=True), strict=True):
         if size == 1:
             continue
@@ -48,6 +53,6 @@ def as_rows(dim: int, *tensors: torch.Tensor) -> tuple[int, ...]:
 
 @triton.jit
 def row_offsets(rows, D1, D2, stride_0, stride_1, stride_2):
-    """Where each of `rows` (int64) begins, in elements."""
+    """Return the offset, in elements, at which each of `rows` (int64) begins."""
     outer = rows // D2
     return outer // D1 * stride_0 + outer % D1 * stride_1 + rows % D2 * stride_2

@@ -1,8 +1,13 @@
 """Which tile a call gets. A tile is a dict of a kernel's block sizes and launch options.
 
-An ordinary call never tunes: it looks its tile up, so results are deterministic and the first call
-is fast. The order is: a tile that `use_tile` forces, the winner of a sweep on this GPU
-(tuned/<gpu>.json), the default of the kernel's file. The interpreter gets larger blocks.
+An ordinary call never tunes: it does not try several tiles. It looks its tile up, so the first call
+is fast, and the same call always has the same tile. It takes the first of these that there is:
+
+    1. the tile that `use_tile` forces
+    2. the tile that a sweep on this GPU has found to be fastest (tuned/<gpu>.json)
+    3. the default tile of the kernel's file
+
+In the interpreter there are no tuned tiles, and blocks are larger.
 """
 
 import contextlib
@@ -24,16 +29,16 @@ TUNED_DTYPES = (*DTYPES, torch.float8_e4m3fn, torch.int8)
 
 _forced: dict[str, dict] = {}
 
-# The interpreter spends 10-50 us on every operation of every program, whatever the tile's size, and
-# 15 ns an element on a load: few, large tiles. They pay until a load of 2^18 elements falls out of
-# the CPU's cache; the product of two such loads may be larger, up to Triton's limit for one tensor.
-INTERPRETER_LOAD = 2**18
-INTERPRETER_TENSOR = 2**20
+# The interpreter spends 10 to 50 us on each operation of each program, for any size of the tile. A
+# load takes another 15 ns per element. So few, large tiles are fastest, as long as a load fits into
+# the CPU's cache. The product of two loads may be larger, up to Triton's limit for a tensor.
+INTERPRETER_LOAD = 2**18  # elements
+INTERPRETER_TENSOR = 2**20  # elements
 
 
 @contextlib.contextmanager
 def use_tile(op: str, tile: dict) -> Iterator[None]:
-    """Within this context `op` runs with `tile` as it is: for tests of a tile, and for sweeps."""
+    """Make `op` run with exactly this tile within this context, as tests and sweeps do."""
     before = _forced.get(op)
     _forced[op] = tile
     try:
@@ -52,22 +57,23 @@ def choose_tile(
     kernels: tuple[str, ...] = ("pointer",),
     **sizes: int,
 ) -> dict:
-    """The tile for one call: forced, the interpreter's, tuned for this GPU, or the file's default.
+    """Return the tile for one call, in the order that the top of this file gives.
 
-    Where an operator has several kernels, a tile says by its "kernel" which one it is for, and so
-    the choice of a tile is the choice of a kernel.
+    An operator can have several kernels. The "kernel" of a tile names the one that it is for, so
+    the choice of a tile is also the choice of a kernel.
 
     Args:
-        op: the operator's name, as in the tuned tables.
-        dtype: of the operands.
-        default: the file's default tile by bytes per element.
-        kernels: those that can do this call. A tile that names none is for the "pointer" kernel.
-        sizes: the extent of each blocked dimension, `M=` for BLOCK_M; the longest one first. No
-            block becomes larger than the power of two that covers its dimension, nor smaller than
-            16, which is the least a tensor core takes. Tiles of other kernels stay as they are.
+        op: the operator's name in the tuned tables.
+        dtype: the dtype of the operands.
+        default: the file's default tiles, by bytes per element.
+        kernels: the kernels that can do this call. A tile without "kernel" is for "pointer".
+        sizes: the size of each dimension that has a block, for example `M=` for BLOCK_M; the
+            longest one comes first. A "pointer" tile is fitted to them: no block is larger than the
+            power of two that covers its dimension, unless that is below 16, the least that a tensor
+            core takes. Tiles of other kernels are not changed.
 
     Raises:
-        ValueError: a tile is forced whose kernel cannot do this call.
+        ValueError: the kernel of the forced tile cannot do this call.
     """
     if op in _forced:
         tile = _forced[op]
@@ -85,7 +91,7 @@ def choose_tile(
 
 @functools.lru_cache(maxsize=4096)
 def _fitted(interpret: bool, base: tuple, sizes: tuple) -> dict:
-    """The tile `base` with its blocks fitted to the sizes; both are the items of a dict."""
+    """Return the tile `base` with its blocks fitted to `sizes`. Both are the items of a dict."""
     tile = dict(base)
     blocks = {f"BLOCK_{k}": max(16, triton.next_power_of_2(size)) for k, size in sizes}
     if interpret:
@@ -94,11 +100,12 @@ def _fitted(interpret: bool, base: tuple, sizes: tuple) -> dict:
 
 
 def part_count(programs: int, steps: int) -> int:
-    """Into how many parts to divide a sum of `steps` steps, for `programs` results.
+    """Return into how many parts to divide a sum of `steps` steps.
 
-    A GPU wants some 512 programs; they are a constant and not its number of SMs, so that the order
-    of the sum is the same on every GPU. Each keeps at least 8 steps, to be worth its partial
-    result. The interpreter runs one program after the other: it divides nothing.
+    `programs` is the number of programs without parts. The aim is 512 programs. This is a constant,
+    not the number of SMs, so the order of the sum is the same on every GPU. Each part has at least
+    8 steps, or it is not worth its partial result. The interpreter runs one program after the
+    other, so it has one part.
     """
     return 1 if _launch.INTERPRET else max(1, min(512 // max(programs, 1), steps // 8))
 
@@ -106,9 +113,10 @@ def part_count(programs: int, steps: int) -> int:
 def tma_tile(
     *, m: int, n: int, k: int, warps: int, stages: int, per_sm: int, kernel: str = "tma", **own: int
 ) -> dict[str, Any]:
-    """A tile of a kernel for TMA: BLOCK_M, BLOCK_N and BLOCK_K, `per_sm` programs on each SM.
+    """Return a tile of a TMA kernel: m, n and k are BLOCK_M, BLOCK_N and BLOCK_K.
 
-    `own` is what only some kernels have. Of `per_sm`, see `persistent`.
+    `per_sm` is the number of programs on each SM (see `persistent`). `own` are entries that only
+    some kernels have.
     """
     return dict(
         kernel=kernel, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, **own,
@@ -117,33 +125,33 @@ def tma_tile(
 
 
 def persistent(tile: dict, work: int, sms: int) -> int:
-    """How many programs go through `work` tiles: PROGRAMS_PER_SM on each SM; of 0, one a tile."""
+    """Return how many programs share `work` tiles. If PROGRAMS_PER_SM is 0, each tile has one."""
     per_sm = tile["PROGRAMS_PER_SM"]
     return min(work, per_sm * sms) if per_sm else work
 
 
 def cdiv(a: int, b: int) -> int:
-    """`a / b` rounded up; `triton.cdiv` spends 2 us on the same, since kernels may call it too."""
+    """Return a / b, rounded up. `triton.cdiv` takes 2 us, because kernels can call it, too."""
     return -(-a // b)
 
 
 def into_parts(extent: int, block: int, parts: int) -> tuple[int, int]:
-    """Divide `extent` into at most `parts` parts of whole blocks: one part's size, their number.
+    """Divide `extent` into at most `parts` parts of whole blocks. Return their size and number.
 
-    Of nothing there is one part, so that somebody writes the zeros.
+    If `extent` is 0, there is one part, because a program must write the zeros.
     """
     part_size = cdiv(cdiv(extent, block), parts) * block
     return part_size, max(1, cdiv(extent, max(part_size, 1)))
 
 
 def _large_blocks(blocks: dict[str, int]) -> dict[str, int]:
-    """For the interpreter: the first dimension takes the elements that the others leave."""
+    """Return the interpreter's blocks: the first one is as large as the others leave room for."""
     first, *others = blocks
     for name in others:
         blocks[name] = min(blocks[name], 1024)
-    if "BLOCK_K" not in others:  # each other block is loaded beside the first
+    if "BLOCK_K" not in others:  # loads are [first, one of the others]
         loads, product = max((blocks[name] for name in others), default=1), 1
-    else:  # loads of [first, BLOCK_K] and [BLOCK_K, BLOCK_N], a product of [first, BLOCK_N]
+    else:  # loads are [first, BLOCK_K] and [BLOCK_K, BLOCK_N], and the product [first, BLOCK_N]
         product = blocks["BLOCK_N"]
         widest = max(min(blocks[first], 1024), product)
         loads = blocks["BLOCK_K"] = min(blocks["BLOCK_K"], INTERPRETER_LOAD // widest)
@@ -155,12 +163,12 @@ def _large_blocks(blocks: dict[str, int]) -> dict[str, int]:
 def _nearest(
     op: str, dtype: torch.dtype, sizes: dict[str, int], kernels: tuple[str, ...]
 ) -> dict | None:
-    """The tuned tile of the nearest shape, if this GPU has been tuned for `op`."""
+    """Return the tuned tile of the nearest shape, or None if this GPU is not tuned for `op`."""
     device = torch.cuda.current_device()
     return _nearest_tile(_tuned, device, op, short_name(dtype), tuple(sizes.items()), kernels)
 
 
-@functools.lru_cache(maxsize=4096)  # to compare a shape with 200 others takes 0.2 ms
+@functools.lru_cache(maxsize=4096)  # a comparison with 200 shapes takes 0.2 ms
 def _nearest_tile(
     tuned: Callable[[int], dict],
     device: int,
@@ -169,8 +177,11 @@ def _nearest_tile(
     sizes: tuple,
     kernels: tuple[str, ...],
 ) -> dict | None:
-    """The nearest in octaves over all dimensions; of equally near ones the first."""
-    names = dict(sizes).keys()  # a table of an older kernel may name others
+    """Return the nearest shape's tile: distances are octaves, added over all dimensions.
+
+    If several are equally near, the first one is taken.
+    """
+    names = dict(sizes).keys()  # the table may be older, and name other sizes
     entries = [
         e
         for e in tuned(device).get((op, dtype), [])
@@ -186,20 +197,21 @@ def _nearest_tile(
 
 @functools.cache
 def _tuned(device: int) -> dict[tuple[str, str], list[dict]]:
-    """The table of winners for this GPU, by op and dtype; empty where nobody has tuned it yet."""
+    """Return the tuned table of this GPU, by op and dtype. It is empty if the GPU is not tuned."""
     return read_tuned(tuned_path(torch.cuda.get_device_name(device)))
 
 
 def forget_tuned() -> None:
-    """Forget the tuned tables, so that the next call reads their files again."""
+    """Forget the tuned tables. The next call reads their files again."""
     _tuned.cache_clear()
     _nearest_tile.cache_clear()
 
 
 def tuned_path(gpu: str, folder: pathlib.Path | None = None) -> pathlib.Path:
-    """Where the table of a GPU is, from its name as torch gives it: `NVIDIA H200` -> nvidia-h200.
+    """Return the path of a GPU's table, for its name in torch: `NVIDIA H200` -> nvidia-h200.json.
 
-    `folder` is kernels/tuned unless it is given. What no file name should have becomes a dash.
+    The default of `folder` is kernels/tuned. Characters that a file name should not have become
+    dashes.
     """
     name = re.sub(r"[^a-z0-9._-]", "-", gpu.strip().lower()).strip(".-")
     if not name:
@@ -210,8 +222,10 @@ def tuned_path(gpu: str, folder: pathlib.Path | None = None) -> pathlib.Path:
 def read_tuned(path: pathlib.Path) -> dict[tuple[str, str], list[dict]]:
     """Read `{"tiles": [{"op", "dtype", "sizes": {...}, "tile": {...}}, ...]}`, by op and dtype.
 
+    A file that does not exist has no entries.
+
     Raises:
-        ValueError: what is wrong in the file, in one line. A file that is missing has no entries.
+        ValueError: the file is not such a table. The message says in one line what is wrong.
     """
     table: dict[tuple[str, str], list[dict]] = {}
     if not path.exists():
@@ -231,7 +245,7 @@ def read_tuned(path: pathlib.Path) -> dict[tuple[str, str], list[dict]]:
 
 
 def _entry_problem(entry: Any) -> str | None:
-    """What is wrong with an entry of a tuned table, if anything is."""
+    """Return what is wrong with an entry of a tuned table, or None."""
     if not isinstance(entry, dict) or not isinstance(entry.get("op"), str):
         return "must have an op"
     if entry.get("dtype") not in [short_name(dtype) for dtype in TUNED_DTYPES]:

@@ -1,38 +1,39 @@
 """Bias and ReLU in one pass: y = max(x + b, 0), and both gradients in one pass back.
 
-The first lesson: a tile, a mask, and why fusing pays. Channels are columns, everything else is
-rows:
+This is the first lesson. Channels are columns. All other dimensions together are rows:
 
     forward     y[m, c]  = max(x[m, c] + b[c], 0)
     backward    dx[m, c] = dy[m, c] where y[m, c] > 0, else 0
                 db[c]    = sum over m of dx[m, c]
 
                C
-         +-----+-----+        forward: one program owns a tile (@) of BLOCK_M rows and BLOCK_N
-     M   |  @  |     |        channels.
-         +-----#-----+        backward: one program owns BLOCK_N channels of a part of the rows: it
-         |     #     |        walks down the part tile by tile, keeps the sum of its columns and
-         |     #     |        writes it as one row of [parts, C]. A second, small kernel adds the
-         +-----#-----+        parts up. No atomics, so the same input gives the same bits.
+         +-----+-----+        forward: one program owns a tile (@) of BLOCK_M rows and
+     M   |  @  |     |        BLOCK_N channels.
+         +-----#-----+        backward: one program owns BLOCK_N channels of one part of the
+         |     #     |        rows (#). It walks down its part tile by tile, adds up each
+         |     #     |        column, and writes the sums as one row of [parts, C].
+         +-----#-----+        A second, small kernel adds the parts up.
 
-What limits it: memory. n = M*C elements of e bytes cost 2n FLOPs forward and 2ne bytes (read x,
-write y): 0.5 FLOP a byte in 16-bit, where a GPU could do hundreds. So count bytes, not FLOPs. As
-two torch calls (add, then relu) it moves 4ne: fused, it should take half the time. Backward moves
-3ne (read dy and y, write dx); with the bias gradient in a pass of its own it would be 4ne.
+What the words mean. A kernel is a function for the GPU, which runs many copies of it at once. Each
+copy is a program, and has a number. A tile is the rectangle of data that a program handles at once;
+its sides are powers of two. A tile at the border can be larger than what is left of the data. So it
+has a mask, which says for each of its elements whether it exists. A GPU consists of SMs (streaming
+multiprocessors): an H200 has 132. An SM runs several programs at once. A warp is 32 threads of a
+program, which execute the same instruction together. sm_90 is the compiler's name for the Hopper
+GPUs (H100 and H200).
 
-The backward reads y and not x: y > 0 says the same as x + b > 0, and y is kept alive by the next
-layer anyway, so nothing more is saved. At exactly 0 the gradient is 0, as in torch. NaN stays NaN:
-`x < 0` is false for it, so it is written so that NaN passes (`tl.maximum` would turn it into 0 on
-a GPU).
+What limits it: memory. Let n = M*C, and let an element have e bytes. The forward does 2n FLOPs and
+moves 2ne bytes (it reads x and writes y). Its arithmetic intensity is their ratio: 0.5 FLOPs per
+byte in 16-bit. A GPU could do hundreds of FLOPs in the time of one byte, so we count bytes. Two
+torch calls (add, then relu) move 4ne bytes: the fused kernel should take half of their time. The
+backward moves 3ne (it reads dy and y, and writes dx). It would be 4ne if the bias gradient had a
+pass of its own.
 
-Bytes are what is left once nothing else costs more. While it moves 16 bytes for each thread of a
-warp, an H200 can issue 99 instructions. Compiled for sm_90 the forward issues 42 of them, or 76 for
-contiguous NCHW, and 143 when each row was found by three divisions of 64 bits: _rows.py has what
-became of those. And between a load and its data lie some 0.8 us, so that 29 KB have to be on their
-way to an SM at a time: of the default tile 16 programs share one, with 64 KB of loads.
+The backward reads y, not x, because y > 0 says the same as x + b > 0. The next layer keeps y
+anyway, so nothing more is saved. At exactly 0 the gradient is 0, as in torch. NaN stays NaN.
 
-Source: the fused bias epilogues of cuBLASLt (CUBLASLT_EPILOGUE_RELU_BIAS, and _BGRADB for the
-gradient).
+Read next: activation.py. Sources: the fused bias epilogues of cuBLASLt
+(CUBLASLT_EPILOGUE_RELU_BIAS, and CUBLASLT_EPILOGUE_BGRADB for the gradient).
 """
 
 import torch
@@ -48,22 +49,41 @@ from tilelab.kernels.activation import ACTIVATIONS, activate, activated
 
 
 def reference(x, bias, activation="relu"):
-    """The same in plain torch, for any dtype."""
+    """Compute the same in plain torch, for any dtype."""
     z = x if bias is None else x + bias.view(1, -1, *[1] * (x.dim() - 2))
     return activated(z, activation)
 
 
+# Memory is the limit only while two other costs are smaller. For an H200 they are these:
+#
+# 1. Instructions. The memory delivers 4.8 TB/s, which is 20.7 bytes per clock to each of 132 SMs
+#    (at 1.755 GHz). While a warp moves 16 bytes for each of its 32 threads, 512 / 20.7 = 25 clocks
+#    pass. An SM issues 4 instructions per clock, so it can issue 99 of them meanwhile. Compiled for
+#    sm_90 (triton 3.6.0 and 3.9.0), the forward has 34 instructions for each 16 bytes that a thread
+#    moves, and 68 for contiguous NCHW. An earlier version found each row by three divisions of 64
+#    bits, and had 143: see _rows.py.
+# 2. Latency. Data arrive about 0.8 us after a program asks for them. In that time an SM could
+#    receive 4.8 TB/s / 132 * 0.8 us = 29 KB, so it must have asked for that much in advance. An SM
+#    holds 2,048 threads, which are 16 programs of 4 warps. With the default tile each of them asks
+#    for 32 * 64 * 2 bytes = 4 KB: together they ask for 64 KB.
 TILES = [
-    # the default: 32 bytes a thread, two loads in flight; and the same in float32
+    # The default in 16-bit: each thread has 32 bytes, so two loads of 16 bytes are in flight.
     dict(BLOCK_M=32, BLOCK_N=64, num_warps=4),
+    # The default in float32 has as many bytes.
     dict(BLOCK_M=16, BLOCK_N=64, num_warps=4),
-    dict(BLOCK_M=64, BLOCK_N=64, num_warps=4),  # four loads in flight
-    dict(BLOCK_M=8, BLOCK_N=256, num_warps=4),  # wide layers, channels_last: whole cache lines
-    dict(BLOCK_M=128, BLOCK_N=16, num_warps=4),  # few channels
-    dict(BLOCK_M=256, BLOCK_N=16, num_warps=8),  # few channels, contiguous NCHW: runs of pixels
+    # Each thread has four loads in flight (in 16-bit).
+    dict(BLOCK_M=64, BLOCK_N=64, num_warps=4),
+    # For wide layers in channels_last: a row of the tile is whole cache lines.
+    dict(BLOCK_M=8, BLOCK_N=256, num_warps=4),
+    # For few channels.
+    dict(BLOCK_M=128, BLOCK_N=16, num_warps=4),
+    # For few channels in contiguous NCHW: a column of the tile is a long run of pixels.
+    dict(BLOCK_M=256, BLOCK_N=16, num_warps=8),
 ]
-DEFAULT = {2: TILES[0], 4: TILES[1]}
-PROGRAMS = 1024  # of the backward, about: 8 an SM of an H200, which have 64 KB of loads in flight
+DEFAULT = {2: TILES[0], 4: TILES[1]}  # by bytes per element
+# The backward has about this many programs: 8 for each SM of an H200. Each asks for two tiles of
+# 4 KB at a time (dy and y), so an SM has 64 KB of loads in flight.
+PROGRAMS = 1024
 
 
 @triton.jit
@@ -73,7 +93,11 @@ def bias_activation_kernel(
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program computes a tile of y. Rows are numbered through [D0, D1, D2], see _rows.py."""
+    """One program computes one tile of y.
+
+    Rows are numbered through the dimensions [D0, D1, D2]: see _rows.py.
+    """
+    # int64 before a product with a stride: an offset may pass 2^31 elements.
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
@@ -99,16 +123,16 @@ def bias_activation_backward_kernel(
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program computes BLOCK_N channels of `part_rows` of dx, and their column sums.
+    """One program computes BLOCK_N channels of `part_rows` rows of dx, and their column sums.
 
-    Kept is y or x: activation.py says which, and b is for x alone. dx lies in memory as it does.
-    Without ACTIVATION only the sums are computed: they are the bias gradient.
+    `kept` is y, or x with b beside it (activation.py says when). dx has the strides of `kept`.
+    Without ACTIVATION the program computes only the sums, which are the bias gradient.
     """
     offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     first = tl.program_id(0).to(tl.int64) * part_rows
     last = tl.minimum(first + part_rows, M)
-    acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)  # column sums, one row of them a tile row
+    acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)  # BLOCK_M rows of column sums
     if HAS_BIAS:
         b = tl.load(b_ptr + offs_n * stride_b, mask=mask_n, other=0.0).to(tl.float32)
 
@@ -126,7 +150,7 @@ def bias_activation_backward_kernel(
                 z += b[None, :]
             dx = activate(z, ACTIVATION, dx)
             tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        acc += dx
+        acc += dx  # is 0 where the mask is false
 
     db_ptrs = db_ptr + tl.program_id(0).to(tl.int64) * N + offs_n
     tl.store(db_ptrs, tl.sum(acc, axis=0), mask=mask_n)
@@ -153,11 +177,11 @@ def _(x, bias, activation):
 
 
 def _backward(dy, kept, bias, activation) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return dx (dy itself where there is no activation) and db, for channels in dim 1."""
+    """Return dx (dy itself without an activation) and db. Channels are dim 1."""
     dx = dy
     if activation is not None:
         dx = torch.empty_like(kept)
-        if dx.stride() != kept.stride():  # kept has gaps: its copy lies where dx will
+        if dx.stride() != kept.stride():  # kept has gaps: copy it to the strides of dx
             kept = dx.copy_(kept)
     D0, D1, D2, N, *strides = as_rows(1, dy, dx)
     M = D0 * D1 * D2
@@ -183,9 +207,10 @@ def _backward(dy, kept, bias, activation) -> tuple[torch.Tensor, torch.Tensor]:
 def bias_activation_backward(
     dy: torch.Tensor, kept: torch.Tensor, bias: torch.Tensor | None, activation: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dx, db) of `y = act(x + bias)`, b along dim 1; dx lies in memory as `kept` does.
+    """Return (dx, db) of `y = act(x + bias)`, with the bias along dim 1.
 
-    Kept is y, and `bias` None, where the activation's gradient is of the output; else it is x.
+    If the activation computes its gradient from its output, `kept` is y and `bias` is None.
+    Otherwise `kept` is x. dx gets the memory format of `kept`.
     """
     return _backward(dy, kept, bias, activation)
 
@@ -197,7 +222,7 @@ def _(dy, kept, bias, activation):
 
 @torch.library.custom_op("tilelab::bias_backward", mutates_args=())
 def bias_backward(dy: torch.Tensor) -> torch.Tensor:
-    """The gradient of a bias along dim 1: the sum of dy over all other dimensions."""
+    """Return the gradient of a bias along dim 1: the sum of dy over all other dimensions."""
     return _backward(dy, None, None, None)[1]
 
 
@@ -228,12 +253,12 @@ def bias_activation(x: torch.Tensor, bias: torch.Tensor | None, activation: str)
         activation: "relu", "gelu" (exact), "gelu_tanh" or "silu".
 
     Returns:
-        A tensor of x's shape, dtype and memory format; both are cast to the dtype of
-        `torch.autocast` within one.
+        A tensor of x's shape, dtype and memory format. Within `torch.autocast`, x and bias are
+        first cast to its dtype.
 
     Raises:
-        TypeError: a dtype or device that is not supported, or differs between the two.
-        ValueError: a shape that does not fit, or an unknown activation.
+        TypeError: a dtype or a device is not supported, or differs between x and bias.
+        ValueError: a shape does not fit, or the activation is unknown.
 
     Source: torch.relu(x + bias.view(1, -1, 1, 1)), or torch.nn.functional's gelu and silu.
 
@@ -252,7 +277,9 @@ def bias_activation(x: torch.Tensor, bias: torch.Tensor | None, activation: str)
 
 
 def bias_relu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """Compute `relu(x + bias)`: `bias_activation` with a ReLU, and a bias that is not None.
+    """Compute `relu(x + bias)`: `bias_activation` with a ReLU and a bias that is not None.
+
+    Arguments, result and errors are those of `bias_activation`.
 
     Example:
         >>> bias_relu(torch.tensor([[-2.0, 0.5]]), torch.tensor([1.0, 1.0]))

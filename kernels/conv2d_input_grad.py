@@ -1,54 +1,22 @@
-"""The convolution's gradient with respect to its input: the forward with its steps turned round.
+"""The convolution's gradient with respect to its input: every pixel of dx gathers from dy.
 
-**One row of pixels.** Three taps a, b, c, padding 1, four pixels:
+    forward     y[n,k,p,q]  = sum over c,r,s of x[n,c,h,w] * weight[k,c,r,s]
+                              with h = p*stride - pad + r*dil, and w likewise
+    backward    dx[n,c,h,w] = sum over k,r,s of dy[n,k,p,q] * weight[k,c,r,s]
+                              where p = (h + pad - r*dil) / stride is a row of dy, and q likewise
+
+To see why, take a row of four pixels and a filter of three taps a, b, c, with padding 1:
 
     y[0] =          b*x[0] + c*x[1]
     y[1] = a*x[0] + b*x[1] + c*x[2]             tap r reads pixel h = p - pad + r
     y[2] = a*x[1] + b*x[2] + c*x[3]
     y[3] = a*x[2] + b*x[3]
 
-If the loss changes by dy[p] for a unit of y[p], it changes for a unit of x[h] by the sum, over all
-p, of dy[p] times what y[p] has of x[h]. For x[1], down its column: c*dy[0] + b*dy[1] + a*dy[2].
+x[1] is in three lines, so dx[1] = c*dy[0] + b*dy[1] + a*dy[2]. Every pixel has the same formula:
 
     dx[h] = a*dy[h+1] + b*dy[h] + c*dy[h-1]     tap r reads output p = h + pad - r
 
-That is the same convolution, of dy, except that a tap steps back where it stepped forward. It is
-often told as one with the filter reversed; but nothing has to be moved in memory for a minus sign.
-
-**Stride 2.** Now y[p] stands over x[2p], and half of the lines above are missing:
-
-    y[0] =          b*x[0] + c*x[1]             even pixels   dx[2i]   = b*dy[i]
-    y[1] = a*x[1] + b*x[2] + c*x[3]             odd pixels    dx[2i+1] = a*dy[i+1] + c*dy[i]
-
-Two sorts of pixels (phases), and each is a convolution of stride 1, with taps of its own. The other
-way to see it is a dy with zeros between its numbers, and the convolution of stride 1 over that: in
-two dimensions it would multiply by zero three times out of four.
-
-**An image**, in cuDNN's letters:
-
-    forward          y[n,k,p,q]  = sum over c,r,s of x[n,c,h,w] * weight[k,c,r,s]
-                     with h = p*stride - pad + r*dil, and w alike
-    input gradient   dx[n,c,h,w] = sum over k,r,s of dy[n,k,p,q] * weight[k,c,r,s]
-                     where p*stride = h + pad - r*dil has a solution p in 0 .. P-1, and q alike
-    as a matmul      [NHW, RSK] x [RSK, C]      the sum runs over taps and output channels
-
-Each program owns pixels of dx and gathers from the outputs that they went into: no atomics, nothing
-to clear first, one rounding. Of a 3x3 filter with padding 1 and taps numbered 3r + s, which tap
-reads which pixels of dy, for the pixel (h, w) of dx:
-
-    stride 1: around dy[h, w]      stride 2: from dy[h // 2, w // 2] on, right and down
-
-       8 7 6                          h, w even      h odd      w odd      both odd
-       5 4 3                             4             7         5 3          8 6
-       2 1 0                                           1                      2 0
-
-So at stride 2 a pixel takes 1, 2, 2 or 4 of the nine taps, and no product is spent on the others.
-In general, with g = gcd(dil, stride): pixels sort into stride_h x stride_w classes by
-a = (h + pad) mod stride (and b, of w); class a has no tap unless g divides it, and else
-
-    r = (a/g) * (dil/g)^-1  mod stride/g, and every stride/g-th after it
-
-**Check it.** The loss is linear in x, so a step of 1 in a pixel must change it by that pixel's dx:
+The loss sum(dy * y) is linear in x. If one pixel is 1 and the rest are 0, it is that pixel's dx:
 
     >>> import torch
     >>> from tilelab.kernels import conv2d
@@ -56,20 +24,20 @@ a = (h + pad) mod stride (and b, of w); class a has no tap unless g divides it, 
     >>> dy = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 1, 4)
     >>> conv2d_input_grad(dy, weight, [1, 1, 1, 4], [1, 1], [0, 1], [1, 1], 1).flatten()
     tensor([ 12., 123., 234., 340.])
-    >>> def loss(x):
-    ...     return (dy * conv2d(x, weight, padding=(0, 1))).sum()
-    >>> x = torch.randn(1, 1, 1, 4)
-    >>> steps = torch.eye(4).view(4, 1, 1, 1, 4)                         # one pixel each
-    >>> [round((loss(x + step) - loss(x)).item()) for step in steps]
-    [12, 123, 234, 340]
+    >>> (dy * conv2d(torch.eye(4).view(4, 1, 1, 4), weight, padding=(0, 1))).sum((1, 2, 3))
+    tensor([ 12., 123., 234., 340.])
 
-(On a CPU: `python -m pytest --doctest-modules kernels/conv2d_input_grad.py`.)
+At stride 2 a pixel takes only some taps. Pixels of one class (A, B, C, D) take the same ones. One
+program owns BLOCK_M pixels # of one class x BLOCK_N channels, so it needs no atomics:
 
-FLOPs: 2*N*P*Q*K*C*R*S, as for the forward. What limits it: as there, tensor cores. On GPUs since
-Hopper channels_last tensors take the kernel in conv2d_input_grad_tma.py, by their tile.
+    dx           a 3x3 filter with padding 1, where it reads dy; tap (r, s) has the number 3*r + s
+    A B A B      stride 1:  8 7 6      stride 2, class A:  4    B:  5 3    C:  7    D:  8 6
+    C # C #                 5 4 3                                              1        2 0
+    A B A B                 2 1 0      the middle is dy[h, w]; the corner is dy[h // 2, w // 2]
 
-Read first: conv2d.py. Source: Dumoulin & Visin, A guide to convolution arithmetic (2016), for the
-transposed form; the classes are the usual decomposition of a strided transposed convolution.
+What limits it: tensor cores, as in conv2d.py. It has the same 2*N*P*Q*K*C*R*S FLOPs and as many
+bytes: 576 FLOPs per byte for 3x3 filters at stride 1 and 128 channels in 16-bit.
+Read first: conv2d.py. Source: Dumoulin & Visin, A guide to convolution arithmetic (2016).
 """
 
 import math
@@ -88,18 +56,41 @@ from tilelab.kernels.conv2d_tma import choices
 from tilelab.kernels.matmul import matmul_into
 
 TILES = [
-    # the default, as in conv2d.py
+    # This is the default, as in conv2d.py.
     dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=3),
-    # float32, as in conv2d.py
+    # This is the default in float32, as in conv2d.py.
     dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=8, num_stages=3),
-    # 64 deep: fewer, longer steps
+    # A step sums 64 output channels: there are fewer and longer steps.
     dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
-    # wide layers on Hopper
+    # This one is for wide layers on Hopper.
     dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=8, num_stages=3),
-    # small layers: more programs
+    # This one makes more programs, for small layers.
     dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=4),
 ]
 DEFAULT = {2: TILES[0], 4: TILES[1]}
+
+
+# As a matmul, this is [N*H*W, R*S*K] x [R*S*K, C]: the sum runs over taps and output channels.
+# Textbooks often flip the filter and convolve dy with it. Here the filter stays as it is, and its
+# taps move backwards through dy: `up` and `left` are subtracted.
+#
+# At stride 2, half of the lines of the header are missing, since y[p] stands over x[2p]:
+#
+#     y[0] =          b*x[0] + c*x[1]             even pixels   dx[2i]   = b*dy[i]
+#     y[1] = a*x[1] + b*x[2] + c*x[3]             odd pixels    dx[2i+1] = a*dy[i+1] + c*dy[i]
+#
+# Even and odd pixels are two classes. Each class is a convolution of stride 1 with its own taps. In
+# two dimensions and with a 3x3 filter, a pixel takes 1, 2, 2 or 4 of the nine taps. (It would also
+# be right to put zeros between the rows and columns of dy and convolve that at stride 1. But three
+# of four products would then be with zeros.)
+#
+# The class of pixel h is a = (h + pad) mod stride. Tap r reaches it if r*dil mod stride = a. Let g
+# be gcd(dil, stride). If g does not divide a, no tap reaches the class. Otherwise the first one is
+#
+#     r0 = (a/g) * (dil/g)^-1  mod stride/g
+#
+# and then every (stride/g)-th tap does. Classes are the usual way to compute a transposed
+# convolution with a stride.
 
 
 @triton.jit
@@ -126,21 +117,22 @@ def conv2d_input_grad_kernel(
     dy_ptr += group * K * stride_dyk
     w_ptr += group * K * stride_wk
 
-    # The pixels of this class: h0, h0 + stride, ...
+    # The class has the rows h0, h0 + stride, ... of dx.
     h0 = (class_h + STRIDE_H - PAD_H % STRIDE_H) % STRIDE_H
     w0 = (class_w + STRIDE_W - PAD_W % STRIDE_W) % STRIDE_W
     rows_h = (H - h0 + STRIDE_H - 1) // STRIDE_H
     rows_w = (W - w0 + STRIDE_W - 1) // STRIDE_W
     M = tl.cast(N, tl.int64) * rows_h * rows_w
-    if pid_m.to(tl.int64) * BLOCK_M >= M:  # this class has fewer pixels than the largest
+    if pid_m.to(tl.int64) * BLOCK_M >= M:  # The grid fits the largest class.
         return
     offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    pixel = offs_m % M
+    pixel = offs_m % M  # It wraps around: valid to read, and never stored.
     n = pixel // rows_w // rows_h
     h = h0 + pixel // rows_w % rows_h * STRIDE_H
     w = w0 + pixel % rows_w * STRIDE_W
 
-    # The taps of this class: r0, r0 + r_step, ... And the output that tap 0 would have come from.
+    # The class has the taps r0, r0 + r_step, ... Tap r reads row p0 - r*dil/stride of dy. Both
+    # divisions round down: (h + pad) and r*dil have the same remainder, so it cancels.
     r_step: tl.constexpr = STRIDE_H // GCD_H
     s_step: tl.constexpr = STRIDE_W // GCD_W
     r0 = class_h // GCD_H * INV_H % r_step
@@ -167,10 +159,11 @@ def conv2d_input_grad_kernel(
         r = r0 + i // blocks_k // taps_s * r_step
         s = s0 + i // blocks_k % taps_s * s_step
         k = i % blocks_k * BLOCK_K
-        up = r * DIL_H // STRIDE_H  # p = p0 - up: (h + pad) and r*dil leave the same remainder
+        up = r * DIL_H // STRIDE_H  # p = p0 - up
         left = s * DIL_W // STRIDE_W
         dy_tap = dy_ptrs + (k * step_k - up * step_p - left * step_q)
         w_tap = w_ptrs + (k * step_wk + r * step_wr + s * step_ws)
+        # dy counts as 0 where p or q is not in it.
         inside = (p0 >= up) & (p0 < P + up) & (q0 >= left) & (q0 < Q + left)
         if EVEN_K:
             dy = tl.load(dy_tap, mask=inside[:, None], other=0.0)
@@ -188,7 +181,10 @@ def conv2d_input_grad_kernel(
 
 
 def _inverse(dilation: int, stride: int) -> tuple[int, int]:
-    """Return g = gcd and the inverse of dilation/g modulo stride/g (0 where that is 1)."""
+    """Return g = gcd(dilation, stride) and the inverse of dilation/g modulo stride/g.
+
+    The inverse is 0 if stride/g is 1.
+    """
     g = math.gcd(dilation, stride)
     return g, pow(dilation // g, -1, stride // g) if stride > g else 0
 
@@ -203,7 +199,10 @@ def conv2d_input_grad(
     dilation: list[int],
     groups: int,
 ) -> torch.Tensor:
-    """The gradient of conv2d's x [N, C, H, W] = input_size, channels_last, from dy [N, K, P, Q]."""
+    """Return the gradient of conv2d's x [N, C, H, W] = input_size, from dy [N, K, P, Q].
+
+    It is channels_last and has the dtype of dy.
+    """
     dx = empty_channels_last(input_size, dy)
     (N, _, H, W), (_, C, R, S), (_, K, P, Q) = input_size, weight.shape, dy.shape
     precision = dot_precision(dy.dtype, torch.backends.cudnn.conv)
@@ -211,18 +210,20 @@ def conv2d_input_grad(
     plan = None
     if pixels is None or precision == "tf32":
         plan = plan_for(dy, weight, input_size, stride, padding, dilation, groups, precision)
-    # A filter of one pixel: a matmul. For TF32, which wants its columns packed, only if it must.
+    # A 1x1 filter at stride 1 without padding is a matmul. But matmul's TMA kernel cannot take this
+    # weight in TF32. The convolution's TMA kernel packs it, so it comes first where it can.
     if pixels is not None and plan is None:
         rows = dx.permute(0, 2, 3, 1).view(N * H * W, C)
         matmul_into(rows, pixels, weight.view(K, C), None, None, precision)
         return dx
 
     K //= groups
-    M = N * cdiv(H, stride[0]) * cdiv(W, stride[1])  # pixels of the largest class
+    M = N * cdiv(H, stride[0]) * cdiv(W, stride[1])  # the number of pixels of the largest class
     default, kernels = choices(
         plan, dy, DEFAULT, ("pointer",), lambda sms: fast_tile(plan, dy.itemsize, sms)
     )
     tile = choose_tile("conv2d_input_grad", dy.dtype, default, kernels, M=M, N=C, K=K)
+    # The tile says which kernel computes the call. This file's takes every GPU, dtype and stride.
     if "kernel" in tile:
         conv2d_input_grad_tma(plan, dy, weight, None, dx, None, tile, precision, padding)
         return dx
@@ -252,8 +253,12 @@ def conv2d_input_grad_relu(
     dilation: list[int],
     groups: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where x is itself act(z + bias) with a ReLU: the gradients of z, as x, and of that bias."""
+    """Return dz [N, C, H, W] and dbias [C], where conv2d's x is itself relu(z + bias).
+
+    The TMA kernel applies the ReLU to its tile of dx. Elsewhere a second kernel does.
+    """
     precision = dot_precision(dy.dtype, torch.backends.cudnn.conv)
+    # The TMA kernel takes a 1x1 filter too. matmul could not apply the ReLU as it ends.
     plan = None
     if x.is_contiguous(memory_format=torch.channels_last) and x.data_ptr() % 16 == 0:
         plan = plan_for(dy, weight, x.shape, stride, padding, dilation, groups, precision)

@@ -1,40 +1,37 @@
-"""The input gradient by TMA, the tensor memory accelerator: the forward, turned round.
+"""The input gradient by TMA (tensor memory accelerator): conv2d_tma.py with its taps turned round.
 
-What conv2d_input_grad.py gathers, with the tiles of conv2d_tma.py: a unit fetches boxes of dy and
-fills in zeros where they stick out, and acc = W^T dy^T is [channels, pixels]. What is different:
+    dx[n,c,h,w] = sum over k,r,s of dy[n,k,p,q] * weight[k,c,r,s]
+                  where p = (h + pad - r*dil) / stride is a row of dy, and q likewise
 
-  the filter   is read as it lies in channels_last memory: of [taps, K, C] a tile of BLOCK_K
-               filters and BLOCK_N channels. It is the first operand transposed, which costs
-               nothing, since 16-bit tensor cores read both orders out of shared memory. Nor is it
-               flipped: a step to the next tap of the filter is a step back in dy
-  stride 1     is then the forward with dy for x, and with padding and dilation negated
-  a stride     makes a convolution of stride 1 of each class of pixels, by the taps of its own.
-               Pixel h = i*stride + a of class a takes its j-th tap from p = i + up - j*dil/g,
-               where up depends on a alone: there are no zeros between the rows of dy. A box of
-               one class of dx is a box of [N, H/2, 2, W/2, 2*C], which is the same memory
-  order        the first tap r0 names a class, r0*dil mod stride, and so those with most taps come
-               first. As many tiles as there are programs go through all classes before the next
-               ones do, so that their boxes of dy come out of the L2 cache; and every second turn
-               runs backwards through the programs: who had the longest sum has the shortest next
-  ReLU         where x = relu(z + bias), the gradient of z is dx where x > 0, and that of the bias
-               its sum over the pixels. The tile is still in registers: it takes its box of x, and
-               a pass that reads dx and x and writes dz is saved
+conv2d_input_grad.py derives this, and sorts the pixels of dx into classes: those of one class take
+the same taps. Here TMA fetches boxes of dy, and fills in zeros where a box sticks out of dy.
 
-One launch stores every pixel, those that no tap reaches too. A filter of one pixel at stride 1 is
-a matmul; but not with a ReLU, which a matmul does not end with.
+        filters k          pixels of dy        pixels of dx
+        +-------+          +---+---+           +---+---+
+      c | ====> |   x    k |   v   |   =     c |   #   |     # one tile: BLOCK_N channels x a box of
+        +-------+          +---+---+           +---+---+       BLOCK_M pixels of one class
 
-Images of fewer than 8 channels, which only the first layer of a network has: conv2d_tma.py makes
-stride x stride pixels one, with so many times the channels, and the convolution one of stride 1.
-Its input gradient is that of the folded image, by the same kernel, and then unfolded.
+    for each tile of a program, one after the other:
+        acc = 0                                                    [BLOCK_N, BLOCK_M]
+        for each tap (r, s) of the class:
+            for each block of filters k:                           one step
+                acc += weight[k, c, r, s]^T @ dy[box shifted by the tap, k]^T
+        dx[box, c] = acc^T
 
-The tiles are the forward's. What triton 3.6.0 and 3.9.0 make of the largest, 256 pixels of 128
-channels, in bfloat16 for sm_90; not run:
+The forward of conv2d_tma.py differs in four points:
 
-                     registers   shared memory   instructions a step
-  stride 1           154, 154      208 KiB            101, 101
-  + ReLU             165, 163      208 KiB            101, 101
-  stride 2           154, 154      208 KiB            103, 103
-  + ReLU             162, 163      208 KiB            103, 103
+1. The filter. Here it is read as it lies in channels_last memory, as [taps, K, C], and transposed.
+   This costs nothing: 16-bit tensor cores read both orders from shared memory. It is not flipped.
+   Instead, the next tap of the filter reads a box of dy that is further back.
+2. Stride 1. This is the forward with dy in place of x, and with padding and dilation negated.
+3. A stride. Each class is a convolution of stride 1 with its own taps, so no zeros are put between
+   the rows of dy. At stride 2, dx is seen as [N, H/2, 2, W/2, 2*C], which is the same memory. A box
+   of one class is a box of that.
+4. A ReLU. Where x = relu(z + bias), the kernel can go on to dz and dbias while the tile is in
+   registers. This saves a pass that reads dx and x and writes dz.
+
+What limits it: tensor cores. The FLOPs and bytes are in conv2d_input_grad.py, and what the compiler
+makes of a step is above the kernel.
 
 Read first: conv2d_input_grad.py, conv2d_tma.py.
 """
@@ -71,13 +68,29 @@ def _class_of(
     t, R: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr, DIL: tl.constexpr,
     GCD: tl.constexpr,
 ):  # fmt: skip
-    """Of the t-th class: its first pixel, its first tap, how many, and the output of the two."""
+    """Return the t-th class: its first pixel, its first tap, its number of taps, and `up`.
+
+    Tap number j of its pixel number i reads row i + up - j * DIL / GCD of dy. The first classes
+    have the most taps.
+    """
     STEP: tl.constexpr = STRIDE // GCD
     r0 = t % STEP
-    rest = r0 * DIL % STRIDE + t // STEP  # (h + pad) mod stride; from STEP on, no tap has it
+    # rest is (h + pad) mod stride. The taps reach STEP of the STRIDE classes; the others come last.
+    rest = r0 * DIL % STRIDE + t // STEP
     a = (rest + (STRIDE - PAD % STRIDE)) % STRIDE
     taps = tl.where(t < STEP, (R - r0 + STEP - 1) // STEP, 0)
     return a, r0, taps, (a + PAD - r0 * DIL) // STRIDE
+
+
+# The tiles are those of the forward. This is what triton 3.6.0 and 3.9.0 compile the largest one
+# to: 256 pixels x 128 channels in bfloat16, for sm_90 (Hopper). It was not run.
+#
+#                            registers       shared memory    instructions
+#                            per thread      per program      per step
+#     stride 1               154, 154        208 KiB          101, 101
+#     stride 1, ReLU         165, 163        208 KiB          101, 101
+#     stride 2               154, 154        208 KiB          103, 103
+#     stride 2, ReLU         162, 163        208 KiB          103, 103
 
 
 @triton.jit
@@ -91,22 +104,22 @@ def conv2d_input_grad_tma_kernel(
 ):  # fmt: skip
     """One program computes a tile of dx in each of its turns: BLOCK_N channels of a box of pixels.
 
-    dy, w, x and dx are descriptors: w is of [R*S, K, C] or, PACKED, of [R*S, C, K]. A class has
-    N * ROWS * COLUMNS pixels. RELU masks dx where x is not positive, and stores the sums of each
-    tile. With SPLIT_K > 1, dx is of partial sums: [SPLIT_K * N, ...], N rounded up to boxes.
+    dy, w, x and dx are descriptors; w is [R*S, K, C] or, if PACKED, [R*S, C, K]. A class has
+    N * ROWS * COLUMNS pixels. With RELU it computes dz instead of dx, and sums for dbias.
     """
     BLOCK_M: tl.constexpr = TILE_N * TILE_H * TILE_W
     CLASSES: tl.constexpr = STRIDE_H * STRIDE_W
-    STEP_R: tl.constexpr = STRIDE_H // GCD_H  # from one tap of a class to its next
+    STEP_R: tl.constexpr = STRIDE_H // GCD_H  # The next tap of a class is STEP_R rows further.
     STEP_S: tl.constexpr = STRIDE_W // GCD_W
-    UP: tl.constexpr = DIL_H // GCD_H  # and from its output to the next one's
+    UP: tl.constexpr = DIL_H // GCD_H  # It reads dy UP rows further back.
     LEFT: tl.constexpr = DIL_W // GCD_W
     blocks_c = tl.cdiv(C, BLOCK_N)
     blocks_k = tl.cdiv(K, BLOCK_K)
     boxes = tl.cdiv(N, TILE_N) * tl.cdiv(ROWS, TILE_H) * tl.cdiv(COLUMNS, TILE_W)
-    tiles = boxes * blocks_c * SPLIT_K  # of a class
+    tiles = boxes * blocks_c * SPLIT_K  # the number of tiles of one class
 
-    # Every second turn runs backwards through the programs; the last one has fewer tiles.
+    # Every second turn runs backwards through the programs. So the program with the longest sum in
+    # one turn has the shortest sum in the next one. The last turn may not have a tile for each.
     pid, programs = tl.program_id(0), tl.num_programs(0)
     turns = tiles * CLASSES // programs
     place = tl.where(turns % 2 == 0, pid, programs - 1 - pid)
@@ -114,7 +127,9 @@ def conv2d_input_grad_tma_kernel(
     for turn in tl.range(0, turns):
         tile = turn * programs + tl.where(turn % 2 == 0, pid, programs - 1 - pid)
         t = 0
-        if CLASSES > 1:  # a wave of as many tiles as programs, of one class after the other
+        # A wave is as many tiles as there are programs. It goes through all classes before the next
+        # wave begins, so the L2 cache still has its boxes of dy.
+        if CLASSES > 1:
             wave = tile // (programs * CLASSES) * programs
             width = tl.minimum(tiles - wave, programs)
             within = tile % (programs * CLASSES)
@@ -123,14 +138,17 @@ def conv2d_input_grad_tma_kernel(
         c = tile % blocks_c * BLOCK_N
         box = tile // blocks_c
         part, n, i, j = corner_of(box, N, ROWS, COLUMNS, TILE_N, TILE_H, TILE_W, SPLIT_K)
-        if STRIDE_W > 1:  # not into the next pixel's: the last two blocks may share channels
+        # A class shares the last dimension, b * C, with others: no block may reach into theirs. So
+        # the last two blocks of a pixel may overlap, and store the same numbers there.
+        if STRIDE_W > 1:
             c = tl.minimum(c, C - BLOCK_N)
         a, r0, taps_r, up = _class_of(t // STRIDE_W, R, STRIDE_H, PAD_H, DIL_H, GCD_H)
         b, s0, taps_s, left = _class_of(t % STRIDE_W, S, STRIDE_W, PAD_W, DIL_W, GCD_W)
-        p, q = i + up, j + left  # of the first tap
-        steps = taps_r * taps_s * blocks_k
+        p, q = i + up, j + left  # where the first tap reads dy
+        steps = taps_r * taps_s * blocks_k  # If no tap reaches the class, its dx is 0.
 
-        # The first step: which tap of the class, and which filters. The next ones are counted.
+        # These are the tap of the class and the filters of the first step. The next steps count up
+        # from them without an `if`; conv2d_tma.py says why.
         first, last, tap_r, tap_s, k = 0, steps, 0, 0, 0
         if SPLIT_K > 1:
             part_steps = tl.cdiv(steps, SPLIT_K)
@@ -145,7 +163,7 @@ def conv2d_input_grad_tma_kernel(
             tap = (r0 + tap_r * STEP_R) * S + s0 + tap_s * STEP_S
             if PACKED:
                 w_tile = tl.reshape(w.load([tap, c, k]), (BLOCK_N, BLOCK_K))
-            else:  # the transpose stays as it lies in shared memory
+            else:  # The transpose moves nothing: the tensor cores read it so.
                 w_tile = tl.reshape(w.load([tap, k, c]), (BLOCK_K, BLOCK_N)).T
             dy_tile = tl.reshape(dy_box, (BLOCK_M, BLOCK_K))
             acc = tl.dot(w_tile, dy_tile.T, acc, input_precision=PRECISION)
@@ -157,6 +175,8 @@ def conv2d_input_grad_tma_kernel(
             tap_s = tl.where(done, 0, tap_s)
             tap_r = tl.where(done, tap_r + 1, tap_r)
 
+        # dz is 0 where x <= 0. Past the border x reads as 0, so nothing is added to the sums there.
+        # A second kernel adds the sums of all tiles up to dbias.
         if RELU:
             if CLASSES == 1:
                 x_box = x.load([n, i, j, c])
@@ -166,6 +186,7 @@ def conv2d_input_grad_tma_kernel(
             offs_c = c + tl.arange(0, BLOCK_N)
             sums = sums_ptr + (t * boxes + box).to(tl.int64) * C
             tl.store(sums + offs_c, tl.sum(acc, axis=1), mask=offs_c < C)
+        # The parts of a sum lie one behind the other: N images each, rounded up to whole boxes.
         n += part * (tl.cdiv(N, TILE_N) * TILE_N)
         out = acc.to(dx.dtype).T
         if CLASSES == 1:
@@ -182,10 +203,10 @@ def conv2d_unfold_kernel(
     FOLD_H: tl.constexpr, FOLD_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program stores BLOCK_M pixels of dx: what conv2d_pack_kernel does, undone.
+    """One program computes BLOCK_M pixels of dx from folded [N, rows, columns, depth].
 
-    They come out of folded [N, rows, columns, depth]. Pixels beyond it are those that no window
-    reads.
+    It undoes what conv2d_pack_kernel does. No window reads the pixels that folded does not have, so
+    their dx is 0.
     """
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.arange(0, BLOCK_N)
@@ -213,17 +234,20 @@ def make_plan(
     dy_size: tuple, dy_strides: tuple, w_size: tuple, w_strides: tuple, size: tuple,
     stride: tuple, padding: tuple, dilation: tuple, groups: int, item: int,
 ) -> Plan | None:  # fmt: skip
-    """The plan for tensors of these sizes and strides; None if the kernel cannot do them.
+    """Return the plan for tensors of these sizes and strides, or None if the kernel cannot do them.
 
-    It is that of conv2d_tma.py with dy [N, K, P, Q] in the place of x, and dx, of `size`, in that
-    of y. Filters that are packed become [taps, C, K], others are read as [taps, K, C]. With `fold`
-    all sizes are those of the folded image, but for dy's.
+    It is a plan of conv2d_tma.py, with dy [N, K, P, Q] in place of x, and dx, of `size`, in place
+    of y. Packed filters become [taps, C, K]; others are read as [taps, K, C]. With `fold`, all
+    sizes except those of dy are of the folded image. `item` is the number of bytes of an element.
     """
     (N, C, H, W), (K, _, R, S) = size, w_size
     unit = 16 // item
     if groups > 1 or 0 in (*dy_size, *size, R, S) or K % unit:
         return None
     geometry, fold = (*stride, *padding, *dilation), None
+    # conv2d_tma.py folds images of fewer than 8 channels, as a first layer has. It makes
+    # stride x stride pixels one with as many times the channels. The convolution then has stride 1.
+    # The same kernel computes the gradient of the folded image; `_unfold` follows.
     if C < unit and item == 2 and dilation == (1, 1):
         folded = folded_plan(size, w_size, stride, *dy_size[2:], unit)
         if folded is None:
@@ -233,13 +257,15 @@ def make_plan(
         w_strides = (R * S * C, 1, S * C, C)
     if C % unit or H % stride[0] or W % stride[1] or max(*dy_size, *size, N * H * W) > LARGEST:
         return None
-    if stride[1] > 1 and C < NARROWEST:  # a tile would reach into the channels of the next pixel
+    if stride[1] > 1 and C < NARROWEST:  # A tile would reach into the channels of the next pixel.
         return None
     strides = pixel_strides(dy_size, dy_strides, unit)
-    if strides is None or max(*strides, C * H * W) * item >= 2**40:  # what a descriptor's can be
+    # A descriptor's strides are below 2**40 bytes.
+    if strides is None or max(*strides, C * H * W) * item >= 2**40:
         return None
+    # TF32 needs both operands contiguous along the sum, and only packed filters are.
     w = filters_as_they_lie(w_size, w_strides, unit) if item == 2 else None
-    packed = w is None  # and for TF32, whose operands both have to be contiguous along the sum
+    packed = w is None
     if packed:
         w = packed_filters(C, R * S, K, unit)
     dy = tuple(dy_size[x] for x in (0, 2, 3, 1)), (*strides, 1)
@@ -247,7 +273,7 @@ def make_plan(
 
 
 def plan_for(dy, weight, size, stride, padding, dilation, groups, precision) -> Plan | None:
-    """The plan for this call, if the device and the tensors have one."""
+    """Return the plan for this call, or None if the device or the tensors do not allow one."""
     if len(device_of(dy).kernels) == 1 or (dy.dtype == torch.float32 and precision != "tf32"):
         return None
     if dy.data_ptr() % 16:
@@ -259,14 +285,17 @@ def plan_for(dy, weight, size, stride, padding, dilation, groups, precision) -> 
 
 
 def _taps_of_classes(taps: int, stride: int, dilation: int) -> list[int]:
-    """How many taps reach each class of rows, in the kernel's order."""
+    """Return how many taps reach each class of rows, in the kernel's order (`_class_of`)."""
     apart = stride // math.gcd(dilation, stride)
     return [cdiv(taps - t, apart) if t < min(apart, taps) else 0 for t in range(stride)]
 
 
 @functools.lru_cache(maxsize=4096)
 def fast_tile(plan: Plan, item: int, sms: int, relu: bool = False) -> dict:
-    """Of FAST_TILES the one, and the parts, with which the busiest SM should be done first."""
+    """Return the tile and the number of parts with which the busiest SM should finish first.
+
+    The tile is one of FAST_TILES. _cost_model.py estimates the time of the busiest SM.
+    """
     N, H, W, C = plan.size
     K, stride, dilation = plan.x[0][3], plan.geometry[:2], plan.geometry[4:]
     rows, columns = map(_taps_of_classes, plan.taps, stride, dilation)
@@ -279,17 +308,21 @@ def fast_tile(plan: Plan, item: int, sms: int, relu: bool = False) -> dict:
         if len(classes) == 1:
             return busiest_sm(tile, tiles, classes[0] * blocks_k, N * H * W * C, item, sms)
         total, (waves, rest) = 0.0, divmod(tiles, sms)
-        for t, taps in enumerate(classes):  # the last wave's classes follow without a gap
+        for t, taps in enumerate(classes):  # The classes of the last wave follow without a gap.
             turns = waves + cdiv((t + 1) * rest, sms) - cdiv(t * rest, sms)
             total += busiest_sm(tile, turns * sms, taps * blocks_k, 0, item, sms)
         return total
 
     def fits(tile: dict) -> bool:
-        """In float32 two of the largest do not fit: a tile of parts, or one and the box of x."""
+        """Return whether shared memory has room for the tile, and the sum enough steps for parts.
+
+        A large tile does not fit as a float32 partial result. Through a ReLU it does not fit with
+        a float32 box of x either.
+        """
         parts, large = tile["SPLIT_K"], tile["BLOCK_M"] * tile["BLOCK_N"] > 128 * 128
         if parts == 1:
             return not (large and relu and item == 4)
-        steps = classes[0] * cdiv(K, tile["BLOCK_K"])  # parts have four at least
+        steps = classes[0] * cdiv(K, tile["BLOCK_K"])  # A part has at least four.
         return len(classes) == 1 and not (relu or large) and parts * 4 <= steps
 
     tiles = itertools.product(FAST_TILES[item], (1, 2, 4, 8, 16))
@@ -301,7 +334,7 @@ UNFOLD_TILE = dict(BLOCK_M=256, num_warps=4)
 
 
 def _unfold(plan, folded, dx, padding):
-    """Store dx [N, C, H, W] out of its folded form."""
+    """Compute dx [N, C, H, W] from its folded form."""
     (N, C, H, W), (_, rows, columns, depth) = dx.shape, plan.size
     tile = choose_tile("conv2d_unfold", dx.dtype, {dx.itemsize: UNFOLD_TILE}, M=N * H * W)
     launch(
@@ -312,13 +345,13 @@ def _unfold(plan, folded, dx, padding):
 
 
 def conv2d_input_grad_tma(plan, dy, weight, x, dx, dbias, tile, precision, padding):
-    """Launch the fast kernel, with what has to be packed before and added up after it.
+    """Launch the fast kernel, after what packs its input, and before what adds up its results.
 
-    dx [N, C, H, W] is channels_last, and so is x. With x, it is the gradient through the ReLU that
-    x came out of, and dbias that of its bias.
+    dx [N, C, H, W] is channels_last, and so is x. If x is given, it is relu(z + bias). Then dx
+    receives dz, and dbias [C] the gradient of that bias.
 
     Raises:
-        ValueError: with x, a tile whose sum is in parts.
+        ValueError: x is given, and the tile has its sum in parts.
     """
     relu, parts = x is not None, tile["SPLIT_K"]
     if relu and parts > 1:
@@ -359,7 +392,7 @@ def _layout(plan: Plan, items: tuple, sms: int, item: int, packed: bool) -> Layo
     (N, H, W, C), K = plan.size, plan.x[0][3]
     m, n, k, parts = (tile[x] for x in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT_K"))
     a, b, _, _, dil_h, dil_w = plan.geometry
-    if b > 1:  # as in choose_tile: no block is larger than what it covers
+    if b > 1:  # As in choose_tile, no block is larger than what it covers.
         n = min(n, 1 << (C.bit_length() - 1))
     rows, columns = H // a, W // b
     tn, th, tw = pixel_box(N, rows, columns, m)

@@ -1,82 +1,43 @@
 """The convolution's gradient with respect to its weight: a small result of a very long sum.
 
-**One row of pixels.** Three taps a, b, c, padding 1, four pixels:
+    forward     y[n,k,p,q] = sum over c,r,s of x[n,c,h,w] * weight[k,c,r,s]
+                             with h = p*stride - pad + r*dil, and w likewise
+    backward    dweight[k,c,r,s] = sum over n,p,q of dy[n,k,p,q] * x[n,c,h,w]
+                dbias[k]         = sum over n,p,q of dy[n,k,p,q], which is read here anyway
 
-    y[0] =          b*x[0] + c*x[1]
-    y[1] = a*x[0] + b*x[1] + c*x[2]             tap r reads pixel h = p - pad + r
-    y[2] = a*x[1] + b*x[2] + c*x[3]
-    y[3] = a*x[2] + b*x[3]
+To see why, take a row of four pixels and a filter of three taps a, b, c, with padding 1:
 
-If the loss changes by dy[p] for a unit of y[p], it changes for a unit of a by the sum, over the
-lines that have an a, of dy[p] times what stands beside it:
+    y[0] =          b*x[0] + c*x[1]             da =              dy[1]*x[0] + dy[2]*x[1] + ...
+    y[1] = a*x[0] + b*x[1] + c*x[2]             db = dy[0]*x[0] + dy[1]*x[1] + dy[2]*x[2] + ...
+    y[2] = a*x[1] + b*x[2] + c*x[3]             dc = dy[0]*x[1] + dy[1]*x[2] + dy[2]*x[3]
+    y[3] = a*x[2] + b*x[3]                      dweight[r] = sum over p of dy[p] * x[p - pad + r]
 
-    da =              dy[1]*x[0] + dy[2]*x[1] + dy[3]*x[2]
-    db = dy[0]*x[0] + dy[1]*x[1] + dy[2]*x[2] + dy[3]*x[3]
-    dc = dy[0]*x[1] + dy[1]*x[2] + dy[2]*x[3]
-
-    dweight[r] = sum over p of dy[p] * x[p - pad + r]
-
-Two rows laid one over the other, shifted by the tap, multiplied where they overlap, and summed:
-
-    tap a, r = 0          tap b, r = 1          tap c, r = 2
-    dy    0 1 2 3         dy  0 1 2 3           dy  0 1 2 3
-    x   . 0 1 2 3         x   0 1 2 3           x   1 2 3 .   (and 0 before)
-
-**An image**, in cuDNN's letters:
-
-    forward           y[n,k,p,q] = sum over c,r,s of x[n,c,h,w] * weight[k,c,r,s]
-                      with h = p*stride - pad + r*dil, and w alike
-    weight gradient   dweight[k,c,r,s] = sum over n,p,q of dy[n,k,p,q] * x[n,c,h,w]
-    as a matmul       [K, NPQ] x [NPQ, RSC]     the sum runs over all pixels of the batch
-
-Which pixels of an image of 4x4 a tap of a 3x3 filter with padding 1 brings together (#), in dy
-above and in x below. Where there is a dot, the other one has padding:
-
-    tap (0, 0)    tap (0, 1)    tap (0, 2)    tap (1, 0)    tap (1, 1)    tap (2, 2)
-     . . . .       . . . .       . . . .       . # # #       # # # #       # # # .
-     . # # #       # # # #       # # # .       . # # #       # # # #       # # # .
-     . # # #       # # # #       # # # .       . # # #       # # # #       # # # .
-     . # # #       # # # #       # # # .       . # # #       # # # #       . . . .
-
-     # # # .       # # # #       . # # #       # # # .       # # # #       . . . .
-     # # # .       # # # #       . # # #       # # # .       # # # #       . # # #
-     # # # .       # # # #       . # # #       # # # .       # # # #       . # # #
-     . . . .       . . . .       . . . .       # # # .       # # # #       . # # #
-
-The result is small (K x RSC) and its sum is long (NPQ, millions), so the sum is shared out
-among programs. Each writes its part of it to a row of its own, and a second kernel adds the rows in
-order. Atomics would save that kernel and make the last bits depend on who came first: no tile has
-them by default, but `use_tile("conv2d_weight_grad", tile | dict(ATOMIC=True))` shows what they do,
-unless torch is told to be deterministic.
-
-The gradient of a bias is the sum of dy, which is read here anyway: conv2d_weight_bias_grad.
-
-Two kernels compute it. The one here, through pointers, takes every GPU, dtype and stride. The one
-in conv2d_weight_grad_tma.py is for GPUs since Hopper and 16-bit channels_last tensors. Which one a
-call takes, its tile says.
-
-**Check it.** The loss is linear in the weights too: a step of 1 in one must change it by dweight.
+The loss sum(dy * y) is linear in the taps too. If one tap is 1 and the rest are 0, the loss is the
+gradient of that tap:
 
     >>> import torch
     >>> from tilelab.kernels import conv2d
     >>> x = torch.tensor([1.0, 10.0, 100.0, 1000.0]).view(1, 1, 1, 4)
     >>> dy = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 1, 4)
-    >>> weight = torch.randn(1, 1, 1, 3)
-    >>> conv2d_weight_grad(x, dy, weight, [1, 1], [0, 1], [1, 1], 1).flatten()
+    >>> weight = torch.eye(3).view(3, 1, 1, 3)                       # three filters with one 1 each
+    >>> (dy * conv2d(x, weight, padding=(0, 1))).sum((0, 2, 3))
     tensor([ 432., 4321., 3210.])
-    >>> def loss(weight):
-    ...     return (dy * conv2d(x, weight, padding=(0, 1))).sum()
-    >>> steps = torch.eye(3).view(3, 1, 1, 1, 3)                         # one tap each
-    >>> [round((loss(weight + step) - loss(weight)).item()) for step in steps]
-    [432, 4321, 3210]
+    >>> conv2d_weight_grad(x, dy, weight[:1], [1, 1], [0, 1], [1, 1], 1).flatten()
+    tensor([ 432., 4321., 3210.])
 
-(On a CPU: `python -m pytest --doctest-modules kernels/conv2d_weight_grad.py`.)
+           N*P*Q               R*S*C               R*S*C
+       +-----+------+        +--+---+--+         +--+---+--+
+     K |====>|      |   x    |  | v |  |   =   K |  | # |  |     # one program: BLOCK_M filters x
+       +-----+------+        |..|...|..|         +--+---+--+       BLOCK_N of (r, s, c), and one
+        one part             |  |   |  |                           part of the sum over the pixels
 
-FLOPs: 2*N*P*Q*K*C*R*S, as for the forward. What limits it: as there, tensor cores; it reads x
-shifted by each tap, R*S times out of the cache, and needs enough parts to fill the GPU. With few
-channels what limits it is that cache, unless taps share what is read, as they do there.
+The sum over all pixels of the batch is long, and its result has only K*R*S*C numbers. To fill
+the GPU, many programs share one sum. Each writes its part, and a second kernel adds the parts up in
+order.
 
-Read first: conv2d.py, conv2d_input_grad.py.
+What limits it: tensor cores, as in conv2d.py, with as many FLOPs (2*N*P*Q*K*C*R*S) and bytes. x
+comes out of the cache R*S times, once for each tap. With few channels that cache is the limit.
+Read first: conv2d.py, conv2d_input_grad.py. Then: conv2d_weight_grad_tma.py, where taps share x.
 """
 
 import torch
@@ -91,20 +52,42 @@ from tilelab.kernels.conv2d_tma import choices
 from tilelab.kernels.conv2d_weight_grad_tma import conv2d_weight_grad_tma, fast_tile, plan_for
 
 TILES = [
-    # the default: with few channels, addresses and masks take the registers
+    # This is the default. It is small: with few channels, addresses and masks take the registers.
     dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=8, num_stages=3),
-    # float32, as in conv2d.py
+    # This is the default in float32, as in conv2d.py.
     dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=8, num_stages=3),
-    # more reuse
+    # This one uses what it loads more often.
     dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=3),
-    # 64 deep: fewer, longer steps
+    # A step sums 64 pixels: there are fewer and longer steps.
     dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
-    # wide layers on Hopper
+    # This one is for wide layers on Hopper.
     dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=8, num_stages=3),
-    # small layers: more programs
+    # This one makes more programs, for small layers.
     dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=4),
 ]
 DEFAULT = {2: TILES[0], 4: TILES[1]}
+
+
+# In one dimension, the kernel lays one row over the other, shifted by the tap. It multiplies where
+# they overlap, and adds up:
+#
+#     tap a, r = 0          tap b, r = 1          tap c, r = 2
+#     dy    0 1 2 3         dy  0 1 2 3           dy  0 1 2 3
+#     x   . 0 1 2 3         x   0 1 2 3           x   1 2 3 .
+#
+# In two dimensions, take an image of 4x4 pixels and a 3x3 filter with padding 1. A tap multiplies
+# the pixels # of dy, above, by the pixels # of x, below. A dot has no partner in the other one:
+#
+#     tap (0, 0)    tap (0, 1)    tap (0, 2)    tap (1, 0)    tap (1, 1)    tap (2, 2)
+#      . . . .       . . . .       . . . .       . # # #       # # # #       # # # .
+#      . # # #       # # # #       # # # .       . # # #       # # # #       # # # .
+#      . # # #       # # # #       # # # .       . # # #       # # # #       # # # .
+#      . # # #       # # # #       # # # .       . # # #       # # # #       . . . .
+#
+#      # # # .       # # # #       . # # #       # # # .       # # # #       . . . .
+#      # # # .       # # # #       . # # #       # # # .       # # # #       . # # #
+#      # # # .       # # # #       . # # #       # # # .       # # # #       . # # #
+#      . . . .       . . . .       . . . .       # # # .       # # # #       . # # #
 
 
 @triton.jit
@@ -117,10 +100,10 @@ def conv2d_weight_grad_kernel(
     PRECISION: tl.constexpr, HAS_BIAS: tl.constexpr, ATOMIC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program sums `part_pixels` into BLOCK_M channels k x BLOCK_N of (r, s, c) of dweight.
+    """One program computes BLOCK_M filters x BLOCK_N of (r, s, c) of dweight, over `part_pixels`.
 
-    dw_ptr is [parts, SIZE], each row laid out as dweight; one row is dweight itself, or where
-    ATOMIC takes all. Programs of the first columns also write db_ptr [parts, groups * K].
+    dw_ptr is [parts, SIZE]; each row is laid out as dweight. With ATOMIC all programs add to one
+    row. The programs of the first columns also write db_ptr [parts, groups * K].
     """
     blocks_n = tl.cdiv(R * S * C, BLOCK_N)
     pid_m = tl.program_id(0) // blocks_n
@@ -139,11 +122,11 @@ def conv2d_weight_grad_kernel(
     x_cols = r * DIL_H * stride_xh + s * DIL_W * stride_xw + c * stride_xc
     first = tl.program_id(2).to(tl.int64) * part_pixels
     pixels = tl.minimum(N * tl.cast(P, tl.int64) * Q - first, part_pixels).to(tl.int32)
-    first_q = (first % Q).to(tl.int32)  # from here on 32 bits do: they divide much faster than 64
+    first_q = (first % Q).to(tl.int32)  # 32 bits divide much faster than 64.
     first_p = (first // Q % P).to(tl.int32)
     first_n = first // Q // P
 
-    total = tl.full((BLOCK_M, BLOCK_K), 0.0, tl.float32)  # of dy, for the bias
+    total = tl.full((BLOCK_M, BLOCK_K), 0.0, tl.float32)  # the sum of dy, for the bias
     acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
     for pixel in range(0, pixels, BLOCK_K):
         offs_k = pixel + tl.arange(0, BLOCK_K)
@@ -161,6 +144,7 @@ def conv2d_weight_grad_kernel(
         w = q * STRIDE_W - PAD_W
         x_rows = n * stride_xn + h * stride_xh + w * stride_xw
         x_mask = mask_k[:, None] & mask_n[None, :]  # [BLOCK_K, BLOCK_N]
+        # Without padding, every tap is inside the image.
         if PAD_H > 0:
             tap_h = h[:, None] + (r * DIL_H)[None, :]
             x_mask &= (tap_h >= 0) & (tap_h < H)
@@ -176,7 +160,7 @@ def conv2d_weight_grad_kernel(
     dw_cols = r * stride_wr + s * stride_ws + c * stride_wc
     dw_ptrs = dw_ptr + ((group * K + offs_m) * stride_wk)[:, None] + dw_cols[None, :]
     mask = mask_m[:, None] & mask_n[None, :]
-    if ATOMIC:  # in whatever order they come
+    if ATOMIC:  # The programs add in whatever order they come.
         tl.atomic_add(dw_ptrs, acc, mask=mask, sem="relaxed")
     else:
         tl.store(dw_ptrs, acc.to(dw_ptr.dtype.element_ty), mask=mask)
@@ -188,7 +172,7 @@ def conv2d_weight_grad_kernel(
 
 
 def _weight_grad(x, dy, weight, stride, padding, dilation, groups, with_bias):
-    """Return dweight, which lies in memory as weight does, and dbias, or None for it."""
+    """Return dweight, which lies in memory as weight does, and dbias, or None without bias."""
     dweight, dbias = torch.empty_like(weight), None
     if with_bias:
         dbias = torch.empty(weight.shape[0], dtype=dy.dtype, device=dy.device)
@@ -200,10 +184,14 @@ def _weight_grad(x, dy, weight, stride, padding, dilation, groups, with_bias):
         plan, x, DEFAULT, ("pointer",), lambda sms: fast_tile(plan, sms, with_bias)
     )
     tile = choose_tile("conv2d_weight_grad", x.dtype, default, kernels, K=M, M=K, N=R * S * C)
+    # The tile says which kernel computes the call. This file's takes every GPU, dtype and stride.
     if "kernel" in tile:
         conv2d_weight_grad_tma(plan, x, dy, dweight, dbias, tile, padding)
         return dweight, dbias
 
+    # Atomics would save the second kernel. But then chance decides on the order of additions, and
+    # with it on the last bits. No tile has atomics by default. To see what they do, use_tile
+    # ("conv2d_weight_grad", tile | dict(ATOMIC=True)), unless torch is told to be deterministic.
     options = dict(tile)
     atomic = options.pop("ATOMIC", False) and not torch.are_deterministic_algorithms_enabled()
     blocks = cdiv(K, tile["BLOCK_M"]) * cdiv(R * S * C, tile["BLOCK_N"])
@@ -239,7 +227,10 @@ def conv2d_weight_grad(
     dilation: list[int],
     groups: int,
 ) -> torch.Tensor:
-    """The gradient of conv2d's weight [K, C/groups, R, S]; it lies in memory as weight does."""
+    """Return the gradient of conv2d's weight [K, C/groups, R, S], from x and dy [N, K, P, Q].
+
+    It has the dtype of weight, and lies in memory as weight does.
+    """
     return _weight_grad(x, dy, weight, stride, padding, dilation, groups, False)[0]
 
 
@@ -258,7 +249,7 @@ def conv2d_weight_bias_grad(
     dilation: list[int],
     groups: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same, and the gradient of the bias [K], which is the sum of dy: it is read but once."""
+    """Return the same, and the gradient of the bias [K]. dy is read only once for both."""
     return _weight_grad(x, dy, weight, stride, padding, dilation, groups, True)
 
 

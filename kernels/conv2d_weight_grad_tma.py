@@ -1,87 +1,37 @@
-"""The weight gradient by TMA, the tensor memory accelerator: the batch is what is summed.
+"""The weight gradient by TMA (tensor memory accelerator): each step sums over images of the batch.
 
-A step of conv2d_weight_grad.py loads BLOCK_K pixels that lie side by side, of which each tap wants
-others: all threads make addresses and masks, 1,095 instructions a step of 128x256x64, in which
-the tensor cores are busy for 1,024 clocks. Since Hopper (sm_90) a GPU has a unit to make them
-(conv2d_tma.py introduces it), if what a step needs is a box of a tensor. So what a step sums up are
-not the pixels of an image but the images of the batch, at one pixel:
+    dweight[k,c,r,s] = sum over n,p,q of dy[n,k,p,q] * x[n,c,h,w]
+                       with h = p*stride - pad + r*dil, and w likewise
+    dbias[k]         = sum over n,p,q of dy[n,k,p,q]
 
-    dy, one row an image                      x, one image a row, at the pixel that the tap reads
+TMA fetches boxes of tensors; conv2d_tma.py introduces it. A step of conv2d_weight_grad.py needs
+BLOCK_K pixels that follow each other, across rows and images. These are no box. So a step of this
+kernel takes BLOCK_K images at one pixel instead:
+
+    dy, one row per image                    x, one row per image, at the pixel that the tap reads
 
       pixel 0   1   2   3   4                       h, w ->
     n  |  |   |   |###|   |   |                n  | . . . # . . . |
-    |  |  |   |   |###|   |   |                |  | . . . # . . . |     # 64 channels, or 256
+    |  |  |   |   |###|   |   |                |  | . . . # . . . |     # is a pixel's channels
     v  |  |   |   |###|   |   |                v  | . . . # . . . |
               BLOCK_K x BLOCK_M                      BLOCK_K x BLOCK_N
 
-    dweight[k, (r,s), c] += sum over n of dy[n, (p,q), k] * x[n, (h,w), c]
-                                          one step: a product [BLOCK_M, BLOCK_K] x [.., BLOCK_N]
+One program owns a tile [BLOCK_M, BLOCK_N] of dweight for one tap (r, s), or a part of its sum. This
+has four consequences:
 
-What follows from it:
+1. A tap is a coordinate. All images have the pixel (h, w) at the same place. So stride, padding and
+   dilation only change two numbers in each step.
+2. Padding is not multiplied. The rows p for which h is in the image are an interval, the same one
+   for all images, and so are the columns q. The loop runs over these pixels alone. For 7x7 images
+   and 3x3 filters with padding 1 it skips 18% of the products: 1 - ((6 + 7 + 6) / (3 * 7))^2.
+3. A box can stick out of the batch, and of nothing else that is summed. The batch should be a
+   multiple of BLOCK_K. A box of pixels would cover 64 pixels for the 49 of a 7x7 image.
+4. Both operands have the summed index first. Tensor cores read 16-bit operands transposed from
+   shared memory, but not 32-bit ones. So float32 stays with conv2d_weight_grad.py.
 
-1. A tap is a coordinate. One tile of dweight is of one tap (r, s), and the pixel (h, w) is
-   p*stride - pad + r*dil, and w alike: any stride, padding or dilation is one addition.
-2. Padding is not multiplied. All images have their borders at the same place, so the pixels p
-   whose tap is inside the image are an interval, and the loop runs over it alone. Of 7x7 images
-   and 3x3 taps with padding 1 that saves 18% of the products: a corner tap has 36 pixels of 49.
-3. Nothing sticks out but of the batch: it should be a multiple of BLOCK_K. A box of pixels would
-   cover 64 for the 49 of such an image.
-4. Both operands lie with the summed index outermost, and tensor cores take 16-bit operands so,
-   transposed, out of shared memory. The first one only if its box is a plain matrix, which 1s in
-   front do not change: dy is seen as [P, Q, N, K], and of x the box may be of any rank.
-5. 32-bit operands they do not take transposed: float32 stays with the kernel there.
-
-A filter of one pixel needs no images: all N*P*Q pixels are a batch of images of one pixel.
-
-Few channels. 16 channels are no 256 columns. But without padding the window of an output pixel is
-R pieces of memory, each of S*C numbers, and a descriptor's strides are free to overlap: seen as
-[N, P, R, Q, S*C], with strides (H*W*C, stride*W*C, dil*W*C, stride*C, 1), x is the im2col matrix,
-which nobody writes. A tile then has several rows of taps:
-
-      x  | a b c d e f g ... |       window 0   a b c d        R = 1, S*C = 4, a step of C = 1:
-                                     window 1     b c d e      what is a matrix for TMA overlaps
-                                     window 2       c d e f    in memory
-
-Images of fewer than 8 channels are packed first, padding and all, as in conv2d_tma.py.
-
-With padding, and up to 80 channels of three taps, pixels side by side are columns. Of 64 filters
-and 64 channels a tile of one tap is 64x64, for which the L2 cache has to hand out a byte for each
-32 FLOPs, and it can for a third of what tensor cores do, by estimate. But in memory the pixels
-of a row of x are one row of W*C numbers, of which 256 are four pixels, and the taps of a row are
-next to each other. If x is seen as [N, H, 1, 1, W*C] a box of it, and one of two pixels of dy if
-that is seen as [P, Q/2, N, 2*K], have six products of 64x64 that are wanted, of eight:
-
-                  pixels of x, 64 channels each
-                 q-1    q     q+1   q+2
-              +-----+-----+-----+-----+           dweight[a] is the sum of two blocks that are
-    dy   q    |  a  |  b  |  c  |     |  64       diagonal neighbours: `_diagonal`. The one below
-         q+1  |     |  a  |  b  |  c  |  64       on the left and the one above on the right are
-              +-----+-----+-----+-----+           wasted. 85 FLOPs a byte, and x and dy are read
-                 64    64    64    64             R times, not R*S. Padding is columns of zeros
-
-With 128 filters, or where Q is odd, a tile has one pixel of dy, and three blocks of four. Whether
-pixels are columns follows from the tile's size: `as_neighbours`.
-
-The sum is long and the result small: `parts` programs share a tile's sum, each with a float32
-result of its own, and sum_partials adds those up in order. `fast_tile` weighs how many. Parts are
-numbered outermost, so that programs which run at one time read the same pixels, and the L2 cache
-has them for all taps. The bias gradient is one more tile for each block of filters, whose
-products are left out: dy is in the cache for it, too.
-
-What triton 3.6.0 and 3.9.0 make of it for sm_90, bfloat16, a 3x3 layer; not run. Where a tile has
-several rows of taps, x goes through registers on its way to the tensor cores: up to 152, and the
-next box of x is asked for when the product is done. An SM's other program has to fill the time.
-
-                    registers   shared memory   instructions a step
-    128x256x64      154, 154      208 KiB          107, 105
-    in parts        161, 163      224 KiB          110, 107
-    two pixels      209, 178      208 KiB          107, 105     in parts
-
-What it does not do: batches under 16 (most of a step would be zeros), float32, groups, filters
-that are no multiple of 8, and what TMA cannot read as it is. Those take the kernel there.
-
-Non-finite numbers: where a tap is in the padding torch multiplies by zero, and makes NaN of an
-infinity in dy; here it is left out, but not to the left and right where pixels are columns.
+What limits it: tensor cores. The FLOPs and bytes are those of conv2d_weight_grad.py, less the
+padding. With few channels a tile of one tap is too small to keep tensor cores busy. Then it has
+several taps as columns: `make_plan` explains windows, and `as_neighbours` pixels as columns.
 
 Read first: conv2d_weight_grad.py, conv2d_tma.py.
 """
@@ -102,21 +52,22 @@ from tilelab.kernels._tiles import cdiv, persistent, tma_tile
 
 _fast = functools.partial(tma_tile, SPLIT_K=1)  # filters x columns x images
 
-# By bytes an element. Compiled for sm_90 with triton 3.6.0 and 3.9.0: no spills, wgmma as wide as
-# the tile, both operands from shared memory, loads begun a step ahead or more.
+# The keys are bytes per element. Compiled for sm_90 (Hopper) with triton 3.6.0 and 3.9.0, no tile
+# spills. wgmma, the instruction of Hopper's tensor cores, is as wide as the tile, and reads both
+# operands from shared memory. Loads begin at least one step ahead.
 FAST_TILES = {
     2: [
-        # the most reuse that the registers hold. The float32 result of a part leaves in quarters,
-        # through 32 KiB, which leaves room for a fourth stage
+        # This is the largest tile that fits the registers. It is stored in quarters: a quarter of a
+        # float32 result needs 32 KiB of shared memory, which leaves room for a fourth stage.
         _fast(m=128, n=256, k=64, warps=8, stages=4, SUBTILES=4, per_sm=1),
-        # two programs an SM: one multiplies while the other stores
+        # Two of these programs share an SM: one multiplies while the other stores.
         _fast(m=128, n=128, k=64, warps=8, stages=3, SUBTILES=4, per_sm=2),
-        # 64 filters or 64 channels (the first stage of a ResNet): nothing of the tile is padding
+        # These fit 64 filters or 64 channels, as in the first stage of a ResNet, without padding.
         _fast(m=64, n=256, k=64, warps=4, stages=2, SUBTILES=4, per_sm=2),
         _fast(m=64, n=128, k=64, warps=4, stages=4, SUBTILES=2, per_sm=2),
         _fast(m=128, n=64, k=64, warps=8, stages=4, SUBTILES=2, per_sm=2),
         _fast(m=64, n=64, k=64, warps=4, stages=4, SUBTILES=1, per_sm=2),
-        # batches of 32: half the images a step, and about twice the stages
+        # These are for batches of 32: half the images per step, and about twice the stages.
         _fast(m=128, n=256, k=32, warps=8, stages=7, SUBTILES=4, per_sm=1),
         _fast(m=128, n=128, k=32, warps=8, stages=6, SUBTILES=4, per_sm=2),
         _fast(m=64, n=256, k=32, warps=4, stages=4, SUBTILES=4, per_sm=2),
@@ -128,7 +79,10 @@ FAST_TILES = {
 
 @triton.jit
 def _inside(first, size, windows, STRIDE: tl.constexpr):
-    """Which of `windows` windows have a tap inside [0, size), if window 0 has it at `first`."""
+    """Return begin and end of the windows that have their tap inside [0, size).
+
+    Window number i of `windows` has it at first + i * STRIDE.
+    """
     begin = tl.minimum(tl.cdiv(tl.maximum(-first, 0), STRIDE), windows)
     end = tl.minimum(tl.cdiv(tl.maximum(size - first, 0), STRIDE), windows)
     return begin, tl.maximum(begin, end)
@@ -136,7 +90,10 @@ def _inside(first, size, windows, STRIDE: tl.constexpr):
 
 @triton.jit
 def _share(steps, part, parts):
-    """The steps of one part, from and to: as many as of the others, or one more."""
+    """Return the first step of a part, and the one after its last.
+
+    Parts differ by at most one step.
+    """
     each = steps // parts
     more = steps % parts
     return each * part + tl.minimum(more, part), each * (part + 1) + tl.minimum(more, part + 1)
@@ -144,7 +101,10 @@ def _share(steps, part, parts):
 
 @triton.jit
 def _halves(tile):
-    """The left and the right half of the columns: a thread has its own of both."""
+    """Return the left and the right half of the columns of a tile.
+
+    A thread holds elements of both halves, so none has to move to another thread (sm_90).
+    """
     M: tl.constexpr = tile.shape[0]
     N: tl.constexpr = tile.shape[1]
     return tl.split(tl.permute(tl.reshape(tile, (M, 2, N // 2)), (0, 2, 1)))
@@ -152,7 +112,10 @@ def _halves(tile):
 
 @triton.jit
 def _store_columns(dw, tile, part, k, row, c, AT: tl.constexpr, BOX_C: tl.constexpr):
-    """Store a tile that begins at column AT of the whole one, of which BOX_C are a row of dw."""
+    """Store `tile`: the columns from AT on of the tile of dw that begins at (k, row, c).
+
+    BOX_C of those columns are one row of dw.
+    """
     M: tl.constexpr = tile.shape[0]
     N: tl.constexpr = tile.shape[1]
     ROWS: tl.constexpr = (N + BOX_C - 1) // BOX_C
@@ -162,11 +125,32 @@ def _store_columns(dw, tile, part, k, row, c, AT: tl.constexpr, BOX_C: tl.conste
 
 @triton.jit
 def _diagonal(tile, right):
-    """The upper rows of a tile, and added to them the lower ones of the tile to its right."""
+    """Return the upper half of the rows of `tile`, plus the lower half of those of `right`."""
     M: tl.constexpr = tile.shape[0]
     N: tl.constexpr = tile.shape[1]
     both = tl.where((tl.arange(0, M) < M // 2)[:, None], tile, right)
     return tl.sum(tl.reshape(both, (2, M // 2, N)), axis=0)
+
+
+# Why not pixels that follow each other? conv2d_weight_grad.py then makes addresses and masks in all
+# threads. Compiled for sm_90 with triton 3.9.0, a step of 128x256x64 has 1,095 instructions in each
+# of 8 warps (32 threads each). An SM issues 4 instructions per clock and does 4,096 FLOPs:
+#
+#     instructions    8 * 1,095 / 4 = 2,190 clocks
+#     products        2 * 128 * 256 * 64 / 4,096 = 1,024 clocks
+#
+# This is what triton 3.6.0 and 3.9.0 compile the kernel below to, for sm_90 and a 3x3 layer in
+# bfloat16. It was not run.
+#
+#     tile of 128x256x64            registers     shared memory    instructions
+#                                   per thread    per program      per step
+#     whole sum                     154, 154      208 KiB          107, 105
+#     sum in parts                  161, 163      224 KiB          110, 107
+#     in parts, DY_PIXELS = 2       209, 178      208 KiB          107, 105
+#
+# WINDOWS costs more: several rows of taps pass through registers on their way to the tensor cores.
+# A step has up to 152 instructions, and asks for the next box of x after its product. Only another
+# program of the SM can use the time until the box arrives.
 
 
 @triton.jit
@@ -178,14 +162,18 @@ def conv2d_weight_grad_tma_kernel(
     WINDOWS: tl.constexpr, HAS_BIAS: tl.constexpr, BOX_C: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SUBTILES: tl.constexpr,
 ):  # fmt: skip
-    """One program computes every tile of dweight, or part of its sum, whose number is its own.
+    """One program computes a tile of dweight, or a part of its sum, in each of its turns.
 
-    dy [P, Q, N, K], x and dw [parts, K, ROWS, SPAN] are descriptors. A row of dw is one tap, its
-    columns are channels; where WINDOWS, it is a row of taps, and its columns are (s, c). So it is
-    where X_STEP is not 0: then pixels are columns, of x from X_FIRST + q * X_STEP on, and there are
-    DY_PIXELS of dy.
+    dy [P, Q, N, K], x and dw [parts, K, ROWS, SPAN] are descriptors of what `Plan` says. With
+    HAS_BIAS some tiles are of the sum of dy instead, db_ptr [parts, K].
     """
-    BOX_R: tl.constexpr = BLOCK_N // BOX_C  # a tile's columns are so many rows of dw
+    # What a tile covers in dw [.., K, ROWS, SPAN]:
+    #     usually       one row, which is one tap (r, s). Its columns are channels
+    #     WINDOWS       BOX_R rows, each of which is a row of taps r. Its BOX_C columns are (s, c)
+    #     X_STEP > 0    one row, which is a row of taps r. Its columns are (s, c). They are also
+    #                   pixels of x: a box begins at X_FIRST + q * X_STEP in a row of W * C numbers.
+    #                   A box of dy has DY_PIXELS pixels
+    BOX_R: tl.constexpr = BLOCK_N // BOX_C
     blocks_c = tl.cdiv(SPAN, BOX_C)
     blocks_k = tl.cdiv(K, BLOCK_M)
     tiles = tl.cdiv(ROWS, BOX_R) * blocks_k * blocks_c
@@ -193,6 +181,8 @@ def conv2d_weight_grad_tma_kernel(
     if HAS_BIAS:
         jobs += blocks_k
 
+    # Parts are numbered outermost. So programs that run at the same time read the same pixels, for
+    # other taps and filters, and the L2 cache has them.
     for work in tl.range(tl.program_id(0), jobs * parts, tl.num_programs(0)):
         part = work // jobs
         job = work % jobs
@@ -201,15 +191,17 @@ def conv2d_weight_grad_tma_kernel(
             k = job // blocks_c % blocks_k * BLOCK_M
             row = job // blocks_c // blocks_k * BOX_R
             tap = row
-            if WINDOWS:  # of which each is all taps
+            if WINDOWS:  # Windows have no padding: every pixel (p, q) has all of its taps.
                 tap = 0
             h = tap // S * DIL_H - PAD_H
             w = tap % S * DIL_W - PAD_W
+            # torch multiplies dy by the padding, and 0 times an infinity is NaN. This kernel leaves
+            # those products out. With X_STEP > 0 it does multiply zeros to the left and right.
             p0, p1 = _inside(h, H, P, STRIDE_H)
             q0, q1 = _inside(w, W, Q, STRIDE_W)
 
-            # The first step's pixel and images. The next ones are counted, and without an `if`,
-            # behind which Triton would not fetch a step ahead.
+            # These are the pixel and the images of the first step. The next steps count up from
+            # them without an `if`: behind one, Triton would not begin loads a step ahead.
             columns = tl.maximum(q1 - q0, 1)
             pixels = tl.maximum(p1 - p0, 1) * columns
             steps = (p1 - p0) * (q1 - q0) * tl.cdiv(N, BLOCK_K)
@@ -219,6 +211,8 @@ def conv2d_weight_grad_tma_kernel(
             q = q0 + first % columns
             acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
             for _ in range(first, last):
+                # Triton leaves the first operand in shared memory only if its box is a matrix. 1s
+                # in front do not matter, so dy is [P, Q, N, K]. The box of x may have any shape.
                 dy_tile = tl.reshape(dy.load([p, q, n, k]), (BLOCK_K, BLOCK_M))
                 if X_STEP > 0:
                     x_box = x.load([n, p * STRIDE_H + h, 0, 0, q * X_STEP + X_FIRST])
@@ -243,7 +237,7 @@ def conv2d_weight_grad_tma_kernel(
                 else:
                     first_quarter, second_quarter = _halves(left)
                     third_quarter, last_quarter = _halves(right)
-                    if DY_PIXELS == 2:  # each quarter is of one pixel of x
+                    if DY_PIXELS == 2:  # Each quarter belongs to one pixel of x.
                         first_quarter = _diagonal(first_quarter, second_quarter)
                         second_quarter = _diagonal(second_quarter, third_quarter)
                         third_quarter = _diagonal(third_quarter, last_quarter)
@@ -252,18 +246,19 @@ def conv2d_weight_grad_tma_kernel(
                     _store_columns(dw, third_quarter, part, k, row, c, 2 * WIDTH, BOX_C)
                     if DY_PIXELS == 1:
                         _store_columns(dw, last_quarter, part, k, row, c, 3 * WIDTH, BOX_C)
-        elif HAS_BIAS:  # the sum of dy, of one block of filters
+        # A tile of the bias gradient is the sum of dy for one block of filters. dy is in the cache.
+        elif HAS_BIAS:
             k = (job - tiles) * BLOCK_M
             first, last = _share(P * Q * tl.cdiv(N, BLOCK_K), part, parts)
             total = tl.full((BLOCK_K, BLOCK_M), 0.0, tl.float32)
-            # A loop without a product is pipelined only where it is told to be.
+            # Triton starts loads ahead of a loop without a product only if num_stages says so.
             for step in tl.range(first, last, num_stages=4):
                 p, q, n = step // Q % P, step % Q, step // (P * Q) * BLOCK_K
                 dy_tile = tl.reshape(dy.load([p, q, n, k]), (BLOCK_K, BLOCK_M))
                 total += dy_tile.to(tl.float32)
             offs_k = k + tl.arange(0, BLOCK_M // DY_PIXELS)
             db = tl.sum(total, axis=0)
-            if DY_PIXELS == 2:
+            if DY_PIXELS == 2:  # Both pixels have the same filters.
                 db = tl.sum(tl.reshape(db, (2, BLOCK_M // 2)), axis=0)
             db = db.to(db_ptr.dtype.element_ty)
             tl.store(db_ptr + part * K + offs_k, db, mask=offs_k < K)
@@ -273,20 +268,23 @@ def conv2d_weight_grad_tma_kernel(
 
 
 class Plan(NamedTuple):
-    """How the fast kernel does a weight gradient: all that does not depend on the data.
+    """How the kernel computes a weight gradient: all that does not depend on the data.
+
+    All strides are in elements.
 
     Attributes:
-        size: (N, P, Q, K), N the images that are summed in steps.
-        image: H and W.
+        size: (N, P, Q, K). A step sums over BLOCK_K of the N images.
+        image: H and W, as the kernel counts pixels of x.
         dy: sizes and strides of dy as [P, Q, N, K].
-        x: sizes and strides of x, [N, H, 1, W, C] or of its windows, [N, P, R, Q, S*C].
-        dw: ROWS and SPAN of dweight [K, ROWS, SPAN]: [R*S, C], or of windows [R, S*C].
-        taps_w: S, and 1 of windows.
-        geometry: stride, padding and dilation, as the kernel has them.
+        x: sizes and strides of x as [N, H, 1, W, C], or of its windows as [N, P, R, Q, S*C].
+        dw: ROWS and SPAN of dweight as [K, ROWS, SPAN]: R*S and C, or R and S*C if a row of dw is
+            a row of taps.
+        taps_w: S, or 1 if a row of dw is a row of taps.
+        geometry: stride, padding and dilation, as the kernel counts them.
         windows: whether x is seen as windows.
-        folded: the plan by which x is packed first, None if it is read as it is.
-        neighbours: of a tile that has pixels as columns (`as_neighbours`) the kernel's DY_PIXELS,
-            X_STEP and X_FIRST.
+        folded: the plan by which x is packed first; None if x is read as it is.
+        neighbours: DY_PIXELS, X_STEP and X_FIRST of the kernel. X_STEP is 0 unless pixels are
+            columns (`as_neighbours`).
     """
 
     size: tuple[int, int, int, int]
@@ -301,13 +299,14 @@ class Plan(NamedTuple):
     neighbours: tuple[int, int, int] = (1, 0, 0)
 
 
-UNIT = 8  # elements in 16 bytes, of which TMA's strides are multiples
-FEW_IMAGES = 16  # below this more than half of a step of 32 images would be zeros
-FEW_CHANNELS = 64  # below this a tile has the taps of whole windows, if it can
-# Estimates, in clocks: of a step, to wait for its barrier, by which equal tiles differ; and of a
-# load, where nothing else is done meanwhile but by the SM's other program.
+UNIT = 8  # TMA's strides are multiples of 16 bytes, which are 8 elements.
+FEW_IMAGES = 16  # With fewer, more than half of a step of 32 images would be zeros.
+FEW_CHANNELS = 64  # With fewer, x is seen as windows if that is possible.
+# These are estimates in clocks. A step waits STEP_CLOCKS for its loads; this decides between tiles
+# that are equal otherwise. Where no load begins a step ahead, each one takes LOAD_CLOCKS, and only
+# the other programs of the SM use that time.
 STEP_CLOCKS, LOAD_CLOCKS = 20, 1000
-PLAIN = (1, 1, 0, 0, 1, 1)  # stride, padding and dilation of a tap that is at every pixel
+PLAIN = (1, 1, 0, 0, 1, 1)  # With this stride, padding and dilation, tap (0, 0) reads pixel (p, q).
 
 
 @functools.lru_cache(maxsize=4096)
@@ -315,14 +314,17 @@ def make_plan(
     x_size: tuple, x_strides: tuple, dy_size: tuple, dy_strides: tuple, taps: tuple,
     stride: tuple, padding: tuple, dilation: tuple, groups: int,
 ) -> Plan | None:  # fmt: skip
-    """The plan for tensors of these sizes and strides; None if the kernel cannot do them.
+    """Return the plan for tensors of these sizes and strides, or None if the kernel cannot do them.
 
-    They are those of x [N, C, H, W] and of dy [N, K, P, Q], of 16-bit elements.
+    They are those of x [N, C, H, W] and of dy [N, K, P, Q], of 16-bit elements. The kernel has no
+    groups and needs filters in multiples of 8. It needs at least 16 images, or 16 pixels if filters
+    are 1x1. TMA must be able to read the tensors.
     """
     (N, C, H, W), (_, K, P, Q), (R, S) = x_size, dy_size, taps
     if 0 in (*x_size, *dy_size) or K % UNIT or groups > 1:
         return None
     geometry, folded = (*stride, *padding, *dilation), None
+    # Images of fewer than 8 channels are packed first, with their padding, as in conv2d_tma.py.
     if C < UNIT:
         if dilation == (1, 1):
             folded = conv2d_tma.folded_plan(x_size, (K, C, R, S), stride, P, Q, UNIT)
@@ -337,16 +339,27 @@ def make_plan(
         return None
     (sn, sh, sw), (dn, dp, dq) = strides, dy_strides
 
-    if (R, S) == (1, 1) and geometry[:4] == PLAIN[:4]:  # as many images of one pixel
+    # A 1x1 filter needs no images: all N*P*Q pixels are a batch of images of one pixel.
+    if (R, S) == (1, 1) and geometry[:4] == PLAIN[:4]:
         stride_x, stride_dy = even_stride((N, H, W), strides), even_stride((N, P, Q), dy_strides)
         if stride_x and stride_dy:
             N, H, W, P, Q = N * P * Q, 1, 1, 1, 1
             sn, dn, dp, dq = stride_x, stride_dy, K, K
+    # TMA's coordinates have 32 bits. Its strides are below 2**40 bytes, which are 2**39 elements.
     most, far = max(C, H, W, K, N * P * Q), max(sn, sh, sw, dn, dp, dq)
     if N < FEW_IMAGES or most > conv2d_tma.LARGEST or far >= 2**39:
         return None
     dy = (P, Q, N, K), (dp, dq, dn, 1)
     a, b, pad_h, pad_w, dil_h, dil_w = geometry
+    # With few channels, say 16, a tile of one tap would have 16 columns of 256. But without padding
+    # and with dilation 1 in a row, a window of x is R pieces of memory with S*C numbers each. The
+    # strides of a descriptor may overlap. So x can be seen as [N, P, R, Q, S*C]. This is the matrix
+    # of im2col.py, which nobody writes. A tile then has several rows of taps. For R = 1, S*C = 4
+    # and windows that are C = 1 apart:
+    #
+    #     x  | a b c d e f g ... |       window 0   a b c d
+    #                                    window 1     b c d e
+    #                                    window 2       c d e f
     if C < FEW_CHANNELS and R * S > 1 and (sw, pad_h, pad_w, dil_w) == (C, 0, 0, 1):
         x = (N, P, R, Q, S * C), (sn, a * sh, dil_h * sh, b * sw, 1)
         return Plan((N, P, Q, K), (P, Q), dy, x, (R, S * C), 1, PLAIN, True, folded)
@@ -354,11 +367,40 @@ def make_plan(
     return Plan((N, P, Q, K), (H, W), dy, x, (R * S, C), S, geometry, False, folded)
 
 
-def as_neighbours(plan: Plan, tile: dict) -> Plan:
-    """The plan for a tile whose columns hold a row of taps; the same plan if they do not.
+# Where there are no windows, as with padding, pixels side by side can be columns. This needs stride
+# and dilation 1 in a row, and a row of taps that fits the columns, S*C <= BLOCK_N. For three taps
+# and 256 columns these are up to 80 channels.
+#
+# Take 64 filters and 64 channels. A tile of one tap is 64x64. For each byte from the L2 cache it
+# does 32 FLOPs: 2*64*64 for (64 + 64) * 2 bytes. _cost_model.py estimates 48 bytes per clock from
+# the cache for each SM. These are enough for 1,536 FLOPs, and tensor cores can do 4,096.
+#
+# In memory a row of x is W*C numbers: 256 of them are four pixels side by side. So see x as
+# [N, H, 1, 1, W*C], and dy as [P, Q/2, N, 2*K], two pixels at a time. Then a step of 128x256 has
+# eight products of 64x64. These are for two pixels q, q + 1 of dy and taps a, b, c with padding 1:
+#
+#                   pixels of x, 64 channels each
+#                  q-1    q     q+1   q+2
+#               +-----+-----+-----+-----+
+#     dy   q    |  a  |  b  |  c  |     |  64
+#          q+1  |     |  a  |  b  |  c  |  64
+#               +-----+-----+-----+-----+
+#                  64    64    64    64
+#
+# Six of the products are wanted. The gradient of tap a is the sum of both blocks a: `_diagonal`
+# adds them when the tile is stored. The two blocks without a letter are wasted. The tile does 85
+# FLOPs per byte, 64 of them wanted. x and dy are read once for each row of taps: R times, not R*S.
+# The padding to the left and right is columns of zeros, since TMA reads zeros past the border.
+#
+# With 128 filters, or if Q is odd, a tile has one pixel of dy, and three of its four blocks are
+# wanted. The size of the tile decides whether pixels are columns.
 
-    Of one pixel of dy, or of two: if both fill the rows, and the quarters, in which a tile is
-    stored, are a pixel of x each.
+
+def as_neighbours(plan: Plan, tile: dict) -> Plan:
+    """Return the plan for a tile whose columns hold a row of taps; the same plan if they do not.
+
+    Such a tile has two pixels of dy if 2*K fills its rows and 4*C its columns. Then each of the
+    quarters that are stored is one pixel of x. Otherwise it has one pixel of dy.
     """
     N, P, Q, K = plan.size
     (rows, C), S = plan.dw, plan.taps_w
@@ -383,7 +425,7 @@ def as_neighbours(plan: Plan, tile: dict) -> Plan:
 
 
 def plan_for(x, dy, taps, stride, padding, dilation, groups) -> Plan | None:
-    """The plan for this call, if the device and the tensors have one."""
+    """Return the plan for this call, or None if the device or the tensors do not allow one."""
     if len(device_of(x).kernels) == 1 or x.element_size() != 2 or dy.data_ptr() % 16:
         return None
     plan = make_plan(
@@ -394,32 +436,36 @@ def plan_for(x, dy, taps, stride, padding, dilation, groups) -> Plan | None:
 
 
 def pixels_inside(first: int, size: int, windows: int, stride: int) -> int:
-    """How many of `windows` windows have a tap inside the image: `_inside`, for the cost."""
+    """Return how many windows have their tap inside the image: `_inside` on the host."""
     begin, end = (min(cdiv(max(x, 0), stride), windows) for x in (-first, size - first))
     return max(end - begin, 0)
 
 
 @functools.lru_cache(maxsize=4096)
 def fast_tile(plan: Plan, sms: int, has_bias: bool = False) -> dict:
-    """Of FAST_TILES the one, and the parts, with which the busiest SM should be done first."""
+    """Return the tile and the number of parts with which the busiest SM should finish first.
+
+    The tile is one of FAST_TILES. _cost_model.py estimates the time of the busiest SM.
+    """
     best = None
     for tile in FAST_TILES[2]:
         seen = as_neighbours(plan, tile)
         N, _, _, K = seen.size
         rows, span = seen.dw
         box_r, box_c = _box(seen, tile)
-        blocks = cdiv(rows, box_r) * cdiv(span, box_c) + has_bias  # the sum of dy is one more
+        blocks = cdiv(rows, box_r) * cdiv(span, box_c) + has_bias  # The sum of dy is one more.
         tiles = blocks * cdiv(K, tile["BLOCK_M"])
         steps = _pixels(seen) * cdiv(N, tile["BLOCK_K"])
-        # Whole turns of the GPU, and powers of two; a part has eight steps at least.
+        # Try numbers of parts that fill the GPU 1 to 8 times, and powers of two. A part has at
+        # least eight steps.
         counts = {turns * sms // tiles for turns in range(1, 9)} | {1 << i for i in range(11)}
         for parts in sorted(counts - {0}):
             if parts == 1 or parts * 8 <= steps:
                 tried = tile | dict(SPLIT_K=parts)
                 clocks = busiest_sm(tried, tiles, steps, K * rows * span, 2, sms)
                 turns = cdiv(tiles * parts, sms)
-                beside = max(1, min(turns, tile["PROGRAMS_PER_SM"]))  # programs of an SM
-                # Several rows of taps pass through registers, and then no load is ahead.
+                beside = max(1, min(turns, tile["PROGRAMS_PER_SM"]))  # programs that share an SM
+                # Several rows of taps pass through registers, and no load begins a step ahead.
                 waits = LOAD_CLOCKS // beside if box_r > 1 else STEP_CLOCKS
                 clocks += waits * turns * cdiv(steps, parts)
                 if best is None or clocks < best[0]:
@@ -428,7 +474,7 @@ def fast_tile(plan: Plan, sms: int, has_bias: bool = False) -> dict:
 
 
 def _pixels(plan: Plan) -> int:
-    """Pixels that a tile is summed up over: of one tap, on average."""
+    """Return how many pixels (p, q) a tile sums over, on average over the taps."""
     _, P, Q, _ = plan.size
     if plan.windows:
         return P * Q
@@ -445,14 +491,14 @@ def _pixels(plan: Plan) -> int:
 
 
 def _box(plan: Plan, tile: dict) -> tuple[int, int]:
-    """How many rows and columns of dweight [K, ROWS, SPAN] a tile's columns are."""
+    """Return how many rows and columns of dweight [K, ROWS, SPAN] the columns of a tile are."""
     n = tile["BLOCK_N"]
     columns = min(n, max(16, triton.next_power_of_2(plan.dw[1]))) if plan.windows else n
     return n // columns, columns
 
 
 class _Layout(NamedTuple):
-    """What of a launch follows from its plan and tile: as the launch has it."""
+    """What a launch takes that depends only on its plan and tile."""
 
     programs: int
     dy: tuple[tuple, tuple, list]  # sizes, strides and a box
@@ -494,10 +540,12 @@ def _layout(plan: Plan, items: tuple, sms: int, has_bias: bool) -> _Layout:
 
 
 def conv2d_weight_grad_tma(plan, x, dy, dweight, dbias, tile, padding):
-    """Launch the fast kernel, with what has to be packed before and added up after it.
+    """Launch the fast kernel, after what packs its input, and before what adds up its results.
+
+    With parts, each has a float32 result of its own, and `sum_partials` adds these up in order.
 
     Raises:
-        ValueError: a tile that the kernel cannot have.
+        ValueError: the tile has other SUBTILES than 1, 2 or 4.
     """
     parts = tile["SPLIT_K"]
     how = _layout(plan, tuple(tile.items()), device_of(x).sms, dbias is not None)
@@ -523,7 +571,7 @@ def conv2d_weight_grad_tma(plan, x, dy, dweight, dbias, tile, padding):
 
 
 def _as_filters(plan, out, size):
-    """Return dweight [K, C, R, S], of this size, from how the kernel has it: [K, ROWS, SPAN]."""
+    """Return dweight as [K, C, R, S], which is `size`, from the kernel's [K, ROWS, SPAN]."""
     K, C, R, S = size
     if plan.folded is None:
         return out.view(K, R, S, C).permute(0, 3, 1, 2)

@@ -1,9 +1,9 @@
-"""Matrix multiplication C = A @ B, tiled, with bias and ReLU fused behind it; forward and backward.
+"""Matrix multiplication in tiles, with bias and activation fused: C = act(A @ B + bias); gradients.
 
     forward     C  = act(A @ B + bias)     A [M, K], B [K, N], C [M, N]
-    backward    dZ = dC where C > 0        (act = relu; else dZ = dC)
-                dA = dZ @ B^T              the same kernel: a transpose is a swap of two strides
-                dB = A^T @ dZ              the same kernel
+    backward    dZ = dC where C > 0        for act = relu (the others: activation.py)
+                dA = dZ @ B^T              by the same kernel: a transpose swaps two strides
+                dB = A^T @ dZ              by the same kernel
                 dbias = sum over rows of dZ
 
           K            N            N
@@ -15,31 +15,23 @@
         acc = 0                                  # float32, in registers
         for k in 0, BLOCK_K, 2*BLOCK_K ... below K:
             acc += A[m, k] @ B[k, n]             # tensor cores
-        C[m, n] = act(acc + bias[n])
+        C[m, n] = act(acc + bias[n])             # the epilogue
 
-What limits it: 2MNK FLOPs over e(MK + KN + MN) bytes, e for each element. A square of side n does
-n/3 FLOPs a byte in 16-bit, so from n ~ 600 on (an H200 does 206 FLOPs in the time of one byte) it
-is the tensor cores, if what is loaded is used often enough: a program reads BLOCK_M rows of A and
-BLOCK_N columns of B for BLOCK_M * BLOCK_N results. So large tiles save bandwidth, and they end
-where the accumulator fills the registers (128x256 float32 are half of an SM's 65,536). A small C
-with a long K, as dB of a classifier, would be few programs with a long sum each: there the sum is
-shared out among more of them, and a second kernel adds the parts up, always in the same order.
+What limits it. The product is 2MNK FLOPs over e(MK + KN + MN) bytes, for e bytes per element. For
+squares of side n in 16-bit the arithmetic intensity is n/3 FLOPs per byte. An H200 does 206 FLOPs
+in the time of one byte. So from n = 600 on, its tensor cores (the units that multiply small
+matrices) are the limit, if what is loaded is used often enough.
 
-Program order. Programs start in the order of their index, a wave of them at a time. Row by row, a
-wave would touch one block row of A and all of B. In groups of GROUP_M block rows it touches a
-squarish patch of C, so that the L2 cache serves most of the loads:
+Tile size. A program loads BLOCK_M rows of A and BLOCK_N columns of B for BLOCK_M * BLOCK_N results.
+So larger tiles load less for each result. The accumulator must fit into the registers: in float32,
+a 128x256 tile fills half of the 65,536 registers of an SM.
 
-    row by row          grouped by 2
-    0  1  2  3          0  2  4  6          a wave of 4 reads 1 + 4 blocks in the first order
-    4  5  6  7          1  3  5  7          and 2 + 2 in the second
+Two kernels compute it. The one in this file loads through pointers, and takes every GPU, dtype and
+stride. The one in matmul_tma.py is for GPUs since Hopper (sm_90), and for rows that are aligned to
+16 bytes. Each tile belongs to one kernel, so the choice of a tile is the choice of a kernel.
 
-Two kernels compute it. This file's, through pointers, takes every GPU, dtype and stride. The one of
-matmul_tma.py is for GPUs since Hopper (sm_90) and 16-byte aligned rows. A tile says which kernel it
-is for, so to choose a tile is to choose a kernel: `tma_operands` says whether the second can do a
-call, the tuned table or `fast_tile` with which tile.
-
-Read first: bias_relu.py. Sources: the grouped order is that of Triton's tutorial 03; the blocking
-goes back to Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication (2008).
+Read first: bias_relu.py. Sources: Triton's tutorial 03 for the grouped order of programs; Goto and
+van de Geijn, Anatomy of High-Performance Matrix Multiplication (2008), for the blocking.
 """
 
 import torch
@@ -61,26 +53,40 @@ from tilelab.kernels.matmul_tma import fast_tile, matmul_tma, tma_operands
 
 
 def reference(a, b, bias=None, activation=None):
-    """The same in plain torch, for any dtype."""
+    """Compute the same in plain torch, for any dtype."""
     return activated(a @ b if bias is None else a @ b + bias, activation)
 
 
+# A step is one iteration of the loop along K: it multiplies BLOCK_K columns of A by as many rows of
+# B. While one step multiplies, the next ones are loaded. `num_stages` is how many steps are under
+# way at once. Each needs room in shared memory, which is memory that a program's threads share.
 TILES = [
-    # the default: both operands of three stages in 48 KiB, so it runs on every GPU since 2020
+    # The default: three stages of both operands take 48 KiB, which every GPU since 2020 has.
     dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, num_warps=8, num_stages=3),
-    # float32: without TF32 each thread holds its rows and columns of a step in registers
+    # The default in float32. Without TF32 there are no tensor cores for it, and each thread holds
+    # its rows and columns of a step in registers.
     dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, GROUP_M=8, num_warps=8, num_stages=3),
-    # large squares: the most reuse that fits the registers. On Hopper the second kernel has the
-    # same tile; in this one, with B transposed, triton 3.6.0 makes each wgmma wait for the last
+    # Large squares: this is the most reuse that the registers allow. For Hopper, matmul_tma.py has
+    # the same tile. In this kernel triton 3.6.0 makes each wgmma (Hopper's tensor-core instruction)
+    # wait for the one before, if B is transposed.
     dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3),
-    # deep K: fewer, longer steps hide the latency of loads behind more tensor-core work
+    # Deep K: fewer, longer steps hide the latency of loads behind more tensor-core work.
     dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3),
-    # small grids: four times the programs, for when 128x128 tiles leave SMs idle
+    # Small C: there are four times as many programs, so fewer SMs are idle than with 128x128.
     dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, num_warps=4, num_stages=4),
-    # skinny: a classifier's ten columns fit one tensor-core instruction
+    # Few columns: the ten classes of a classifier fit into one tensor-core instruction.
     dict(BLOCK_M=128, BLOCK_N=16, BLOCK_K=64, GROUP_M=8, num_warps=4, num_stages=4),
 ]
-DEFAULT = {2: TILES[0], 4: TILES[1]}
+DEFAULT = {2: TILES[0], 4: TILES[1]}  # by bytes per element
+
+# The order of programs. Programs start in the order of their number. A wave is as many of them as
+# the GPU runs at once. If they went row by row, a wave would read one block row of A and all of B.
+# In groups of GROUP_M block rows, a wave covers a nearly square region of C. It then reads fewer
+# blocks of A and B, and the L2 cache (the one that all SMs share) serves most of the loads.
+#
+#     row by row          in groups of 2 block rows
+#     0  1  2  3          0  2  4  6          A wave of 4 programs reads 1 + 4 blocks of rows
+#     4  5  6  7          1  3  5  7          and columns on the left, and 2 + 2 on the right.
 
 
 @triton.jit
@@ -93,10 +99,10 @@ def matmul_kernel(
 ):  # fmt: skip
     """One program computes one tile of C = act(A @ B + bias).
 
-    IN_PARTS, it sums `part_size` of K alone, and c is of partial sums, [parts, M, N]. With SUMS it
-    adds up the rows of A besides, into sums [parts, M].
+    With IN_PARTS it sums only `part_size` elements along K, and c is [parts, M, N] of partial sums.
+    With SUMS it also adds up each row of A, into sums [parts, M].
     """
-    # Which tile: down GROUP_M block rows, then on to the next block column.
+    # Find the tile: go down GROUP_M block rows, then on to the next block column.
     pid = tl.program_id(0)
     blocks_m = tl.cdiv(M, BLOCK_M)
     blocks_n = tl.cdiv(N, BLOCK_N)
@@ -114,12 +120,12 @@ def matmul_kernel(
             sums_ptr += part * M
         K = tl.minimum(K - part * part_size, part_size)
 
-    # int64 before any product with a stride: an offset may pass 2^31 elements.
+    # Indices become int64 before they are multiplied by a stride: offsets may pass 2^31 elements.
     offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
-    # Rows and columns past the border wrap around: they read something valid that is never stored,
-    # and the loads of the loop need no mask.
+    # Rows and columns past the border wrap around. What they read is valid memory, and its results
+    # are never stored. So the loads in the loop need no mask for M and N.
     a_ptrs = a_ptr + (offs_m % M * stride_am)[:, None] + (offs_k * stride_ak)[None, :]
     b_ptrs = b_ptr + (offs_k * stride_bk)[:, None] + (offs_n % N * stride_bn)[None, :]
 
@@ -132,7 +138,7 @@ def matmul_kernel(
         if EVEN_K:
             a = tl.load(a_ptrs)  # [BLOCK_M, BLOCK_K]
             b = tl.load(b_ptrs)  # [BLOCK_K, BLOCK_N]
-        else:  # zeros past the end of K add nothing
+        else:  # past the end of K, zeros add nothing to the sum
             a = tl.load(a_ptrs, mask=(offs_k < K - k)[None, :], other=0.0)
             b = tl.load(b_ptrs, mask=(offs_k < K - k)[:, None], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
@@ -141,7 +147,7 @@ def matmul_kernel(
         a_ptrs += step_a
         b_ptrs += step_b
 
-    # The epilogue costs no memory traffic but the bias: the tile is still in registers.
+    # The epilogue: the tile is still in registers, so only the bias has to be loaded.
     mask_n = offs_n < N
     if HAS_BIAS:
         bias = tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0)
@@ -150,25 +156,29 @@ def matmul_kernel(
     c_ptrs = c_ptr + (offs_m * stride_cm)[:, None] + (offs_n * stride_cn)[None, :]
     tl.store(c_ptrs, acc.to(c_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & mask_n[None, :])
     if SUMS:
-        if pid_n == 0:  # all block columns have the same
+        if pid_n == 0:  # every block column has the same sums: the first one stores them
             tl.store(sums_ptr + offs_m, sums.to(sums_ptr.dtype.element_ty), mask=offs_m < M)
 
 
-# Of as few results the portable kernel shares out a sum of as many steps.
+# A small C has few tiles, so it has few programs. If K is long as well (dB of a classifier, for
+# example), the pointer kernel divides K into parts, and several programs compute one tile of C. A
+# second kernel adds up their partial sums, always in the same order. This is done where C has at
+# most SMALL elements and K at least LONG steps.
 SMALL, LONG = 2**15, 32
 
 
 def matmul_into(c, a, b, bias, activation, precision, sums=None):
-    """Launch c = act(a @ b + bias) for a row-major c [M, N], by the kernel that suits the operands.
+    """Launch c = act(a @ b + bias) for a row-major c [M, N], by the kernel of the chosen tile.
 
-    A convolution with a filter of one pixel is this too, and has a precision of its own. With
-    `sums` [M], the portable kernel adds up the rows of `a` in the same pass.
+    Convolutions whose filter is one pixel call this too, with a precision of their own. If `sums`
+    [M] is given, the pointer kernel also adds up each row of `a` in the same pass.
     """
     (M, K), N = a.shape, b.shape[1]
     device, default, kernels = device_of(a), DEFAULT, ("pointer",)
     operands = tma_operands(a, b, precision) if len(device.kernels) > 1 and sums is None else None
     if operands is not None:
-        # Without a loop along K there is nothing to specialise, and the compiler fails.
+        # With K = 1 the compiled kernel has no loop along K. The compiler fails on "tma_ws" then,
+        # because there is no loop to specialise (matmul_tma.py explains the kinds of kernels).
         kernels = device.kernels if K > 1 else device.kernels[:2]
         if device.modelled:
             default = {a.itemsize: fast_tile(M, N, K, a.itemsize, device.sms)}
@@ -186,7 +196,7 @@ def matmul_into(c, a, b, bias, activation, precision, sums=None):
         if sums is not None:
             out_sums = torch.empty(parts, M, dtype=torch.float32, device=c.device)
     ends = dict(HAS_BIAS=bias is not None, ACTIVATION=activation)
-    if parts > 1:  # what follows the whole sum
+    if parts > 1:  # the second kernel does what follows the whole sum
         ends = dict(HAS_BIAS=False, ACTIVATION=None)
     launch(
         matmul_kernel, (tiles, parts) if parts > 1 else (tiles,),
@@ -215,7 +225,7 @@ def _(a, b, bias, activation):
 
 @torch.library.custom_op("tilelab::matmul_weight_bias_grad", mutates_args=())
 def _weight_bias_grad(a: torch.Tensor, dc: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dB^T [N, K], dbias [N]) of C = A @ B + bias, in one pass over dC: its rows are both sums."""
+    """Return (dB^T [N, K], dbias [N]) of C = A @ B + bias, from one pass over dC."""
     db = torch.empty(dc.shape[1], a.shape[1], dtype=a.dtype, device=a.device)
     dbias = torch.empty(dc.shape[1], dtype=a.dtype, device=a.device)
     precision = dot_precision(a.dtype, torch.backends.cuda.matmul)
@@ -238,7 +248,10 @@ def _setup_context(ctx, inputs, output):
 
 
 def _product(a, b, in_columns):
-    """Return a @ b, in columns if its operand was: else autograd would copy a weight's gradient."""
+    """Return a @ b, column-major if `in_columns`.
+
+    A gradient has the memory order of its operand: otherwise autograd would copy it.
+    """
     if in_columns:
         return _matmul(b.t(), a.t(), None, None).t()
     return _matmul(a, b, None, None)
@@ -247,11 +260,11 @@ def _product(a, b, in_columns):
 def _backward(ctx, dc):
     a, b, c = ctx.saved_tensors
     da = db = dbias = None
-    if c is not None:  # through the activation, and the bias gradient in the same pass
+    if c is not None:  # one pass computes dZ and the bias gradient
         dc, dbias = bias_activation_backward(dc, c, None, ctx.activation)
     elif ctx.needs_input_grad[2]:
         small = ctx.needs_input_grad[1] and 0 < a.shape[1] * dc.shape[1] <= SMALL
-        if small and ctx.in_columns[1]:  # a classifier's, in one pass
+        if small and ctx.in_columns[1]:  # one pass computes dB and dbias, as for a classifier
             db, dbias = _weight_bias_grad(a, dc)
             db = db.t()
         else:
@@ -278,16 +291,17 @@ def matmul(
         a: [M, K]; float32, float16 or bfloat16; any strides, so transposed views cost no copy.
         b: [K, N], of a's dtype; any strides.
         bias: [N], of a's dtype, or None.
-        activation: None, "relu", "gelu" (exact), "gelu_tanh" or "silu". With gradients, the product
-            is rounded to a's dtype before the bias and one other than ReLU.
+        activation: None, "relu", "gelu" (exact), "gelu_tanh" or "silu". If a gradient is required,
+            all but None and ReLU are a pass of their own. It also adds the bias, and reads the
+            product as rounded to a's dtype.
 
     Returns:
-        [M, N] of a's dtype, row-major. float32 products are rounded to TF32 on the GPU where
+        [M, N] of a's dtype, row-major. A GPU rounds float32 operands to TF32 if
         `torch.backends.cuda.matmul.allow_tf32` (or its newer `fp32_precision`) says so.
 
     Raises:
-        TypeError: a dtype or device that is not supported, or differs between the tensors.
-        ValueError: shapes that do not fit, or an unknown activation.
+        TypeError: a dtype or a device is not supported, or differs between the tensors.
+        ValueError: the shapes do not fit, or the activation is unknown.
 
     Source: torch.addmm, and torch.relu or torch.nn.functional's gelu and silu.
 

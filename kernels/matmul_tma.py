@@ -1,38 +1,36 @@
-"""The matmul for Hopper (sm_90) and later: tiles that the tensor memory accelerator (TMA) fetches.
+"""The matmul for Hopper (sm_90) and later GPUs: C = act(A @ B + bias), with tiles loaded by TMA.
 
-On an H200 a step of 64 of a 128x256 tile takes the tensor cores 1,024 clocks. Whatever else the SM
-does must fit beside that, or it is time lost. `matmul_kernel` becomes this one a change at a time.
-Each rung is a tile of the kernel below: `tilelab sweep matmul` times it.
+Equations, gradients and FLOPs are those of matmul.py, which calls this kernel. TMA (the tensor
+memory accelerator) is a unit of each SM that copies a whole tile between global memory and shared
+memory, when one thread asks for it. A descriptor tells it where the matrix lies in memory.
 
-    matmul_kernel, 128x256x64   every thread computes addresses, and copies 16 bytes at a time
-    + TMA                       one thread asks for a whole tile [128, 64]: the unit makes the
-      PROGRAMS_PER_SM=0         addresses, fills zeros past the border (so no masks, no EVEN_K),
-                                and signals a barrier. A descriptor tells it the matrix; the
-                                result is stored likewise
-    + persistent                as many programs as the GPU has SMs go through the tiles in turns:
-      PROGRAMS_PER_SM=1         nothing is started anew for a tile but its loads. With two an SM,
-                                of smaller tiles, one multiplies while one stores
-    + subtiles                  the result leaves through shared memory, 64 KiB for 128x256 in
-      SUBTILES=2                16-bit. In two halves it needs 32, and a fourth stage takes the
-                                rest: loads may be three steps ahead of the tensor cores
-    + warp specialisation       four warps only load, and are already at the next tile while the
-      kernel="tma_ws"           last one is stored; two groups of four only multiply, 64 rows each,
-                                with the registers of those that load
-    + split-K                   where C has fewer tiles than the GPU has SMs: the sum along K is
-      SPLIT_K > 1               shared out, and a second kernel adds the parts up in order
+    A [M, K]      shared memory         registers
+    +-----+       +--+ +--+ +--+                       +--+--+
+    |==>  |  TMA  |A0| |A1| |A2|  ...   tensor    acc  |  |  |  TMA   C [M, N]
+    +-----+  -->  |B0| |B1| |B2|   -->  cores     -->  |  #  |  -->   tile # of this program,
+    B [K, N]      +--+ +--+ +--+                       +--+--+        then its next tile
+                  one stage per step
 
-What triton 3.6.0 and 3.9.0 make of them, bfloat16 with bias and ReLU, for sm_90; not run:
+What limits it: the tensor cores, for large matrices. In a step of 64 along K, a 128x256 tile is
+2 * 128 * 256 * 64 FLOPs. An SM does 4,096 per clock, so a step takes 1,024 clocks. Any other work
+of the SM must fit into these clocks, or it costs time.
 
-                              registers    shared memory    instructions a step    warps
-    matmul_kernel             237, 207     144 KiB          98, 103                8
-    TMA, persistent or not    206, 162     208 KiB          91, 91                 8
-    + subtiles, 4 stages      209, 176     224 KiB          90, 89                 8
-    + warp specialisation     168, 168     208 KiB          64, 65                 8 + 4 that load
+The kernel has five changes against `matmul_kernel`. `tilelab sweep matmul` times all of them:
 
-The operands need rows that TMA can read (`tma_operands`): contiguous, at multiples of 16 bytes.
+    TMA                  No thread computes addresses or copies data. The unit fills in zeros past
+    PROGRAMS_PER_SM=0    the border, so loads need no masks. It also stores the result.
+    persistent           There are only as many programs as run at once. Each goes through several
+    PROGRAMS_PER_SM=1    tiles in turn, so a new tile needs no new program. With two programs on an
+                         SM and smaller tiles, one can multiply while the other stores.
+    subtiles             The result goes to memory in two halves through shared memory. It then
+    SUBTILES=2           needs 32 KiB there instead of 64, so a fourth stage fits.
+    warp specialisation  Four warps only load, and two groups of four warps only multiply. Loads
+    kernel="tma_ws"      of the next tile run while this one is stored.
+    split-K              If C has fewer tiles than the GPU has SMs, the sum along K is divided into
+    SPLIT_K > 1          parts for more programs. A second kernel adds the parts up, in order.
 
-Read first: matmul.py. Sources: persistent programs and epilogue subtiles are those of Triton's
-tutorial 09; split-K and why a grid should be whole waves: Osama et al., Stream-K (2023).
+Read first: matmul.py. Sources: Triton's tutorial 09 for persistent programs and subtiles; Osama et
+al., Stream-K (2023), for split-K, and for why a grid should be whole waves.
 """
 
 import functools
@@ -47,29 +45,55 @@ from tilelab.kernels._partial_sums import reduce_parts
 from tilelab.kernels._tiles import cdiv, persistent, tma_tile
 from tilelab.kernels.activation import activate
 
+# This table was compiled for sm_90, not run. Its tiles are 128x256x64 in bfloat16, with bias and
+# ReLU; A and B are row-major. Two numbers in a cell are for triton 3.6.0 and 3.9.0:
+#
+#                            registers     shared memory    instructions    warps
+#                            per thread    per program      per step
+#    matmul_kernel           175, 179      144 KiB          98, 103         8
+#    TMA, persistent or not  160, 166      208 KiB          91, 91          8
+#    + subtiles, 4 stages    183, 169      224 KiB          90, 89          8
+#    + warp specialisation   168, 168      208, 209 KiB     64, 65          8, and 4 that load
+#
+# perf/compiler/prediction.py predicts the same time for all of them at M = N = K = 8192: the time
+# of the tensor cores. The prediction has no latency in it, and latency is what each change hides.
+#
+# cuBLAS also uses clusters, which this kernel does not have. A cluster is two or more SMs that work
+# together. Two SMs with the same block column could load B once for both (multicast). For a step
+# of 4.2 million FLOPs, a 128x256 tile reads (128 + 256) * 64 * 2 bytes: at 700 TFLOP/s the L2 cache
+# must deliver 8 TB/s. With multicast an SM reads half of B: 128 + 128 rows and columns instead of
+# 384, a third less. Triton 3.6.0 and 3.9.0 do not multicast: with num_ctas=2, each SM loads all
+# that it needs.
+
 _fast = functools.partial(tma_tile, per_sm=1, GROUP_M=8, SUBTILES=1, SPLIT_K=1)
 
-# By bytes an element. Compiled for sm_90 with triton 3.6.0 and 3.9.0, 16-bit operands in all four
-# layouts: no spills, wgmma from shared memory as wide as the tile, at most 100 instructions a step.
+# The tiles, by bytes per element. They were compiled for sm_90 with triton 3.6.0 and 3.9.0, in
+# 16-bit with all four layouts of A and B. No tile spills with ReLU: every value fits into the
+# registers. With GELU or SiLU, a 128x256 tile with SUBTILES=1 may spill up to 24 bytes per thread,
+# outside of the loop. Each wgmma (Hopper's tensor-core instruction) reads both operands from shared
+# memory and is as wide as the tile. A step has at most 100 instructions.
+# tests/tools/compile_bars.py tests all this.
 FAST_TILES = {
     2: [
-        # the most reuse that the registers hold; half the tile at a time through the epilogue
-        # leaves room for a fourth stage
+        # This is the most reuse that the registers allow. In halves, the epilogue leaves room in
+        # shared memory for a fourth stage.
         _fast(m=128, n=256, k=64, warps=8, stages=4, SUBTILES=2),
-        _fast(m=128, n=256, k=64, warps=8, stages=3),  # the same with the whole tile at once
-        _fast(
-            m=128, n=256, k=64, warps=4, stages=3, kernel="tma_ws"
-        ),  # four warps load, two groups of four multiply
-        # two programs an SM: one multiplies while the other stores
+        # The same with the whole tile in the epilogue at once.
+        _fast(m=128, n=256, k=64, warps=8, stages=3),
+        # Four warps load, and two groups of four warps multiply.
+        _fast(m=128, n=256, k=64, warps=4, stages=3, kernel="tma_ws"),
+        # Two programs share an SM: one multiplies while the other stores.
         _fast(m=128, n=128, k=64, warps=8, stages=3, SUBTILES=2, per_sm=2),
-        _fast(m=128, n=128, k=128, warps=4, stages=3, kernel="tma_ws"),  # fewer, longer steps
-        # small grids: four times the tiles, and two programs an SM; with split-K even more
+        # Warp specialisation with fewer, longer steps.
+        _fast(m=128, n=128, k=128, warps=4, stages=3, kernel="tma_ws"),
+        # Small C: there are four times as many tiles as with 128x256, and two programs per SM.
+        # Split-K gives even more.
         _fast(m=64, n=128, k=64, warps=4, stages=4, SUBTILES=2, per_sm=2),
-        _fast(
-            m=64, n=256, k=64, warps=4, stages=3, SUBTILES=2
-        ),  # few rows: the columns stream through
+        # Few rows: the columns stream through.
+        _fast(m=64, n=256, k=64, warps=4, stages=3, SUBTILES=2),
     ],
-    4: [  # TF32, both operands contiguous along K; a step of 32 is as many bytes
+    # TF32. Both operands must be contiguous along K. A step of 32 is as many bytes as 64 in 16-bit.
+    4: [
         _fast(m=128, n=256, k=32, warps=8, stages=3, SUBTILES=2),
         _fast(m=128, n=128, k=32, warps=8, stages=3),
         _fast(m=64, n=128, k=32, warps=4, stages=4, SUBTILES=2, per_sm=2),
@@ -77,19 +101,11 @@ FAST_TILES = {
 }
 
 
-# The model of perf/compiler/prediction.py predicts the same time for all rungs at 8192, that of the
-# tensor cores: it knows nothing of latency, and latency is what each rung hides.
-#
-# What is missing against cuBLAS: clusters. Two SMs at one block column could read B once between
-# them, by multicast, and ask a third less of the L2 cache, which at 700 TFLOP/s hands out 8 TB/s.
-# Triton does not multicast: with num_ctas=2 each SM loads all that it needs (3.6.0, 3.9.0).
-
-
 @triton.jit
 def _store_tile(
     c, acc, row, col, bias_ptr, stride_bias, N, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr
 ):
-    """The epilogue: store act(acc + bias) at (row, col) of c, which clips it at the border."""
+    """Store act(acc + bias) at (row, col) of c. TMA writes nothing past the border."""
     if HAS_BIAS:
         offs_n = col.to(tl.int64) + tl.arange(0, acc.shape[1])
         bias = tl.load(bias_ptr + offs_n * stride_bias, mask=offs_n < N, other=0.0)
@@ -106,14 +122,15 @@ def matmul_tma_kernel(
     GROUP_M: tl.constexpr, SUBTILES: tl.constexpr, SPLIT_K: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
-    """One program computes every tile of C = act(A @ B + bias) whose number is its own, modulo.
+    """One program computes the tiles p, p + P, p + 2P ... of C. It is program p of P programs.
 
-    a, b and c are descriptors; A_T and B_T say that a and b are of A^T and B^T. With SPLIT_K > 1, c
-    is of partial sums: [SPLIT_K * M, N] with M rounded up to whole tiles.
+    a, b and c are descriptors. With A_T, a describes A^T; with B_T, b describes B^T. With
+    SPLIT_K > 1, c is [SPLIT_K * M, N] of partial sums, with M rounded up to whole tiles.
     """
     if WARP_SPECIALIZE:
-        # The compiler splits the tiles among the warpgroups, and for that needs descriptors that
-        # the program makes itself, of pointers and strides. It takes a few microseconds a program.
+        # a, b and c are pointers here. The compiler divides the tiles among groups of four warps,
+        # and it can do so only with descriptors that the program makes itself. This costs each
+        # program a few microseconds.
         if A_T:
             a_desc = tl.make_tensor_descriptor(a, [K, M], [stride_a, 1], [BLOCK_K, BLOCK_M])
         else:
@@ -127,13 +144,13 @@ def matmul_tma_kernel(
         a_desc, b_desc, c_desc = a, b, c
     blocks_m = tl.cdiv(M, BLOCK_M)
     blocks_n = tl.cdiv(N, BLOCK_N)
-    steps = tl.cdiv(K, SPLIT_K * BLOCK_K)  # along one part of K
+    steps = tl.cdiv(K, SPLIT_K * BLOCK_K)  # in one part of K
 
     for work in tl.range(
         tl.program_id(0), blocks_m * blocks_n * SPLIT_K, tl.num_programs(0),
         warp_specialize=WARP_SPECIALIZE,
     ):  # fmt: skip
-        # Which tile, in the grouped order; and which part of its sum.
+        # Find the tile, in the order of matmul.py, and the part of its sum.
         pid, part = work, 0
         if SPLIT_K > 1:
             pid = work % (blocks_m * blocks_n)
@@ -145,8 +162,8 @@ def matmul_tma_kernel(
 
         acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
         for step in range(part * steps, part * steps + steps):
-            k = step * BLOCK_K  # past the end of K there are zeros
-            # A transposed tile stays as it lies in shared memory: tensor cores read both orders.
+            k = step * BLOCK_K  # past the end of K, TMA gives zeros
+            # .T moves no data: tensor cores read 16-bit tiles in shared memory in both orders.
             if A_T:
                 a_tile = a_desc.load([k, m]).T  # [BLOCK_M, BLOCK_K]
             else:
@@ -160,7 +177,7 @@ def matmul_tma_kernel(
         row = part * blocks_m * BLOCK_M + m
         if SUBTILES == 1:
             _store_tile(c_desc, acc, row, n, bias_ptr, stride_bias, N, HAS_BIAS, ACTIVATION)
-        else:  # the left half, then the right one
+        else:  # store the left half, then the right half
             halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
             left, right = tl.split(halves)  # [BLOCK_M, BLOCK_N / 2]
             half: tl.constexpr = BLOCK_N // 2
@@ -174,23 +191,23 @@ def matmul_tma_kernel(
 
 
 def tma_operands(a, b, precision):
-    """The rows of A and of B, as `tma_rows` has them, where the fast kernel can take both."""
+    """Return `tma_rows` of A and of B, or None if this kernel cannot take both."""
     item, (M, K), N = a.element_size(), a.shape, b.shape[1]
-    if not (M and N and K) or N * item % 16:  # C has rows, too
+    if not (M and N and K) or N * item % 16:  # rows of C, too, must begin at multiples of 16 bytes
         return None
-    if max(M, N, K) > 2**30:  # the unit's coordinates are of 32 bits
+    if max(M, N, K) > 2**30:  # TMA's coordinates have 32 bits
         return None
     rows_a, rows_b = tma_rows(a, item), tma_rows(b, item)
     if rows_a is None or rows_b is None:
         return None
     if item == 4 and (precision != "tf32" or rows_a[1] or not rows_b[1]):
-        return None  # 32-bit tiles cannot be transposed on the way to the tensor cores
+        return None  # tensor cores read 32-bit tiles only if they are contiguous along K
     return rows_a, rows_b
 
 
 @functools.lru_cache(maxsize=4096)
 def fast_tile(M: int, N: int, K: int, item: int, sms: int) -> dict:
-    """Of FAST_TILES the one, and the parts of K, with which the busiest SM should be done first."""
+    """Return the tile of FAST_TILES, with SPLIT_K, for which `busiest_sm` is shortest."""
 
     def clocks(tile: dict) -> float:
         tiles = cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"])
@@ -199,9 +216,9 @@ def fast_tile(M: int, N: int, K: int, item: int, sms: int) -> dict:
     tiles = [
         tile | dict(SPLIT_K=parts)
         for tile in FAST_TILES[item]
-        if tile["kernel"] == "tma"  # warp specialisation, when a GPU has shown that it pays
+        if tile["kernel"] == "tma"  # no measurement has shown yet that "tma_ws" is faster
         for parts in (1, 2, 4, 8, 16, 32, 64, 128)
-        # Parts have four steps at least, and their float32 tiles fit into shared memory.
+        # Each part has at least four steps, and its tile in float32 fits into shared memory.
         if parts == 1
         or (parts * 4 * tile["BLOCK_K"] <= K and tile["BLOCK_M"] * tile["BLOCK_N"] <= 128 * 128)
     ]
@@ -209,7 +226,7 @@ def fast_tile(M: int, N: int, K: int, item: int, sms: int) -> dict:
 
 
 def matmul_tma(operands, bias, activation, c, tile, precision):
-    """Launch the fast kernel, and where K is in parts the one that adds the parts up."""
+    """Launch this kernel and, if K is in parts, the second kernel that adds the parts up."""
     (a, a_t, a_shape, stride_a), (b, b_t, b_shape, stride_b) = operands
     (M, N), K = c.shape, a_shape[0 if a_t else 1]
     tile = tile.copy()
@@ -231,7 +248,7 @@ def matmul_tma(operands, bias, activation, c, tile, precision):
     a_arg, b_arg, out_arg = matrices
     stride_bias = 0 if bias is None else bias.stride(0)
     ends = dict(HAS_BIAS=bias is not None, ACTIVATION=activation)
-    if parts > 1:  # what follows the whole sum
+    if parts > 1:  # the second kernel does what follows the whole sum
         ends = dict(HAS_BIAS=False, ACTIVATION=None)
     launch(
         matmul_tma_kernel, (programs,), a_arg, b_arg, bias, out_arg, M, N, K,

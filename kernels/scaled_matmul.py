@@ -1,41 +1,33 @@
-"""Matrix multiplication of 8-bit operands with scales, as networks run it at inference; forward.
+"""Matrix multiplication of 8-bit operands with scales, for inference; it has no gradient.
 
-    C = act((A @ B) * scale_a * scale_b + bias)        A [M, K], B [K, N] of 8 bits; C of 16 or 32
+    C = act((A @ B) * scale_a * scale_b + bias)        A [M, K], B [K, N] in 8 bits; C in 16 or 32
 
-A network's weights and activations fit 8 bits if each tensor, row or column is first divided by a
-scale that makes its largest value 448 (float8_e4m3fn) or 127 (int8). A row of A and a column of B
-meet in every product of one element of C, so their scales leave the sum and are multiplied once:
+To fit into 8 bits, each tensor, row or column is divided by a scale. The scale makes its largest
+value 448 (float8_e4m3fn) or 127 (int8). One element of C is a sum of products of one row of A and
+one column of B. All these products have the same two scales, so the sum is multiplied by them once:
 
           K            N                          N
        +-----+      +--+--+                    +--+--+
-     M |==>  |  x   |  v  |   * scale_a [M]  = |  #  |     one program: tiles of BLOCK_M x BLOCK_N
+     M |==>  |  x   |  v  |   * scale_a [M]  = |  #  |     one program: BLOCK_M x BLOCK_N of C
        +-----+      +--+--+   * scale_b [N]    +--+--+
 
-What it brings: half the bytes of 16-bit operands, MK + KN and 2MN for the result, and tensor cores
-twice as fast. A square of side n in 16-bit does n/3 FLOPs a byte, here n/2; and an H200 does 412
-FLOPs in the time of one byte, so from n ~ 800 on the tensor cores are the limit. With few rows, as
-when a language model writes token by token, it is the weights' way through the memory, and 8 bits
-halve that.
+What limits it. The product is 2MNK FLOPs over MK + KN + 2MN bytes, if C has 16 bits. For squares of
+side n, that is n/2 FLOPs per byte (in 16-bit it is n/3). The tensor cores are twice as fast as in
+16-bit: an H200 does 412 FLOPs in the time of one byte. So from n = 800 on, they are the limit. A
+language model that writes token by token has few rows. Then reading the weights from memory is the
+limit, and 8 bits halve their bytes.
 
-How exact it is. int8 products are summed in int32, exactly, up to K = 131,071 (then 128 * 128 * K
-reaches 2^31), and the sum is rounded to float32 once. A product of two float8_e4m3fn is exact in
-float32, but Hopper's tensor cores do not add in full float32: they align 32 products and the sum so
-far to the largest of these, and keep about 14 bits (as DeepSeek-V3 reports, 2024, with errors up to
-2% at K = 4096; not measured here). So a product loses up to 2^-13 of the partial sum. Of random
-signs that makes some 2^-13 sqrt(K) of the largest result (tests/tools/tolerance.py allows twice
-that); of one sign it adds up, to 2^-13 K at worst. cuBLAS sums like this where torch._scaled_mm is
-asked for use_fast_accum=True. The cure, to move the sum to a second accumulator every 128 products
-(`max_num_imprecise_acc=128`), costs registers: compiled for sm_90 it spills at 128x256, and at
-128x128 takes 150 instructions a step instead of 90. So it is not used. In Triton's interpreter the
-sum is float32.
+The formats. float8_e4m3fn has 4 bits of exponent and 3 of mantissa; its largest value is 448, and
+it has no infinity. NVIDIA's GPUs have it since sm_89 (Ada); AMD's gfx942 has another 8-bit format.
+int8 runs on NVIDIA's GPUs since sm_80 (Ampere) and on gfx942.
 
-What has them: int8 every GPU since sm_80, gfx942 among them; float8_e4m3fn NVIDIA's since sm_89
-(gfx942 has another format of 8 bits). There is no gradient: 8 bits are for inference.
+How exact it is. int8 sums are exact up to K = 131,071. float8 products are exact, but Hopper's
+tensor cores add them with about 14 bits: a comment above the kernels says what that costs.
 
-Read first: matmul.py, of whose two kernels these are copies. Sources: torch._scaled_mm and
-torch.nn.functional.scaled_mm, cuBLASLt's scales for a tensor and for each row and column
-(CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F); the formats: Micikevicius et al., FP8 Formats for Deep
-Learning (2022); LLM.int8(): Dettmers et al. (2022).
+Read first: matmul.py and matmul_tma.py, of which these two kernels are variants. Sources:
+torch._scaled_mm and torch.nn.functional.scaled_mm; cuBLASLt's scales for a tensor, or for each row
+and column (CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F); Micikevicius et al., FP8 Formats for Deep
+Learning (2022); Dettmers et al., LLM.int8() (2022).
 """
 
 import functools
@@ -54,45 +46,63 @@ EIGHT_BIT = (torch.float8_e4m3fn, torch.int8)
 
 
 def reference(a, b, scale_a, scale_b, bias=None, activation=None):
-    """The same in plain torch, for any dtype that a and b have been converted to."""
+    """Compute the same in plain torch. Convert a and b first to a dtype that torch can multiply."""
     c = (a @ b) * scale_a.reshape(-1, 1) * scale_b
     return activated(c if bias is None else c + bias, activation)
 
 
 TILES = [
-    # the default: both operands of three stages in 48 KiB, so it runs on every GPU since 2020
+    # The default: three stages of both operands take 48 KiB, which every GPU since 2020 has.
     dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3),
-    # large squares on Hopper: the most reuse that fits the registers
+    # Large squares on Hopper: this is the most reuse that the registers allow.
     dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=128, GROUP_M=8, num_warps=8, num_stages=3),
-    # deep K: fewer, longer steps hide the latency of loads behind more tensor-core work
+    # Deep K: fewer, longer steps hide the latency of loads behind more tensor-core work.
     dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128, GROUP_M=8, num_warps=8, num_stages=3),
-    # small grids: four times the programs, for when 128x128 tiles leave SMs idle
+    # Small C: there are four times as many programs, so fewer SMs are idle than with 128x128.
     dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, GROUP_M=8, num_warps=4, num_stages=4),
-    # a token at a time: few rows, and the weights' columns stream through
+    # Few rows, as with one token at a time: the weights' columns stream through.
     dict(BLOCK_M=16, BLOCK_N=128, BLOCK_K=128, GROUP_M=8, num_warps=4, num_stages=4),
 ]
-DEFAULT = {1: TILES[0]}
+DEFAULT = {1: TILES[0]}  # by bytes per element
 
 _fast = functools.partial(tma_tile, GROUP_M=8)
 
-# By bytes an element. Compiled for sm_90, both dtypes, with triton 3.6.0 and 3.9.0 (not run): no
-# spills, both operands from shared memory, wgmma as wide as the tile in float8 and 64x128 in int8,
-# at most 94 instructions a step (int8 at 128x256, with twice as many wgmma, 101 to 105).
+# The tiles, by bytes per element. They were compiled for sm_90 in both dtypes with triton 3.6.0 and
+# 3.9.0 (not run). No tile spills with ReLU. With GELU or SiLU, a 128x256 tile with SUBTILES=1 may
+# spill up to 24 bytes per thread, outside of the loop. Both operands come from shared memory. A
+# wgmma (Hopper's tensor-core instruction) is as wide as the tile in float8, and 64x128 in int8. A
+# step has at most 94 instructions, except with int8 at 128x256: there it has twice as many wgmma,
+# and 101 to 105 instructions.
 FAST_TILES = {
     1: [
-        # the most reuse that the registers hold; in halves through the epilogue, for a fourth stage
+        # This is the most reuse that the registers allow. In halves, the epilogue leaves room in
+        # shared memory for a fourth stage.
         _fast(m=128, n=256, k=128, warps=8, stages=4, SUBTILES=2, per_sm=1),
-        _fast(
-            m=128, n=256, k=128, warps=8, stages=3, SUBTILES=1, per_sm=1
-        ),  # the same with the whole tile at once
-        _fast(m=128, n=128, k=128, warps=8, stages=4, SUBTILES=1, per_sm=1),  # more tiles
-        # two programs an SM: one multiplies while the other stores
+        # The same with the whole tile in the epilogue at once.
+        _fast(m=128, n=256, k=128, warps=8, stages=3, SUBTILES=1, per_sm=1),
+        # There are twice as many tiles.
+        _fast(m=128, n=128, k=128, warps=8, stages=4, SUBTILES=1, per_sm=1),
+        # Two programs share an SM: one multiplies while the other stores.
         _fast(m=128, n=128, k=128, warps=8, stages=3, SUBTILES=2, per_sm=2),
-        _fast(
-            m=64, n=128, k=128, warps=4, stages=4, SUBTILES=1, per_sm=2
-        ),  # small grids: four times the tiles
+        # Small C: there are four times as many tiles as with 128x256.
+        _fast(m=64, n=128, k=128, warps=4, stages=4, SUBTILES=1, per_sm=2),
     ],
 }
+
+# How exact the sums are. The tensor cores add int8 products in int32. This is exact up to
+# K = 131,071: 128 * 128 * 131,072 is 2^31, too large for int32. The sum is rounded to float32 once.
+#
+# A product of two float8_e4m3fn is exact in float32, but Hopper's tensor cores do not add in full
+# float32. They align 32 products, and the sum so far, to the largest of these values, and keep
+# about 14 bits. (DeepSeek-V3 reports this, 2024, with errors up to 2% at K = 4096. It was not
+# measured here.) So each product can lose up to 2^-13 of the partial sum. If the signs are random,
+# the error is about 2^-13 sqrt(K) of the largest result; tests/tools/tolerance.py allows twice
+# that. If all signs are the same, errors add up to at most 2^-13 K. cuBLAS adds in this way if
+# torch._scaled_mm gets use_fast_accum=True. Triton's interpreter adds in float32.
+#
+# `tl.dot` has a remedy, max_num_imprecise_acc=128: it moves the sum to a second accumulator after
+# every 128 products. It needs more registers. Compiled for sm_90, it spills at 128x256, and at
+# 128x128 a step has 150 instructions instead of 90. So it is not used here.
 
 
 @triton.jit
@@ -101,13 +111,13 @@ def _finished(
     stride_bias, EACH_ROW: tl.constexpr, EACH_COLUMN: tl.constexpr, HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue of both kernels: act(acc * scale_a * scale_b + bias) in float32."""
-    out = acc.to(tl.float32)  # int32 sums are rounded here, once
+    """Return act(acc * scale_a * scale_b + bias) in float32: the epilogue of both kernels."""
+    out = acc.to(tl.float32)  # rounds int32 sums, once
     mask_n = offs_n < N
     if EACH_ROW:
         row_ptrs = scale_a_ptr + offs_m.to(tl.int64) * stride_sa
         out *= tl.load(row_ptrs, mask=offs_m < M, other=0.0)[:, None]
-    else:  # one for the whole tensor
+    else:  # one scale for the whole tensor
         out *= tl.load(scale_a_ptr)
     if EACH_COLUMN:
         column_ptrs = scale_b_ptr + offs_n.to(tl.int64) * stride_sb
@@ -130,7 +140,7 @@ def scaled_matmul_kernel(
 ):  # fmt: skip
     """One program computes one tile of C = act((A @ B) * scale_a * scale_b + bias).
 
-    As in matmul.py, but for the dtype of the sum and for the scales.
+    It differs from the kernel of matmul.py in the dtype of the sum and in the scales.
     """
     pid = tl.program_id(0)
     blocks_m = tl.cdiv(M, BLOCK_M)
@@ -143,7 +153,7 @@ def scaled_matmul_kernel(
     offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
-    # Past the border rows and columns wrap around: what they read is never stored.
+    # Rows and columns past the border wrap around. Their results are never stored.
     a_ptrs = a_ptr + (offs_m % M * stride_am)[:, None] + (offs_k * stride_ak)[None, :]
     b_ptrs = b_ptr + (offs_k * stride_bk)[:, None] + (offs_n % N * stride_bn)[None, :]
     step_a = BLOCK_K * tl.cast(stride_ak, tl.int64)
@@ -155,7 +165,7 @@ def scaled_matmul_kernel(
         if EVEN_K:
             a = tl.load(a_ptrs)  # [BLOCK_M, BLOCK_K]
             b = tl.load(b_ptrs)  # [BLOCK_K, BLOCK_N]
-        else:
+        else:  # past the end of K, zeros add nothing to the sum
             a = tl.load(a_ptrs, mask=(offs_k < K - k)[None, :], other=0.0)
             b = tl.load(b_ptrs, mask=(offs_k < K - k)[:, None], other=0.0)
         acc = tl.dot(a, b, acc, input_precision="ieee", out_dtype=sum_dtype)
@@ -173,12 +183,14 @@ def scaled_matmul_kernel(
 
 # --- The fast kernel ------------------------------------------------------------------------------
 #
-# What matmul.py's fast kernel gains, this one gains: TMA, persistent programs, a halved epilogue.
-# Two things differ. wgmma reads 16-bit operands from shared memory in either order, but 8-bit ones
-# only as they lie along K: so this kernel takes a row-major A and a B whose columns are contiguous,
-# which a weight [N, K] is, seen as [K, N]. (torch._scaled_mm takes nothing else.) And a step of the
-# same bytes is twice the products in the same clocks: a tile is through K in half the time, and its
-# epilogue weighs twice.
+# This kernel has the changes of matmul_tma.py: TMA, persistent programs, and an epilogue in halves.
+# Two things differ:
+#
+# 1. Tensor cores read 16-bit operands from shared memory in both orders. They read 8-bit operands
+#    only if these are contiguous along K. So A must be row-major, and the columns of B contiguous.
+#    A weight [N, K], seen as [K, N], is such a B. (torch._scaled_mm takes no other layout.)
+# 2. A step of the same bytes has twice as many products, and takes as many clocks as in 16-bit. So
+#    a tile needs half the steps, and its epilogue is a larger share of its time.
 
 
 @triton.jit
@@ -188,9 +200,9 @@ def scaled_matmul_tma_kernel(
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, SUBTILES: tl.constexpr,
 ):  # fmt: skip
-    """One program computes every tile of C whose number is its own, modulo.
+    """One program computes the tiles p, p + P, p + 2P ... of C. It is program p of P programs.
 
-    a, b and c are descriptors: of A [M, K], of B^T [N, K], and of C.
+    a, b and c are descriptors of A [M, K], of B^T [N, K] and of C.
     """
     blocks_m = tl.cdiv(M, BLOCK_M)
     blocks_n = tl.cdiv(N, BLOCK_N)
@@ -203,7 +215,7 @@ def scaled_matmul_tma_kernel(
         n = pid % (GROUP_M * blocks_n) // rows * BLOCK_N
 
         acc = tl.full((BLOCK_M, BLOCK_N), 0, sum_dtype)
-        for k in range(0, K, BLOCK_K):  # past the end of K there are zeros
+        for k in range(0, K, BLOCK_K):  # past the end of K, TMA gives zeros
             a_tile = a.load([m, k])  # [BLOCK_M, BLOCK_K]
             b_tile = b.load([n, k]).T  # [BLOCK_K, BLOCK_N]
             acc = tl.dot(a_tile, b_tile, acc, input_precision="ieee", out_dtype=sum_dtype)
@@ -215,8 +227,8 @@ def scaled_matmul_tma_kernel(
                 acc, offs_m, offs_n, scale_a_ptr, scale_b_ptr, bias_ptr, M, N, stride_sa, stride_sb,
                 stride_bias, EACH_ROW, EACH_COLUMN, HAS_BIAS, ACTIVATION,
             )  # fmt: skip
-            c.store([m, n], out.to(c.dtype))  # the border clips it
-        else:  # the left half, then the right one
+            c.store([m, n], out.to(c.dtype))  # TMA writes nothing past the border
+        else:  # store the left half, then the right half
             halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
             left, right = tl.split(halves)  # [BLOCK_M, BLOCK_N / 2]
             half: tl.constexpr = BLOCK_N // 2
@@ -236,8 +248,9 @@ def scaled_matmul_tma_kernel(
 
 
 def _operands(a, b, dtype):
-    """The rows of A and of B^T, as `tma_rows` has them, where TMA can read both."""
-    if not (a.numel() and b.numel()) or b.shape[1] * dtype.itemsize % 16:  # C has rows, too
+    """Return `tma_rows` of A and of B, or None if this kernel cannot take both."""
+    # TMA stores C, so rows of C, too, must begin at multiples of 16 bytes.
+    if not (a.numel() and b.numel()) or b.shape[1] * dtype.itemsize % 16:
         return None
     rows_a, rows_b = tma_rows(a, 1), tma_rows(b, 1)
     if rows_a is None or rows_b is None or rows_a[1] or not rows_b[1]:
@@ -247,9 +260,10 @@ def _operands(a, b, dtype):
 
 @functools.lru_cache(maxsize=4096)
 def fast_tile(M: int, N: int, K: int, sms: int) -> dict:
-    """Of FAST_TILES the one whose busiest SM should be done first.
+    """Return the tile of FAST_TILES with which the busiest SM should be done first.
 
-    By the clocks of matmul's `fast_tile`: in 8 bits a step takes half of those in 16.
+    The estimate is that of _cost_model.py, without parts and with one byte per element. A step
+    then takes half the clocks of a 16-bit step with the same BLOCK_K.
     """
 
     def clocks(tile: dict) -> float:
@@ -262,12 +276,12 @@ def fast_tile(M: int, N: int, K: int, sms: int) -> dict:
 
 
 def _scaled_matmul_tma(operands, scales, strides, bias, c, ends, tile):
-    """Launch the fast kernel."""
+    """Launch the kernel that loads by TMA."""
     (a, _, a_shape, stride_a), (b, _, b_shape, stride_b) = operands
     (M, N), K = c.shape, a_shape[1]
     tile = tile.copy()
     del tile["kernel"]
-    if c.dtype == torch.float32:  # twice the shared memory for the result: a stage makes room
+    if c.dtype == torch.float32:  # the result needs twice the shared memory: use one stage less
         tile |= dict(SUBTILES=2, num_stages=min(tile["num_stages"], 3))
     m, n, k = (tile[x] for x in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
     programs = persistent(tile, cdiv(M, m) * cdiv(N, n), device_of(c).sms)
@@ -298,7 +312,7 @@ def _scaled_matmul(
         kernels = ("pointer", "tma")
         if device.modelled:
             default = {1: fast_tile(M, N, K, device.sms)}
-    # Tensor cores take 32 bytes along K at least.
+    # A tensor-core instruction takes at least 32 bytes along K, so BLOCK_K is at least 32.
     tile = choose_tile("scaled_matmul", a.dtype, default, kernels, M=M, N=N, K=max(K, 32))
     scales = scale_a, scale_b
     strides = (
@@ -335,26 +349,26 @@ def scaled_matmul(
     activation: str | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
-    """Compute `act((a @ b) * scale_a * scale_b + bias)` of 8-bit a and b; it has no gradient.
+    """Compute `act((a @ b) * scale_a * scale_b + bias)` for 8-bit a and b. It has no gradient.
 
     Args:
         a: [M, K]; float8_e4m3fn or int8; any strides.
-        b: [K, N], of a's dtype; any strides. Fast are a with contiguous rows and b with contiguous
-            columns: the transpose of a row-major [N, K].
-        scale_a: float32; [] for all of a, or [M] or [M, 1] for each of its rows.
-        scale_b: float32; [] for all of b, or [N] or [1, N] for each of its columns.
+        b: [K, N], of a's dtype; any strides. The fast kernel takes an a with contiguous rows, and
+            a b with contiguous columns (the transpose of a row-major [N, K]).
+        scale_a: float32; [] is one scale for a, [M] or [M, 1] is one for each of its rows.
+        scale_b: float32; [] is one scale for b, [N] or [1, N] is one for each of its columns.
         bias: [N], of the result's dtype, or None.
         activation: None, "relu", "gelu" (exact), "gelu_tanh" or "silu".
-        dtype: of the result: bfloat16, float16 or float32.
+        dtype: the result's: bfloat16, float16 or float32.
 
     Returns:
-        [M, N] of `dtype`, row-major. int8 is summed exactly; how float8_e4m3fn is, the head of this
-        file says.
+        [M, N] of `dtype`, row-major. int8 products are added exactly, float8_e4m3fn products with
+        the error that this file derives ("How exact the sums are").
 
     Raises:
-        TypeError: a dtype or device that is not supported, or that does not fit the others'.
-        ValueError: shapes that do not fit, an unknown activation, or a tensor that requires grad
-            (other than under `torch.no_grad()`).
+        TypeError: a dtype or a device is not supported, or does not fit those of the others.
+        ValueError: the shapes do not fit, the activation is unknown, or a tensor requires grad
+            (unless under `torch.no_grad()`).
 
     Source: torch._scaled_mm and torch.nn.functional.scaled_mm.
 

@@ -1,7 +1,7 @@
 """Measures the kernels: sweeps, compile-time analysis, plots, reports and comparisons.
 
-Everything is one command line, `tilelab`, on results files that are data. README.md beside
-this file has the schema and the rules of timing.
+The command `tilelab` does everything, and results files are what its parts exchange. README.md
+beside this file has the rules of timing, the schema of results files, and the rooms (folders).
 """
 
 if __name__ != "tilelab.perf":

@@ -1,13 +1,13 @@
-"""What every test has, without asking. The tools that a test imports are in tests/tools:
+"""What every test gets without asking for it. The tools that a test imports are in tests/tools:
 
     from tests.tools.tolerance import assert_close    is it right, and could the test have failed?
     from tests.tools.inputs import randn, gradients   seeded inputs in every layout, and gradients
     from tests.tools.poison import poison             reads and writes out of bounds
     from tests.tools.operators import OPERATORS       every operator, its samples and its reference
 
-The same tests run on the CPU (`make test` forces Triton's interpreter) and, where torch sees a GPU
-and TRITON_INTERPRET is not set, compiled on the GPU: they take their device from the `device`
-fixture or from `tests.tools.inputs.DEVICE`. Tests marked `gpu` run there alone, at real sizes.
+The same tests run on the CPU (`make test` forces Triton's interpreter) and compiled on the GPU, if
+torch sees one and TRITON_INTERPRET is not set. They take their device from the `device` fixture or
+from `tests.tools.inputs.DEVICE`. Tests marked `gpu` run only on a GPU, at real sizes.
 """
 
 import os

@@ -1,8 +1,8 @@
-"""Is a result right? Nothing is timed before it is, and nothing counts if it no longer is after.
+"""The gate: is a result right? Only right results are timed, and finalists are checked again later.
 
-Fresh random inputs, a reference in float64, and the relative error in the 2-norm. What the kernels
-allocate is filled with NaN first, so that an element nobody wrote shows; the inputs are summed
-before and after, so that one that was written to shows.
+The inputs are random and fresh. The reference is computed in float64, and the error is relative, in
+the 2-norm. What the kernels allocate is first filled with NaN, which shows elements that nobody
+wrote. Sums of the inputs, before and after, show whether a kernel wrote to them.
 """
 
 import contextlib

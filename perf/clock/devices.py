@@ -1,19 +1,19 @@
 """Where kernels run, and how long one call takes there.
 
-`CudaDevice` is a GPU (NVIDIA's, or AMD's through the same torch.cuda), `HostDevice` the CPU with
+`CudaDevice` is a GPU (NVIDIA's, or AMD's through the same torch.cuda). `HostDevice` is the CPU with
 Triton's interpreter, for dry runs of everything around a measurement. Both have the same methods,
-and so has the simulated device of the tests. perf/clock/timing.py decides how often to measure;
-this file makes one sample, a time per call, worth having:
+and the simulated device of the tests has them too. perf/clock/timing.py decides how often to
+measure. This file makes one good sample, a time per call:
 
     prepare(calls) -> runner     warms up and decides how the calls are timed
     runner.sample()              seconds per call, over about a millisecond of work
     runner.run()                 the same work without a clock, for warming up and for energy
     runner.close()               gives the memory back
 
-`calls` are functions of no arguments that do the same work on different data, so that a GPU's cache
-does not hold what the next call reads. They return the tensors that they make: a runner keeps as
-many results as there are calls, because a result that was freed at once would have its memory
-written again by the next call, and those writes would stay in the cache.
+`calls` are functions of no arguments. They do the same work on different data, because a GPU's
+cache must not hold what the next call reads. They return the tensors that they make. A runner keeps
+as many results as there are calls: if a result were freed at once, the next call would write to its
+memory again, and those writes would stay in the cache.
 
 A GPU's clocks and power limit are read and never set.
 """

@@ -1,13 +1,12 @@
 """What a call costs on the host: from Python to the launch, the import, the first compilation.
 
-A GPU works on its own while Python prepares the next launch. Where a kernel takes less time than
-that, the host is what a program waits for. All of it is measured without a GPU: the calls are
-those that a sweep would time, on small CPU tensors, and each ends where its kernel would be
-launched on an H200.
+A GPU works on its own while Python prepares the next launch. If a kernel takes less time than that,
+the program waits for the host. No GPU is needed to measure this: the calls are those that a sweep
+would time, on small CPU tensors, and each ends where its kernel would be launched on an H200.
 
-Microseconds are CPU time of one thread, the least of several rounds in which everybody takes part:
-so other processes on the machine cost little accuracy. They depend on the machine all the same.
-Seconds are wall time, since Triton compiles with programs of its own. Triton chooses between
+Microseconds are CPU time of one thread, the least of several rounds in which every call takes part.
+So other processes on the machine cost little accuracy, but the numbers still depend on the machine.
+Seconds are wall time, because Triton starts other programs to compile. Triton chooses between
 compiler and interpreter when it is imported, so each part runs in a process of its own.
 """
 

@@ -1,16 +1,17 @@
-"""How often to measure, and when to stop: the rules of timing, over any device of devices.py.
+"""How often to measure, and when to stop: the rules of timing, for any device of devices.py.
 
 One workload goes through these steps, on runners that `device.prepare` made:
 
-    sets_needed   how many sets of inputs to rotate through, so that the cache is cold
-    warm          until the clock of the GPU is steady
-    screen        about 20 ms for each of many candidates; most are dropped
-    race          the few that are left, in rounds, until their medians are known to 0.5%
-    energy        joules per call of the winners
+    sets_needed   how many sets of inputs to rotate through: the cache must be cold
+    warm          works until the clock of the GPU is steady
+    screen        times each of many candidates for about 20 ms; most are dropped
+    race          times the few that are left, in rounds, until their medians are known to 0.5%
+    energy        measures joules per call of the winners
 
-In a race everybody runs once in every round, in a new random order. What disturbs one round, a
-falling clock or a neighbour, disturbs all of it: so times are compared round by round (the paired
-ratio of perf/rows/stats.py), and no sample is thrown away. Nothing here knows what is measured.
+In a race every runner runs once in every round, in a new random order. A falling clock or a
+neighbour on the machine disturbs a whole round. So times are compared round by round (the paired
+ratio of perf/rows/stats.py), and no sample is thrown away. This file does not know what is
+measured.
 """
 
 import math

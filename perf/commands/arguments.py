@@ -1,6 +1,6 @@
-"""What a sweep or a compilation is about: from the command line to workloads and tiles.
+"""From the command line to workloads and tiles: what a sweep or a compilation is about.
 
-`tilelab sweep` and `tilelab compile` take the same arguments for the same things.
+`tilelab sweep` and `tilelab compile` share these arguments.
 """
 
 import argparse

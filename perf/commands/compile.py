@@ -1,8 +1,8 @@
-"""`tilelab compile`: every tile compiled for GPUs that need not be here, and predicted.
+"""`tilelab compile`: compiles every tile for GPUs that need not be here, and predicts its time.
 
-For each target one results file, whose rows have registers, spills, shared memory, occupancy and
-what limits it, tensor-core instructions, widths of loads, length of the main loop, waves, padding,
-and the predicted time. Nothing is run. `--explain` says in words what one tile does.
+Each target gets one results file. A row has registers, spills, shared memory, occupancy and its
+limit, tensor-core instructions, widths of loads, the length of the main loop, waves, padding, and
+the predicted time. Nothing is run. `--explain` says in words what one tile does.
 """
 
 import argparse

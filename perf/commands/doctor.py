@@ -1,8 +1,9 @@
 """`tilelab doctor`: what is here, how fast it is, what is missing, and what to do about it.
 
-On a GPU it measures the ceilings that everything else is compared with, and whether a measurement
-can be trusted there: does the clock fall under load, does somebody else use the GPU, do rotated
-inputs really defeat the cache. Without one it says what works all the same. It changes nothing.
+On a GPU it measures the ceilings: the peak speeds that everything else is compared with. It also
+checks whether a measurement can be trusted there. Does the clock fall under load? Does somebody
+else use the GPU? Do rotated inputs really defeat the cache? Without a GPU it says what works all
+the same. It changes nothing.
 
 Each finding has a level:
 

@@ -1,17 +1,18 @@
-"""`tilelab gpu`: everything that needs a GPU, in order of value, in the time there is.
+"""`tilelab gpu`: does everything that needs a GPU, in order of value, in the time there is.
 
     make gpu                                 1500 s, into perf/results/<gpu>/
     make gpu ARGS="--budget 600"             a shorter window; the next call goes on
     make gpu ARGS="--list"                   what there is to do, what is done, and the shares
-    make gpu ARGS="--only sweep,report"
+    make gpu ARGS="--only sweep,report"      some of the tasks
     make gpu ARGS="--dry-run"                the whole path on the CPU, in a minute
 
-gpu_tasks.py lists the tasks: are the kernels right here, the GPU's ceilings, sweeps against every
-peer, the same again with the tuned table, training, pictures and the log. Each is a process of its
-own, so a GPU context that breaks takes one task along. A task's files hold what it has finished,
-and programme.json says which tasks are done. It is written whole before and after each: Ctrl-C,
-kill -9 and the end of the budget cost what was under way, and the next call goes on there. A task
-whose sources have changed since (kernels, the tuned table) is done again.
+gpu_tasks.py lists the tasks: the tests, the GPU's ceilings, sweeps against every peer, the same
+again with the tuned table, training, figures and the log. Each task is a process of its own, so a
+GPU context that breaks ends only one task. A task's files hold what it has finished.
+
+programme.json says which tasks are done. It is written whole before and after each task. So Ctrl-C,
+kill -9 and the end of the budget cost only the task under way, and the next call goes on there. A
+task whose sources have changed since (kernels, the tuned table) is done again.
 """
 
 import argparse

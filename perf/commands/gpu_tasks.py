@@ -1,7 +1,8 @@
-"""What there is to do on a GPU: the tasks of `tilelab gpu`, in order of value.
+"""The tasks of `tilelab gpu`, in order of value.
 
-A task is a command line, run in a process of its own by perf/commands/gpu_programme.py, and what
-can be read of the files that it left. What is swept is in the operators' rows.
+A task is a command line and a function that reads its outcome from the files that it left.
+perf/commands/gpu_programme.py runs each one in a process of its own. The operators' rows say what
+is swept.
 """
 
 import hashlib

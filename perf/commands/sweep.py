@@ -1,15 +1,15 @@
-"""`tilelab sweep`: time every tile, and every peer, and say which is best and why.
+"""`tilelab sweep`: times every tile and every peer, and says which is best and why.
 
-The order of things, for all workloads and then for each:
+All workloads are compiled first. Then each goes through the other stages:
 
-    compile     every tile in parallel processes; what spills, does not fit or misses the tensor
-                cores is pruned, and reported as pruned
+    compile     parallel processes compile every tile; a tile that spills, does not fit or misses
+                the tensor cores is pruned, and reported as pruned
     gate        a wrong result is reported as wrong and never ranked (clock/correctness.py)
-    screen      about 20 ms each
-    final       the eight fastest, the default and every peer, in a race of rounds (clock/timing.py)
+    screen      each tile is timed for about 20 ms
+    final       the eight fastest, the default and every peer race in rounds (clock/timing.py)
 
-Each row is in the file as soon as it is known, and `--resume` goes on from there. With no GPU the
-first step is all there is; then this is `tilelab compile`, and says so.
+Each row is in the file as soon as it is known, and `--resume` goes on from there. With no GPU, only
+the first stage runs: the command then does what `tilelab compile` does, and says so.
 """
 
 import argparse

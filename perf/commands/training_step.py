@@ -1,22 +1,22 @@
 """`tilelab step`: what a training step of the demo CNN launches, moves and keeps.
 
-A step of a small network is many short launches, so what to count is launches first, then the bytes
-that go through memory, then what is kept from the forward pass for the backward. All three are
-known without a GPU: ours by `kernels._launch.record`, as they would be on a GPU of the target, and
-torch's own operators by watching them run on the CPU. Each is beside the least that is possible,
-where every layer is one launch each way (perf/work/cost.py), and beside the same network by
-PyTorch.
+A step of a small network is many short launches. So launches count first, then the bytes that go
+through memory, then what is kept from the forward pass for the backward. All three are known
+without a GPU. `kernels._launch.record` lists our launches, as they would be on a GPU of the target;
+torch's own operators are watched while they run on the CPU. Each number stands beside the least
+that is possible, one launch for each layer each way (perf/work/cost.py), and beside PyTorch's
+number for the same network.
 
-    launches    of ours as recorded. An operator of torch's counts as one, a convolution's backward
+    launches    ours are recorded. An operator of torch's counts as one, a convolution's backward
                 as one for each gradient: it may be more. Views and allocations launch nothing.
-    bytes       each tensor that a launch is given, once; twice, what an optimizer updates
-    kept        tensors that autograd keeps, parameters not counted
+    bytes       each tensor that a launch is given counts once; what an optimizer updates, twice
+    kept        tensors that autograd keeps, without the parameters
 
-Ours is the whole step of nets/step.py, which also gathers its images and records its loss; torch's
-begins with images in its dtype and ends with the optimizer, AdamW in its fused form.
+Ours is the whole step of nets/step.py, which also gathers its images and records its loss. The step
+of torch begins with images in its dtype and ends with the optimizer, AdamW in its fused form.
 
-With a GPU the same steps are timed there, ours and every peer's (perf/work/peers.py), and the most
-memory that one takes is read from torch's allocator.
+With a GPU the same steps are timed there, ours and every peer's (perf/work/peers.py). The most
+memory that a step takes is read from torch's allocator.
 """
 
 import argparse

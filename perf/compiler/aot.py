@@ -1,13 +1,13 @@
-"""Compiles for GPUs that are not here, and says what came of it: what `tilelab compile` tabulates.
+"""Compiles kernels for GPUs that are not here ("ahead of time"), and says what came of it.
 
-Nobody lists the arguments of kernels here. A workload is called as a user would call it, on empty
-CPU tensors, while `kernels._launch.record` lists what would have been launched; and that is
-compiled by Triton's own JIT, which is made to believe in a GPU of the wanted target. So what is
-compiled is what a GPU would be asked to run, and a sweep on a real one finds it in Triton's cache.
+No list of the kernels' arguments is kept here. A workload is called as a user would call it, on
+empty CPU tensors, while `kernels._launch.record` lists what would be launched. Triton's own JIT
+then compiles these launches, and is made to believe that it has a GPU of the wanted target. So the
+compiled code is what a real GPU would run, and a sweep on one finds it in Triton's cache.
 
 A process is either interpreter or compiler (kernels/_launch.py), so the compiler runs in worker
-processes: `python -m tilelab.perf.compiler.aot` reads one job a line and answers with one line.
-They work side by side, and one that crashes takes only its own job along.
+processes. `python -m tilelab.perf.compiler.aot` reads one job a line and answers with one line.
+Workers run side by side, and a worker that crashes loses only its own job.
 """
 
 import ast

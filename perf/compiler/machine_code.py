@@ -1,14 +1,14 @@
-"""What the compiler made of a kernel, read off its machine code; no GPU is needed.
+"""What the compiler made of a kernel, read from its machine code; no GPU is needed.
 
-Most of what makes one tile lose against another shows here, before anything is timed: registers
-that spill to memory, a loop that misses the tensor cores, loads of two bytes where sixteen fit.
-NVIDIA's code (SASS) comes from nvdisasm and cuobjdump, which ship inside triton; AMD's assembly is
-what triton's compiler emits. Both become lists of `Instruction`, and the rest is the same for both.
+Most reasons why one tile loses against another show here, before anything is timed: registers that
+spill to memory, a loop that misses the tensor cores, loads of two bytes where sixteen fit. NVIDIA's
+code (SASS) comes from nvdisasm and cuobjdump, which ship inside triton. AMD's assembly is what
+triton's compiler emits. Both become lists of `Instruction`, and the rest is the same for both.
 
-The interesting part of a kernel is its main loop, so that is found first. A loop is what compilers
-call a natural loop: a jump back to an instruction that every path to the jump has passed. (A jump
-back alone proves nothing: code that is rarely needed, such as waiting for a slow copy, is moved
-behind the kernel's end and jumps back from there.)
+A kernel spends most of its time in its main loop, so that is found first. A loop is what compilers
+call a natural loop: a jump back to an instruction that every path to the jump has passed. A jump
+back alone proves nothing. Code that is rarely needed, such as waiting for a slow copy, is moved
+behind the kernel's end and jumps back from there.
 """
 
 import importlib.util

@@ -1,10 +1,11 @@
 """How many programs share an SM: what registers and shared memory leave room for.
 
-While one warp waits for memory another can run, so more resident warps hide more latency; and the
-blocks that fit at a time decide how many waves a grid takes. Both follow from what the compiler
-used, without a GPU. The arithmetic is that of NVIDIA's cuda_occupancy.h;
-tests/perf/test_occupancy.py holds it to that file. AMD's compute units follow the same rules with
-other numbers.
+An SM is one of the GPU's cores, and a warp is 32 threads that run together. While one warp waits
+for memory another can run, so more resident warps hide more latency. The blocks that fit at a time
+also decide how many waves a grid takes. Both follow from what the compiler used, without a GPU.
+
+The arithmetic is that of NVIDIA's cuda_occupancy.h; tests/perf/test_occupancy.py holds it to that
+file. AMD's compute units follow the same rules with other numbers.
 """
 
 from typing import NamedTuple

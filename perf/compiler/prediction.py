@@ -1,24 +1,27 @@
-"""How long a tile should take, by what compiling has shown: a model to be held to measurements.
+"""How long a tile should take, predicted from its compiled code. Measurements must confirm it.
 
-    time = max(tensor, issue, L2, memory) + launches * 2.5 us
+    time = max(compute, issue, L2, memory) + launches * 2.5 us
 
-    tensor   FLOPs * padding / (peak * wave efficiency)
-    issue    instructions of the main loop, over all warps, at one a clock on four schedulers an SM;
-             of a depthwise convolution also those before it, which are as many as some steps of it
+    compute  FLOPs * padding / (peak * wave efficiency)
+    issue    instructions of the main loop, over all warps; an SM has four schedulers, and each
+             issues one instruction a clock. A depthwise convolution also counts the instructions
+             before its loop, which are as many as those of some steps of it.
     L2       what the programs of a product read: (BLOCK_M + BLOCK_N) * BLOCK_K elements a step
-    memory   bytes that its launches read and write, each tensor once, over the bandwidth; at least
+    memory   bytes that the launches read and write, each tensor once, over the bandwidth; at least
              the bytes that the mathematics asks for
 
-padding is what the tiles compute over what was asked for; of a convolution by boxes of pixels, all
-that its launch computes, packed channels and zeros between groups too. Without tensor cores the
-peak is that of FMAs, which the loop's instructions then have to feed. wave efficiency: the GPU is
-done when its busiest SM is, and that has ceil(programs / SMs) of them:
-programs / (SMs * ceil(programs / SMs)).
-Of a persistent kernel, whose programs are as many as fit, it is the tiles that they go through.
-How many an SM has at a time does not matter to its rate, only to how well loads are hidden.
+padding is the work that the tiles compute over the work that was asked for. A convolution by boxes
+of pixels counts all that its launch computes, packed channels and zeros between groups too. Without
+tensor cores the peak is that of FMAs (fused multiply-adds), which the instructions of the loop then
+have to feed.
 
-It knows nothing of latency: not of loads that nothing hides in a short loop, nor of the first loads
-and the last stores of a program. So it is a lower bound on the time, more often than not.
+wave efficiency is programs / (SMs * ceil(programs / SMs)): the GPU is done when its busiest SM is,
+and that one has ceil(programs / SMs) programs. A persistent kernel has only as many programs as fit
+at once, so its tiles are counted instead. How many programs an SM has at a time does not change its
+rate, only how well it hides the latency of loads.
+
+The model knows nothing of latency: neither of loads that nothing hides in a short loop, nor of the
+first loads and the last stores of a program. So its time is usually a lower bound.
 """
 
 import math

@@ -6,12 +6,12 @@ For every workload that both files have, the ratio of the times B / A: above 1, 
 95% interval comes from the samples of both (stats.unpaired_ratio). perf/README.md says what the
 verdicts mean.
 
-A power cap is not counted as throttling here: large products run into it in every round of every
+A power cap does not count as throttling here. Large products run into it in every round of every
 run, and the clock that it leaves is part of how fast they are.
 
-The interval knows how the samples of each run spread. It does not know what changed between the
-runs besides the kernels: the room was warmer, the memory lay elsewhere. The peers show that, since
-their code did not change: if they drifted by 3%, so did the machine, and 3% of ours mean nothing.
+The interval knows how the samples of each run spread. It does not know what else changed between
+the runs: the room was warmer, or the memory lay elsewhere. The peers show that, because their code
+did not change. If they drifted by 3%, the machine did, and 3% in our times mean nothing.
 """
 
 import argparse

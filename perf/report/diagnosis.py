@@ -4,15 +4,16 @@
     tilelab report ...                         has both in full
     tilelab compile OP --explain -a ...        what one tile does
 
-A losing tile is put through a cascade, from what disqualifies it (a wrong result, an error, a block
-that does not fit) through what ruins it (spilled registers, no tensor cores, serialised wgmma,
-narrow loads) to what costs a share of its speed (occupancy, the last wave, padding, a longer main
-loop, more memory traffic). A cause counts only if the winner has less of it.
+A losing tile goes through a list of possible causes, the worst first. Some disqualify it: a wrong
+result, an error, a block that does not fit. Some ruin it: spilled registers, no tensor cores,
+serialised wgmma, narrow loads. Others cost a share of its speed: occupancy, the last wave, padding,
+a longer main loop, more memory traffic. A cause counts only if the winner has less of it.
 
-What the model of compiler/prediction.py contains (waves, padding, and where they bind instructions
-and traffic) is given as a factor: the tile's predicted time over its predicted time with the
-winner's value. Shares of a gap are in logarithms, as factors multiply: 1.1x is 35% of 1.31x. The
-other causes are named with their numbers, and no share is claimed for them.
+The model of compiler/prediction.py contains some causes: waves and padding, and instructions and
+traffic where they are the limit. Such a cause is given as a factor: the tile's predicted time over
+its predicted time with the winner's value. Factors multiply, so the shares of a gap are computed in
+logarithms: 1.1x is 35% of 1.31x. Other causes are named with their numbers, and no share is
+claimed.
 """
 
 import math

@@ -1,10 +1,10 @@
 """The figures: functions of workloads that return a matplotlib Figure, to draw within `style`.
 
-Every figure says on what GPU, when and at which commit its numbers were made, and those of
-predicted numbers say that they are. Colours are Okabe and Ito's (https://jfly.uni-koeln.de/color)
-and, for heat, viridis, told apart by colour-blind readers too; what colour says, a shape or a
-number says again. Figures are 9 inches wide: 900 pixels in a README, where their smallest letters
-are 9 pixels high.
+Every figure says on what GPU, when and at which commit its numbers were made, and says so if they
+are predicted. The colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color) and, for
+heat, viridis: colour-blind readers can tell them apart. A shape or a number repeats what a colour
+says. Figures are 9 inches wide: 900 pixels in a README, where their smallest letters are 9 pixels
+high.
 """
 
 import math

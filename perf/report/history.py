@@ -1,11 +1,11 @@
 """`tilelab log`: version, prediction and measurement, a line for each set of shapes.
 
-    tilelab log results.jsonl                                  a table, on the screen
-    tilelab log results.jsonl --to perf/results/log.jsonl      and kept
+    tilelab log results.jsonl                                  prints a table
+    tilelab log results.jsonl --to perf/results/log.jsonl      also keeps its lines
 
-A results file has a row for every tile. An entry of the log has what remains of a set of them: how
-fast our best tile was predicted to be and was, and how it did against the fastest peer. With an
-entry for each commit, the log shows what a change brought, and whether the model can be trusted.
+A results file has a row for every tile. The log has one entry for a set of shapes: how fast our
+best tile was predicted to be and was, and how it did against the fastest peer. With an entry for
+each commit, the log shows what a change brought, and whether the model can be trusted.
 
 Means are geometric. What was not measured, or not predicted, is null: "–" in the table.
 """

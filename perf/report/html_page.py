@@ -1,10 +1,11 @@
-"""`tilelab report`: one HTML page of results files, that needs nothing but a browser.
+"""`tilelab report`: one HTML page of results files, which needs nothing but a browser.
 
     tilelab report results.jsonl --out report.html
 
 Everything is in the page: the figures (SVG, for light and for dark), the style, and a few lines of
-script that sort and filter the table. It asks nothing of any network, and says so to the browser
-(Content-Security-Policy). What comes from the results files is text, never markup.
+script that sort and filter the table. The page asks nothing of any network, and its
+Content-Security-Policy tells the browser so. What comes from the results files is text, never
+markup.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""Rows sorted into workloads and ranked, and how numbers are written: for tables and figures.
+"""Sorts rows into workloads and ranks them; writes numbers as text for tables and figures.
 
-A results file has a row for every stage that a tile reached. Here they become one row a tile, and
-the tiles and peers of one operator, mode, dtype and shape on one GPU become a `Workload`.
+A results file has a row for every stage that a tile reached. Here they become one row for each
+tile. The tiles and peers of one operator, mode, dtype and shape on one GPU become a `Workload`.
 """
 
 import re

@@ -4,10 +4,10 @@ Timings are not normally distributed: there is a fastest time that the hardware 
 of disturbances above it. So the median is reported and not the mean, quartiles and not a standard
 deviation, and no sample is thrown away.
 
-How far the median itself can be trusted is answered by the bootstrap: draw as many samples again as
-there are, with replacement, take their median, and do so 2,000 times. The middle 95% of those
-medians is the interval. It asks nothing of the distribution but that the samples are independent.
-The random numbers come from a fixed seed: the same samples give the same interval, bit for bit.
+The bootstrap says how far the median itself can be trusted. It draws as many samples as there are,
+with replacement, takes their median, and does so 2,000 times. The middle 95% of those medians is
+the interval. It assumes nothing about the distribution except that the samples are independent. The
+random numbers come from a fixed seed: the same samples give the same interval, bit for bit.
 
 No samples, one that is not a finite number, and one of a ratio that is not positive are a
 ValueError.

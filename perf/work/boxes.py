@@ -1,9 +1,9 @@
-"""What a convolution by TMA computes: all that whole boxes of pixels add up.
+"""How much a convolution by TMA computes: always whole boxes of pixels, as it loads them.
 
-Packed channels, block-diagonal groups, the border of the last boxes: all of that is in what the
-launch is given. So is what a weight gradient leaves out, taps in the padding.
+The launch's arguments contain all of that: packed channels, block-diagonal groups, the border of
+the last boxes. They also say what a weight gradient leaves out: taps in the padding.
 
-Each function gets a launch's arguments by name, and returns how many tiles there are, the steps of
+Each function gets a launch's arguments by name. It returns how many tiles there are, the steps of
 all of them, the parts of a sum, and the rows of a tile.
 """
 

@@ -5,8 +5,8 @@ bytes, so that TFLOP/s and GB/s compare as times do, and the share of a GPU's pe
 
     FLOPs    a multiply and an add are two. An operation that padding, whole tiles or a slower
              algorithm add does not count.
-    bytes    every input read once, every result written once, nothing in between. Of an input only
-             the pixels that some window reads: a 1x1 convolution of stride 2 reads a quarter.
+    bytes    every input read once, every result written once, nothing in between. Only the pixels
+             that some window reads count: a 1x1 convolution of stride 2 reads a quarter.
 
     e  bytes of an element          n  elements          P, Q  height and width of the output
     MACs of a convolution  =  N P Q K (C / groups) R S,  the same forward and for both gradients
@@ -38,23 +38,24 @@ bytes, so that TFLOP/s and GB/s compare as times do, and the share of a GPU's pe
     train_step         step            see `train_step_flops` and `train_step_bytes`
     conv_stack         step            see `stack_flops` and `stack_bytes`
 
-What is left out is small beside the rest: the classes and losses of a cross-entropy (a few bytes a
-row), the bias and its gradient in bias_relu, the scales of scaled_matmul, whose results are
-bfloat16 whatever its operands.
+The formulas leave out what is small: the classes and losses of a cross-entropy (a few bytes a row),
+the bias and its gradient in bias_relu, and the scales of scaled_matmul. The results of
+scaled_matmul are bfloat16, whatever its operands are.
 
-Where a maximum was is one byte an output, in conv2d_relu_pool and max_pool2d: enough for windows of
-up to 16 x 16. Both keep exactly that; PyTorch keeps eight. Forward, nothing is kept: that is what
-inference needs.
+"places" says where each maximum was, in conv2d_relu_pool and max_pool2d: one byte an output, enough
+for windows of up to 16 x 16. Both keep exactly that; PyTorch keeps eight. The forward mode counts
+no places, because inference needs none.
 
-A cross-entropy that knew what comes down before its loss is known could write the gradient while it
-has the row: 2 n e. Our backward reads the logits again, 3 n e in all, and so does torch.compile.
+A cross-entropy could write the gradient while it has the row, 2 n e in all, if it knew before its
+loss which gradient comes down. Our backward reads the logits again, 3 n e in all, and so does
+torch.compile.
 
-conv2d_relu_pool counts the outputs that are pooled: of an odd P or Q the last is not, so P and Q
-are rounded down to even. Its gradients count as those of a dense convolution, though three of four
-elements of dz are zero: nobody's hardware can leave them out.
+conv2d_relu_pool counts the outputs that are pooled: P and Q are rounded down to even, because the
+last row or column of an odd size is not pooled. Its gradients count as those of a dense
+convolution, though three of four elements of dz are zero: no hardware can leave them out.
 
 conv2d_im2col has conv2d's minimum. The matrix that it writes and reads, 2 N P Q C R S e bytes more,
-is its own choice; a row's "moved" has it.
+is its own choice; the field "moved" of a row counts it.
 """
 
 import itertools

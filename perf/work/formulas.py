@@ -1,4 +1,4 @@
-"""Inputs, and torch's formulas, that are too long for an operator's row (operators.py)."""
+"""Inputs, and PyTorch's formulas, that are too long for an operator's row (operators.py)."""
 
 import contextlib
 

@@ -1,10 +1,10 @@
 """What each GPU can do at most: its peaks, its memory, and what fits on one of its SMs.
 
-A peak is not typed in but derived, SMs x clock x operations a clock, so that a slip in one of them
-shows: tests/perf/test_gpus.py holds every peak within 1% of the figure that the vendor publishes.
-All are dense (no structured sparsity) and accumulate in 32 bits, as the kernels do. A GPU that is
-not here has no known peaks; close relatives (PCIe, NVL, laptop) differ in clocks or memory and are
-not guessed.
+A peak is not typed in but derived: SMs x clock x operations a clock. A slip in one of them then
+shows, because tests/perf/test_gpus.py holds every peak within 1% of the vendor's published figure.
+All peaks are dense (no structured sparsity) and accumulate in 32 bits, as the kernels do. A GPU
+that is not here has no known peaks. Close relatives (PCIe, NVL, laptop) differ in clocks or memory,
+and are not guessed.
 """
 
 from collections.abc import Mapping

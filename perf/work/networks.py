@@ -1,8 +1,8 @@
-"""Which sizes are worth measuring: layers of networks, and what each is for an operator.
+"""Which sizes are worth measuring: layers of networks, and the sizes they give each operator.
 
-The networks are torchvision's, for images of 224 x 224 (https://pytorch.org/vision), and named as
-there: ResNet-50 and ResNeXt-50 (32x4d: 32 groups) with the stride in the 3x3 convolution, VGG-16
-without batch normalisation, and the AlexNet of one tower (Krizhevsky, One weird trick for
+The networks are torchvision's, for images of 224 x 224 (https://pytorch.org/vision), and have its
+names. ResNet-50 and ResNeXt-50 (32x4d: 32 groups) have the stride in the 3x3 convolution. VGG-16
+has no batch normalisation. AlexNet is the one of one tower (Krizhevsky, One weird trick for
 parallelizing convolutional neural networks, 2014), whose layers are narrower than those of 2012.
 """
 

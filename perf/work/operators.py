@@ -1,8 +1,8 @@
-"""The operators: one row has all that `perf` knows of one, and nothing about it is elsewhere.
+"""The operators: one row has everything that `perf` knows of an operator.
 
-A row says how to call the operator and what is held against it, what it costs, which sizes are
-measured and which tiles are tried. perf/README.md says how to add one. What is too
-long for a row stands in the files beside this one, which know no operator by its name:
+A row says how to call the operator and what it is compared with, what it costs, which sizes are
+measured and which tiles are tried. perf/README.md says how to add one. What is too long for a row
+stands in the files beside this one, which know no operator by its name:
 
     formulas.py       inputs, and torch's formulas         networks.py      sizes, from layers
     cost.py           FLOPs, bytes, sizes that misfit      search_space.py  axes, and tiles by TMA

@@ -1,4 +1,4 @@
-"""The peers: whose kernels ours are held against, and how each is set up to run at its best."""
+"""The peers: the implementations that ours are compared with, each set up to run at its best."""
 
 import os
 from collections.abc import Callable

@@ -3,7 +3,7 @@
 square                         products of 256 ... 16384 squared
 resnet50                       every layer of ResNet-50 that the operator has, batch 32 and 256
 resnet50@64,vgg16@64           two sets, batch 64
-resnet50_3x3@32                some of its layers, as resnext50 and stems are of theirs
+resnet50_3x3@32                only its 3x3 convolutions; resnext50 and stems are such parts too
 m=1024:8192:1024               a range, ends included: n and k follow m unless they are given
 m=256*2:16384,k=64             doubling instead of adding
 n=32,c=64,h=56,k=64,r=3,padding=1

@@ -1,7 +1,7 @@
-"""Work that is no function of tensors: an optimizer's step, and training steps.
+"""Work that is not a function of tensors: an optimizer's step, and training steps.
 
 Each function is the `prepare` of an operator's row. It gets the workload, who is to do it, the
-device and a Maker of inputs, and returns the call and the inputs that the call must not change.
+device and a Maker of inputs. It returns the call, and the inputs that the call must not change.
 """
 
 import torch

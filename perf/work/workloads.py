@@ -7,10 +7,16 @@ A workload is an operator, a mode, a dtype and a shape. Everything else follows 
     call        a function of no arguments that does the work once, and returns its results
     reference   the peer's formula in float64
 
-The modes are `fwd`; `dgrad` and `wgrad`, the gradients of the first and of the second factor of a
-product; `bwd`, all gradients at once; `fwdbwd`, where the gradient is made on the way forward; and
-`step`. A gradient is asked for through autograd, of ours and of the peers alike: only those inputs
-require it that the mode is about, and the forward pass is over before the clock starts.
+These are the modes:
+
+    fwd              forward
+    dgrad, wgrad     the gradients of the first and of the second factor of a product
+    bwd              all gradients at once
+    fwdbwd           forward and gradient, where the gradient is made on the way forward
+    step             an optimizer's step, or the forward and backward pass of a whole network
+
+A gradient is asked for through autograd, from ours and from the peers alike. Only the inputs that
+the mode is about require a gradient, and the forward pass is over before the clock starts.
 """
 
 import contextlib

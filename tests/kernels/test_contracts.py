@@ -367,6 +367,8 @@ def every_extent():
                     continue
                 if which == "gradient" and "layers" in sample.options:
                     continue
+                if which.isdigit() and int(which) >= len(inputs):  # a bias that is not given
+                    continue
                 shape = (make(name, sample, DTYPE)[1] if which == "gradient"
                          else inputs[int(which)]).shape  # fmt: skip
                 for dim, size in enumerate(shape):

@@ -1,4 +1,4 @@
-"""What the machine code of every launch is held to, by its facts alone: one table of bars.
+"""The bars for machine code: one table of what every launch is held to, by its facts alone.
 
 `problems` takes a row of `compile_facts.Launches` with its fact, and names the bars that it misses.
 """

@@ -4,14 +4,15 @@ A case is one call on empty tensors. It runs while `kernels._launch.record` list
 launched. The cases are in groups, because a launch is held to the bars of its
 group (compile_bars.py):
 
-    default      every kernel with the tiles that a call takes of itself, forward and gradient
+    default      every kernel with the tiles that a call takes by itself, forward and gradient
     tiles        every tile of every TILES list, with all kernels of its file
     matmul       its tiles, in the layouts of operands that each can take
     conv2d       its tiles, in the kinds of layers that each can take
-    input grad   the tiles of conv2d's input gradient: each stride, through a ReLU and not
+    input grad   the tiles of conv2d's input gradient: each stride, with a ReLU and without
     weight grad  the tiles of its weight gradient: whole, in parts, with the bias gradient
-    scaled       the tiles of scaled_matmul: the plainest epilogue, and all that one can do
-    activation   the tiles for TMA of all three, and the bias's, in every other activation than ReLU
+    scaled       the tiles of scaled_matmul: the plainest epilogue, and scales, bias and ReLU
+    activation   the TMA tiles of matmul, conv2d and scaled_matmul, and bias_relu's tiles: each
+                 activation except ReLU
     memory       every tile of the kernels that the memory bounds
 """
 

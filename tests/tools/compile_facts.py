@@ -1,14 +1,15 @@
-"""What the compiler makes of every launch, as committed facts: `make test` compiles few anew.
+"""What the compiler makes of every launch, as committed facts: `make test` compiles only a few.
 
     python -m tests.tools.compile_facts            compile every launch, compare with the facts
     python -m tests.tools.compile_facts --write    compile what has no fact, and write the facts
 
 A fact is what the bars of compile_bars.py ask about the machine code of one launch. The facts are
-in tests/compile_facts/<version of triton>/<target>.jsonl, one line a launch. A key finds a fact: a
-hash of the source of the kernel and of all that it uses, of the arguments' types and constants, of
-the options, the target, and triton's version. The source is taken without comments and docstrings:
-a change of words asks for no new facts. A change of what reads the machine code does: remove the
-files and write them anew.
+in tests/compile_facts/<version of triton>/<target>.jsonl, one line a launch.
+
+A key finds a fact. It is a hash of the source of the kernel and of all that it uses, the arguments'
+types and constants, the options, the target, and triton's version. The source is taken without
+comments and docstrings, so a change of words asks for no new facts. If the code that reads the
+machine code changes, its facts change too: remove the files and write them anew.
 
 A process has to choose between compiler and interpreter before it imports triton. So launches are
 recorded and compiled in processes of their own, one a core: `Worker` starts and asks them.

@@ -1,15 +1,15 @@
-"""A simulated GPU with a simulated clock, for tests of what decides when to measure and to stop.
+"""A simulated GPU with a simulated clock: it tests the rules of when to measure and when to stop.
 
 It has the methods of perf/clock/devices.py. No call is executed: `times` says how long each takes,
-and the clock goes on by as much. So a race of fifteen seconds takes milliseconds.
+and the clock advances by that much. So a race of fifteen seconds takes milliseconds.
 
     FakeDevice(1e-3)                                     every call takes a millisecond
     FakeDevice(lambda call: call.seconds, noise=0.01)    each its own time, with 1% of noise
     FakeDevice(1e-3, factor=lambda now: 1 + 0.01 * now)  slower and slower: 1% a second
     FakeDevice(1e-3, throttle=lambda now: ["power cap"] if now > 3 else [])
 
-`times` may raise, as a kernel would: any exception is that runner's failure, `BrokenGPU` breaks the
-device for everybody after it. `record` lists the calls in the order in which they were run.
+`times` may raise, as a kernel would. Any exception makes that runner fail; `BrokenGPU` breaks the
+device for every runner after it. `record` lists the calls in the order in which they were run.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Inputs for the tests: seeded values in every memory layout, and gradients of both sides."""
+"""Inputs for the tests: seeded values in every memory layout, and gradients for a given dy."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,16 +1,16 @@
 """Plant a fault in a kernel and see which test finds it: `make mutants`.
 
 A suite is worth what it finds. Each of MUTANTS is one fault of a kind that kernels really have: a
-mask that is missing, an offset in 32 bits, a part of a sum that is lost. One at a time is planted
-in a copy of the tree, and the tests that should see it run there until the first one fails:
+mask that is missing, an offset in 32 bits, a part of a sum that is lost. The faults are planted one
+at a time in a copy of the tree. The tests that should find a fault run there until one fails:
 
     python -m tests.tools.mutants                 all that have no result yet
     python -m tests.tools.mutants --again matmul  those whose name contains "matmul", once more
     python -m tests.tools.mutants --list          what has been found so far
 
-Results are kept in a file, so a run that was ended goes on. The exit status is 1 where a mutant was
-missed, and 2 where the text of one is not in its file exactly once: the kernel has changed, and the
-mutant must follow.
+Results are kept in a file, so a run that was ended goes on. The exit status is 1 if no test found a
+mutant. It is also 1, with a message, if the text of a mutant is not in its file exactly once: the
+kernel has changed, and the mutant must follow.
 """
 
 import argparse

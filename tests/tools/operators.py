@@ -1,8 +1,9 @@
-"""The operators, each one row: what the contract suite (test_contracts.py) holds them to.
+"""The operators, each one row: what the contract suite (test_contracts.py) tests them with.
 
-A new operator gets the whole contract by a row here: right results and gradients for every sample
-and every tile, in any layout, in poison, past 2^31 elements, twice the same, wrong input refused.
-Its own test file has what is special to it.
+A new operator gets the whole contract by a row here. The contract asks for right results and
+gradients for every sample and every tile, in any layout, in poisoned memory, and past 2^31
+elements. It asks for the same bits twice, and for an error on wrong input. An operator's own test
+file has what is special to it.
 """
 
 from collections.abc import Callable
@@ -661,7 +662,7 @@ OPERATORS = {
         {"no images": convolution(NO_IMAGES),
          "few channels": convolution(Conv((0, 5, 6, 7), 4, (3, 2)), activation="relu")},
         {name: convolution(conv) for name, conv in RESNET_50.items()},
-        switch=CUDNN, layouts=3,
+        switch=CUDNN, layouts=3, far=("0", "2", "gradient"),
     ),
     "depthwise": Operator(
         kernels.conv2d, conv2d, DEPTHWISE,

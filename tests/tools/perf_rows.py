@@ -1,8 +1,8 @@
-"""Rows of results files that nobody measured: synthetic, for tests of tables and figures alone.
+"""Synthetic rows of results files, which nobody measured: only for tests of tables and figures.
 
-They are made from perf/compiler/prediction.py with a penalty and noise of a fixed seed on top, and
-they say so: the GPU is called "NVIDIA H200 (synthetic)" and every header carries a note. Nothing
-that comes from here belongs into perf/results/.
+They are made from perf/compiler/prediction.py, with a penalty and noise of a fixed seed on top.
+They say so: the GPU is called "NVIDIA H200 (synthetic)" and every header carries a note. Nothing
+that comes from here belongs in perf/results/.
 """
 
 import json

@@ -1,11 +1,11 @@
-"""Out-of-bounds reads and writes, caught: every tensor a kernel sees lies in a poisoned buffer.
+"""Catches reads and writes out of bounds: every tensor a kernel sees lies in a poisoned buffer.
 
     with poison() as p:
         c = matmul(p(a), p(b))
     assert_close(c, ...)
 
 `p(x)` is `x` at the same strides inside a larger buffer of NaN. What the files of kernels/ allocate
-meanwhile (torch.empty and its kin) lies in such a buffer too, and is NaN itself. So
+meanwhile (torch.empty and its kin) lies in such a buffer too, and begins as NaN. So
 
     a read out of bounds             brings NaN into the result; the interpreter is watched too, and
                                      no load may return NaN, even if nothing comes of it

@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/numbers.md, out of committed results.
+"""Makes the tables of README.md and docs/numbers.md from committed results.
 
 `python -m tests.tools.tables` prints them; tests/perf/test_tables.py holds the two pages to
 them.

@@ -1,4 +1,4 @@
-"""The test of the tests: right results pass, and the bugs that the others look for are found."""
+"""The test of the tests: right results pass, and planted bugs of the usual kinds are found."""
 
 import pytest
 import torch

@@ -1,7 +1,7 @@
-"""What the operators refuse, and what they say to it: {reason: (arguments, error, message)}.
+"""Wrong input of every operator, and what it must raise: {reason: (arguments, error, message)}.
 
-The message is a regular expression. The contract suite (test_contracts.py) sees to it that each of
-them is refused before any launch. Where a dict is the second of four, it holds further options.
+The message is a regular expression. The contract suite (test_contracts.py) checks that each call is
+refused before any launch. If an entry has four members, the second is a dict of further options.
 """
 
 import math
