@@ -3,14 +3,7 @@
 A table is merged, not replaced: entries of other shapes stay. It has one entry a line, in an order
 that does not change, so that its history can be read:
 
-    {
-    "gpu": "NVIDIA H200",
-    "note": "...",
-    "tiles": [
     {"op": "conv2d", "dtype": "bfloat16", "sizes": {...}, "tile": {...}, "tflops": 512.3, ...},
-    {"op": "matmul", "dtype": "bfloat16", "sizes": {...}, "tile": {...}, "tflops": 640.1, ...}
-    ]
-    }
 
 kernels/_tiles.py reads op, dtype, sizes and tile. The rest says where the entry comes from.
 """
