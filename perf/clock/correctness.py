@@ -24,13 +24,7 @@ class Verdict(NamedTuple):
 
 
 class Gate:
-    """The inputs of one seed and the reference's results, to hold implementations against.
-
-    Args:
-        w: the work.
-        device: where it is done.
-        seed: of the inputs.
-    """
+    """The inputs of one seed and the reference's results, to hold implementations against."""
 
     def __init__(self, w: Workload, device: str, seed: int) -> None:
         self.w, self.device, self.seed = w, device, seed

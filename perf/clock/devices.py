@@ -74,16 +74,10 @@ def first_line(error: BaseException) -> str:
 class Nvml:
     """What the driver's management library knows of one GPU. Each answer is None where it cannot.
 
-    Args:
-        module: pynvml (the package nvidia-ml-py), or None where it is not installed.
-        uuid: as torch gives it: with neither "GPU-" nor "MIG-" before it.
-        bus: the PCI address, "00000000:3b:00.0", where torch knows it.
-
-    torch numbers the GPUs that CUDA_VISIBLE_DEVICES leaves, NVML numbers all of them: so a GPU is
-    found by its identity and never by its number.
-
-    Attributes:
-        missing: why there are no answers, or None.
+    `module` is pynvml (the package nvidia-ml-py), or None where it is not installed. torch numbers
+    the GPUs that CUDA_VISIBLE_DEVICES leaves, NVML numbers all of them: so a GPU is found by its
+    identity, torch's `uuid` (with neither "GPU-" nor "MIG-" before it) or the PCI address `bus`.
+    `missing` says why there are no answers, or is None.
     """
 
     def __init__(self, module: Any, uuid: str, bus: str | None) -> None:
@@ -107,53 +101,15 @@ class Nvml:
         self.missing = f"NVML does not know the GPU {uuid}"
 
     def ask(self, function: str, *args: Any) -> Any:
-        """`function(handle, *args)`; None where the GPU, the driver or pynvml does not have it.
+        """What a function of pynvml says of the GPU; None where the GPU or the driver lacks it.
 
         A data-centre GPU and a laptop's answer different questions, so every error means "no
         answer": a number that is missing must not stop a sweep.
         """
-        if self.handle is None:
-            return None
-        try:
-            return getattr(self.module, function)(self.handle, *args)
-        except Exception:
-            return None
-
-    def driver(self) -> str | None:
-        """The driver's version."""
-        if self.handle is None:
-            return None
         with contextlib.suppress(Exception):
-            return self.module.nvmlSystemGetDriverVersion()
+            of = [self.handle] if function.startswith("nvmlDevice") else []
+            return getattr(self.module, function)(*of, *args) if self.handle is not None else None
         return None
-
-    def clock(self, which: str, most: bool = False) -> int | None:
-        """MHz of "SM" or "MEM": now, or the most that the GPU can."""
-        function = "nvmlDeviceGetMaxClockInfo" if most else "nvmlDeviceGetClockInfo"
-        return self.ask(function, getattr(self.module, f"NVML_CLOCK_{which}", None))
-
-    def throttle_reasons(self) -> list[str]:
-        """Why the clocks are lower than they could be, right now."""
-        # Pynvml had the second name before the first, and drivers have both or the second.
-        mask = self.ask("nvmlDeviceGetCurrentClocksEventReasons")
-        if mask is None:
-            mask = self.ask("nvmlDeviceGetCurrentClocksThrottleReasons")
-        return [reason for bit, reason in THROTTLE.items() if (mask or 0) & bit]
-
-    def power_limit(self) -> float | None:
-        """Watts."""
-        milliwatts = self.ask("nvmlDeviceGetEnforcedPowerLimit")
-        return None if milliwatts is None else milliwatts / 1000
-
-    def energy(self) -> float | None:
-        """Joules since the driver was loaded."""
-        millijoules = self.ask("nvmlDeviceGetTotalEnergyConsumption")
-        return None if millijoules is None else millijoules / 1000
-
-    def processes(self) -> int | None:
-        """How many processes compute on the GPU, this one included."""
-        found = self.ask("nvmlDeviceGetComputeRunningProcesses")
-        return None if found is None else len(found)
 
 
 def _nvml(properties: Any) -> Nvml:
@@ -167,8 +123,8 @@ def _nvml(properties: Any) -> Nvml:
     return Nvml(pynvml, str(getattr(properties, "uuid", "")), bus)
 
 
-class CudaDevice:
-    """One GPU.
+class Device:
+    """What the two devices have in common.
 
     Attributes:
         name: as torch gives it, "NVIDIA H200".
@@ -180,18 +136,65 @@ class CudaDevice:
         nvml_missing: why clocks, throttling and energy are not known, or None.
     """
 
+    nvml_missing: str | None = "there is no GPU"
+    _nvml = Nvml(None, "", None)
+
+    def header(self) -> dict[str, Any]:
+        """The fields of a results file's header that are about the GPU."""
+        limit = self._nvml.ask("nvmlDeviceGetEnforcedPowerLimit")
+        clocks = dict(
+            sm=self._clock("nvmlDeviceGetClockInfo", "SM"),
+            memory=self._clock("nvmlDeviceGetClockInfo", "MEM"),
+            sm_max=self._clock("nvmlDeviceGetMaxClockInfo", "SM"),
+        )
+        return dict(
+            gpu=self.name,
+            target=self.target,
+            driver=self._nvml.ask("nvmlSystemGetDriverVersion"),
+            clocks_mhz=None if None in clocks.values() else clocks,
+            power_limit_w=None if limit is None else limit / 1000,
+        )
+
+    def now(self) -> float:
+        """Seconds of a clock that only goes forward."""
+        return time.monotonic()
+
+    def processes(self) -> int | None:
+        """How many processes compute on the GPU, this one included; None if that is not known."""
+        found = self._nvml.ask("nvmlDeviceGetComputeRunningProcesses")
+        return None if found is None else len(found)
+
+    def clock_mhz(self) -> float | None:
+        """The clock of the SMs, now."""
+        return self._clock("nvmlDeviceGetClockInfo", "SM")
+
+    def throttle_reasons(self) -> list[str]:
+        """Why the GPU is slower than it could be, now; empty where that is not known."""
+        mask = self._nvml.ask("nvmlDeviceGetCurrentClocksEventReasons") or 0
+        return [reason for bit, reason in THROTTLE.items() if mask & bit]
+
+    def energy_j(self) -> float | None:
+        """Joules that the GPU has used; only differences mean something."""
+        millijoules = self._nvml.ask("nvmlDeviceGetTotalEnergyConsumption")
+        return None if millijoules is None else millijoules / 1000
+
+    def _clock(self, function: str, which: str) -> int | None:
+        return self._nvml.ask(function, getattr(self._nvml.module, f"NVML_CLOCK_{which}", None))
+
+
+class CudaDevice(Device):
+    """The first GPU that torch sees: CUDA_VISIBLE_DEVICES chooses another."""
+
     torch_device = "cuda"
     timer_name = "events"
 
-    def __init__(self, index: int = 0) -> None:
+    def __init__(self) -> None:
         if not torch.cuda.is_available():
             raise PerfError("torch sees no GPU: `tilelab doctor` says what works without")
-        if index not in range(torch.cuda.device_count()):
-            raise PerfError(f"there is no GPU {index}: torch sees {torch.cuda.device_count()}")
-        torch.cuda.set_device(index)  # so that "cuda" means this one from here on
-        properties = torch.cuda.get_device_properties(index)
+        self.index = 0
+        properties = torch.cuda.get_device_properties(self.index)
         hip = torch.version.hip is not None
-        self.index, self.name = index, properties.name
+        self.name = properties.name
         self.target = (
             properties.gcnArchName.split(":")[0]
             if hip
@@ -201,24 +204,12 @@ class CudaDevice:
         known = gpus.find_device(self.name)
         self.l2 = max(properties.L2_cache_size, known.l2 if known else 0)
         self.memory_total = properties.total_memory
-        self._nvml = Nvml(None, "", None) if hip else _nvml(properties)
-        self.nvml_missing = "AMD's GPUs have no NVML" if hip else self._nvml.missing
-        self._stream = torch.cuda.Stream(index)
-
-    def header(self) -> dict[str, Any]:
-        """The fields of a results file's header that are about the GPU."""
-        clocks = {
-            "sm": self._nvml.clock("SM"),
-            "memory": self._nvml.clock("MEM"),
-            "sm_max": self._nvml.clock("SM", most=True),
-        }
-        return {
-            "gpu": self.name,
-            "target": self.target,
-            "driver": self._nvml.driver(),
-            "clocks_mhz": None if None in clocks.values() else clocks,
-            "power_limit_w": self._nvml.power_limit(),
-        }
+        if hip:
+            self.nvml_missing = "AMD's GPUs have no NVML"
+        else:
+            self._nvml = _nvml(properties)
+            self.nvml_missing = self._nvml.missing
+        self._stream = torch.cuda.Stream(self.index)
 
     @contextlib.contextmanager
     def stream(self) -> Iterator[None]:
@@ -239,15 +230,10 @@ class CudaDevice:
             outer.wait_stream(self._stream)
 
     def prepare(self, calls: Calls, cache: str | None = None) -> "CudaRunner":
-        """Warm the calls up, and decide how they are timed.
+        """Warm the calls up, and decide how they are timed. An error of a call is raised.
 
-        Args:
-            calls: each does the work once, on its own inputs, and returns what it made.
-            cache: "cold" or "hot", if the number of calls does not say it: one call whose data are
-                larger than the cache is cold.
-
-        Raises:
-            Exception: what a call raises.
+        `cache` is "cold" or "hot", if the number of calls does not say it: one call whose data are
+        larger than the cache is cold.
         """
         return CudaRunner(self, calls, cache)
 
@@ -255,30 +241,10 @@ class CudaDevice:
         """Wait for the GPU. Raises RuntimeError if a kernel has failed."""
         torch.cuda.synchronize(self.index)
 
-    def now(self) -> float:
-        """Seconds of a clock that only goes forward."""
-        return time.monotonic()
-
     def memory_free(self) -> int:
         """Bytes that can still be allocated: the driver's, and what torch keeps for reuse."""
         kept = torch.cuda.memory_reserved(self.index) - torch.cuda.memory_allocated(self.index)
         return torch.cuda.mem_get_info(self.index)[0] + kept
-
-    def processes(self) -> int | None:
-        """How many processes compute on the GPU, this one included; None if that is not known."""
-        return self._nvml.processes()
-
-    def clock_mhz(self) -> float | None:
-        """The clock of the SMs, now."""
-        return self._nvml.clock("SM")
-
-    def throttle_reasons(self) -> list[str]:
-        """Why the GPU is slower than it could be, now; empty where it is not or NVML is missing."""
-        return self._nvml.throttle_reasons()
-
-    def energy_j(self) -> float | None:
-        """Joules that the GPU has used; only differences mean something."""
-        return self._nvml.energy()
 
 
 # A capture that failed leaves torch's allocators with a reference to its graph, which must not
@@ -287,7 +253,7 @@ _abandoned: list[torch.cuda.CUDAGraph] = []
 
 
 class CudaRunner:
-    """Times calls on a GPU. Made by `CudaDevice.prepare`.
+    """Times calls on a GPU. `CudaDevice.prepare` makes it.
 
     Short calls (under 100 us) are captured in a CUDA graph and replayed: launched one by one, a
     kernel of 5 us would wait for the host, which needs 10 to 50 us for each. A graph holds calls on
@@ -298,17 +264,12 @@ class CudaRunner:
     idle, it would pass the first event at once and then wait for the host to bring the kernels. So
     each sample begins with a kernel that only spins, and the host queues everything behind it. That
     this worked is checked: when the host is done, the GPU must not have reached the first event.
-
-    Attributes:
-        timer: "graph" or "events".
-        cache: "cold" or "hot".
-        reason: why a call that is short enough for a graph is not in one, or None.
-        late: samples that may hold time of the host, because it could not be hidden.
     """
 
     def __init__(self, device: CudaDevice, calls: Calls, cache: str | None) -> None:
         self.cache = cache_label(calls, cache)
-        self.timer, self.reason, self.late = "events", None, 0
+        self.timer, self.late = "events", 0  # `late` samples may hold time of the host
+        self.reason = None  # why a call that is short enough for a graph is not in one
         self._device, self._calls, self._turn = device, list(calls), 0
         # A single call is hot, or larger than the cache: its result may lie where the last one did.
         self._kept: deque = deque(maxlen=len(calls) if len(calls) > 1 else 0)
@@ -479,59 +440,32 @@ def _abandon(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], index: int) -> 
         torch._C._cuda_releasePool(index, pool)
 
 
-class HostDevice:
-    """The CPU, where Triton's interpreter runs the kernels: for dry runs. Times mean nothing.
-
-    Attributes:
-        name, torch_device, target, l2, memory_total, timer_name, nvml_missing: as `CudaDevice`'s.
-    """
+class HostDevice(Device):
+    """The CPU, where Triton's interpreter runs the kernels: for dry runs. Times mean nothing."""
 
     name = "interpreter"
     torch_device = "cpu"
     target = None
     l2 = 0
     timer_name = "host"
-    nvml_missing = "there is no GPU"
 
     def __init__(self) -> None:
         self.memory_total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-    def header(self) -> dict[str, Any]:
-        """The fields of a results file's header that are about the GPU."""
-        fields = dict.fromkeys(("gpu", "target", "driver", "clocks_mhz", "power_limit_w"))
-        return fields | {"gpu": self.name}
 
     def stream(self) -> contextlib.AbstractContextManager[None]:
         """Does nothing: the CPU has no streams."""
         return contextlib.nullcontext()
 
     def prepare(self, calls: Calls, cache: str | None = None) -> "HostRunner":
-        """As `CudaDevice.prepare`; only the first call is warmed up, since each may take seconds.
-
-        Raises:
-            Exception: what a call raises.
-        """
+        """As `CudaDevice.prepare`; only the first call is warmed up: each may take seconds."""
         return HostRunner(self, calls, cache)
 
     def synchronize(self) -> None:
         """Nothing to wait for."""
 
-    def now(self) -> float:
-        """Seconds of a clock that only goes forward."""
-        return time.monotonic()
-
     def memory_free(self) -> int:
         """Bytes of RAM that are not in use."""
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-    def processes(self) -> None:
-        """Not known, as are the clock and the energy."""
-
-    clock_mhz = energy_j = processes
-
-    def throttle_reasons(self) -> list[str]:
-        """Not known: empty."""
-        return []
 
 
 class HostRunner:

@@ -11,7 +11,6 @@ compiler and interpreter when it is imported, so each part runs in a process of 
 """
 
 import contextlib
-import functools
 import importlib
 import json
 import os
@@ -24,30 +23,22 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-import torch
 from torch.utils import benchmark
 
 import tilelab
 from tilelab.perf.errors import PerfError
-from tilelab.perf.rows.ranking import markdown_table
-from tilelab.perf.rows.results import MODES
 
 ROOT = pathlib.Path(tilelab.__file__).parents[1]  # where tilelab is imported from
 TARGET = "sm_90"
-TUNED = 200  # shapes in the tuned table that a tile is looked up in
 FIRST_CALLS = ("matmul", "conv2d", "softmax")  # a kernel of each is compiled
 
 
 def measure(rounds: int = 20) -> dict[str, tuple[float, str]]:
-    """Measure the host's costs, in about a minute.
+    """Measure the host's costs, in about a minute: a number and its unit by name.
 
-    Args:
-        rounds: of the calls.
-
-    Returns:
-        By name, (number, unit): "matmul fwd" is a call of matmul up to its launch, and "conv2d
-        dgrad" a gradient of conv2d through autograd, in µs; "import tilelab.kernels" and "matmul:
-        first call, empty cache" are seconds.
+    "matmul fwd" is a call of matmul up to its launch, and "conv2d dgrad" a gradient of conv2d
+    through autograd, in µs; "import tilelab.kernels" and "matmul: first call, empty cache" are
+    seconds.
 
     Raises:
         PerfError: a process failed.
@@ -59,21 +50,6 @@ def measure(rounds: int = 20) -> dict[str, tuple[float, str]]:
             for op, seconds in child("first_calls()", TRITON_CACHE_DIR=folder).items():
                 found[f"{op}: first call, {cache} cache"] = seconds, "s"
     return found
-
-
-def markdown(costs: dict[str, float]) -> str:
-    """The table of what a call of each operator costs, from the µs of `measure` by name."""
-    found: dict[str, dict[str, str]] = {}
-    for name, cost in costs.items():
-        op, _, mode = name.partition(" ")
-        if mode in MODES:
-            found.setdefault(op, {})[mode] = f"{cost:.3g}"
-    lines = []
-    for op, modes in found.items():
-        call = modes.pop("fwd" if "fwd" in modes else "step")
-        gradients = ", ".join(f"{mode} {cost}" for mode, cost in modes.items())
-        lines.append((f"`{op}`", call, gradients or "–"))
-    return markdown_table(("operator", "call (µs)", "its gradients by mode (µs)"), lines)
 
 
 # -- processes -----------------------------------------------------------------------------------
@@ -127,9 +103,8 @@ def least_microseconds(calls: dict[str, Callable[[], Any]], rounds: int) -> dict
 def without_gpu() -> Iterator[Callable[[Any], Callable[[], Any]]]:
     """Within this context calls end at the launch on an H200, and work on CPU tensors.
 
-    Yields:
-        A function that makes the call of a workload, one that can be repeated: what it would have
-        launched is forgotten at once.
+    It yields a function that makes a workload's call, one that can be repeated: what it would have
+    launched is forgotten at once.
     """
     from tilelab.kernels import _launch
     from tilelab.perf.compiler import aot
@@ -168,53 +143,11 @@ def small_workloads(*ops: str) -> list[Any]:
     return found
 
 
-def call_costs(rounds: int, *ops: str) -> dict[str, float]:
-    """µs of each operator's call (or of these operators') and of its gradients, by name."""
+def call_costs(rounds: int) -> dict[str, float]:
+    """µs of each operator's call and of its gradients, by name."""
     with without_gpu() as make_call:
-        calls = {f"{w.op} {w.mode}": make_call(w) for w in small_workloads(*ops)}
+        calls = {f"{w.op} {w.mode}": make_call(w) for w in small_workloads()}
         return least_microseconds(calls, rounds)
-
-
-def check_costs(rounds: int, *ops: str) -> dict[str, float]:
-    """µs of all that a forward call does besides torch's dispatch and its op, by operator.
-
-    That is the checks of the arguments, and the look-up of the tile among `TUNED` shapes: what the
-    kernels' own host code decides. The op itself is replaced by its result.
-    """
-    from tilelab.kernels import _tiles
-    from tilelab.perf.compiler import aot
-
-    work = [w for w in small_workloads(*ops) if w.mode == "fwd"]
-    custom_op, results = torch.library.CustomOpDef, {}
-    real = custom_op.__call__
-
-    def remembered(op: Any, *args: Any) -> Any:
-        results[op] = real(op, *args)
-        return results[op]
-
-    with without_gpu() as make_call:
-        checks = {w.op: make_call(w) for w in work}
-        with mock.patch.object(custom_op, "__call__", remembered):
-            for call in checks.values():
-                call()
-        with mock.patch.object(custom_op, "__call__", lambda op, *_: results[op]):
-            costs = least_microseconds(checks, rounds)
-    tables, look_ups = {}, {}
-    for w in work:
-        op, dtype, sizes, tile, kernels = aot.trace(w, None, TARGET).choice
-        tables[op, w.dtype] = [
-            dict(sizes={k: 2 ** ((i + 5 * j) % 15) + i for j, k in enumerate(sizes)}, tile=tile)
-            for i in range(TUNED)
-        ]
-        default = {dtype.itemsize: tile}
-        look_ups[w.op] = functools.partial(_tiles.choose_tile, op, dtype, default, kernels, **sizes)
-    with (
-        mock.patch.object(torch.cuda, "current_device", lambda: 0),
-        mock.patch.object(_tiles, "_tuned", lambda device: tables),
-    ):
-        for op, cost in least_microseconds(look_ups, rounds).items():
-            costs[op] += cost
-    return costs
 
 
 def first_calls() -> dict[str, float]:

@@ -25,48 +25,28 @@ from tilelab.perf.rows import stats
 
 @dataclass(frozen=True)
 class Rules:
-    """When a race ends.
-
-    Attributes:
-        rounds: the least rounds.
-        seconds: the least time, of the whole race.
-        most: the most time; who is not settled then is marked noisy.
-        precision: half the width of the median's 95% interval, as a part of the median.
-        few: rounds under which nobody is settled, however long one takes. With 5 samples the 95%
-            interval of a median does not exist: all 5 are on one side of it in 1 of 16 cases.
-    """
+    """When a race ends: after the least rounds and seconds, or after `most` seconds."""
 
     rounds: int = 20
     seconds: float = 0.5
-    most: float = 15.0
-    precision: float = 0.005
-    few: int = 6
+    most: float = 15.0  # who is not settled then is marked noisy
+    precision: float = 0.005  # half the width of the median's 95% interval, as a part of it
+    few: int = 6  # with 5 samples there is no such interval: in 1 of 16 cases all are on one side
 
 
 @dataclass
 class Timed:
-    """What a race knows of one runner.
-
-    Attributes:
-        samples: seconds per call, one for each round. Those of two runners pair by index.
-        throttled: the rounds in which the GPU said that it was held back.
-        reasons: what it gave as reasons, over all those rounds.
-        noisy: the median is not known as well as the rules ask.
-        note: why it is noisy, or None.
-        error: what the runner raised, in one line; its samples end there.
-        clock_mhz: median of the SM clock after the samples; None where it is not known.
-        timer, cache, late: of the runner.
-    """
+    """What a race knows of one runner."""
 
     timer: str
     cache: str
-    samples: list[float] = field(default_factory=list)
-    throttled: list[int] = field(default_factory=list)
-    reasons: list[str] = field(default_factory=list)
-    noisy: bool = True
-    note: str | None = None
-    error: str | None = None
-    clock_mhz: float | None = None
+    samples: list[float] = field(default_factory=list)  # seconds per call, one for each round
+    throttled: list[int] = field(default_factory=list)  # rounds in which the GPU was held back
+    reasons: list[str] = field(default_factory=list)  # that it gave, over all those rounds
+    noisy: bool = True  # the median is not known as well as the rules ask
+    note: str | None = None  # why it is noisy
+    error: str | None = None  # what the runner raised, in one line; its samples end there
+    clock_mhz: float | None = None  # median of the SM clock after the samples
     late: int = 0
 
 
@@ -80,17 +60,8 @@ class Sets(NamedTuple):
 def sets_needed(bytes_of_one_set: int, l2: int, most: int = 512) -> Sets:
     """Return how many sets of inputs, used in turn, hold at least twice what the L2 cache holds.
 
-    Twice, because no cache drops exactly the oldest line first: when a set comes round again, as
-    much as the cache holds has passed through it twice.
-
-    Args:
-        bytes_of_one_set: what a call reads and writes, its results included.
-        l2: bytes of the cache; 0 where that is not known, and then nothing is cold.
-        most: the most sets. Very small inputs would need thousands; they are called hot instead.
-
-    Example:
-        >>> sets_needed(10_000_000, 50_000_000)
-        Sets(count=10, cold=True)
+    Twice, because no cache drops exactly the oldest line first. What a call reads and writes is one
+    set. Very small inputs would need more than `most` sets: they are hot, as where `l2` is 0.
     """
     if l2 <= 0 or bytes_of_one_set <= 0:
         return Sets(1, False)
@@ -104,18 +75,14 @@ def warm(
     """Keep the GPU busy until its clock has stayed within 1% for a second; 5 s at most.
 
     A GPU that was idle runs slowly at first, and one that is cool runs faster than it will. Where
-    the clock cannot be read, a second of work has to do; on the host one call is enough.
-
-    Returns:
-        Whether the clock was seen to be steady.
+    the clock cannot be read, a second of work has to do; on the host one call is enough. It returns
+    whether the clock was seen to be steady.
     """
     began = device.now()
     if runner.timer == "host":
         runner.run()
         return False
-    readings: list[
-        tuple[float, float]
-    ] = []  # (time, MHz): the last `steady` seconds, and one before
+    readings = []  # (time, MHz): those of the last `steady` seconds, and one before
     while True:
         clock = _busy(device, runner)
         now = device.now()
@@ -169,17 +136,10 @@ def race(
 ) -> dict[str, Timed]:
     """Time runners in the same rounds until the median of each is known well enough.
 
-    Args:
-        device: where they run.
-        runners: by name.
-        rng: anything with `shuffle(list)`: `random.Random` or a NumPy generator.
-        rules: when to stop.
-        deadline: on the clock of `device.now()`: who is not settled then is marked noisy.
-
-    Returns:
-        A result by name, in the order of `runners`. One that raises leaves the race with its error,
-        and the others go on. If it broke the GPU itself, which no process survives, the race ends
-        there, and `note` says so of those who were not settled.
+    `rng` is anything with `shuffle(list)`. The deadline is on the clock of `device.now()`: who is
+    not settled then is marked noisy. A runner that raises leaves the race with its error, and the
+    others go on. If it broke the GPU itself, which no process survives, the race ends there, and
+    `note` says so of those who were not settled.
     """
     rules = rules or Rules()
     results = {name: Timed(runner.timer, runner.cache) for name, runner in runners.items()}
@@ -240,7 +200,9 @@ def _round(
             times[name] = runners[name].sample()
         except Exception as error:
             results[name].error = first_line(error)
-            if not _alive(device):
+            try:
+                device.synchronize()
+            except Exception:  # after an illegal access every call to the GPU fails
                 return f"{name} broke the GPU"
             continue
         clock = device.clock_mhz()
@@ -256,23 +218,11 @@ def _round(
     return None
 
 
-def _alive(device: Any) -> bool:
-    """Whether the GPU still works: after an illegal access every call to it fails."""
-    try:
-        device.synchronize()
-    except Exception:
-        return False
-    return True
-
-
 def energy(device: Any, runner: Any, seconds: float = 5.0) -> float | None:
     """Joules per call, of the whole board: its idle power and its memory are in it.
 
     The counter moves in steps, some 10 a second. So the time runs from one step to another, of at
-    least `seconds`. The calls go back to back, with nothing timed in between.
-
-    Returns:
-        None where the GPU has no counter, or one that stands still.
+    least `seconds`. It is None where the GPU has no counter, or one that stands still.
     """
     once = runner.sample() * runner.run()
     device.synchronize()

@@ -17,8 +17,7 @@ did not change. If they drifted by 3%, the machine did, and 3% in our times mean
 import argparse
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tilelab.perf.errors import PerfError
 from tilelab.perf.rows import results, stats
@@ -39,16 +38,10 @@ MARGIN = 0.02
 
 
 class Comparison(NamedTuple):
-    """One line of a comparison.
+    """One line of a comparison: rows `a` and `b`, and the ratio of their times with its interval.
 
-    Attributes:
-        a, b: the rows that were compared.
-        ratio: time of b over time of a; None if b has no right result.
-        low: of the ratio's 95% interval.
-        high: its other end.
-        verdict: one of VERDICTS.
-        source: of the kernels, "same" or "changed"; "" for peers, and where it is not known.
-        note: what to know besides.
+    `ratio` is None if b has no right result. `source`, of the kernels, is "same" or "changed"; ""
+    for peers, and where it is not known.
     """
 
     a: dict
@@ -69,17 +62,11 @@ class Comparison(NamedTuple):
 def compare(
     a_rows: list[dict], b_rows: list[dict], margin: float = MARGIN, every_tile: bool = False
 ) -> list[Comparison]:
-    """Compare rows as results.read gives them; the worst first.
+    """Compare rows as results.read gives them: the best tiles, or every tile; the worst first.
 
     Finalists are compared, or what was only screened where there is none; predictions with
     predictions. What only one of both has is left out, with one exception: where a has a right
     result and b tried and has none, that is the worst of all.
-
-    Args:
-        a_rows: before.
-        b_rows: after.
-        margin: what counts as the same, 0.02 for 2%.
-        every_tile: compare tile by tile, instead of the best tile of each workload.
     """
     a_best, b_best = _best(a_rows, every_tile), _best(b_rows, every_tile)
     b_failed = {
@@ -111,25 +98,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--anyway", action="store_true", help=text)
 
 
-def run(args: argparse.Namespace, out: Callable[[str], Any] = print) -> int:
-    """Compare two files and print what came of it.
-
-    Returns:
-        The exit status: 1 if --fail-on found something, otherwise 0.
-
-    Raises:
-        PerfError: for files that cannot be read, do not belong beside each other, or have nothing
-            in common.
-    """
+def run(args: argparse.Namespace) -> int:
+    """Compare two files and print what came of it; 1 if --fail-on found something, otherwise 0."""
     if not 0 <= args.margin < 100:
         raise PerfError(f"--margin must be from 0 to 100 percent, got {args.margin:g}")
-    a, b = (results.read(path, note=out) for path in (args.a, args.b))
+    a, b = (results.read(path) for path in (args.a, args.b))
     runs = _headings(args.a, a, args.b, b, args.anyway)
     found = compare(a.rows, b.rows, args.margin / 100, args.every_tile)
     if not found:
         raise PerfError(f"{args.a} and {args.b} have no right result of one workload in common")
-    for text in (*runs, "", format_table(found), "", summary(found)):
-        out(text)
+    print(*runs, "", format_table(found), "", summary(found), sep="\n")
     return int(failed(found, args.fail_on))
 
 
@@ -147,14 +125,12 @@ def format_table(found: list[Comparison]) -> str:
     if peers:
         lines += [("",) * len(head), ("peers",) + ("",) * (len(head) - 1), *peers]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = []
-    for line in lines:
-        cells = [
-            cell.rjust(width) if 1 <= i <= 4 else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        text.append("  ".join(cells).rstrip())
-    return "\n".join(text)
+    right = ("B / A", "95% interval", "A", "B")
+    sides = [str.rjust if name in right else str.ljust for name in head]
+    texts = (
+        "  ".join(s(*of) for s, *of in zip(sides, line, widths, strict=True)) for line in lines
+    )
+    return "\n".join(text.rstrip() for text in texts)
 
 
 def summary(found: list[Comparison]) -> str:
@@ -183,9 +159,7 @@ def summary(found: list[Comparison]) -> str:
     return "\n".join([*lines, f"peers: {text}"])
 
 
-# -------------------------------------------------------------------------------------------------
-# Which rows, and what they say
-# -------------------------------------------------------------------------------------------------
+# -- which rows, and what they say -----------------------------------------------------------------
 
 
 def _subject(row: dict, every_tile: bool) -> tuple:
@@ -255,9 +229,7 @@ def _source(a: dict, b: dict) -> str:
     return "same" if a["source"] == b["source"] else "changed"
 
 
-# -------------------------------------------------------------------------------------------------
-# Text
-# -------------------------------------------------------------------------------------------------
+# -- text ------------------------------------------------------------------------------------------
 
 
 def _headings(a_path, a, b_path, b, anyway: bool) -> list[str]:

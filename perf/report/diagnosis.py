@@ -79,15 +79,9 @@ TITLES = {  # code: the cause, as a heading of the tiles that it is true of
 
 
 def explain_loss(row: Row, best: Row | None, gpu: GPU | None = None) -> tuple[str, str]:
-    """Say why a tile lost against the best tile of the same workload.
+    """Say why a tile lost against its workload's best one, None where no tile has a time.
 
-    Args:
-        row: of the losing tile.
-        best: of the winner; None where no tile of the workload has a time.
-        gpu: a `gpus.GPU`, for shares of its peak and issue slots; None if it is not known.
-
-    Returns:
-        A code, one of `TITLES`, and a sentence with the numbers.
+    It returns a code, one of `TITLES`, and a sentence with the numbers.
     """
     if row is best:
         return "best", f"the winner: {time_text(seconds(row))}"
@@ -119,17 +113,13 @@ def _failed(row: Row) -> tuple[str, str] | None:
         if what == "shared memory" and row.get("shared"):
             return "does not fit", f"a block needs {row['shared'] / 1024:.0f} KiB of shared memory"
         if what == "registers" and row.get("registers"):
-            return "does not fit", f"a block needs {_block_registers(row)} registers"
+            many = f" x {row['threads']} threads" if row.get("threads") else " a thread"
+            return "does not fit", f"a block needs {row['registers']}{many} registers"
         return "does not fit", reason or limit
     if row["status"] == "error":
         kind = "does not compile" if row["stage"] == "compile" else "fails when it runs"
         return "error", f"{kind}: {reason}" if reason else kind
     return None
-
-
-def _block_registers(row: Row) -> str:
-    many = f" x {row['threads']} threads" if row.get("threads") else " a thread"
-    return f"{row['registers']}{many}"
 
 
 def _cause(row: Row, best: Row, gpu: GPU | None) -> tuple[str, str]:
@@ -208,10 +198,9 @@ class Cause(NamedTuple):
 
 
 def _modelled(row: Row, gpu: GPU | None, ratio: float, bounds: tuple[str, ...]) -> float:
-    """Predicted time over the predicted time if what binds the tile were done `ratio` times faster.
+    """Predicted time over that if what binds the tile, one of `bounds`, were `ratio` times faster.
 
-    It is 1 where what binds is none of `bounds`. What binds then may be another: the tensor cores
-    or the memory, which that does not make faster.
+    It is at least what the tensor cores and the memory take, which that does not make faster.
     """
     predicted, bound = row.get("predicted_s"), row.get("bound") or "compute"
     if not predicted or bound not in bounds:
@@ -280,27 +269,7 @@ def _loop(row: Row, best: Row, gpu: GPU | None) -> Cause | None:
     if not mine or not other or mine <= 1.15 * other:
         return None
     words = f"its main loop needs {mine / other:.2f}x the instructions for the same work"
-    slots, theirs = issue_share(row, gpu), issue_share(best, gpu)
-    if slots and theirs:
-        words += f" ({slots:.0%} of the issue slots at the tensor cores' full speed, "
-        words += f"the winner {theirs:.0%})"
     return Cause("loop", words, _modelled(row, gpu, mine / other, ("issue",)))
-
-
-def issue_share(row: Row, gpu: GPU | None) -> float | None:
-    """Issue slots that the main loop needs while the tensor cores compute its step, as a share.
-
-    An SM of NVIDIA's issues four warp-instructions a clock. Above 1 the loop is bound by issue.
-    None where the row or the GPU lacks what is needed.
-    """
-    tile, loop = row.get("tile") or {}, row.get("loop_instructions")
-    if not gpu or not loop or not gpu.target.startswith("sm_") or not row.get("tensor_core"):
-        return None
-    rate = gpu.rate.get(gpus.kind(row["dtype"], row.get("precision") or "ieee"))
-    if not rate or not {"BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps"} <= set(tile):
-        return None
-    clocks = step_flops(tile_op(row), tile) / rate
-    return loop * loop_warps(tile) / 4 / clocks
 
 
 def _operand_bytes(row: Row) -> float | None:
@@ -394,18 +363,12 @@ def _shown_gap(row: Row, best: Row) -> float | None:
     return _gap(row, best)
 
 
-def format_table(tables: Sequence[Table], tiles: int = 3, groups: int = 8) -> str:
-    """The verdicts as text for a terminal, grouped by cause.
-
-    Args:
-        tables: as `table` gives them.
-        tiles: name so many tiles of a group, the fastest; of the others their number.
-        groups: show so many causes a workload, the most frequent; of the others their number.
-    """
-    return "\n\n".join(_table_text(t, tiles, groups) for t in tables if t.workload.tiles)
+def format_table(tables: Sequence[Table], tiles: int = 3) -> str:
+    """The verdicts as text for a terminal, grouped by cause; of each the fastest tiles, so many."""
+    return "\n\n".join(_table_text(t, tiles) for t in tables if t.workload.tiles)
 
 
-def _table_text(table: Table, tiles: int, groups: int) -> str:
+def _table_text(table: Table, tiles: int) -> str:
     workload, best = table.workload, table.workload.best
     lines = [f"{workload.title}, {workload.name}, on {workload.gpu}"]
     if best:
@@ -413,19 +376,14 @@ def _table_text(table: Table, tiles: int, groups: int) -> str:
         lines.append(f"  best of {_tiles(len(workload.tiles))}: {_result(best)}{origin}")
     else:
         lines.append(f"  none of {_tiles(len(workload.tiles))} has a time")
-    for code, verdicts in table.groups[:groups]:
+    for code, verdicts in table.groups:
         lines.append(f"  {_tiles(len(verdicts))}: {TITLES[code]}{_range(verdicts)}")
         for verdict in verdicts[:tiles]:
             gap = "     –" if verdict.gap is None else f"{verdict.gap:.2f}x".rjust(6)
-            lines.append(
-                f"    {gap}  {tile_text(verdict.row['tile']):<22} {cut(verdict.words, 160)}"
-            )
+            tile = tile_text(verdict.row["tile"])
+            lines.append(f"    {gap}  {tile:<22} {cut(verdict.words, 160)}")
         if len(verdicts) > tiles:
             lines.append(f"      and {len(verdicts) - tiles} more")
-    left = table.groups[groups:]
-    if left:
-        many = "reason" if len(left) == 1 else "reasons"
-        lines.append(f"  {_tiles(sum(len(v) for _, v in left))} for {len(left)} other {many}")
     return "\n".join(lines)
 
 
@@ -446,12 +404,7 @@ def _result(row: Row) -> str:
 
 
 def leaderboard_text(rows: Iterable[Row], most: int = 5) -> str:
-    """The fastest tiles and every peer of each workload, as text for a terminal.
-
-    Args:
-        rows: as `results.read` gives them.
-        most: show so many tiles of tilelab a workload.
-    """
+    """Of each workload the fastest tiles, so many, and every peer, as text for a terminal."""
     return "\n\n".join(_leaderboard_text(workload, most) for workload in workloads(rows))
 
 

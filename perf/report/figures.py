@@ -1,4 +1,4 @@
-"""The figures: functions of workloads that return a matplotlib Figure, in a light or dark theme.
+"""The figures: functions of workloads that return a matplotlib Figure, to draw within `style`.
 
 Every figure says on what GPU, when and at which commit its numbers were made, and says so if they
 are predicted. The colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color) and, for
@@ -7,9 +7,8 @@ says. Figures are 9 inches wide: 900 pixels in a README, where their smallest le
 high.
 """
 
-import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -70,10 +69,6 @@ class Theme(NamedTuple):
         """Of what went wrong."""
         return self.series[1]
 
-    def impl(self, name: str) -> str:
-        """Of an implementation."""
-        return self.series[list(NAMES).index(name)]
-
 
 LIGHT = Theme(
     "light", "#ffffff", "#222222", "#666666", "#e4e4e4",
@@ -88,48 +83,29 @@ DARK = Theme(
 def style(theme: Theme) -> AbstractContextManager[None]:
     """A context in which matplotlib draws, and saves, in a theme."""
     settings = {
-        "font.family": "sans-serif",
         "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],
-        "font.size": 10,
-        "text.color": theme.ink,
-        "axes.labelcolor": theme.ink,
         "axes.titlesize": 10,
         "axes.titleweight": "bold",
         "axes.titlelocation": "left",
-        "axes.edgecolor": theme.grey,
-        "axes.facecolor": theme.background,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.axisbelow": True,
-        "xtick.color": theme.grey,
-        "ytick.color": theme.grey,
-        "xtick.labelcolor": theme.ink,
-        "ytick.labelcolor": theme.ink,
         "xtick.labelsize": 9,
         "ytick.labelsize": 9,
         "grid.color": theme.grid,
         "legend.frameon": False,
         "legend.fontsize": 9,
-        "figure.facecolor": theme.background,
-        "savefig.facecolor": theme.background,
-        "figure.dpi": 100,
         "hatch.linewidth": 0.8,
         "text.parse_math": False,  # a "$" in a name is a "$"
         "svg.fonttype": "none",
         "svg.hashsalt": "tilelab",
     }
+    inks = ("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor")
+    greys = ("axes.edgecolor", "xtick.color", "ytick.color")
+    pages = ("axes.facecolor", "figure.facecolor", "savefig.facecolor")
+    for names, colour in ((inks, theme.ink), (greys, theme.grey), (pages, theme.background)):
+        settings |= dict.fromkeys(names, colour)
     return rc_context(settings)
-
-
-def themed(function: Callable[[list[Workload], Theme], Figure]) -> Callable[..., Figure]:
-    """Make a function that draws workloads draw them in its theme's style, LIGHT by default."""
-
-    @functools.wraps(function)
-    def drawn(shown: list[Workload], theme: Theme = LIGHT) -> Figure:
-        with style(theme):
-            return function(shown, theme)
-
-    return drawn
 
 
 def frame(
@@ -248,8 +224,7 @@ DETAILS = (  # of a cell, by line: field of its row, and how it is written
 )
 
 
-@themed
-def heatmap(shown: list[Workload], theme: Theme) -> Figure:
+def heatmap(shown: list[Workload], theme: Theme = LIGHT) -> Figure:
     """Speed over the first two block sizes, best over the rest; a panel for each workload."""
     grids = [_grid(w) for w in shown]
     columns = 1 if is_wide(shown) or len(shown) == 1 else 2
@@ -367,8 +342,7 @@ def _failure(tiles: list[Row], best: Row | None) -> tuple[str, str]:
 # -- size curves ---------------------------------------------------------------------------------
 
 
-@themed
-def curves(shown: list[Workload], theme: Theme) -> Figure:
+def curves(shown: list[Workload], theme: Theme = LIGHT) -> Figure:
     """Speed of tilelab's best tile and of every peer over sizes, or over layers in their order."""
     sizes = numeric_sizes(shown)
     names = labels(shown)
@@ -431,7 +405,7 @@ def _series(
     middle = [speed(row) for row in rows]
     low = [speed(row, row.get("q75_s")) for row in rows]
     high = [speed(row, row.get("q25_s")) for row in rows]
-    colour, mine = theme.impl(impl), impl == "tilelab"
+    colour, mine = theme.series[list(NAMES).index(impl)], impl == "tilelab"
     style = {"color": colour, "marker": MARKER[impl], "markersize": 7 if mine else 5.5}
     if as_line:
         ax.fill_between(xs, low, high, color=colour, alpha=0.25, linewidth=0)
@@ -471,8 +445,7 @@ def _ceilings(ax: Axes, xs: np.ndarray, shown: list[Workload], theme: Theme, as_
 # -- roofline ------------------------------------------------------------------------------------
 
 
-@themed
-def roofline(shown: list[Workload], theme: Theme) -> Figure:
+def roofline(shown: list[Workload], theme: Theme = LIGHT) -> Figure:
     """Speed over arithmetic intensity, under the GPU's roofs; peers hollow, joined to tilelab's."""
     kinds = list(dict.fromkeys((w.op, w.mode) for w in shown))
     columns = 4  # of the legend, whose words are as long as conv2d_relu_pool wgrad
@@ -541,8 +514,7 @@ def prediction_error(rows: Sequence[Row]) -> float:
     return float(np.median([abs(row["predicted_s"] / row["median_s"] - 1) for row in rows]))
 
 
-@themed
-def predicted(shown: list[Workload], theme: Theme) -> Figure:
+def predicted(shown: list[Workload], theme: Theme = LIGHT) -> Figure:
     """Predicted time over measured time of every tile that has both."""
     rows = predicted_rows(shown)
     figure, ((ax,),) = frame(
@@ -583,8 +555,7 @@ def predicted(shown: list[Workload], theme: Theme) -> Figure:
 # -- forest --------------------------------------------------------------------------------------
 
 
-@themed
-def forest(shown: list[Workload], theme: Theme) -> Figure:
+def forest(shown: list[Workload], theme: Theme = LIGHT) -> Figure:
     """Speed-up over the fastest peer with its 95% interval, and the geometric mean of all."""
     found = speedups(shown)
     shown = [s.workload for s in found]
@@ -642,10 +613,8 @@ def _ratio_axis(ax: Axes, values: Sequence[float]) -> None:
 
 
 # -- ladder --------------------------------------------------------------------------------------
-# A rung is a kernel of a lesson, and a tile says which one it is for: so all that is needed are
-# rows of tiles with a "kernel" (those without one are of the kernel through pointers).
-
-# Its name in the legend, and which of the theme's colours. In the order in which a lesson climbs.
+# A rung is a kernel of a lesson. They are in the order in which it climbs, each with its name
+# in the legend and which of the theme's colours. A tile with no "kernel" is of "pointer".
 RUNGS = {
     "direct": ("direct, no tensor cores", 6),
     "flat": ("implicit GEMM", 4),
@@ -669,8 +638,7 @@ def climbs(w: Workload) -> bool:
     return len(found) > 1 and any(rung in found for rung in LOWER_RUNGS)
 
 
-@themed
-def ladder(shown: list[Workload], theme: Theme) -> Figure:
+def ladder(shown: list[Workload], theme: Theme = LIGHT) -> Figure:
     """Speed of each kernel of a lesson, from naive to fast, beside the peak; a group a layer."""
     found = [rungs(w) for w in shown]
     used = [rung for rung in RUNGS if any(rung in f for f in found)]

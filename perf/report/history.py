@@ -81,7 +81,6 @@ def _claim(w: Workload | None) -> tuple:
 
 def _entry(about: tuple, common: Entry, work: Sequence[Workload]) -> Entry:
     """One set of shapes as an entry."""
-    gpu, op, mode, dtype, shapes = about
     best = [w.best for w in work if w.best]
     predicted = [row for row in best if row.get("predicted_s")]
     measured = [row for row in best if row.get("median_s")]
@@ -90,28 +89,24 @@ def _entry(about: tuple, common: Entry, work: Sequence[Workload]) -> Entry:
     newest = max(
         (row for w in work for row in (*w.tiles, *w.peers)), key=lambda r: r.get("time") or ""
     )
-    found = {
-        "gpu": gpu,
-        "commit": newest["commit"] or None,
-        "op": op,
-        "mode": mode,
-        "dtype": dtype,
-        "shapes": shapes,
-        "count": len(work),
-        "unit": ranking.unit(op),
-        "predicted": _mean(ranking.speed(row, row["predicted_s"]) for row in predicted),
-        "measured": _mean(ranking.speed(row) for row in measured),
-        "measured_over_predicted": _mean(
+    found = dict(
+        zip(("gpu", "op", "mode", "dtype", "shapes"), about, strict=True),
+        commit=newest["commit"] or None,
+        count=len(work),
+        unit=ranking.unit(about[1]),
+        predicted=_mean(ranking.speed(row, row["predicted_s"]) for row in predicted),
+        measured=_mean(ranking.speed(row) for row in measured),
+        measured_over_predicted=_mean(
             row["predicted_s"] / row["median_s"] for row in predicted if row.get("median_s")
         ),
-        "ratio": _mean(speedup.ratio for speedup in compared),
-        "worst": worst and _short(worst.ratio),
-        "worst_shape": worst and worst.workload.name,
-        "compared": len(compared),
-        "failed": sum(w.best is None for w in work),
-        "time": newest.get("time"),
+        ratio=_mean(speedup.ratio for speedup in compared),
+        worst=worst and _short(worst.ratio),
+        worst_shape=worst and worst.workload.name,
+        compared=len(compared),
+        failed=sum(w.best is None for w in work),
+        time=newest.get("time"),
         **common,
-    }
+    )
     return {name: found[name] for name in FIELDS}
 
 
@@ -129,19 +124,9 @@ def _short(value: float) -> float:
 
 
 def append(path: Path, new: Iterable[Entry]) -> int:
-    """Add entries to a log, but for those that it has already.
+    """Add entries to a log, but for those that it has already; return how many were added.
 
     The file is written whole: it is as before or complete, whenever this is interrupted.
-
-    Args:
-        path: of the log; begun if it is missing.
-        new: entries.
-
-    Returns:
-        How many were added.
-
-    Raises:
-        PerfError: if the log is damaged, or cannot be read or written.
     """
     old = read(path)
     known = {_identity(entry) for entry in old}
@@ -153,11 +138,7 @@ def append(path: Path, new: Iterable[Entry]) -> int:
 
 
 def read(path: Path) -> list[Entry]:
-    """The entries of a log; none of a file that is not there.
-
-    Raises:
-        PerfError: for a line that is no entry, or a file that cannot be read.
-    """
+    """The entries of a log; none of a file that is not there."""
     try:
         lines = path.read_text().splitlines()
     except FileNotFoundError:
@@ -225,11 +206,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table, and append to the log if there is one.
-
-    Raises:
-        PerfError: for files that cannot be read or written.
-    """
+    """Print the table, and append to the log if there is one."""
     found = [entry for path in args.results for entry in entries(*ranking.read([path]))]
     if not found:
         raise PerfError("nothing to log: nothing has a time, measured or predicted")

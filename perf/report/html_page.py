@@ -39,8 +39,7 @@ from tilelab.perf.rows.ranking import (
 
 MOST_ROWS = 5000  # of the table at the end; more make a page slow
 WHOLE = ("roofline", "predicted")  # kinds of figures that are about a whole GPU
-# Kinds about one operator and mode.
-OF_ONE = ("forest", "curves", "ladder", "heatmap")
+OF_ONE = ("forest", "curves", "ladder", "heatmap")  # about one operator and mode
 
 
 class Picture(NamedTuple):
@@ -57,7 +56,6 @@ class Section(NamedTuple):
     anchor: str
     title: str
     measured: bool
-    gpu: str
     workloads: list[Workload]
     pictures: list[Picture]
     boards: list[tuple[Workload, list[ranking.Entrant], diagnosis.Table]]
@@ -75,15 +73,7 @@ class Section(NamedTuple):
 
 
 def build(headers: Sequence[dict[str, Any]], rows: Sequence[Row]) -> str:
-    """Make the page.
-
-    Args:
-        headers: of results files.
-        rows: of the same files, as `ranking.read` gives them.
-
-    Returns:
-        HTML.
-    """
+    """Make the page, as HTML, of what `ranking.read` gave."""
     sections = _sections(rows)
     shown = [w for section in sections for w in section.workloads]
     table, left_out = _rows_table(shown)
@@ -126,8 +116,8 @@ def _runs(headers: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     runs: dict[str, dict[str, Any]] = {}
     for header in headers:
         facts = _facts(header)
-        run = runs.setdefault(repr(facts), {"facts": facts, "gpu": header["gpu"], "times": []})
-        run |= {"measured": header["measured"], "note": header.get("note") or ""}
+        about = {"facts": facts, "gpu": header["gpu"], "measured": header["measured"], "times": []}
+        run = runs.setdefault(repr((facts, header["measured"])), about)
         run["times"].append(header["created"][:16].replace("T", " "))
     return list(runs.values())
 
@@ -174,7 +164,6 @@ def _sections(rows: Sequence[Row]) -> list[Section]:
                 anchor=f"op{number}",
                 title=title + (f", {first.gpu}" if several else ""),
                 measured=first.measured,
-                gpu=first.gpu,
                 workloads=shown,
                 pictures=_pictures(OF_ONE, shown),
                 boards=[(t.workload, ranking.leaderboard(t.workload, 5), t) for t in tables],
@@ -192,12 +181,9 @@ def _pictures(kinds: Iterable[str], shown: Sequence[Workload]) -> list[Picture]:
 
 
 def _picture(page: plot.Page) -> Picture:
-    light, dark = (_uri(plot.render(page, theme, "svg")) for theme in (LIGHT, DARK))
+    svgs = (base64.b64encode(plot.render(page, theme, "svg")) for theme in (LIGHT, DARK))
+    light, dark = (f"data:image/svg+xml;base64,{svg.decode()}" for svg in svgs)
     return Picture(light, dark, alt_text(page))
-
-
-def _uri(svg: bytes) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode("ascii")
 
 
 def alt_text(page: plot.Page) -> str:
@@ -304,22 +290,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the page; say where it is and how large.
-
-    Raises:
-        PerfError: for files that cannot be read or written.
-    """
+    """Write the page; say where it is and how large."""
     size = write(*ranking.read(args.results), Path(args.out))
     print(f"{args.out}: {size / 1e6:.1f} MB")
     return 0
 
 
 def write(headers: Sequence[dict[str, Any]], rows: Sequence[Row], out: Path) -> int:
-    """Write the page of what `ranking.read` gave, whole; return its size in bytes.
-
-    Raises:
-        PerfError: if it cannot be written.
-    """
+    """Write the page of what `ranking.read` gave, whole; return its size in bytes."""
     page = build(headers, rows).encode()
     results.write_whole(out, page)
     return len(page)

@@ -9,13 +9,6 @@ roofline   speed over arithmetic intensity
 predicted  predicted over measured time of every tile
 forest     speed-up over the fastest peer, with its interval
 ladder     speed of each of a lesson's kernels, from naive to fast, layer by layer
-
-A README shows the one that suits the reader's page:
-
-    <picture>
-      <source media="(prefers-color-scheme: dark)" srcset="figures/forest-matmul-fwd-dark.png">
-      <img src="figures/forest-matmul-fwd-light.png" alt="...">
-    </picture>
 """
 
 import argparse
@@ -40,10 +33,10 @@ ONE_OP = ("gpu", "measured", "op", "mode", "dtype", "precision", "cache")
 
 
 class Kind(NamedTuple):
-    """A kind of figure: what draws it, what one figure has in common, and at most how many of what.
+    """A kind of figure: what draws it, and what the workloads of one figure have in common.
 
-    `suits` tells which workloads have something to show; `least` of them make a figure, and `most`
-    fit into one (half as many if they are wide).
+    `suits` tells which workloads have something to show, `lacks` what there is not if none has;
+    `least` of them make a figure, and `most` fit into one (half as many if they are wide).
     """
 
     draw: Callable[..., Figure]
@@ -163,19 +156,7 @@ def _smaller(png: io.BytesIO) -> bytes:
 
 
 def save(page: Page, folder: str | Path, forms: Sequence[str] = ("png",)) -> list[Path]:
-    """Write a figure for light and for dark pages, each file whole: name-light.png, name-dark.png.
-
-    Args:
-        page: what to draw.
-        folder: is made if it is missing.
-        forms: of FORMATS.
-
-    Returns:
-        The paths.
-
-    Raises:
-        PerfError: if a file cannot be written.
-    """
+    """Write a figure for light and for dark pages, whole: name-light.png, name-dark.png."""
     paths = []
     for theme in (LIGHT, DARK):
         for form in forms:
@@ -197,11 +178,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draw; say what was written, and for what there are no rows.
-
-    Raises:
-        PerfError: for an unknown kind or format, files that cannot be read, or nothing to draw.
-    """
+    """Draw; say what was written, and for what there are no rows."""
     kinds = _choice(args.kind, KINDS, "kind")
     forms = _choice(args.format, FORMATS, "format")
     shown = workloads(ranking.read(args.results)[1])

@@ -3,14 +3,7 @@
 A table is merged, not replaced: entries of other shapes stay. It has one entry a line, in an order
 that does not change, so that its history can be read:
 
-    {
-    "gpu": "NVIDIA H200",
-    "note": "...",
-    "tiles": [
     {"op": "conv2d", "dtype": "bfloat16", "sizes": {...}, "tile": {...}, "tflops": 512.3, ...},
-    {"op": "matmul", "dtype": "bfloat16", "sizes": {...}, "tile": {...}, "tflops": 640.1, ...}
-    ]
-    }
 
 kernels/_tiles.py reads op, dtype, sizes and tile. The rest says where the entry comes from.
 """
@@ -30,7 +23,7 @@ NOTE = "written by perf/report/tuned_table.py from the rows of a sweep; read by 
 
 
 def save(rows: Iterable[dict], folder: pathlib.Path | None = None) -> pathlib.Path:
-    """Merge the best tile of each op, dtype and sizes into the table of a GPU.
+    """Merge the best tile of each op, dtype and sizes into the table of a GPU; return its path.
 
     A finalist comes before a tile that was only screened, a cold cache before a hot one, and then
     the shorter time counts. Where several workloads look up one entry (filters of 3x3 and 1x1), it
@@ -40,16 +33,6 @@ def save(rows: Iterable[dict], folder: pathlib.Path | None = None) -> pathlib.Pa
     An entry that an operator's own sweep has made is not replaced by a guest's: a 1x1 convolution
     is a matmul, and looks its tile up as one, but with B transposed; conv2d_bias_relu looks up
     conv2d's. A guest's entry says by whom it was measured ("by"), and fills what is free.
-
-    Args:
-        rows: as `results.read` gives them, of one GPU.
-        folder: of the tables; kernels/tuned unless it is given.
-
-    Returns:
-        The path of the table.
-
-    Raises:
-        PerfError: no rows to save, rows of several GPUs, or a table that cannot be read or written.
     """
     from tilelab.kernels import _tiles
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from tilelab.perf.errors import PerfError
 from tilelab.perf.rows import results, stats
 from tilelab.perf.work import gpus
+from tilelab.perf.work.operators import is_product
 
 Row = dict[str, Any]
 
@@ -31,11 +32,7 @@ _NAME = re.compile(r"([\w-]+)[. ]([^ =]+)(?: ([^ =]+))?")  # as perf/work/shapes
 def read(
     paths: Iterable[str | Path], note: Callable[[str], Any] = print
 ) -> tuple[list[dict[str, Any]], list[Row]]:
-    """Read results files: their headers, and their rows, each with the commit it was made with.
-
-    Raises:
-        PerfError: as `results.read` does, and if there is no row at all.
-    """
+    """Read results files: their headers and rows. No row at all is an error."""
     paths = list(paths)
     headers, rows = map(_printable, results.read(*paths, note=note))
     if not rows:
@@ -102,10 +99,9 @@ class Workload(NamedTuple):
 
 
 def workloads(rows: Iterable[Row]) -> list[Workload]:
-    """Sort rows into workloads.
+    """Sort rows into workloads, in the order of the first rows of their operator, GPU and family.
 
-    Operators, GPUs and families of shapes come in the order of their first rows; within a family
-    the sizes and layers come in order, whichever was finished first.
+    Within a family of shapes, sizes and layers come in order, whichever was finished first.
     """
     groups: dict[tuple, dict[tuple, Row]] = defaultdict(dict)
     for row in rows:
@@ -114,14 +110,13 @@ def workloads(rows: Iterable[Row]) -> list[Workload]:
         attempt = (row["impl"], tuple(sorted((row.get("tile") or {}).items())))
         group[attempt] = _later(group.get(attempt), row)
     found = []
-    for (gpu, measured, (op, mode, dtype, precision, _), cache), group in groups.items():
+    for (gpu, measured, (*work, _), cache), group in groups.items():
         first = next(iter(group.values()))
         shape = first["shape"]
         name = first.get("shape_name") or shape_text(shape)
-        about = gpu, measured, op, mode, dtype, precision, shape, name, cache
         mine = [row for row in group.values() if row["impl"] == "tilelab"]
         others = [row for row in group.values() if row["impl"] != "tilelab"]
-        found.append(Workload(*about, mine, others))
+        found.append(Workload(gpu, measured, *work, shape, name, cache, mine, others))
     firsts: dict[tuple, int] = {}
     for w in found:
         firsts.setdefault(_group(w), len(firsts))
@@ -172,25 +167,18 @@ def speed(row: Row, time: float | None = None) -> float | None:
     time = seconds(row) if time is None else time
     if not time:
         return None
-    return row["flops"] / time / 1e12 if _is_product(row["op"]) else row["bytes"] / time / 1e9
+    return row["flops"] / time / 1e12 if is_product(row["op"]) else row["bytes"] / time / 1e9
 
 
 def unit(op: str) -> str:
     """Of `speed`."""
-    return "TFLOP/s" if _is_product(op) else "GB/s"
-
-
-def _is_product(op: str) -> bool:
-    from tilelab.perf.work import operators  # and with it torch: only who speaks of speeds waits
-
-    return operators.is_product(op)
+    return "TFLOP/s" if is_product(op) else "GB/s"
 
 
 def paired(row: Row, other: Row) -> tuple[float, float | None, float | None]:
-    """How many times as fast `row` is as `other`, with its 95% interval.
+    """How many times as fast `row` is as `other`, and the ends of the 95% interval.
 
-    Rows of one race were timed in the same rounds: the ratio is that of each round. Without a race
-    in common it is the ratio of the medians, and the interval is (None, None).
+    Rows of one race are compared round by round; others by their medians, without an interval.
     """
     a, b = other.get("samples_s") or [], row.get("samples_s") or []
     if row.get("race") and row.get("race") == other.get("race") and len(a) == len(b) >= 3:

@@ -29,13 +29,10 @@ SCHEMA = 1
 
 
 class Field(NamedTuple):
-    """A field of a line.
+    """A field of a line. One that is `required` may not be missing or null.
 
-    Attributes:
-        type: "int", "float" (or an int), "str", "bool", "[float]", "[str]"; a tuple of the strings
-            it may be; or "{str: X}", a dict of X, where "any" is a number, bool, str or null.
-        meaning: in words, with the unit.
-        required: it may not be missing or null.
+    Types are "int", "float" (or an int), "str", "bool", "[float]", "[str]"; a tuple of the strings
+    that it may be; or "{str: X}", a dict of X, where "any" is a number, bool, str or null.
     """
 
     type: str | tuple[str, ...]
@@ -44,9 +41,7 @@ class Field(NamedTuple):
 
 
 MODES = ("fwd", "dgrad", "wgrad", "bwd", "fwdbwd", "step")
-IMPLEMENTATIONS = ("tilelab", "torch", "graph", "compile", "inductor")
 STAGES = ("compile", "screen", "final")
-OPERANDS = ("shared", "registers", "tensor memory")
 BOUNDS = ("compute", "memory", "l2", "issue", "launch")
 STATUSES = ("ok", "wrong", "error", "pruned", "skipped", "predicted")
 
@@ -80,7 +75,9 @@ ROW = {
     "precision": Field(("ieee", "tf32"), "of float32 products", True),
     "shape": Field("{str: int}", "sizes, with the keys of the row in perf/work/operators.py", True),
     "shape_name": Field("str", "for people: `resnet50.layer2.0.conv2 n32`"),
-    "impl": Field(IMPLEMENTATIONS, "ours, or one of the peers", True),
+    "impl": Field(
+        ("tilelab", "torch", "graph", "compile", "inductor"), "ours, or one of the peers", True
+    ),
     "tile": Field(
         "{str: any}",
         "block sizes, `num_warps`, `num_stages`; `kernel`, where it is not for the one through "
@@ -114,7 +111,10 @@ ROW = {
     "tensor_core": Field("str", "widest tensor-core instruction of the main loop"),
     "tensor_cores_in_loop": Field("int", "tensor-core instructions in the main loop"),
     "serialised": Field("bool", "each wgmma waits for the one before"),
-    "operands": Field(OPERANDS, "where the tensor cores of sm_90 and sm_100 have A from"),
+    "operands": Field(
+        ("shared", "registers", "tensor memory"),
+        "where the tensor cores of sm_90 and sm_100 have A from",
+    ),
     "load_bytes": Field("int", "bytes of the narrowest load of the main loop, a thread"),
     "store_bytes": Field("int", "bytes of the narrowest store, a thread"),
     "tma": Field("bool", "loads by the tensor memory accelerator"),
@@ -168,9 +168,7 @@ class Results(NamedTuple):
     rows: list[dict]
 
 
-# -------------------------------------------------------------------------------------------------
-# Rows and what identifies them
-# -------------------------------------------------------------------------------------------------
+# -- rows and what identifies them -----------------------------------------------------------------
 
 
 def key(row: dict) -> tuple:
@@ -188,21 +186,14 @@ def _items(sizes: dict) -> tuple:
     return tuple(sorted(sizes.items()))
 
 
-# -------------------------------------------------------------------------------------------------
-# Reading
-# -------------------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------
 
 
 def read(*paths: str | Path, note: Callable[[str], Any] = print) -> Results:
-    """Read results files, or what killed sweeps have left of them, as one.
+    """Read results files, or what killed sweeps have left of them, as one; `note` what is left out.
 
-    Rows with the same key are one attempt, of which the last row counts. Of the rows of an
-    operator's mode on a GPU only those of the newest kernel source are kept: numbers of kernels
-    that are gone do not belong beside those of today's. Rows without a source (peers) stay.
-
-    Args:
-        paths: of the files; packed by gzip if they end with .gz.
-        note: called with a line of text for everything that is left out.
+    Of the rows with one key the last one counts; of an operator's mode on a GPU, those of the
+    newest kernel source. A file that ends with .gz is unpacked.
 
     Raises:
         PerfError: for a file that is missing, of another schema, or damaged before its end.
@@ -232,18 +223,15 @@ def read(*paths: str | Path, note: Callable[[str], Any] = print) -> Results:
 
 
 def _attached(row: dict, header: dict) -> dict:
-    """Return the row with what readers want to know of its header.
-
-    Its "commit" has seven digits, and a "+" where the working tree differed from it.
-    """
+    """Return the row with ATTACHED; a "+" behind the commit: the working tree differed from it."""
     commit = (header.get("commit") or "")[:7] + ("+" if header.get("dirty") else "")
     return {**row, "gpu": header["gpu"], "measured": header["measured"], "commit": commit}
 
 
 def _newest(rows: list[dict]) -> tuple[list[dict], Counter]:
-    """Return the rows of the newest kernel sources and those without a source, oldest first.
+    """Return the rows to keep, and how many of each operator and mode are left out.
 
-    And how many of each operator and mode were left out.
+    Numbers of kernels that are gone do not belong beside those of today's. Peers have no source.
     """
 
     def subject(row):
@@ -265,22 +253,11 @@ def _content(path: str | Path) -> bytes:
 
 
 def _parse(path: str | Path, content: bytes) -> tuple[list[dict], int, bytes]:
-    """Return the checked lines, the length of what they take, and the torn rest.
-
-    A line without an end that is a whole JSON object lacks nothing but the line feed: the brace
-    that closes an object is its last character.
-    """
-    *ended, last = content.split(b"\n")
+    """Return the checked lines, the length of what they take, and what a kill left of the last."""
+    *ended, torn = content.split(b"\n")
     lines = []
     for number, text in enumerate(ended, start=1):
         lines.append(_line(f"{path}, line {number}", text, first=not lines))
-    try:
-        whole = isinstance(json.loads(last), dict)
-    except ValueError:
-        whole = False
-    if whole:
-        lines.append(_line(f"{path}, line {len(lines) + 1}", last, first=not lines))
-    torn = b"" if whole else last
     if not lines and torn[: len(_HEADER_START)] != _HEADER_START[: len(torn)]:
         raise PerfError(f"{path} is not a results file: it does not begin with a header")
     return lines, len(content) - len(torn), torn
@@ -313,7 +290,8 @@ def _problem(line: dict, fields: dict[str, Field]) -> str | None:
                 return f"{name} is missing"
         elif not _is(value, field.type):
             shown = repr(value) if len(repr(value)) < 60 else f"{repr(value)[:57]}..."
-            return f"{name} must be {_type_name(field.type)}, got {shown}"
+            kind = field.type if isinstance(field.type, str) else " or ".join(field.type)
+            return f"{name} must be {kind}, got {shown}"
     return None
 
 
@@ -332,29 +310,15 @@ def _is(value: Any, kind: str | tuple[str, ...]) -> bool:
     return isinstance(value, types) and (kind == "bool" or not isinstance(value, bool))
 
 
-def _type_name(kind: str | tuple[str, ...]) -> str:
-    return kind if isinstance(kind, str) else " or ".join(kind)
-
-
-# -------------------------------------------------------------------------------------------------
-# Writing
-# -------------------------------------------------------------------------------------------------
+# -- writing ---------------------------------------------------------------------------------------
 
 
 class Writer:
     """Appends to a results file, new or begun: a header now, then rows as they are known.
 
     Each row is one write of a whole line, flushed to the disk before `write` returns. A process
-    that dies loses the row it was writing and no other; the next Writer cuts that off and goes on.
-    One process at a time can write to a file.
-
-    Args:
-        path: of the file; its folder is made.
-        header: of HEADER's fields; "kind" and "schema" are filled in.
-        note: called with a line of text if something was cut off.
-
-    Attributes:
-        rows: those that the file had, of every source, each with ATTACHED.
+    that dies loses the row it was writing and no other; the next Writer cuts that off, says so to
+    `note` and goes on. `rows` are those that the file had, of every source, each with ATTACHED.
 
     Raises:
         PerfError: if the file is not a results file or is damaged before its end; if it is of
@@ -378,9 +342,7 @@ class Writer:
             raise
 
     def write(self, row: dict) -> None:
-        """Append one row of ROW's fields; "kind" is filled in.
-
-        Numbers may be NumPy's. One that is not finite is written as null: JSON has none.
+        """Append a row. Numbers may be NumPy's; one that is not finite is written as null.
 
         Raises:
             PerfError: for an unknown field or a wrong type, or if the file cannot be written. The
@@ -389,12 +351,7 @@ class Writer:
         self._append({**row, "kind": "row"}, ROW)
 
     def find(self, row: dict, source: str | None = None) -> dict | None:
-        """Return the row that the file already had for the same attempt, or None.
-
-        Args:
-            row: anything that `key` takes.
-            source: if given, only a row of this kernel source counts.
-        """
+        """Return the row that the file had for this attempt (of this source), or None."""
         return self._done.get((key(row), source))
 
     def close(self) -> None:
@@ -419,8 +376,7 @@ class Writer:
 
     def _resume(self, header: dict, note: Callable[[str], Any]) -> None:
         """Check what the file holds, cut off a torn line, and remember the rows."""
-        content = _content(self.path)
-        lines, length, torn = _parse(self.path, content)
+        lines, length, torn = _parse(self.path, _content(self.path))
         self.rows: list[dict] = []
         self._done: dict[tuple, dict] = {}
         about = {}
@@ -435,8 +391,6 @@ class Writer:
         if torn:
             os.ftruncate(self._file, length)
             note(f"{self.path}: cut off the unfinished last line, {len(torn)} bytes")
-        elif lines and not content.endswith(b"\n"):
-            self._write(b"\n")
 
     def _check_same(self, old: dict, new: dict) -> None:
         for name in MUST_AGREE:
@@ -502,21 +456,3 @@ def write_whole(path: Path, content: bytes) -> None:
         files.write_whole(path, content)
     except OSError as error:
         raise PerfError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-# -------------------------------------------------------------------------------------------------
-# The schema in words
-# -------------------------------------------------------------------------------------------------
-
-
-def markdown(fields: dict[str, Field]) -> str:
-    """Return the table of README.md for HEADER or ROW."""
-    lines = ["| field | type | meaning |", "|---|---|---|"]
-    for name, field in fields.items():
-        if name == "kind":
-            continue
-        choice = isinstance(field.type, tuple)
-        kind = ", ".join(f"`{value}`" for value in field.type) if choice else f"`{field.type}`"
-        required = "" if field.required else " or null"
-        lines.append(f"| `{name}` | {kind}{required} | {field.meaning} |")
-    return "\n".join(lines)

@@ -9,6 +9,9 @@ with replacement, takes their median, and does so 2,000 times. The middle 95% of
 the interval. It assumes nothing about the distribution except that the samples are independent. The
 random numbers come from a fixed seed: the same samples give the same interval, bit for bit.
 
+No samples, one that is not a finite number, and one of a ratio that is not positive are a
+ValueError.
+
 Sources: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13, the percentile
 interval; Hoefler and Belli, Scientific Benchmarking of Parallel Computing Systems (2015).
 """
@@ -18,65 +21,31 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-CONFIDENCE = 0.95
 RESAMPLES = 2000
-_BLOCK = 1 << 21  # samples drawn at a time, so that 100,000 samples do not take gigabytes
 
 
 def summary(samples: Sequence[float]) -> dict[str, float]:
-    """Describe samples, in their own unit.
-
-    Returns:
-        median, q25 and q75 (the quartiles), low and high (the 95% interval of the median).
-
-    Raises:
-        ValueError: for no samples, or one that is not a finite number.
-
-    Example:
-        >>> summary([2.0, 2.0, 2.0])
-        {'median': 2.0, 'q25': 2.0, 'q75': 2.0, 'low': 2.0, 'high': 2.0}
-    """
+    """Return median, q25 and q75 (the quartiles), low and high (the 95% interval of the median)."""
     samples = _checked(samples)
     q25, median, q75 = np.quantile(samples, [0.25, 0.5, 0.75])
     low, high = bootstrap_median(samples)
-    return {
-        "median": float(median),
-        "q25": float(q25),
-        "q75": float(q75),
-        "low": low,
-        "high": high,
-    }
+    return dict(median=float(median), q25=float(q25), q75=float(q75), low=low, high=high)
 
 
-def bootstrap_median(
-    samples: Sequence[float], confidence: float = CONFIDENCE, seed: int = 0
-) -> tuple[float, float]:
-    """Return the interval (low, high) that holds the median with this confidence.
+def bootstrap_median(samples: Sequence[float]) -> tuple[float, float]:
+    """Return the interval (low, high) that holds the median with a confidence of 95%.
 
     One sample says nothing of its own spread: its interval has no width. Below about ten samples
     the interval is too narrow.
-
-    Raises:
-        ValueError: for no samples, or one that is not a finite number.
     """
-    return _interval(_medians(_checked(samples), seed), confidence)
+    return _interval(_medians(_checked(samples), seed=0))
 
 
 def paired_ratio(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
-    """Compare two things that were timed in the same rounds.
+    """Return the median of a_i / b_i and its interval's ends; a_i and b_i are of the same round.
 
     What slows down a whole round (a clock that falls, a neighbour) slows down both, and cancels in
     the ratio of that round. So this sees differences that are lost in the spread of the times.
-
-    Args:
-        a: samples, positive.
-        b: samples of the same rounds in the same order.
-
-    Returns:
-        The median of a_i / b_i, and its interval's low and high end. Above 1: a takes longer.
-
-    Raises:
-        ValueError: for samples that are not as many, or not positive.
     """
     a, b = _positive(a), _positive(b)
     if len(a) != len(b):
@@ -86,26 +55,17 @@ def paired_ratio(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, 
 
 
 def unpaired_ratio(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
-    """Compare two things that were timed apart, say on two days: there are no pairs.
+    """Return the ratio of the medians a / b and its interval's ends, of what was timed apart.
 
-    Returns:
-        The ratio of the medians a / b, and its interval's low and high end, from drawing a and b
-        anew independently. It cannot know what changed between the two runs besides a and b.
-
-    Raises:
-        ValueError: for no samples, or samples that are not positive.
+    Both are drawn anew independently. It cannot know what else changed between the two runs.
     """
     a, b = _positive(a), _positive(b)
     drawn = _medians(a, seed=0) / _medians(b, seed=1)
-    return float(np.median(a) / np.median(b)), *_interval(drawn, CONFIDENCE)
+    return float(np.median(a) / np.median(b)), *_interval(drawn)
 
 
 def geomean(values: Iterable[float]) -> float:
-    """Return the geometric mean, the one that suits ratios: of 2 and 1/2 it is 1.
-
-    Raises:
-        ValueError: for no values, or one that is not positive.
-    """
+    """Return the geometric mean, the one that suits ratios: of 2 and 1/2 it is 1."""
     return math.exp(np.log(_positive(list(values))).mean())
 
 
@@ -114,19 +74,15 @@ def _medians(samples: np.ndarray, seed: int) -> np.ndarray:
     samples, count, half = np.sort(samples), len(samples), len(samples) // 2
     middle = [half] if count % 2 else [half - 1, half]
     random = np.random.default_rng(seed)
-    rows = max(1, _BLOCK // count)
-    medians = []
-    for start in range(0, RESAMPLES, rows):
-        # The samples are sorted, so the middle ones of the drawn places are the middle samples.
-        places = random.integers(0, count, (min(rows, RESAMPLES - start), count), dtype=np.uint32)
-        places.partition(middle, axis=1)
-        medians.append(samples[places[:, middle]].mean(axis=1))
-    return np.concatenate(medians)
+    places = random.integers(0, count, (RESAMPLES, count), dtype=np.uint32)
+    # The samples are sorted, so the middle ones of the drawn places are the middle samples.
+    places.partition(middle, axis=1)
+    return samples[places[:, middle]].mean(axis=1)
 
 
-def _interval(values: np.ndarray, confidence: float) -> tuple[float, float]:
-    """Return the ends of the middle part of the values."""
-    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    """Return the ends of the middle 95% of the values."""
+    low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)
 
 

@@ -9,19 +9,30 @@ stands in the files beside this one, which know no operator by its name:
     training.py       optimizers and training steps        boxes.py         what a box computes
 """
 
+from __future__ import annotations  # of torch, which is not imported here
+
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
-
-from tilelab import kernels
-from tilelab.perf.work import boxes, cost, formulas, networks, search_space, training
+from tilelab.perf.work import cost, networks, search_space
 from tilelab.perf.work.cost import Sizes
-from tilelab.perf.work.formulas import geometry
 from tilelab.perf.work.networks import Shape
 from tilelab.perf.work.search_space import TileOp
+
+
+def import_what_rows_call() -> None:
+    """Import torch, the kernels and the files beside this one that need them; workloads.py does.
+
+    Torch takes seconds to import. Plots and tables read rows without it, so what needs it stands
+    within a lambda.
+    """
+    global torch, F, kernels, boxes, formulas, training
+    import torch
+    import torch.nn.functional as F
+
+    from tilelab import kernels
+    from tilelab.perf.work import boxes, formulas, training
 
 
 class Mode(NamedTuple):
@@ -95,20 +106,27 @@ SCALED_MATMUL = TileOp(
     search_space.PRODUCT | {"BLOCK_K": (64, 128, 256), "GROUP_M": (8,)},
     search_space.fast_products,
 )
-CONV = TileOp("conv2d", search_space.PRODUCT, _CONV_BY_TMA, boxes.forward)
+CONV = TileOp("conv2d", search_space.PRODUCT, _CONV_BY_TMA, lambda given: boxes.forward(given))
 CONV_FLAT = TileOp(
-    "conv2d_flat", search_space.FLAT, functools.partial(_CONV_BY_TMA, split=False), boxes.forward
+    "conv2d_flat",
+    search_space.FLAT,
+    functools.partial(_CONV_BY_TMA, split=False),
+    lambda given: boxes.forward(given),
 )
 CONV_GROUPED = CONV._replace(
     name="conv2d_grouped", fast=functools.partial(_CONV_BY_TMA, filters=(64,), split=False)
 )
 CONV_DEPTHWISE = TileOp("conv2d_depthwise", search_space.DEPTHWISE)
-CONV_DGRAD = TileOp("conv2d_input_grad", search_space.PRODUCT, _CONV_BY_TMA, boxes.input_grad)
+CONV_DGRAD = TileOp(
+    "conv2d_input_grad", search_space.PRODUCT, _CONV_BY_TMA, lambda given: boxes.input_grad(given)
+)
 CONV_WGRAD = TileOp(
     "conv2d_weight_grad", search_space.PRODUCT, search_space.fast_weight_gradients,
-    boxes.weight_grad,
+    lambda given: boxes.weight_grad(given),
 )  # fmt: skip
-FUSED = TileOp("conv2d_relu_pool", search_space.FUSED, boxes=boxes.forward, pooled=True)
+FUSED = TileOp(
+    "conv2d_relu_pool", search_space.FUSED, boxes=lambda given: boxes.forward(given), pooled=True
+)
 FUSED_DGRAD = FUSED._replace(name="conv2d_relu_pool_input_grad", boxes=None)
 FUSED_WGRAD = FUSED._replace(name="conv2d_relu_pool_weight_grad", boxes=None)
 SOFTMAX = TileOp("softmax", search_space.SOFTMAX, few_columns=search_space.FEW_COLUMNS)
@@ -236,9 +254,9 @@ OPERATORS: dict[str, Operator] = {
                 lambda s, e: e * (s["M"] + s["N"]) * s["K"] + 2 * s["M"] * s["N"],
             )
         },
-        inputs=formulas.scaled_inputs,
+        inputs=lambda s, make: formulas.scaled_inputs(s, make),
         ours=lambda s, *tensors: kernels.scaled_matmul(*tensors),
-        theirs=formulas.scaled_mm,
+        theirs=lambda s, *tensors: formulas.scaled_mm(s, *tensors),
         dtypes=("fp8", "int8"),
         peers=_scaled_peers,
         result="bfloat16",
@@ -330,12 +348,12 @@ OPERATORS: dict[str, Operator] = {
     "sgd": Operator(
         **_OPTIMIZERS,
         modes={"step": Mode((TileOp("sgd", search_space.OPTIMIZER),), *cost.per_element(4, 5))},
-        prepare=functools.partial(training.optimizer, name="SGD", lr=0.01, momentum=0.9),
+        prepare=lambda *work: training.optimizer(*work, "SGD", lr=0.01, momentum=0.9),
     ),
     "adamw": Operator(
         **_OPTIMIZERS,
         modes={"step": Mode((TileOp("adamw", search_space.OPTIMIZER),), *cost.per_element(14, 7))},
-        prepare=functools.partial(training.optimizer, name="AdamW", lr=0.01),
+        prepare=lambda *work: training.optimizer(*work, "AdamW", lr=0.01),
     ),
     "conv2d": Operator(
         **_CONVOLUTIONS,
@@ -347,9 +365,9 @@ OPERATORS: dict[str, Operator] = {
             "dgrad": Mode((CONV_DGRAD, MATMUL), *_DGRAD, wrt=("x",)),
             "wgrad": Mode((CONV_WGRAD,), *_CONV, wrt=("weight",)),
         },
-        inputs=formulas.conv_inputs,
-        ours=lambda s, x, weight: kernels.conv2d(x, weight, None, *geometry(s)),
-        theirs=lambda s, x, weight: F.conv2d(x, weight, None, *geometry(s)),
+        inputs=lambda s, make: formulas.conv_inputs(s, make),
+        ours=lambda s, x, weight: kernels.conv2d(x, weight, None, *formulas.geometry(s)),
+        theirs=lambda s, x, weight: F.conv2d(x, weight, None, *formulas.geometry(s)),
         peers=_with_inductor,
         sweeps=(
             Sweep("conv2d-resnet50", 80, "resnet50@32", "fwd"),
@@ -374,9 +392,11 @@ OPERATORS: dict[str, Operator] = {
         modes={
             "fwd": Mode(_FORWARD, cost.conv_flops, lambda s, e: cost.conv_bytes(s, e) + s["K"] * e)
         },
-        inputs=formulas.fused_inputs,
-        ours=lambda s, x, weight, bias: kernels.conv2d(x, weight, bias, *geometry(s), "relu"),
-        theirs=formulas.conv_bias_relu,
+        inputs=lambda s, make: formulas.fused_inputs(s, make),
+        ours=lambda s, x, weight, bias: kernels.conv2d(
+            x, weight, bias, *formulas.geometry(s), "relu"
+        ),
+        theirs=lambda s, *tensors: formulas.conv_bias_relu(s, *tensors),
         peers=_with_inductor,
         sweeps=(Sweep(seconds=60, shapes="resnet50@32,vgg16@32", peers=_COMPILE),),
     ),
@@ -399,7 +419,7 @@ OPERATORS: dict[str, Operator] = {
                 0.3,
             ),
         },
-        inputs=formulas.fused_inputs,
+        inputs=lambda s, make: formulas.fused_inputs(s, make),
         ours=lambda s, x, weight, bias: kernels.conv2d_relu_pool(x, weight, bias, s["padding"]),
         theirs=lambda s, *tensors: F.max_pool2d(formulas.conv_bias_relu(s, *tensors), 2),
         sweeps=(Sweep(seconds=35, shapes="vgg16@32", peers=_COMPILE, turn=2),),
@@ -413,9 +433,9 @@ OPERATORS: dict[str, Operator] = {
             "dgrad": Mode((MATMUL,), *_DGRAD, wrt=("x",)),
             "wgrad": Mode((MATMUL,), *_CONV, wrt=("weight",)),
         },
-        inputs=formulas.conv_inputs,
-        ours=lambda s, x, weight: kernels.conv2d_im2col(x, weight, None, *geometry(s)),
-        theirs=lambda s, x, weight: F.conv2d(x, weight, None, *geometry(s)),
+        inputs=lambda s, make: formulas.conv_inputs(s, make),
+        ours=lambda s, x, weight: kernels.conv2d_im2col(x, weight, None, *formulas.geometry(s)),
+        theirs=lambda s, x, weight: F.conv2d(x, weight, None, *formulas.geometry(s)),
         peers=_with_inductor,
         sweeps=_COLUMNS["sweeps"],
     ),
@@ -429,7 +449,7 @@ OPERATORS: dict[str, Operator] = {
             )
         },
         inputs=lambda s, make: dict(x=make(s["N"], s["C"], s["H"], s["W"])),
-        ours=lambda s, x: kernels.im2col(x, (s["R"], s["S"]), *geometry(s)),
+        ours=lambda s, x: kernels.im2col(x, (s["R"], s["S"]), *formulas.geometry(s)),
         theirs=lambda s, x: formulas.columns(x, s),
     ),
     "col2im": Operator(
@@ -441,9 +461,9 @@ OPERATORS: dict[str, Operator] = {
                 lambda s, e: e * (cost.columns(s) + cost.image(s)),
             )
         },
-        inputs=formulas.col2im_inputs,
+        inputs=lambda s, make: formulas.col2im_inputs(s, make),
         ours=lambda s, columns: kernels.col2im(
-            columns, (s["N"], s["C"], s["H"], s["W"]), (s["R"], s["S"]), *geometry(s)
+            columns, (s["N"], s["C"], s["H"], s["W"]), (s["R"], s["S"]), *formulas.geometry(s)
         ),
         theirs=lambda s, columns: formulas.fold(columns, s),
     ),
@@ -458,7 +478,7 @@ OPERATORS: dict[str, Operator] = {
         modes={"step": Mode((), cost.stack_flops, cost.stack_bytes, misrouted=0.6)},
         product=True,
         layers=14,
-        prepare=training.stack,
+        prepare=lambda *work: training.stack(*work),
         sweeps=(Sweep(seconds=60, shapes="vgg16@32,vgg16@256", peers=_COMPILE, turn=2),),
     ),
     "train_step": Operator(
@@ -471,7 +491,7 @@ OPERATORS: dict[str, Operator] = {
         peers=lambda w: ("torch", "graph", "compile"),
         product=True,
         layers=4,
-        prepare=training.training_step,
+        prepare=lambda *work: training.training_step(*work),
         sweeps=(
             Sweep("", 30, "demo@256,demo@1024,demo@4096", peers="torch,graph,compile", turn=2),
         ),

@@ -29,8 +29,10 @@ import torch
 
 from tilelab.perf.errors import PerfError
 from tilelab.perf.work.formulas import Maker
-from tilelab.perf.work.operators import OPERATORS, Mode, Operator
+from tilelab.perf.work.operators import OPERATORS, Mode, Operator, import_what_rows_call
 from tilelab.perf.work.peers import PEERS, as_peer
+
+import_what_rows_call()
 
 DTYPES = {  # as users type them: dtype and how float32 products are rounded
     "bf16": ("bfloat16", "ieee"),

@@ -1,23 +1,19 @@
 """Comparing two results files: verdicts on made-up runs whose truth is known."""
 
 import argparse
+import contextlib
+import io
 
 import numpy as np
 import pytest
 
+from tests.tools import perf_rows
 from tilelab.perf.errors import PerfError
 from tilelab.perf.report import compare as module
 from tilelab.perf.report.compare import compare, format_table, summary
 from tilelab.perf.rows import results
 
-HEADER = {
-    "created": "2026-01-01T00:00:00Z",
-    "gpu": "NVIDIA H200",
-    "measured": True,
-    "driver": "570.1",
-    "commit": "0123456789abcdef",
-    "versions": {"torch": "2.13.0", "triton": "3.7.1"},
-}
+HEADER = perf_rows.HEADER | {"commit": "0123456789abcdef"}
 
 
 def samples(median, seed=0, spread=0.003, count=40):
@@ -26,21 +22,9 @@ def samples(median, seed=0, spread=0.003, count=40):
 
 def row(median=1e-3, seed=0, spread=0.003, **changes):
     timed = samples(median, seed, spread)
-    about = {
-        "op": "matmul",
-        "mode": "fwd",
-        "dtype": "bfloat16",
-        "precision": "ieee",
-        "shape": {"M": 64, "N": 32, "K": 16},
-        "impl": "tilelab",
-        "tile": {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4},
-        "stage": "final",
-        "status": "ok",
-        "source": "aaaa",
-        "samples_s": timed,
-        "median_s": float(np.median(timed)),
-    }
-    return {**about, **changes}
+    tile = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4}
+    about = dict(tile=tile, samples_s=timed, median_s=float(np.median(timed)))
+    return perf_rows.one_row(**about | changes)
 
 
 def peer(median=1e-3, **changes):
@@ -58,9 +42,9 @@ def main(*args):
     """Run the command; return its exit status and what it printed."""
     parser = argparse.ArgumentParser()
     module.add_arguments(parser)
-    printed = []
-    status = module.run(parser.parse_args(list(args)), printed.append)
-    return status, "\n".join(printed)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        status = module.run(parser.parse_args(list(args)))
+    return status, printed.getvalue()
 
 
 def one(a, b, **options):

@@ -139,8 +139,6 @@ def sim(monkeypatch):
         "_sleep": lambda cycles: sim.launch(cycles / 1.98e9, host=5e-6),
         "synchronize": sim.synchronize,
         "is_available": lambda: True,
-        "device_count": lambda: 1,
-        "set_device": lambda index: None,
         "get_device_properties": lambda index: properties,
         "memory_reserved": lambda index: 30,
         "memory_allocated": lambda index: 10,
@@ -189,8 +187,6 @@ def test_an_amd_gpu_has_no_nvml_but_works(sim, monkeypatch):
 
 
 def test_a_gpu_that_is_not_there(sim, monkeypatch):
-    with pytest.raises(PerfError, match="no GPU 1: torch sees 1"):
-        CudaDevice(1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(PerfError, match="sees no GPU"):
         CudaDevice()
@@ -423,13 +419,21 @@ class FakePynvml(types.SimpleNamespace):
         return "handle"
 
 
+def device_with(pynvml):
+    """A device with this NVML; the host has as many methods as a GPU."""
+    device = HostDevice()
+    device._nvml = Nvml(pynvml, "ab", None)
+    return device
+
+
 def test_nvml_answers_in_plain_units():
-    nvml = Nvml(FakePynvml(), "ab", None)
-    assert nvml.missing is None and nvml.driver() == "580.1"
-    assert nvml.clock("SM") == 1755 and nvml.clock("MEM") == 3201
-    assert nvml.clock("SM", most=True) == 1980
-    assert nvml.power_limit() == 700.0 and nvml.energy() == 12.345 and nvml.processes() == 2
-    assert nvml.throttle_reasons() == ["power cap", "thermal (software)"]  # idle and set clocks: no
+    device = device_with(FakePynvml())
+    header = device.header()
+    assert device._nvml.missing is None and header["driver"] == "580.1"
+    assert header["clocks_mhz"] == dict(sm=1755, memory=3201, sm_max=1980)
+    assert device.clock_mhz() == 1755 and header["power_limit_w"] == 700.0
+    assert device.energy_j() == 12.345 and device.processes() == 2
+    assert device.throttle_reasons() == ["power cap", "thermal (software)"]  # idle and set: no
 
 
 def test_a_gpu_is_found_by_its_identity():
@@ -455,20 +459,16 @@ def test_what_nvml_cannot_say_is_none():
     broken = {name: FakePynvml.fails for name in vars(FakePynvml()) if name.startswith("nvmlD")}
     for function in ("nvmlDeviceGetHandleByUUID", "nvmlInit"):
         broken.pop(function, None)
-    for nvml in (
-        Nvml(FakePynvml(**broken, nvmlSystemGetDriverVersion=FakePynvml.fails), "ab", None),
-        Nvml(FakePynvml(nvmlInit=FakePynvml.fails), "ab", None),
-        Nvml(None, "ab", None),
+    for pynvml in (
+        FakePynvml(**broken, nvmlSystemGetDriverVersion=FakePynvml.fails),
+        FakePynvml(nvmlInit=FakePynvml.fails),
+        None,
     ):
-        assert nvml.clock("SM") is nvml.energy() is nvml.processes() is nvml.power_limit() is None
-        assert nvml.throttle_reasons() == [] and nvml.driver() is None
-    assert "not installed" in nvml.missing
-
-
-def test_older_drivers_and_bindings_have_another_name_for_the_reasons():
-    nvml = FakePynvml(nvmlDeviceGetCurrentClocksThrottleReasons=lambda handle: 0x8)
-    del nvml.nvmlDeviceGetCurrentClocksEventReasons
-    assert Nvml(nvml, "ab", None).throttle_reasons() == ["hardware slowdown"]
+        device = device_with(pynvml)
+        assert device.clock_mhz() is device.energy_j() is device.processes() is None
+        assert device.throttle_reasons() == []
+        assert [*device.header().values()] == ["interpreter", None, None, None, None]
+    assert "not installed" in device._nvml.missing
 
 
 def test_every_name_is_in_pynvml():

@@ -64,7 +64,7 @@ def loser(**more):
         ("waves", ["1.03 waves", "48%", "3%"], dict(
             waves=1.03, wave_efficiency=0.515, predicted_s=150e-6)),
         ("padding", ["25%", "0%"], dict(padding=4 / 3, predicted_s=133e-6)),
-        ("loop", ["2.00x the instructions", "36%", "18%"], dict(loop_instructions=184)),
+        ("loop", ["2.00x the instructions"], dict(loop_instructions=184)),
         ("traffic", ["23.4 bytes", "11.7"], dict(tile=TILE | dict(BLOCK_M=64, BLOCK_N=128),
                                                  loop_instructions=23)),
         ("tie", ["120 µs"], dict(median_s=120.5e-6)),
@@ -116,11 +116,6 @@ def test_a_modelled_cause_says_how_much_of_the_gap_it_explains():
     assert code == "waves" and "by the model 2.00x: 33% of the gap" in words
 
 
-def test_all_of_a_gap():
-    slow = loser(padding=1.5, predicted_s=150e-6)
-    assert "by the model 1.50x: all of the gap" in diagnosis.explain_loss(slow, BEST, H200)[1]
-
-
 def test_a_faster_computation_ends_at_the_memory_floor():
     # The memory alone takes 90 of its 120 µs: without padding it would be 90, not 60.
     slow = loser(padding=2.0, predicted_s=120e-6, moved=int(90e-6 * H200.bandwidth))
@@ -142,14 +137,6 @@ def test_what_explains_more_than_half_goes_before_a_suspicion():
     both = dict(occupancy=0.06, padding=1.05, predicted_s=105e-6)
     code, words = diagnosis.explain_loss(loser(**both), BEST, H200)
     assert code == "occupancy" and "also 5% of its work is padding" in words
-
-
-def test_issue_slots_as_in_the_estimate_for_the_weight_gradient():
-    # 362 instructions x 8 warps / 4 a clock, while 2 x 128 x 256 x 64 FLOPs take 1024 clocks
-    assert diagnosis.issue_share(row(loop_instructions=362), H200) == pytest.approx(0.707, abs=1e-3)
-    assert diagnosis.issue_share(row(tensor_core=None), H200) is None
-    assert diagnosis.issue_share(row(), None) is None
-    assert diagnosis.issue_share(row(), gpus.GPUS["mi300x"]) is None
 
 
 def test_a_pruned_tile_says_that_it_was_not_timed():
@@ -214,17 +201,16 @@ def test_every_tile_of_every_workload_is_in_the_table(rows):
 
 
 def test_the_text_groups_and_cuts(rows):
-    text = diagnosis.format_table(diagnosis.table(rows)[:1], tiles=2, groups=3)
+    text = diagnosis.format_table(diagnosis.table(rows)[:1], tiles=2)
     title, best, *groups = text.splitlines()
     assert title == f"matmul fwd, bfloat16, square 512, on {perf_rows.GPU}"
     assert re.fullmatch(r"  best of \d+ tiles: \d+x\d+x\d+ w\d s\d g8, [\d.,]+ TFLOP/s", best)
     heads = [re.match(r"  (\d+) tiles?: ", line) for line in groups]
     counts = [int(head[1]) for head in heads if head]
-    assert len(counts) == 3 and counts == sorted(counts, reverse=True)
+    assert len(counts) > 3 and counts == sorted(counts, reverse=True)
     shown = sum(line.startswith("    ") and "and" != line.split()[0] for line in groups)
     hidden = sum(int(line.split()[1]) for line in groups if line.startswith("      and "))
-    assert shown <= 6 and shown + hidden == sum(counts)
-    assert re.fullmatch(r"  \d+ tiles? for \d other reasons?", groups[-1])
+    assert shown <= 2 * len(counts) and shown + hidden == sum(counts)
     assert max(map(len, text.splitlines())) < 200
 
 

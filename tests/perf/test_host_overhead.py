@@ -1,14 +1,13 @@
 """perf/clock/host_overhead.py, and the bound on what the kernels' checks and tile look-ups cost."""
 
 import functools
-import json
 import tempfile
 
 import pytest
 
 from tilelab.perf.clock import host_overhead
-from tilelab.perf.clock.host_overhead import ROOT, run_python
 from tilelab.perf.clock.host_overhead import child as real_child
+from tilelab.perf.clock.host_overhead import run_python
 from tilelab.perf.errors import PerfError
 
 LIMIT = {"matmul": 8.0, "conv2d": 8.5}  # µs a call for checks and the tile look-up together
@@ -18,6 +17,7 @@ YARDSTICK = 2.8
 TRIES = 5  # some seconds apart: a machine that others use is slow for a while
 CHILD = """
 import json
+from tests.tools.check_costs import check_costs
 from tilelab.perf.clock import host_overhead as host
 from tilelab.kernels import _tiles
 def yardstick():
@@ -28,10 +28,10 @@ def yardstick():
 def plain():
     return host.least_microseconds({"yardstick": yardstick}, 10)["yardstick"]
 before, ops = plain(), ("matmul", "conv2d")
-found = dict(checks=host.check_costs(20, *ops), calls=host.call_costs(2))
+found = dict(checks=check_costs(20, *ops), calls=host.call_costs(2))
 found["yardstick"] = max(before, plain())
 _tiles._nearest_tile = _tiles._nearest_tile.__wrapped__  # a look-up with no cache
-found["uncached"] = host.check_costs(2, "matmul")
+found["uncached"] = check_costs(2, "matmul")
 print(json.dumps(found))
 """
 
@@ -109,19 +109,3 @@ def test_everybody_takes_part_in_every_round(monkeypatch):
     assert found == pytest.approx({"a": 1000.0, "b": 2000.0})
     turns = [name for name, before in zip(order, [None, *order], strict=False) if name != before]
     assert "".join(turns) == "ab" * 4  # how often to call each, and then three rounds
-
-
-def test_the_table():
-    costs = {"matmul fwd": 21.78, "matmul dgrad": 35.7, "matmul wgrad": 33.0, "sgd step": 103.2,
-             "import tilelab.kernels": 1.0, "matmul: first call, full cache": 0.1}  # fmt: skip
-    assert host_overhead.markdown(costs).splitlines()[2:] == [
-        "| `matmul` | 21.8 | dgrad 35.7, wgrad 33 |",
-        "| `sgd` | 103 | – |",
-    ]
-
-
-def test_the_page_of_numbers_has_the_committed_measurement():
-    """The table of what a call costs, from perf/results/cpu/doctor.json and not from memory."""
-    findings = json.loads((ROOT / "perf/results/cpu/doctor.json").read_text())["findings"]
-    costs = {f["title"].removeprefix("host "): f["value"] for f in findings}
-    assert host_overhead.markdown(costs) in (ROOT / "docs" / "numbers.md").read_text()

@@ -42,14 +42,6 @@ def test_the_interval_holds_the_median_as_often_as_it_says(count):
     assert 0.92 <= hits / 600 <= 0.975
 
 
-def test_a_confidence_of_half_holds_half():
-    hits = 0
-    for seed in range(400):
-        low, high = stats.bootstrap_median(lognormal(50, seed, scale=1.0), confidence=0.5)
-        hits += low <= 1.0 <= high
-    assert 0.42 <= hits / 400 <= 0.58
-
-
 def test_the_interval_shrinks_with_the_root_of_the_samples():
     widths = []
     for count in (50, 800):
@@ -62,25 +54,17 @@ def test_the_bootstrap_agrees_with_a_plain_one():
     """The shortcut of sorting first against the definition, draw by draw."""
     for count in (1, 2, 7, 10):
         samples = lognormal(count, 3)
-        places = np.random.default_rng(5).integers(0, count, (2000, count), dtype=np.uint32)
+        places = np.random.default_rng(0).integers(0, count, (2000, count), dtype=np.uint32)
         plain = np.quantile(np.median(np.sort(samples)[places], axis=1), [0.025, 0.975])
-        np.testing.assert_allclose(stats.bootstrap_median(samples, seed=5), plain, rtol=1e-12)
+        np.testing.assert_allclose(stats.bootstrap_median(samples), plain, rtol=1e-12)
 
 
-def test_deterministic_by_seed_and_whatever_the_order():
+def test_deterministic_whatever_the_order():
     samples = lognormal(40, 0)
     assert stats.bootstrap_median(samples) == stats.bootstrap_median(samples[::-1])
-    assert len({stats.bootstrap_median(samples, seed=seed) for seed in range(10)}) > 1
     state = np.random.get_state()[1].copy()
     stats.summary(samples)
     np.testing.assert_array_equal(state, np.random.get_state()[1])  # the caller's are left alone
-
-
-def test_blocks_of_draws_do_not_matter(monkeypatch):
-    samples = lognormal(100, 0)
-    whole = stats.bootstrap_median(samples)
-    monkeypatch.setattr(stats, "_BLOCK", 5000)  # 50 resamples at a time
-    assert stats.bootstrap_median(samples) == whole
 
 
 def test_a_thousand_samples_take_little_time():

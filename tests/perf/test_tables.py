@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from tests.tools import perf_rows
+from tests.tools import perf_rows, tables
 from tilelab.perf.clock.host_overhead import ROOT
-from tilelab.perf.report import history, tables
+from tilelab.perf.report import history
 
 PAGES = [(ROOT / name).read_text() for name in ("README.md", "docs/numbers.md")]
 
@@ -82,6 +82,16 @@ def test_the_table_of_a_training_step(tmp_path):
         "| 64 | tilelab | 2 | 2.5 MB | 1.2 MB |",
     ]
     assert len(lines) == 5
+
+
+def test_the_table_of_calls():
+    costs = {"matmul fwd": 21.78, "matmul dgrad": 35.7, "matmul wgrad": 33.0, "sgd step": 103.2,
+             "import tilelab.kernels": 1.0, "matmul: first call, full cache": 0.1}  # fmt: skip
+    findings = [dict(title=f"host {name}", value=cost) for name, cost in costs.items()]
+    assert tables.call_costs(findings).splitlines()[2:] == [
+        "| `matmul` | 21.8 | dgrad 35.7, wgrad 33 |",
+        "| `sgd` | 103 | – |",
+    ]
 
 
 def test_no_table_needs_rows_of_everything(rows):

@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 
+from tests.tools.tables import STEP
 from tilelab.__main__ import main
 from tilelab.perf.commands import training_step
 from tilelab.perf.commands.training_step import Ledger, kept_bytes, listing_kept, totals
-from tilelab.perf.report import tables
 from tilelab.perf.work import cost
 
 
@@ -60,7 +60,7 @@ def test_bytes_by_hand(counts):
 @pytest.mark.slow
 def test_the_committed_counts_are_those_of_the_code(counts):
     """README's table is made of them."""
-    committed = json.loads(tables.STEP.read_text())["steps"]
+    committed = json.loads(STEP.read_text())["steps"]
     (step,) = [step for step in committed if step["batch"] == 256]
     for name in ("tilelab", "minimum"):  # operators of torch's depend on its version
         assert step[name] == counts[name]

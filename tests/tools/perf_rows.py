@@ -285,3 +285,24 @@ def header(measured=True):
         commit="0123456789abcdef0123456789abcdef01234567", dirty=True,
         host=dict(cpu="a CPU (synthetic)", cores=16), seed=0, note=NOTE,
     )  # fmt: skip
+
+
+# -- one row, to be changed ------------------------------------------------------------------------
+
+HEADER = {
+    "created": "2026-01-01T00:00:00Z",
+    "gpu": "NVIDIA H200",
+    "measured": True,
+    "driver": "570.1",
+    "versions": {"torch": "2.13.0", "triton": "3.7.1", "cudnn": None},
+}
+
+
+def one_row(**changes):
+    """A finalist of a small matmul, that took a millisecond, with these changes."""
+    about = dict(
+        op="matmul", mode="fwd", dtype="bfloat16", precision="ieee", shape=dict(M=64, N=32, K=16),
+        impl="tilelab", tile=dict(BLOCK_M=64, num_warps=4), stage="final", status="ok",
+        source="aaaa", median_s=1e-3,
+    )  # fmt: skip
+    return about | changes

@@ -1,6 +1,6 @@
 """Makes the tables of README.md and docs/numbers.md from committed results.
 
-`python -m tilelab.perf.report.tables` prints them; tests/perf/test_tables.py holds the two pages to
+`python -m tests.tools.tables` prints them; tests/perf/test_tables.py holds the two pages to
 them.
 """
 
@@ -11,32 +11,35 @@ import types
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from tilelab.perf.clock.host_overhead import ROOT
 from tilelab.perf.commands.training_step import totals
 from tilelab.perf.report import history
 from tilelab.perf.rows import ranking
 from tilelab.perf.rows.ranking import Row, markdown_table
+from tilelab.perf.rows.results import MODES
 from tilelab.perf.work import networks
 from tilelab.perf.work.operators import OPERATORS
 
-PREDICTED = Path(__file__).parents[1] / "results" / "predicted" / "sm_90.jsonl.gz"
+PREDICTED = ROOT / "perf" / "results" / "predicted" / "sm_90.jsonl.gz"
 STEP = PREDICTED.with_name("step.json")  # of `tilelab step --json`
-DEMO = PREDICTED.parents[1] / "cpu" / "demo.jsonl"  # what `make train` said, for five seeds
+DEMO = ROOT / "perf" / "results" / "cpu" / "demo.jsonl"  # `make train`, for five seeds
+DOCTOR = DEMO.with_name("doctor.json")  # of `tilelab doctor --host --json`
 CONVOLUTIONS = [op for op, row in OPERATORS.items() if row.sizes == networks.CONV]
 OPS = [op for op, row in OPERATORS.items() if row.lesson and op not in CONVOLUTIONS]
 CONV_LAYER = "resnet50.layer3.1.conv2 n256"  # 3x3, 256 channels of 14 x 14 pixels
 
 
-def tables(path: Path = PREDICTED, step: Path = STEP, demo: Path = DEMO) -> dict[str, str]:
+def tables() -> dict[str, str]:
     """Every table by name, in Markdown; README.md has the summary, docs/numbers.md the others.
 
     Raises:
         PerfError: for a file that cannot be read.
     """
-    headers, rows = ranking.read([path], note=lambda text: None)
+    headers, rows = ranking.read([PREDICTED], note=lambda text: None)
     entries = history.entries(headers, rows)
-    runs = [json.loads(line) for line in demo.read_text().splitlines()]
+    runs = [json.loads(line) for line in DEMO.read_text().splitlines()]
     return {
-        "summary": summary(rows, entries, step, runs),
+        "summary": summary(rows, entries, STEP, runs),
         "demo": demo_runs(runs),
         "matmul's tiles": matmul_tiles(rows),
         "operators": speeds(entries, OPS),
@@ -44,7 +47,8 @@ def tables(path: Path = PREDICTED, step: Path = STEP, demo: Path = DEMO) -> dict
         "input gradient's tiles": conv_tiles(rows, "dgrad"),
         "weight gradient's tiles": conv_tiles(rows, "wgrad"),
         "convolutions": speeds(entries, CONVOLUTIONS),
-        "training step": training_step(step),
+        "training step": training_step(STEP),
+        "calls": call_costs(json.loads(DOCTOR.read_text())["findings"]),
     }
 
 
@@ -153,6 +157,21 @@ def training_step(path: Path) -> str:
             sizes = ["–" if size is None else f"{size / 1e6:,.1f} MB" for size in (moved, kept)]
             lines.append([step["batch"], shown, launches, *sizes])
     return markdown_table(("images", "", "launches", "bytes moved", "kept for the backward"), lines)
+
+
+def call_costs(findings: list[dict]) -> str:
+    """What a call of each operator costs on the host, and its gradients."""
+    found: dict[str, dict[str, str]] = {}
+    for finding in findings:
+        op, _, mode = finding["title"].removeprefix("host ").partition(" ")
+        if mode in MODES:
+            found.setdefault(op, {})[mode] = f"{finding['value']:.3g}"
+    lines = []
+    for op, modes in found.items():
+        call = modes.pop("fwd" if "fwd" in modes else "step")
+        gradients = ", ".join(f"{mode} {cost}" for mode, cost in modes.items())
+        lines.append((f"`{op}`", call, gradients or "–"))
+    return markdown_table(("operator", "call (µs)", "its gradients by mode (µs)"), lines)
 
 
 def _tiles(rows: Iterable[Row], tiles: list[dict], operands: str, predicted: str) -> str:
