@@ -330,6 +330,13 @@ def no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
+def test_an_installed_wheel_has_no_tests_to_run(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu_programme, "ROOT", tmp_path)
+    assert main.main(["gpu", "--dry-run", "--out", str(tmp_path / "out")]) == 2
+    assert "which a wheel lacks: call it in a checkout" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
