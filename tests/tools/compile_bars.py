@@ -64,6 +64,18 @@ def spills_of_an_epilogue(row):
     return row["spills"] > (24 if whole and row["group"] == "activation" else 0)
 
 
+def spills_at_a_default(row):
+    """None, but for two cases, both outside of the loop.
+
+    The naive rung of the convolution keeps two of its addresses on the stack with triton 3.6.0. By
+    TMA on sm_100, GELU and SiLU lack a few registers in the epilogue of the largest tiles.
+    """
+    smooth = row["constants"].get("ACTIVATION") not in (None, "relu")
+    if row["kernel"] == "conv2d_direct_kernel":
+        return row["spills"] > 8
+    return row["spills"] > 24 * (smooth and row["tma"] and row["target"] == "sm_100")
+
+
 def too_much_shared_memory(row):
     return row["shared"] > SHARED[row["target"]] and not is_too_large(row)
 
@@ -225,7 +237,7 @@ OTHERS = ("sm_80", "sm_100", "gfx942")
 BARS = [
     Bars(("default",), None, None, {
         **FITS,
-        "spills": more_spills_than(0),
+        "spills": spills_at_a_default,
         "no tensor cores": no_tensor_cores,
     }),
     Bars(("tiles",), None, HOPPER, FITS),  # a sweep may try what spills
