@@ -15,6 +15,7 @@ bytes, so that TFLOP/s and GB/s compare as times do, and the share of a GPU's pe
     matmul             fwd             2 M N K           e (M K + K N + M N), read A B, write C
                        dgrad, wgrad    2 M N K           the same: each of A, B, C in another role
     matmul_bias_relu   fwd             2 M N K           the same, and e N for the bias
+    matmul_bias_gelu   fwd             2 M N K           the same as matmul_bias_relu
     scaled_matmul      fwd             2 M N K           e (M K + K N) + 2 M N, e of A and B
     conv2d,            fwd             2 MACs            e (x + w + y)
     conv2d_im2col      dgrad           2 MACs            e (dy + w + dx)
@@ -25,6 +26,8 @@ bytes, so that TFLOP/s and GB/s compare as times do, and the share of a GPU's pe
                        wgrad           2 MACs            e (x + dy + dw + dbias) + y places
     bias_relu          fwd             2 n               2 n e
                        bwd             2 n               3 n e, read dy and y, write dx
+    bias_gelu          fwd             6 n               2 n e, an erf counts as one FLOP
+                       bwd             13 n              3 n e, read dy and x, write dx
     softmax            fwd             5 n               2 n e
                        bwd             4 n               3 n e, read dy and y, write dx
     cross_entropy      fwd             5 n               n e
@@ -39,8 +42,8 @@ bytes, so that TFLOP/s and GB/s compare as times do, and the share of a GPU's pe
     conv_stack         step            see `stack_flops` and `stack_bytes`
 
 The formulas leave out what is small: the classes and losses of a cross-entropy (a few bytes a row),
-the bias and its gradient in bias_relu, and the scales of scaled_matmul. The results of
-scaled_matmul are bfloat16, whatever its operands are.
+the bias and its gradient in bias_relu and bias_gelu, and the scales of scaled_matmul. The results
+of scaled_matmul are bfloat16, whatever its operands are.
 
 "places" says where each maximum was, in conv2d_relu_pool and max_pool2d: one byte an output, enough
 for windows of up to 16 x 16. Both keep exactly that; PyTorch keeps eight. The forward mode counts

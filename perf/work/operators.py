@@ -150,6 +150,25 @@ _PRODUCTS = dict(
     product=True,
 )
 _PRODUCT = (cost.product_flops, cost.product_bytes)
+_PRODUCT_AND_BIAS = dict(
+    lesson="matmul",
+    modes={
+        "fwd": Mode(
+            (MATMUL,), cost.product_flops, lambda s, e: cost.product_bytes(s, e) + s["N"] * e
+        )
+    },
+    inputs=lambda s, make: dict(a=make(s["M"], s["K"]), b=make(s["K"], s["N"]), bias=make(s["N"])),
+    peers=lambda w: _with_inductor(w),
+)
+_BIAS_AND_ACTIVATION = dict(
+    lesson="bias_relu",
+    sizes=("N", "C", "H", "W"),
+    default="resnet50@32",
+    tiny=[(2, 7, 5, 3)],
+    implied={"W": "H"},
+    layer=networks.relu,
+    inputs=lambda s, make: dict(x=make(s["N"], s["C"], s["H"], s["W"]), bias=make(s["C"])),
+)
 _WINDOWS = {"W": "H", "S": "R", "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 _CONVOLUTIONS = dict(
     sizes=networks.CONV,
@@ -187,6 +206,16 @@ _OPTIMIZERS = dict(
     | {"transformer": lambda N: [Shape("gpt2 parameters", dict(tensors=148, elements=840_809))]},
     sweeps=(Sweep("optimizers", 12.5, "resnet50,vgg16", peers=_COMPILE),),
 )
+
+
+def _bias_modes(forward: tuple, backward: tuple) -> dict[str, Mode]:
+    """The modes of a bias with an activation, of their FLOPs and bytes."""
+    return {
+        "fwd": Mode((TileOp("bias_relu", search_space.ROWS),), *forward),
+        "bwd": Mode(
+            (TileOp("bias_relu_backward", search_space.ROWS),), *backward, wrt=("x", "bias")
+        ),
+    }
 
 
 def _with_inductor(w: Any) -> tuple[str, ...]:
@@ -229,19 +258,9 @@ OPERATORS: dict[str, Operator] = {
         ),
     ),
     "matmul_bias_relu": Operator(  # forward alone: its gradients are those of matmul and bias_relu
-        **_PRODUCTS,
-        lesson="matmul",
-        modes={
-            "fwd": Mode(
-                (MATMUL,), cost.product_flops, lambda s, e: cost.product_bytes(s, e) + s["N"] * e
-            )
-        },
-        inputs=lambda s, make: dict(
-            a=make(s["M"], s["K"]), b=make(s["K"], s["N"]), bias=make(s["N"])
-        ),
+        **_PRODUCTS | _PRODUCT_AND_BIAS,
         ours=lambda s, a, b, bias: kernels.matmul(a, b, bias, "relu"),
         theirs=lambda s, a, b, bias: torch.addmm(bias, a, b).relu(),
-        peers=_with_inductor,
         sweeps=(Sweep(seconds=60, shapes="square,transformer", peers=_COMPILE),),
     ),
     "scaled_matmul": Operator(
@@ -265,25 +284,25 @@ OPERATORS: dict[str, Operator] = {
             Sweep("scaled-matmul-int8", 15, "square,transformer", "fwd", "int8", turn=3),
         ),
     ),
+    "matmul_bias_gelu": Operator(  # forward alone, where GELU is fused
+        **_PRODUCTS | _PRODUCT_AND_BIAS,
+        ours=lambda s, a, b, bias: kernels.matmul(a, b, bias, "gelu"),
+        theirs=lambda s, a, b, bias: F.gelu(torch.addmm(bias, a, b)),
+        sweeps=(Sweep(seconds=30, shapes="transformer", peers=_COMPILE, turn=3),),
+    ),
     "bias_relu": Operator(
-        lesson="bias_relu",
-        sizes=("N", "C", "H", "W"),
-        default="resnet50@32",
-        tiny=[(2, 7, 5, 3)],
-        implied={"W": "H"},
-        layer=networks.relu,
-        modes={
-            "fwd": Mode((TileOp("bias_relu", search_space.ROWS),), *cost.per_element(2, 2)),
-            "bwd": Mode(
-                (TileOp("bias_relu_backward", search_space.ROWS),),
-                *cost.per_element(2, 3),
-                wrt=("x", "bias"),
-            ),
-        },
-        inputs=lambda s, make: dict(x=make(s["N"], s["C"], s["H"], s["W"]), bias=make(s["C"])),
+        **_BIAS_AND_ACTIVATION,
+        modes=_bias_modes(cost.per_element(2, 2), cost.per_element(2, 3)),
         ours=lambda s, x, bias: kernels.bias_relu(x, bias),
         theirs=lambda s, x, bias: F.relu(x + bias[:, None, None]),
         sweeps=(Sweep(seconds=25, shapes="resnet50@32", peers=_COMPILE),),
+    ),
+    "bias_gelu": Operator(
+        **_BIAS_AND_ACTIVATION,
+        modes=_bias_modes(cost.per_element(6, 2), cost.per_element(13, 3)),
+        ours=lambda s, x, bias: kernels.bias_activation(x, bias, "gelu"),
+        theirs=lambda s, x, bias: F.gelu(x + bias[:, None, None]),
+        sweeps=(Sweep(seconds=15, shapes="resnet50@32", peers=_COMPILE, turn=3),),
     ),
     "softmax": Operator(
         lesson="softmax",

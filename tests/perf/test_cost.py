@@ -77,6 +77,9 @@ OTHERS = [  # op, mode, sizes, FLOPs, bytes of 2-byte elements
     ("scaled_matmul", "fwd", (3, 5, 7), 210, 142),  # 56 elements of operands, 15 results of 2 bytes
     ("bias_relu", "fwd", (2, 3, 5, 7), 420, 840),
     ("bias_relu", "bwd", (2, 3, 5, 7), 420, 1260),
+    ("matmul_bias_gelu", "fwd", (3, 5, 7), 210, 152),
+    ("bias_gelu", "fwd", (2, 3, 5, 7), 1260, 840),
+    ("bias_gelu", "bwd", (2, 3, 5, 7), 2730, 1260),
     ("softmax", "fwd", (3, 5), 75, 60),
     ("softmax", "bwd", (3, 5), 60, 90),
     ("cross_entropy", "fwd", (3, 5), 75, 30),

@@ -287,7 +287,7 @@ def test_describe_names_every_set_and_fits_a_terminal():
     for name, (meaning, *_) in SETS.items():
         assert f"\n{name:12} {meaning}\n" in text
     assert max(map(len, text.splitlines())) <= 100
-    resnet = text.split("\nresnet50")[1].split("\nvgg16")[0]
+    resnet = " ".join(text.split("\nresnet50")[1].split("\nvgg16")[0].split())
     assert "conv2d 23" in resnet and "conv2d_relu_pool" not in resnet
 
 
