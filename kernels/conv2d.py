@@ -469,7 +469,7 @@ def conv2d(
         groups: into how many groups the channels of x and the filters are divided; C for a
             depthwise convolution.
         activation: None, "relu", "gelu" (exact), "gelu_tanh" or "silu". If an input requires a
-            gradient, all but "relu" round the sum to x's dtype before bias and activation.
+            gradient, all but ReLU round the sum to x's dtype before bias and activation.
 
     Returns:
         [N, K, P, Q] of x's dtype in channels_last memory, accumulated in float32, with
