@@ -408,6 +408,9 @@ def run(tree: pathlib.Path, python: str, mutant: Mutant) -> dict:
         except subprocess.TimeoutExpired:
             caught = f"{args}: it never ended"
             break
+        if done.returncode < 0:  # a read far out of bounds ends Python itself
+            caught = f"{args}: ended by signal {-done.returncode}"
+            break
         if done.returncode not in (0, 1):  # no tests, or they could not even be collected
             sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-3000:]}")
         if done.returncode:
