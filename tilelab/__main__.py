@@ -12,36 +12,18 @@ from tilelab.perf.errors import Help, PerfError
 # name: the module that has `add_arguments(parser)` and `run(args)`, and what it does
 COMMANDS = {
     "train": ("nets.train", "train a network on images, and draw what it learned"),
-    "sweep": (
-        "perf.commands.sweep",
-        "time every tile and every peer on this GPU (without one: compile and predict)",
-    ),
-    "compile": (
-        "perf.commands.compile",
-        "compile every tile for GPUs that need not be here; tabulate and predict",
-    ),
+    "sweep": ("perf.commands.sweep", "time every tile and peer; with no GPU compile, predict"),
+    "compile": ("perf.commands.compile", "compile every tile for GPUs that need not be here"),
     "plot": ("perf.report.plot", "draw results files"),
     "report": ("perf.report.html_page", "make one HTML page of results files"),
-    "compare": (
-        "perf.report.compare",
-        "say what became faster or slower between two results files",
-    ),
-    "log": (
-        "perf.report.history",
-        "keep a line for each set of shapes: predicted, measured, against the best peer",
-    ),
+    "compare": ("perf.report.compare", "say what became faster or slower between two files"),
+    "log": ("perf.report.history", "keep a line for each set of shapes of results files"),
     "step": (
         "perf.commands.training_step",
-        "count what a training step launches, moves and keeps (with a GPU: time it, too)",
+        "count what a training step launches, moves and keeps",
     ),
-    "gpu": (
-        "perf.commands.gpu_programme",
-        "do all that needs a GPU, in order of value, in the time there is",
-    ),
-    "doctor": (
-        "perf.commands.doctor",
-        "say what is installed, how fast this machine is, and what is missing",
-    ),
+    "gpu": ("perf.commands.gpu_programme", "do all that needs a GPU, within a time budget"),
+    "doctor": ("perf.commands.doctor", "say what is installed, how fast it is, what is missing"),
 }
 KEPT = {  # what an interrupted command leaves
     "sweep": ": what was finished is in the results file",
