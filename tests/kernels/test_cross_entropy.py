@@ -1,6 +1,6 @@
 """cross_entropy: every option of torch's, ignored rows, special values, wrong classes."""
 
-import contextlib
+import functools
 import importlib
 import math
 
@@ -10,31 +10,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.tools import row_kernels
 from tests.tools.inputs import DEVICE, DTYPES, double, gradients, laid_out, randn
 from tests.tools.poison import poison
+from tests.tools.row_kernels import BOTH, both_kernels
 from tests.tools.tolerance import assert_close
 from tilelab.kernels import cross_entropy
-from tilelab.kernels._tiles import use_tile
 from tilelab.kernels.cross_entropy import reference
 
 module = importlib.import_module("tilelab.kernels.cross_entropy")  # the function has the same name
 INF, NAN = math.inf, math.nan
 REDUCTIONS = ["none", "mean", "sum"]
 LAYOUTS = ["contiguous", "transposed", "channels_last", "sliced", "offset", "expanded"]
-BOTH = {  # the same rows, of up to 16 classes, in registers and online
-    "in registers": dict(BLOCK_M=16, BLOCK_N=16, num_warps=4),
-    "online": dict(BLOCK_M=16, BLOCK_N=4, num_warps=4),
-}
-both_kernels = pytest.mark.parametrize("tile", BOTH.values(), ids=BOTH)
-
-
-@contextlib.contextmanager
-def with_tile(tile):
-    """Forward and backward run with `tile`; with None, with the one they choose."""
-    with contextlib.ExitStack() as stack:
-        for op in ("cross_entropy", "cross_entropy_backward") if tile else ():
-            stack.enter_context(use_tile(op, tile))
-        yield
+with_tile = functools.partial(row_kernels.with_tile, "cross_entropy")
 
 
 def classes(logits_shape, layout="contiguous", dtype=torch.int64, seed=0):

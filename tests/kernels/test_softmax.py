@@ -1,6 +1,6 @@
 """softmax: where its two kernels meet, special values, and what is true of any row."""
 
-import contextlib
+import functools
 import importlib
 import math
 
@@ -9,6 +9,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 
+from tests.tools import row_kernels
 from tests.tools.inputs import (
     DEVICE,
     DTYPES,
@@ -19,28 +20,15 @@ from tests.tools.inputs import (
     randn,
 )
 from tests.tools.poison import poison
+from tests.tools.row_kernels import BOTH, both_kernels
 from tests.tools.tolerance import assert_close
 from tilelab.kernels import _launch, _tiles, softmax
 from tilelab.kernels._rows import as_rows
-from tilelab.kernels._tiles import use_tile
 from tilelab.kernels.softmax import reference
 
 module = importlib.import_module("tilelab.kernels.softmax")  # `kernels.softmax` is the function
 INF, NAN = math.inf, math.nan
-BOTH = {  # the same rows, of up to 16, in registers and online
-    "in registers": dict(BLOCK_M=16, BLOCK_N=16, num_warps=4),
-    "online": dict(BLOCK_M=16, BLOCK_N=4, num_warps=4),
-}
-both_kernels = pytest.mark.parametrize("tile", BOTH.values(), ids=BOTH)
-
-
-@contextlib.contextmanager
-def with_tile(tile):
-    """Forward and backward run with `tile`; with None, with the one they choose."""
-    with contextlib.ExitStack() as stack:
-        for op in ("softmax", "softmax_backward") if tile else ():
-            stack.enter_context(use_tile(op, tile))
-        yield
+with_tile = functools.partial(row_kernels.with_tile, "softmax")
 
 
 def check(shape, dim, dtype, *, x="contiguous", dy="contiguous", tile=None, guard=False):
