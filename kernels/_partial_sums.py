@@ -150,6 +150,12 @@ def matmul_reduce_kernel(
             tl.store(sums_ptr + offs_m, sums.to(sums_ptr.dtype.element_ty), mask=offs_m < M)
 
 
+def first_pass(bias, activation, parts):
+    """Return what a kernel does with its sum: nothing if `reduce_parts` adds up its parts later."""
+    whole = parts == 1
+    return dict(HAS_BIAS=whole and bias is not None, ACTIVATION=activation if whole else None)
+
+
 def reduce_parts(partials, bias, activation, c, M, N, rows, parts, row_partials=None, sums=None):
     """Launch c = act(sum of partials + bias), for partials [parts, rows, N].
 

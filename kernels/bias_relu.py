@@ -285,5 +285,6 @@ def bias_relu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         >>> bias_relu(torch.tensor([[-2.0, 0.5]]), torch.tensor([1.0, 1.0]))
         tensor([[0.0000, 1.5000]])
     """
-    check_tensors(bias=bias)
+    if bias is None:
+        check_tensors(bias=bias)
     return bias_activation(x, bias, "relu")

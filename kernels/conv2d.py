@@ -385,9 +385,8 @@ def _conv2d(
         options["EVEN_C"] = C % tile["BLOCK_K"] == 0
         # Tap (0, 0) of a pixel may lie in the padding, and so may its offset.
         padded = (N, C, H + 2 * padding[0], W + 2 * padding[1])
-        near = [(padded, x.stride()), *((t.shape, t.stride()) for t in (weight, y))]
-        near += [] if bias is None else [(bias.shape, bias.stride())]
-        options["NEAR"] = _are_near(*near)
+        others = (t for t in (weight, y, bias) if t is not None)
+        options["NEAR"] = _are_near((padded, x.stride()), *((t.shape, t.stride()) for t in others))
     launch(
         {"direct": conv2d_direct_kernel, "flat": conv2d_flat_kernel}.get(rung, conv2d_kernel),
         (cdiv(M, tile["BLOCK_M"]) * cdiv(K, tile["BLOCK_N"]), groups),

@@ -47,7 +47,7 @@ import triton.language as tl
 from tilelab.kernels._cost_model import busiest_sm
 from tilelab.kernels._geometry import output_size
 from tilelab.kernels._launch import descriptor, device_of, launch
-from tilelab.kernels._partial_sums import reduce_parts
+from tilelab.kernels._partial_sums import first_pass, reduce_parts
 from tilelab.kernels._tiles import cdiv, choose_tile, persistent, tma_tile
 from tilelab.kernels.activation import activate
 
@@ -582,16 +582,13 @@ def conv2d_tma(plan, x, weight, bias, activation, y, tile, precision, padding, p
     out = y
     if parts > 1:
         out = torch.empty(how.out[0], dtype=torch.float32, device=x.device)
-    ends = dict(HAS_BIAS=bias is not None, ACTIVATION=activation)
-    if parts > 1:  # The second pass adds the bias to the whole sum, and applies the activation.
-        ends = dict(HAS_BIAS=False, ACTIVATION=None)
     launch(
         conv2d_tma_kernel, (how.programs,),
         descriptor(x, *plan.x, how.box), descriptor(weight, *how.w, how.w_box), bias,
         descriptor(out, *how.out, how.out_box),
         descriptor(place, *how.out, how.out_box) if pool else None,
         *how.sizes, 0 if bias is None else bias.stride(0), *plan.taps, *plan.geometry,
-        **ends, PRECISION=precision, **how.meta,
+        **first_pass(bias, activation, parts), PRECISION=precision, **how.meta,
     )  # fmt: skip
     if parts > 1:
         N, P, Q, K = plan.size

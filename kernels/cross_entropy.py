@@ -38,7 +38,13 @@ import torch
 import triton
 import triton.language as tl
 
-from tilelab.kernels._checks import check_choice, check_device, check_tensors, reduction_dtype
+from tilelab.kernels._checks import (
+    check_choice,
+    check_device,
+    check_tensors,
+    reduction_dtype,
+    short_name,
+)
 from tilelab.kernels._launch import launch
 from tilelab.kernels._rows import as_rows, row_offsets
 from tilelab.kernels._tiles import cdiv
@@ -224,7 +230,7 @@ def _check_target(logits: torch.Tensor, target: torch.Tensor) -> None:
         raise TypeError(f"target must be a torch.Tensor, got {type(target).__name__}")
     if target.dtype not in (torch.int64, torch.int32):
         raise TypeError(
-            f"target must be class indices, int64 or int32, got {str(target.dtype)[6:]}"
+            f"target must be class indices, int64 or int32, got {short_name(target.dtype)}"
         )
     check_device("target", target, "logits", logits)
     if not 1 <= logits.dim() <= 4:

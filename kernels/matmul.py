@@ -45,7 +45,7 @@ from tilelab.kernels._checks import (
     dot_precision,
 )
 from tilelab.kernels._launch import device_of, launch
-from tilelab.kernels._partial_sums import reduce_parts
+from tilelab.kernels._partial_sums import first_pass, reduce_parts
 from tilelab.kernels._tiles import cdiv, choose_tile, into_parts, part_count
 from tilelab.kernels.activation import activate, activated, check_activation, kept_for, needs_z
 from tilelab.kernels.bias_relu import bias_activation, bias_activation_backward, bias_backward
@@ -195,14 +195,11 @@ def matmul_into(c, a, b, bias, activation, precision, sums=None):
         out = torch.empty(parts * M, N, dtype=torch.float32, device=c.device)
         if sums is not None:
             out_sums = torch.empty(parts, M, dtype=torch.float32, device=c.device)
-    ends = dict(HAS_BIAS=bias is not None, ACTIVATION=activation)
-    if parts > 1:  # the second kernel does what follows the whole sum
-        ends = dict(HAS_BIAS=False, ACTIVATION=None)
     launch(
         matmul_kernel, (tiles, parts) if parts > 1 else (tiles,),
         a, b, bias, out, out_sums, M, N, K, part_size,
         *a.stride(), *b.stride(), 0 if bias is None else bias.stride(0), *out.stride(),
-        **ends, EVEN_K=K % tile["BLOCK_K"] == 0,
+        **first_pass(bias, activation, parts), EVEN_K=K % tile["BLOCK_K"] == 0,
         PRECISION=precision, IN_PARTS=parts > 1, SUMS=sums is not None, **tile,
     )  # fmt: skip
     if parts > 1:

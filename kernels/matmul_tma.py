@@ -41,7 +41,7 @@ import triton.language as tl
 
 from tilelab.kernels._cost_model import busiest_sm
 from tilelab.kernels._launch import descriptor, device_of, launch, tma_rows
-from tilelab.kernels._partial_sums import reduce_parts
+from tilelab.kernels._partial_sums import first_pass, reduce_parts
 from tilelab.kernels._tiles import cdiv, persistent, tma_tile
 from tilelab.kernels.activation import activate
 
@@ -247,13 +247,10 @@ def matmul_tma(operands, bias, activation, c, tile, precision):
         )
     a_arg, b_arg, out_arg = matrices
     stride_bias = 0 if bias is None else bias.stride(0)
-    ends = dict(HAS_BIAS=bias is not None, ACTIVATION=activation)
-    if parts > 1:  # the second kernel does what follows the whole sum
-        ends = dict(HAS_BIAS=False, ACTIVATION=None)
     launch(
         matmul_tma_kernel, (programs,), a_arg, b_arg, bias, out_arg, M, N, K,
         stride_a, stride_b, stride_bias, N, A_T=a_t, B_T=b_t,
-        **ends, PRECISION=precision,
+        **first_pass(bias, activation, parts), PRECISION=precision,
         WARP_SPECIALIZE=specialize, **tile,
     )  # fmt: skip
     if parts > 1:

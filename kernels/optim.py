@@ -318,7 +318,7 @@ def _filled_later(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return an empty table for the captured step. `capture` fills it when the capture is over."""
     if _captured is None:
         raise RuntimeError(
-            "an optimizer's step is captured within kernels.optim.capture, which takes the "
+            "an optimizer's step is captured within tilelab.kernels.optim.capture, which takes the "
             "arguments of torch.cuda.graph: it fills in the gradients' addresses afterwards"
         )
     with _beside_the_capture(device):

@@ -37,7 +37,7 @@ import triton
 import triton.language as tl
 
 from tilelab.kernels._checks import DTYPES, check_device, check_shape, check_tensors
-from tilelab.kernels._cost_model import FLOPS_16, L2_BYTES, TILE_CLOCKS
+from tilelab.kernels._cost_model import busiest_sm
 from tilelab.kernels._launch import descriptor, device_of, launch, tma_rows
 from tilelab.kernels._tiles import cdiv, choose_tile, persistent, tma_tile
 from tilelab.kernels.activation import activate, activated, check_activation
@@ -267,10 +267,9 @@ def fast_tile(M: int, N: int, K: int, sms: int) -> dict:
     """
 
     def clocks(tile: dict) -> float:
-        m, n, k = (tile[x] for x in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
-        step = max(m * n * k / FLOPS_16, (m + n) * k / L2_BYTES)
-        turns = cdiv(cdiv(M, m) * cdiv(N, n), sms)
-        return turns * (cdiv(K, k) * step + TILE_CLOCKS / tile["PROGRAMS_PER_SM"])
+        tiles = cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"])
+        steps = cdiv(K, tile["BLOCK_K"])
+        return busiest_sm(tile | dict(SPLIT_K=1), tiles, steps, M * N, 1, sms)
 
     return min(FAST_TILES[1], key=clocks)
 

@@ -58,7 +58,9 @@ def load(path: str | Path) -> dict:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise CheckpointError(f"checkpoint {path} is damaged: {reason}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a checkpoint of nets.train (format {FORMAT!r})")
+        raise CheckpointError(
+            f"{path} is not a checkpoint of tilelab.nets.train (format {FORMAT!r})"
+        )
     return {**state, "path": path}
 
 

@@ -62,12 +62,13 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     named = next((word for word in argv if not word.startswith("-")), "")
     try:
-        args = build_parser(named).parse_args(argv)
+        parser = build_parser(named)
+        args = parser.parse_args(argv)
         if args.completion:
             print(_completion(args.completion))
             return 0
         if args.command is None:
-            build_parser().print_help()
+            parser.print_help()
             return 2
         return _load(COMMANDS[args.command][0]).run(args)
     except Help as e:

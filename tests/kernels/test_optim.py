@@ -889,7 +889,7 @@ def test_what_cannot_be_captured(graphs, monkeypatch):
             with capture(graphs()):
                 optimizer.step()
         monkeypatch.setattr(module, "_capturing", lambda device: False)
-    with pytest.raises(RuntimeError, match="within kernels.optim.capture"):
+    with pytest.raises(RuntimeError, match="within tilelab.kernels.optim.capture"):
         with torch.cuda.graph(graphs()):
             SGD(params).step()
 
@@ -1079,6 +1079,6 @@ def test_a_capture_that_cannot_work_is_refused(cls, flags):
                 optimizer.step()
     optimizer.step()
     if optimizer.defaults.get("capturable", True):
-        with pytest.raises(RuntimeError, match="within kernels.optim.capture"):
+        with pytest.raises(RuntimeError, match="within tilelab.kernels.optim.capture"):
             with torch.cuda.graph(torch.cuda.CUDAGraph()):
                 optimizer.step()

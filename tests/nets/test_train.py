@@ -563,8 +563,8 @@ def test_no_flipped_bit_changes_what_is_loaded(finished, tmp_path):
         (b"", "is damaged"),
         (b"# text", "is damaged"),
         (0.5, "is damaged"),
-        ({"weight": torch.zeros(2)}, "not a checkpoint of nets.train"),
-        (torch.zeros(2), "not a checkpoint of nets.train"),
+        ({"weight": torch.zeros(2)}, "not a checkpoint of tilelab.nets.train"),
+        (torch.zeros(2), "not a checkpoint of tilelab.nets.train"),
     ],
     ids=["empty", "text", "the first half", "another's", "a tensor"],
 )
