@@ -379,7 +379,7 @@ def main():
     parser = argparse.ArgumentParser(prog="make test-compile", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--write", action="store_true", help="compile what has no fact, and write the facts")
-    add("--core", action="store_true", help="only what the oldest triton is held to")
+    add("--core", action="store_true", help="only sm_90, for which the oldest triton has facts")
     add("--only", default="", help="only launches whose description has this regular expression")
     add("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -387,10 +387,8 @@ def main():
         return _serve()
 
     with Worker() as worker:
-        if options.core:
-            launches = {"sm_90": of_part(worker.launches("sm_90"), "core")}
-        else:
-            launches = {target: worker.launches(target) for target in TARGETS}
+        targets = ("sm_90",) if options.core else TARGETS
+        launches = {target: worker.launches(target) for target in targets}
     facts, orphans, wanted = {}, 0, []
     for target, rows in launches.items():
         keys, committed = {row["key"] for row in rows}, read(target)
