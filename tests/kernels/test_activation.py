@@ -1,7 +1,6 @@
 """activation.py: every activation, forward and gradient, in every kernel that ends with one."""
 
 import contextlib
-import importlib
 import os
 import pathlib
 import shutil
@@ -26,10 +25,6 @@ from tilelab.nets.layers import Linear
 
 ROOT = pathlib.Path(kernels.__file__).parents[1]
 NEW = [name for name in ACTIVATIONS if name != "relu"]  # ReLU's own tests are every operator's
-lessons = {
-    name: importlib.import_module(f"tilelab.kernels.{name}")
-    for name in ("matmul", "matmul_tma", "conv2d", "conv2d_tma", "conv2d_depthwise")
-}
 
 
 # --- the formulas ---------------------------------------------------------------------------------

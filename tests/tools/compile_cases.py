@@ -33,9 +33,6 @@ from tilelab.kernels.activation import ACTIVATIONS
 from tilelab.nets import step as training
 from tilelab.perf.work.workloads import set_precision
 
-# isort: split
-import triton  # after the kernels: they decide between interpreter and compiler
-
 GROUPS = (
     "default", "tiles", "matmul", "conv2d", "input grad", "weight grad", "scaled",
     "activation", "memory",
@@ -363,16 +360,6 @@ def tile_cases(device):
 def modules():
     """Every module of kernels/."""
     return [lesson(m.name) for m in pkgutil.iter_modules(kernels.__path__)]
-
-
-def defined() -> set[str]:
-    """The names of all kernels: anything `@triton.jit` that is named `*_kernel`."""
-    return {
-        name
-        for module in modules()
-        for name, x in vars(module).items()
-        if isinstance(x, triton.JITFunction) and name.endswith("_kernel")
-    }
 
 
 TMA_ONLY = {  # the kernels that a GPU without TMA has no use for

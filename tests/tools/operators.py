@@ -530,11 +530,11 @@ def scale(*shape: int) -> Callable:
 
 
 def scaled(
-    M, N, K, dtype=INT8, bias=True, rows=True, columns=True, core=False, **options
+    M, N, K, operands=INT8, bias=True, rows=True, columns=True, core=False, **options
 ) -> Sample:
     """A call of scaled_matmul, with a scale for each row and column or one for all."""
     tensors = (
-        eight_bit(M, K, dtype=dtype), eight_bit(K, N, dtype=dtype, transposed=True),
+        eight_bit(M, K, dtype=operands), eight_bit(K, N, dtype=operands, transposed=True),
         scale(M) if rows else scale(), scale(N) if columns else scale(),
         lambda seed: integers(N, dtype=torch.bfloat16, seed=seed),
     )  # fmt: skip
@@ -552,7 +552,7 @@ SCALED_MATMUL = {
             scale(6, 1), scale(1, 8),
         )
     ),
-    "float32 results": scaled(20, 24, 300, bias=False, dtype=INT8),
+    "float32 results": scaled(20, 24, 300, bias=False, dtype=torch.float32),
     "all of size 1": scaled(1, 1, 1),
     "one token": scaled(1, 48, 64, FP8),
     "one column": scaled(40, 1, 30),
@@ -615,7 +615,8 @@ OPERATORS = {
         switch=CUBLAS, layouts=2, far=("0", "1"),
     ),
     "scaled_matmul": Operator(
-        kernels.scaled_matmul, scaled_matmul, SCALED_MATMUL, ("row-major",),
+        kernels.scaled_matmul, lambda *xs, dtype=None, **options: scaled_matmul(*xs, **options),
+        SCALED_MATMUL, ("row-major",),
         {"scaled_matmul": (
             SCALED_MATMUL_TILES, lambda tile: scaled(*beyond(5, 3, 9)(tile), activation="relu")
         )},
