@@ -47,7 +47,6 @@ class Timed:
     note: str | None = None  # why it is noisy
     error: str | None = None  # what the runner raised, in one line; its samples end there
     clock_mhz: float | None = None  # median of the SM clock after the samples
-    late: int = 0
 
 
 class Sets(NamedTuple):
@@ -162,7 +161,6 @@ def race(
         settled = result.error is None and _settled(result, rules)
         result.noisy, result.note = not settled, None if settled else why
         result.clock_mhz = statistics.median(clocks[name]) if clocks[name] else None
-        result.late = runners[name].late
     return results
 
 

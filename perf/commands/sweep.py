@@ -207,7 +207,7 @@ class Sweep:
 
     def _call(self, w: Workload, impl: str, seed: int) -> Callable[[], tuple]:
         call = workloads.prepare(w, impl, self.device.torch_device, seed)
-        call.impl, call.workload, call.tile = impl, w, None
+        call.workload, call.tile = w, None
         return call
 
     def _warm(self, runner: Any, share: float) -> None:
@@ -433,7 +433,7 @@ def with_tile(call: Callable[[], tuple], tile: dict | None) -> Callable[[], tupl
                 stack.enter_context(_tiles.use_tile(tile_op.name, tile))
             return call()
 
-    tiled.inputs, tiled.impl, tiled.workload = call.inputs, call.impl, call.workload
+    tiled.inputs, tiled.workload = call.inputs, call.workload
     tiled.tile = tile
     return tiled
 

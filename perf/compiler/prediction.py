@@ -84,6 +84,11 @@ def step_flops(tile_op: TileOp, tile: dict[str, int]) -> int:
     return 2 * tile["BLOCK_M"] * tile["BLOCK_N"] * tile["BLOCK_K"] * accumulators
 
 
+def itemsize(dtype: str) -> int:
+    """Bytes of an element. A row has its dtype by name, and is read without torch."""
+    return {"float32": 4, "float8_e4m3fn": 1, "int8": 1}.get(dtype, 2)
+
+
 def predict(row: dict, gpu: GPU) -> dict:
     """The row fields that follow from a compiled tile's own (aot.py): occupancy, waves, time.
 
@@ -116,8 +121,7 @@ def predict(row: dict, gpu: GPU) -> dict:
         tile = {"BLOCK_M": 1, "BLOCK_N": 1, "BLOCK_K": 1} | tile
         work /= found["wave_efficiency"]
         step = step_flops(tile_op(row), tile)
-        itemsize = {"float32": 4, "float8_e4m3fn": 1, "int8": 1}.get(row["dtype"], 2)
-        loaded = (tile["BLOCK_M"] + tile["BLOCK_N"]) * tile["BLOCK_K"] * itemsize
+        loaded = (tile["BLOCK_M"] + tile["BLOCK_N"]) * tile["BLOCK_K"] * itemsize(row["dtype"])
         times["l2"] = work / step * loaded / (L2_BYTES_PER_CLOCK * clocks)
         if tile.get("kernel") == "direct":  # its loop may be unrolled: what an iteration multiplies
             step = 2 * row["threads"] * (row.get("loop_mix") or {}).get("float", 0)

@@ -27,6 +27,7 @@ from tilelab.perf.compiler.prediction import (
     L2_BYTES_PER_CLOCK,
     LAUNCH_S,
     SCHEDULERS,
+    itemsize,
     loop_warps,
     step_flops,
     tile_op,
@@ -277,8 +278,7 @@ def _operand_bytes(row: Row) -> float | None:
     tile = row.get("tile") or {}
     if not {"BLOCK_M", "BLOCK_N", "BLOCK_K"} <= set(tile):
         return None
-    size = 4 if row["dtype"] == "float32" else 2
-    bytes_a_step = size * (tile["BLOCK_M"] + tile["BLOCK_N"]) * tile["BLOCK_K"]
+    bytes_a_step = itemsize(row["dtype"]) * (tile["BLOCK_M"] + tile["BLOCK_N"]) * tile["BLOCK_K"]
     return 1000 * bytes_a_step / step_flops(tile_op(row), tile)
 
 

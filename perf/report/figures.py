@@ -227,7 +227,7 @@ DETAILS = (  # of a cell, by line: field of its row, and how it is written
 def heatmap(shown: list[Workload], theme: Theme = LIGHT) -> Figure:
     """Speed over the first two block sizes, best over the rest; a panel for each workload."""
     grids = [_grid(w) for w in shown]
-    columns = 1 if is_wide(shown) or len(shown) == 1 else 2
+    columns = 1 if len(shown) == 1 or any(len(grid[1]) > 4 for grid in grids) else 2
     tall = [max(len(grid[0]) for grid in grids[i : i + columns])
             for i in range(0, len(grids), columns)]  # fmt: skip
     figure, axes = frame(
@@ -281,10 +281,11 @@ def _grid(w: Workload) -> tuple[list, list, list[str], dict[tuple, list[Row]]]:
 
 def _panel(ax: Axes, w: Workload, title: str, grid: tuple, theme: Theme) -> None:
     down, across, (y_name, x_name), cells = grid
+    best = w.best
     for y, block_y in enumerate(down):
         for x, block_x in enumerate(across):
-            _cell(ax, x, y, cells.get((block_y, block_x), []), w.best, theme)
-    best_text = tile_text(w.best["tile"]) if w.best else "no tile has a time"
+            _cell(ax, x, y, cells.get((block_y, block_x), []), best, theme)
+    best_text = tile_text(best["tile"]) if best else "no tile has a time"
     ax.set_title(cut(f"{title}: {best_text}", 46), fontsize=9, pad=5)
     ax.set(xlim=(-0.5, len(across) - 0.5), ylim=(-0.5, len(down) - 0.5), xlabel=x_name)
     ax.set_xticks(range(len(across)), across)

@@ -26,7 +26,8 @@ NAMES = {  # of implementations, for people
 }
 SHORT = {"num_warps": "w", "num_stages": "s", "GROUP_M": "g"}  # in the text of a tile
 SHORT_UNLESS_1 = {"SUBTILES": "e", "SPLIT_K": "k", "PROGRAMS_PER_SM": "p"}
-_NAME = re.compile(r"([\w-]+)[. ]([^ =]+)(?: ([^ =]+))?")  # as perf/work/shapes.py makes them
+# As networks.py and shapes.py of perf/work make them.
+_NAME = re.compile(r"([\w-]+)[. ]([^ =]+)(?: ([^ =]+))?")
 
 
 def read(

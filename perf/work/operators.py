@@ -68,6 +68,12 @@ def torch_and_compile(w: Any) -> tuple[str, ...]:
     return ("torch", "compile")
 
 
+def _with_inductor(w: Any) -> tuple[str, ...]:
+    """Inductor has a Triton template for products, and for convolutions forward."""
+    fits = "R" not in w.shape or (w.mode == "fwd" and w.shape["dilation"] == 1)
+    return ("torch", "compile", "inductor") if fits else torch_and_compile(w)
+
+
 class Operator(NamedTuple):
     """An operator."""
 
@@ -158,7 +164,7 @@ _PRODUCT_AND_BIAS = dict(
         )
     },
     inputs=lambda s, make: dict(a=make(s["M"], s["K"]), b=make(s["K"], s["N"]), bias=make(s["N"])),
-    peers=lambda w: _with_inductor(w),
+    peers=_with_inductor,
 )
 _BIAS_AND_ACTIVATION = dict(
     lesson="bias_relu",
@@ -216,12 +222,6 @@ def _bias_modes(forward: tuple, backward: tuple) -> dict[str, Mode]:
             (TileOp("bias_relu_backward", search_space.ROWS),), *backward, wrt=("x", "bias")
         ),
     }
-
-
-def _with_inductor(w: Any) -> tuple[str, ...]:
-    """Inductor has a Triton template for products, and for convolutions forward."""
-    fits = "R" not in w.shape or (w.mode == "fwd" and w.shape["dilation"] == 1)
-    return ("torch", "compile", "inductor") if fits else ("torch", "compile")
 
 
 def _scaled_peers(w: Any) -> tuple[str, ...]:

@@ -42,6 +42,13 @@ def loser(**more):
     return row(**dict(tile=OTHER, median_s=180e-6, predicted_s=100e-6) | more)
 
 
+@pytest.mark.parametrize("dtype, size", [("float32", 4), ("bfloat16", 2), ("float8_e4m3fn", 1)])
+def test_the_bytes_for_a_thousand_flops_are_those_of_the_dtype(dtype, size):
+    bytes_a_step, flops = size * (128 + 256) * 64, 2 * 128 * 256 * 64
+    tile = dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=8, num_stages=3)
+    assert diagnosis._operand_bytes(row(tile=tile, dtype=dtype)) == 1000 * bytes_a_step / flops
+
+
 @pytest.mark.parametrize(
     "code, numbers, changes",
     [

@@ -1,4 +1,4 @@
-"""perf gpu: the order, the shares, what an interruption costs; then the whole of it on the CPU.
+"""tilelab gpu: the order, the shares, what an interruption costs; then the whole of it on the CPU.
 
 Most tasks here are stand-ins of a line each: what is tested is what becomes of them.
 """
