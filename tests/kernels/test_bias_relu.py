@@ -7,7 +7,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 
-from tests.tools.inputs import DEVICE, DTYPES, double, gradients, laid_out, randn
+from tests.tools.inputs import DEVICE, DTYPES, double, gradients, laid_out, need_memory, randn
 from tests.tools.poison import poison
 from tests.tools.tolerance import assert_close
 from tilelab.kernels import bias_relu
@@ -139,9 +139,7 @@ def test_offsets_past_2_to_the_31():
     """The last rows lie beyond 2^31 elements: an int32 offset would be negative."""
     rows, channels = 1_100_000, 2000
     assert rows * channels > 2**31
-    free = torch.cuda.mem_get_info()[0] / 2**30
-    if free < 20:
-        pytest.skip(f"needs 20 GiB of GPU memory, {free:.1f} are free")
+    need_memory(20)
     x = torch.randn(rows, channels, device="cuda", dtype=torch.bfloat16)
     bias = torch.randn(channels, device="cuda", dtype=torch.bfloat16)
     y, (dx, db) = gradients(bias_relu, [x, bias], x)

@@ -16,7 +16,7 @@ from tests.tools.convolutions import (
     few_and_many,
     integers,
 )
-from tests.tools.inputs import DEVICE, DTYPES, LAYOUTS, double, gradients, randn
+from tests.tools.inputs import DEVICE, DTYPES, LAYOUTS, double, gradients, need_memory, randn
 from tests.tools.poison import poison
 from tests.tools.tolerance import assert_close
 from tilelab.kernels import _launch, conv2d
@@ -27,7 +27,7 @@ module = importlib.import_module("tilelab.kernels.conv2d")
 WEIGHT_LAYOUTS = ["contiguous", "channels_last", "transposed", "sliced", "expanded"]  # [1] is KRSC
 
 
-def call(conv, fn=conv2d, bias=False, activation=None):
+def call(conv, fn=conv2d, activation=None):
     """The function of x, weight and, if there is one, bias, that this convolution is."""
 
     def called(x, weight, b=None):
@@ -301,12 +301,6 @@ def test_tf32_follows_torchs_switch(conv):
             if tf32 and name != "dw":  # a long sum's own bound may be as wide as TF32's error
                 with pytest.raises(AssertionError, match="error"):
                     assert_close(got, want, **close)
-
-
-def need_memory(gib):
-    free = torch.cuda.mem_get_info()[0] / 2**30
-    if free < gib:
-        pytest.skip(f"needs {gib} GiB of GPU memory, {free:.1f} are free")
 
 
 @pytest.mark.gpu

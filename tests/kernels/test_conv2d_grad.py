@@ -20,7 +20,7 @@ from tests.tools.convolutions import (
     few_and_many,
     integers,
 )
-from tests.tools.inputs import DEVICE, DTYPES, LAYOUTS, double, randn
+from tests.tools.inputs import DEVICE, DTYPES, LAYOUTS, double, need_memory, randn
 from tests.tools.poison import poison
 from tests.tools.tolerance import assert_close
 from tilelab.kernels import _launch, conv2d
@@ -416,9 +416,7 @@ def test_the_bias_gradient_comes_with_the_weight_gradient(needs, activation):
 )
 def test_offsets_past_2_to_the_31(conv, layout):
     """Only the last rows of dy are not zero, and they lie beyond 2^31 elements with x or dx."""
-    free = torch.cuda.mem_get_info()[0] / 2**30
-    if free < 40:
-        pytest.skip(f"needs 40 GiB of GPU memory, {free:.1f} are free")
+    need_memory(40)
     memory = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     like = dict(device="cuda", dtype=torch.bfloat16, memory_format=memory)
     x = torch.empty(conv.x, **like).normal_()

@@ -16,6 +16,7 @@ from tests.tools.inputs import (
     double,
     gradients,
     laid_out,
+    need_memory,
     randn,
 )
 from tests.tools.poison import poison
@@ -518,9 +519,7 @@ def test_tf32_follows_torchs_switch():
 )
 def test_offsets_past_2_to_the_31(shape, filters, padding):
     """Only the last rows of dy are not zero: y, dx and dweight of the last image, at its end."""
-    free = torch.cuda.mem_get_info()[0] / 2**30
-    if free < 60:
-        pytest.skip(f"needs 60 GiB of GPU memory, {free:.1f} are free")
+    need_memory(60)
     dtype = torch.float16
     x = torch.empty(shape, device="cuda", dtype=dtype, memory_format=torch.channels_last)
     x.random_(-2, 3)

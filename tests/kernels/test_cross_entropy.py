@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.tools import row_kernels
-from tests.tools.inputs import DEVICE, DTYPES, double, gradients, laid_out, randn
+from tests.tools.inputs import DEVICE, DTYPES, double, gradients, laid_out, need_memory, randn
 from tests.tools.poison import poison
 from tests.tools.row_kernels import BOTH, both_kernels
 from tests.tools.tolerance import assert_close
@@ -548,12 +548,6 @@ def test_any_shape_layout_dtype_and_option(
 
 
 # --- on a GPU, at real sizes --------------------------------------------------------------------
-
-
-def need_memory(gib):
-    free = torch.cuda.mem_get_info()[0] / 2**30
-    if free < gib:
-        pytest.skip(f"needs {gib} GiB of GPU memory, {free:.1f} are free")
 
 
 @pytest.mark.gpu

@@ -768,7 +768,7 @@ def any_layer(draw):
     name = draw(st.sampled_from(list(KERNELS)))
     eights = st.sampled_from([8, 24, 64, 72])
     if name == "matmul":
-        K, N, transposed = 8 * draw(st.integers(1, 30)), 8 * draw(st.integers(1, 20)), ["", ""]
+        K, N = 8 * draw(st.integers(1, 30)), 8 * draw(st.integers(1, 20))
         transposed = [draw(st.sampled_from(["contiguous", "transposed"])) for _ in "ab"]
         M = draw(st.integers(1, 100))
         return name, (8 * M if transposed[0] == "transposed" else M, N, K, *transposed)

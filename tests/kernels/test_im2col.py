@@ -22,6 +22,7 @@ from tests.tools.inputs import (
     double,
     gradients,
     laid_out,
+    need_memory,
     randn,
 )
 from tests.tools.poison import poison
@@ -277,9 +278,7 @@ def test_tf32_follows_the_switch_of_matmul():
 @pytest.mark.gpu
 def test_offsets_past_2_to_the_31():
     """Columns of more than 2^31 elements: the last image, both ways."""
-    free = torch.cuda.mem_get_info()[0] / 2**30
-    if free < 40:
-        pytest.skip(f"needs 40 GiB of GPU memory, {free:.1f} are free")
+    need_memory(40)
     conv = Conv((16, 32, 1024, 512), 1, (3, 3), 1, 1)
     x = torch.empty(conv.x, device="cuda", dtype=torch.bfloat16).normal_()
     columns = im2col(x, 3, 1, 1)

@@ -8,7 +8,16 @@ import hypothesis.strategies as st
 import pytest
 import torch
 
-from tests.tools.inputs import DEVICE, DTYPES, INTERPRET, double, gradients, laid_out, randn
+from tests.tools.inputs import (
+    DEVICE,
+    DTYPES,
+    INTERPRET,
+    double,
+    gradients,
+    laid_out,
+    need_memory,
+    randn,
+)
 from tests.tools.poison import poison
 from tests.tools.tolerance import assert_close
 from tilelab.kernels import _launch, matmul
@@ -238,12 +247,6 @@ def test_speed_on_the_interpreter():
 
 
 # --- on a GPU, at real sizes --------------------------------------------------------------------
-
-
-def need_memory(gib):
-    free = torch.cuda.mem_get_info()[0] / 2**30
-    if free < gib:
-        pytest.skip(f"needs {gib} GiB of GPU memory, {free:.1f} are free")
 
 
 @pytest.mark.gpu

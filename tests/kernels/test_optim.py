@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tests.tools.inputs import DEVICE, DTYPES, double, laid_out, randn
+from tests.tools.inputs import DEVICE, DTYPES, double, laid_out, need_memory, randn
 from tests.tools.poison import poison
 from tests.tools.tolerance import assert_close
 from tilelab.kernels._launch import launch
@@ -1011,9 +1011,7 @@ def test_parameters_of_a_resnet(cls, flags, dtype):
 @pytest.mark.gpu
 def test_offsets_past_2_to_the_31():
     """The last elements lie beyond 2^31: an int32 offset would be negative."""
-    free = torch.cuda.mem_get_info()[0] / 2**30
-    if free < 24:
-        pytest.skip(f"needs 24 GiB of GPU memory, {free:.1f} are free")
+    need_memory(24)
     p = torch.nn.Parameter(torch.zeros(2**31 + 1000, dtype=torch.bfloat16, device="cuda"))
     p.grad = torch.zeros_like(p)
     p.grad[-2000:] = randn(2000, dtype=torch.bfloat16)

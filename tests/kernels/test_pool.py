@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.tools.inputs import DEVICE, DTYPES, double, gradients, laid_out, randn
+from tests.tools.inputs import DEVICE, DTYPES, double, gradients, laid_out, need_memory, randn
 from tests.tools.poison import poison
 from tests.tools.tolerance import assert_close
 from tilelab.kernels.pool import _max_pool2d, _max_pool2d_backward, max_pool2d, reference
@@ -277,9 +277,7 @@ def test_offsets_past_2_to_the_31(layout):
     """The last images lie beyond 2^31 elements: an int32 offset would be negative."""
     shape = 700, 64, 224, 224
     assert math.prod(shape) > 2**31
-    free = torch.cuda.mem_get_info()[0] / 2**30
-    if free < 24:
-        pytest.skip(f"needs 24 GiB of GPU memory, {free:.1f} are free")
+    need_memory(24)
     memory = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     x = torch.empty(shape, device="cuda", dtype=torch.bfloat16, memory_format=memory).normal_()
     dy = randn(1, 64, 112, 112, dtype=torch.bfloat16, device="cuda").expand(700, -1, -1, -1)

@@ -5,7 +5,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 
-from tests.tools.inputs import DEVICE, DTYPES, laid_out, randn
+from tests.tools.inputs import DEVICE, DTYPES, laid_out, need_memory, randn
 from tests.tools.poison import poison
 from tests.tools.tolerance import assert_close
 from tilelab.kernels import _launch, scaled_matmul
@@ -374,9 +374,7 @@ def test_as_torch_scales_rows():
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 def test_offsets_past_2_to_the_31(layout):
     """The last rows lie beyond 2^31 elements: an int32 offset would be negative."""
-    free = torch.cuda.mem_get_info()[0] / 2**30
-    if free < 12:
-        pytest.skip(f"needs 12 GiB of GPU memory, {free:.1f} are free")
+    need_memory(12)
     M, N, K = 46_400, 48, 46_400
     a = torch.randint(-9, 10, (M, K), device="cuda", dtype=INT8)
     if layout == "transposed":

@@ -17,6 +17,7 @@ from tests.tools.inputs import (
     double,
     gradients,
     laid_out,
+    need_memory,
     randn,
 )
 from tests.tools.poison import poison
@@ -375,12 +376,6 @@ def test_any_shape_dim_layout_dtype_and_tile(
 
 
 # --- on a GPU, at real sizes --------------------------------------------------------------------
-
-
-def need_memory(gib):
-    free = torch.cuda.mem_get_info()[0] / 2**30
-    if free < gib:
-        pytest.skip(f"needs {gib} GiB of GPU memory, {free:.1f} are free")
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 
 from tilelab.kernels import _launch
@@ -96,3 +97,10 @@ def gradients(
     y = fn(*leaves)
     wanted = [x for x in leaves if isinstance(x, torch.Tensor) and x.requires_grad]
     return y.detach(), list(torch.autograd.grad(y, wanted, dy))
+
+
+def need_memory(gib: float) -> None:
+    """Skip the test on a GPU that has less memory free."""
+    free = torch.cuda.mem_get_info()[0] / 2**30
+    if free < gib:
+        pytest.skip(f"needs {gib} GiB of GPU memory, {free:.1f} are free")

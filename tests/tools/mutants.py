@@ -25,6 +25,8 @@ import tempfile
 import time
 from typing import NamedTuple
 
+from tilelab.perf.rows.results import write_whole
+
 ROOT = pathlib.Path(__file__).parents[2]
 COPIED = ["kernels", "nets", "perf", "tests", "tilelab", "pyproject.toml"]
 SECONDS = 900  # that the tests of one mutant may take
@@ -47,7 +49,7 @@ class Mutant(NamedTuple):
 
 
 def contracts(operator: str, words: str = "") -> str:
-    """The tests of one operator in the contract suite, or those that have these words."""
+    """The contract suite of the operators whose name has this word, or its tests with these."""
     return f"tests/kernels/test_contracts.py -k {operator}" + (f" and {words}" if words else "")
 
 
@@ -452,10 +454,7 @@ def main() -> int:
                     shutil.copy(source, tree / part)
             plant(tree, mutant)
             results[name] = run(tree, args.python, mutant)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_suffix(".new")
-        new.write_text(json.dumps(results, indent=1))
-        new.replace(path)
+        write_whole(path, json.dumps(results, indent=1).encode())
         print(name, results[name], flush=True)
 
     for name in mutants:

@@ -148,16 +148,16 @@ def convolution(conv: Conv, bias: bool = True, core: bool = False, **more) -> Sa
     return Sample(tensors[: 2 + bias], geometry(conv, **more), core)
 
 
-def every_geometry(core=(), **more) -> dict[str, Sample]:
+def every_geometry(core=()) -> dict[str, Sample]:
     """Each of CONVS; every second with a bias, and of these every second with a ReLU."""
     found = {
-        "few channels": convolution(FEW, activation="relu", core=True, **more),
-        "many channels": convolution(MANY, activation="relu", core=True, **more),
-        "groups": convolution(GROUPED, core=True, **more),
+        "few channels": convolution(FEW, activation="relu", core=True),
+        "many channels": convolution(MANY, activation="relu", core=True),
+        "groups": convolution(GROUPED, core=True),
     }
     for i, (name, conv) in enumerate(CONVS.items()):
         activation = dict(activation="relu") if i % 4 == 0 else {}
-        found[name] = convolution(conv, i % 2 == 0, name in core, **activation, **more)
+        found[name] = convolution(conv, i % 2 == 0, name in core, **activation)
     return found
 
 
@@ -310,9 +310,9 @@ def fold(columns, size, kernel_size, *args, **options):
         )[0]
 
 
-def copies(conv: Conv, **more) -> Sample:
+def copies(conv: Conv) -> Sample:
     """A call of im2col."""
-    return Sample((conv.x,), geometry(conv, kernel_size=conv.taps, **more))
+    return Sample((conv.x,), geometry(conv, kernel_size=conv.taps))
 
 
 def sums(conv: Conv) -> Sample:

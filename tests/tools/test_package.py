@@ -117,11 +117,8 @@ def test_shells_complete_commands_and_flags(capsys):
 
 # --- The pages ------------------------------------------------------------------------------------
 
-PAGES = [
-    path
-    for path in sorted(ROOT.rglob("*.md"))
-    if not any(part.startswith(".") or part == "runs" for part in path.relative_to(ROOT).parts)
-]
+WITH_PAGES = ("docs", "tests", "tilelab", *FOLDERS)
+PAGES = sorted([*ROOT.glob("*.md"), *(p for f in WITH_PAGES for p in (ROOT / f).rglob("*.md"))])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
