@@ -1,0 +1,51 @@
+"""`pytest --on sm_90`: the same tests, with every launch executed by perf/machine.
+
+    pytest --on sm_90 tests/kernels/test_softmax.py                 compiled PTX instead of the
+    pytest --on sm_80 --schedule random --seed 3 tests/kernels      interpreter, and no GPU
+
+No test is written for it. The process compiles (TRITON_INTERPRET=0), kernels are chosen as on a GPU
+of this target, and `perf.machine.executing` gets the launches. A test fails if a kernel faults, or if
+the machine reports something.
+
+At the end stands what was run: launches by kernel, and how much of their PTX was executed. Not
+executed is what no test reaches: a branch for a shape that none has.
+"""
+
+import pytest
+
+from tilelab import kernels  # noqa: F401  (before `executing`: it takes over their launches)
+from tilelab.perf import machine
+
+
+class OnMachine:
+    """The plugin: registered by conftest.py where `--on` is given."""
+
+    def __init__(self, target: str, schedule: str, seed: int) -> None:
+        self.target = target
+        self.context = machine.executing(target, schedule=schedule, seed=seed, seen=self.see)
+        self.reports = []  # of the test under way
+        self.coverage = machine.Coverage()
+
+    def pytest_sessionstart(self):
+        """From now on launches go to the machine: fixtures and modules may launch, too."""
+        self.context.__enter__()
+
+    def pytest_sessionfinish(self):
+        self.context.__exit__(None, None, None)
+
+    def see(self, report):
+        self.coverage.add(report)
+        if report.findings:
+            self.reports.append(report)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item):
+        self.reports.clear()
+        result = yield
+        if self.reports:
+            raise AssertionError("\n\n".join(dict.fromkeys(map(str, self.reports))))
+        return result
+
+    def pytest_terminal_summary(self, terminalreporter):
+        terminalreporter.section(f"executed as PTX for {self.target}")
+        terminalreporter.write_line(str(self.coverage))
