@@ -22,28 +22,31 @@ class OnMachine:
 
     def __init__(self, target: str, schedule: str, seed: int) -> None:
         self.target = target
-        self.context = machine.executing(target, schedule=schedule, seed=seed, seen=self.see)
-        self.reports = []  # of the test under way
+        self.context = machine.executing(target, schedule=schedule, seed=seed)
         self.coverage = machine.Coverage()
 
     def pytest_sessionstart(self):
         """From now on launches go to the machine: fixtures and modules may launch, too."""
-        self.context.__enter__()
+        self.reports = self.context.__enter__()
 
     def pytest_sessionfinish(self):
         self.context.__exit__(None, None, None)
 
-    def see(self, report):
-        self.coverage.add(report)
-        if report.findings:
-            self.reports.append(report)
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item):
+        """Each test begins with the same seed, whichever ran before it."""
+        self.reports.clear()
+        return (yield)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item):
-        self.reports.clear()
-        result = yield
-        if self.reports:
-            raise AssertionError("\n\n".join(dict.fromkeys(map(str, self.reports))))
+        try:
+            result = yield
+        finally:
+            for report in self.reports:
+                self.coverage.add(report)
+        if wrong := [str(report) for report in self.reports if report.findings]:
+            raise AssertionError("\n\n".join(dict.fromkeys(wrong)))
         return result
 
     def pytest_terminal_summary(self, terminalreporter):
