@@ -149,6 +149,10 @@ def _compile(
         if "unrecognised" in str(e):  # what neither the kernel nor the compiler knows
             raise PerfError(f"{kernel.__name__}: {e.args[0]}") from None
         raise
+    except TypeError as e:
+        if "specialize" in str(e):  # an argument of a type that Triton does not know
+            raise PerfError(f"{kernel.__name__}: {e}") from None
+        raise
     compiler.check_resources(kernel.__name__, compiled.metadata, target)
     return compiled
 
@@ -175,12 +179,13 @@ def _execute(
         program, grid, values, compiled.metadata.shared, arguments.memory, maps,
         schedule, seed, counting=True,
     )  # fmt: skip
-    try:
-        machine.run()
-    finally:  # a fault, too, leaves what was written until then
-        arguments.copy_back()
+    if machine.total:
+        try:
+            machine.run()
+        finally:  # a fault, too, leaves what was written until then
+            arguments.copy_back()
     findings = [Finding(*what, times) for what, times in machine.findings.items()]
     return Report(
         kernel.__name__, compiled.hash, target, grid, program.threads, schedule, seed, findings,
-        machine.counts.as_dict(), machine.executed, machine.seconds,
+        dict(machine.counts.total), machine.executed, machine.seconds,
     )  # fmt: skip
