@@ -103,7 +103,7 @@ class Unit:
         if name not in self.registers:
             bits = core.type_of(name)
             raw = np.full(self.n * bits.itemsize, 0xFF, np.uint8)
-            self.registers[name] = raw.view(bits) if bits != bool else np.zeros(self.n, bool)
+            self.registers[name] = raw.view(bits) if bits.kind != "b" else np.zeros(self.n, bool)
         whole = self.registers[name].view(dtype)
         index, count = part
         return whole if count == 1 else whole.reshape(self.n, count)[:, index]
@@ -112,7 +112,7 @@ class Unit:
         """Be at the beginning, with registers that hold nothing."""
         for name, values in self.registers.items():
             if not name.startswith("%") or name not in SPECIAL:
-                values.view(np.uint8)[:] = 0 if values.dtype == bool else 0xFF
+                values.view(np.uint8)[:] = 0 if values.dtype.kind == "b" else 0xFF
         self.at[:], self.doing[:], self.together, self.able = 0, FREE, True, True
         self.state.clear()
 
@@ -180,7 +180,7 @@ class Core:
         if name not in self.program.registers:
             raise UnknownInstruction(f"register {name} is not declared")
         dtype = types.of(self.program.registers[name])
-        return dtype if dtype == bool else np.dtype(f"u{dtype.itemsize}")
+        return dtype if dtype.kind == "b" else np.dtype(f"u{dtype.itemsize}")
 
     def slot(self, name: str, dtype: np.dtype, part: tuple[int, int] = (0, 1)) -> int:
         """The index in `Unit.views` of a register seen as a dtype; part i of n of its bits."""
@@ -195,7 +195,7 @@ class Core:
                 if parameter.name == operand.name:
                     return dtype.type(PARAMETERS + parameter.offset)
             raise UnknownInstruction(f"{operand.name} is neither a parameter nor global_smem")
-        if dtype == bool:
+        if dtype.kind == "b":
             return np.bool_(operand.value != 0)
         size = operand.float_bytes
         if size and size != dtype.itemsize and dtype.kind == "f":
@@ -219,7 +219,7 @@ class Core:
             value = self.constant(operand, dtype)
             return lambda unit: value
         bits = self.type_of(operand.name)
-        if bits == bool or bits.itemsize == dtype.itemsize:
+        if bits.kind == "b" or bits.itemsize == dtype.itemsize:
             slot = self.slot(operand.name, dtype)
             return lambda unit: unit.views[slot]
         slot = self.slot(operand.name, np.dtype(f"{dtype.kind}{bits.itemsize}"))
@@ -242,7 +242,7 @@ class Core:
     def _destination(self, name: str, dtype: np.dtype) -> np.dtype:
         """How a register is seen when values of `dtype` are written to it: wider, by their sign."""
         bits = self.type_of(name)
-        if bits == bool or dtype == bool:
+        if bits.kind == "b" or dtype.kind == "b":
             return np.dtype(bool)
         if bits.itemsize == dtype.itemsize:
             return dtype
@@ -366,7 +366,7 @@ class Core:
         return places, [call]
 
     def _moved(self, inst: Instruction, k: int, names: dict, used: dict) -> Any:
-        """mov of a vector: the parts of a register are views of its bits."""
+        """A mov of a vector: the parts of a register are views of its bits."""
         destination, source = inst.operands
         if isinstance(source, Vector):
             size = types.of(inst.parts[-1]).itemsize // len(source.items)
@@ -400,7 +400,7 @@ class Core:
             operand = operand.items[0]
         if isinstance(operand, Register):
             bits = self.type_of(operand.name)
-            if bits == bool or bits.itemsize == dtype.itemsize:
+            if bits.kind == "b" or bits.itemsize == dtype.itemsize:
                 return self._view(operand.name, dtype, used)
             wide = np.dtype(f"{dtype.kind if dtype.kind in 'iu' else 'u'}{bits.itemsize}")
             names[f"d{k}_{i}"] = dtype
@@ -417,9 +417,9 @@ class Core:
         if self.grouped and self.schedule != "lockstep" and self.warps % 4 == 0:
             size = 4
         with np.errstate(all="ignore"):
-            for self.first_cta in range(0, self.total, self.ctas):
-                count = min(self.ctas, self.total - self.first_cta)
-                self._begin(size, count)
+            for first in range(0, self.total, self.ctas):
+                self.first_cta = first
+                self._begin(size, min(self.ctas, self.total - first))
                 self._batch()
                 for unit in self.units:
                     for ending in self.endings:
