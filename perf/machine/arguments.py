@@ -134,11 +134,11 @@ class Arguments:
         return [_bits(x, kind)]
 
     def _map(self, name: str, x: TensorDescriptor, box: dict) -> TensorMap:
-        padding = x.padding == "nan" or getattr(x, "round_f32_to_tf32", False)
-        if padding or box.get("is_im2col") or box["fp4_padded"]:
+        other = x.padding == "nan" or getattr(x, "round_f32_to_tf32", False)
+        if other or box.get("is_im2col") or box["fp4_padded"]:
             raise PerfError(
-                f"{name}: tensor maps that pad with NaN, round to TF32, are of fp4 or of im2col are "
-                "not supported"
+                f"{name}: a tensor map that pads with NaN, rounds to TF32, or is of fp4 or im2col "
+                "is not supported"
             )
         try:
             return tensor_map(

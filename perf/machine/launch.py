@@ -8,10 +8,10 @@
     with machine.executing("sm_80", schedule="random", seed=1) as reports:
         add(x, y)                                   # whatever it launches
 
-In such a context a launch of any kernel, `kernel[grid](...)`, is compiled by Triton as for a GPU of that target,
-as far as PTX, and the machine executes this. The process must be one that compiles: it has no
-TRITON_INTERPRET=1. The functions of tilelab.kernels work there, too: on tensors of the CPU, with the
-tiles that they have on such a GPU.
+In such a context Triton compiles the kernel of each launch, `kernel[grid](...)`, as for a GPU of
+that target, but only as far as PTX, and the machine executes the PTX. The process must be one that
+compiles: without TRITON_INTERPRET=1. The functions of tilelab.kernels work there, too: on tensors
+of the CPU, with the tiles that they have on such a GPU.
 """
 
 import contextlib
@@ -19,6 +19,8 @@ import functools
 import inspect
 import math
 import operator
+import pathlib
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -158,8 +160,11 @@ def _compile(
 
 
 @functools.lru_cache(maxsize=256)
-def _parse(text: str) -> ptx.Program:
-    return ptx.parse(text)
+def _parse(text: str, path: str) -> ptx.Program:
+    """Parse the PTX of a kernel that is in the file `path`."""
+    # Triton's cache goes by the text of a kernel: it may have the path of another checkout.
+    name = re.escape(pathlib.Path(path).name)
+    return ptx.parse(re.sub(rf'(\.file\s+\d+\s+)"[^"]*/{name}"', rf'\1"{path}"', text))
 
 
 def _execute(
@@ -167,7 +172,7 @@ def _execute(
     target: str, schedule: str, seed: int,
 ) -> Report:  # fmt: skip
     """Run a compiled kernel, and change the tensors."""
-    program = _parse(compiled.asm["ptx"])
+    program = _parse(compiled.asm["ptx"], kernel.fn.__code__.co_filename)
     arguments = Arguments(compiled.src.signature, given, compiled.metadata, math.prod(grid))
     values, maps = {}, {}
     for parameter, value in zip(program.parameters, arguments.parameters, strict=True):

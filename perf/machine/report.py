@@ -1,7 +1,7 @@
 """What came of a launch on the machine, for people and for programs."""
 
 import dataclasses
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -86,30 +86,44 @@ class Report:
 
 
 class Coverage:
-    """Many launches together: how often each kernel was launched, and what of it was executed."""
+    """Many launches together: how often each kernel was launched, and what of it was executed.
+
+    Attributes:
+        totals: by kernel: launches, findings, seconds.
+        executed: by kernel and by the hash of its PTX: which instructions.
+    """
 
     def __init__(self) -> None:
-        self.launches: dict[str, int] = defaultdict(int)
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.findings: dict[str, int] = defaultdict(int)
-        self.executed: dict[str, dict[str, np.ndarray]] = defaultdict(dict)  # by kernel and code
+        self.totals: dict[str, Counter] = defaultdict(Counter)
+        self.executed: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
 
     def add(self, report: Report) -> None:
         """Count a launch."""
-        name = report.kernel
-        self.launches[name] += 1
-        self.seconds[name] += report.seconds
-        self.findings[name] += len(report.findings)
-        before = self.executed[name].get(report.code, False)
-        self.executed[name][report.code] = before | (report.executed > 0)
+        found = dict(launches=1, findings=len(report.findings), seconds=report.seconds)
+        self._add(report.kernel, found, {report.code: report.executed > 0})
+
+    def merge(self, other: "Coverage") -> None:
+        """Count the launches of another one."""
+        for name, totals in other.totals.items():
+            self._add(name, totals, other.executed[name])
+
+    def _add(self, name: str, totals: dict, executed: dict[str, np.ndarray]) -> None:
+        self.totals[name].update(totals)
+        for code, done in executed.items():
+            self.executed[name][code] = self.executed[name].get(code, False) | done
 
     def __str__(self) -> str:
-        rows = [("launches", "codes", "executed", "findings", "seconds", "kernel")]
-        for name in sorted(self.launches):
-            codes = self.executed[name].values()
-            share = sum(map(np.sum, codes)) / max(1, sum(map(len, codes)))
-            rows.append((str(self.launches[name]), str(len(codes)), f"{share:.1%}",
-                         str(self.findings[name]), f"{self.seconds[name]:.1f}", name))  # fmt: skip
+        """A table: a kernel a line; "variants" are its different PTX, of tiles and types."""
+        rows = [("launches", "variants", "executed", "findings", "seconds", "kernel")]
+        for name, totals in sorted(self.totals.items()):
+            done = np.concatenate(list(self.executed[name].values()))
+            rows.append((
+                f"{totals['launches']}", f"{len(self.executed[name])}", f"{done.mean():.1%}",
+                f"{totals['findings']}", f"{totals['seconds']:.1f}", name,
+            ))  # fmt: skip
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        right = [[cell.rjust(w) for cell, w in zip(row, widths, strict=True)] for row in rows]
-        return "\n".join("  ".join([*cells[:-1], row[-1]]) for cells, row in zip(right, rows, strict=True))
+        widths[-1] = 0
+        return "\n".join(
+            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+            for row in rows
+        )

@@ -4,12 +4,14 @@
     pytest --on sm_80 --schedule random --seed 3 tests/kernels      interpreter, and no GPU
 
 No test is written for it. The process compiles (TRITON_INTERPRET=0), kernels are chosen as on a GPU
-of this target, and `perf.machine.executing` gets the launches. A test fails if a kernel faults, or if
-the machine reports something.
+of this target, and `perf.machine.executing` gets the launches. A test fails if a kernel faults, or
+if the machine reports something.
 
 At the end stands what was run: launches by kernel, and how much of their PTX was executed. Not
 executed is what no test reaches: a branch for a shape that none has.
 """
+
+import pickle
 
 import pytest
 
@@ -29,8 +31,16 @@ class OnMachine:
         """From now on launches go to the machine: fixtures and modules may launch, too."""
         self.reports = self.context.__enter__()
 
-    def pytest_sessionfinish(self):
+    def pytest_sessionfinish(self, session):
         self.context.__exit__(None, None, None)
+        if hasattr(session.config, "workeroutput"):  # one of several processes (pytest-xdist)
+            session.config.workeroutput["coverage"] = pickle.dumps(self.coverage)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node):
+        """One of several processes has ended."""
+        if "coverage" in getattr(node, "workeroutput", {}):
+            self.coverage.merge(pickle.loads(node.workeroutput["coverage"]))
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item):
@@ -46,7 +56,7 @@ class OnMachine:
             for report in self.reports:
                 self.coverage.add(report)
         if wrong := [str(report) for report in self.reports if report.findings]:
-            raise AssertionError("\n\n".join(dict.fromkeys(wrong)))
+            raise AssertionError("\n\n".join(wrong))
         return result
 
     def pytest_terminal_summary(self, terminalreporter):

@@ -15,6 +15,7 @@ import triton.language as tl
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from tests.tools.on_machine import OnMachine
 from tilelab import kernels
 from tilelab.__main__ import main
 from tilelab.perf import machine
@@ -280,6 +281,35 @@ def test_a_deadlock(schedule):
         machine.run(stuck_kernel, (1,), (torch.zeros(128), 128), schedule=schedule)
     assert "stuck_kernel" in str(raised.value)
     assert line_of(stuck_kernel, "# the fault") in str(raised.value)
+
+
+# --- pytest --on ----------------------------------------------------------------------------------
+
+
+def call(plugin, kernel, *args):
+    """A test that launches a kernel, as pytest calls it with the plugin."""
+    plugin.reports.clear()
+    around = plugin.pytest_runtest_call(None)
+    next(around)
+    kernel[(4,)](*args)
+    with pytest.raises(StopIteration):
+        around.send(None)
+
+
+def test_a_finding_fails_the_test_that_has_it(tensors):
+    plugin = OnMachine("sm_90", "random", 0)
+    plugin.pytest_sessionstart()
+    try:
+        call(plugin, add_kernel, *tensors, 100, 1.0)
+        with pytest.raises(AssertionError, match="race: "):
+            call(plugin, race_kernel, torch.zeros(9))
+        call(plugin, add_kernel, *tensors, 100, 2.0)
+    finally:
+        plugin.pytest_sessionfinish(None)
+    heading, *rows = (line.split() for line in str(plugin.coverage).splitlines())
+    assert heading[:4] == ["launches", "variants", "executed", "findings"]
+    assert rows[0][:4] + rows[0][5:] == ["2", "1", "100.0%", "0", "add_kernel"]
+    assert rows[1][0] == "1" and int(rows[1][3]) > 0 and rows[1][5] == "race_kernel"
 
 
 # --- tilelab run-ptx ------------------------------------------------------------------------------
