@@ -1,9 +1,8 @@
 """`tilelab run-ptx FILE.py`: runs a file's Triton kernels with no GPU, and says what they do wrong.
 
 Every launch in it, `kernel[grid](...)`, is compiled for the target as far as PTX, and executed by
-perf/machine. Tensors are on the CPU: `triton.runtime.driver.active.get_active_torch_device()` is
-the CPU in there. The file may be any that launches kernels: a script, or a module with a function
-that needs no arguments.
+perf/machine. The file may be any that launches kernels: a script, or a module with a function that
+needs no arguments. Tensors that it makes on "cuda" are on the CPU.
 
     tilelab run-ptx add.py                     runs the file
     tilelab run-ptx add.py:test_sizes          imports it, and calls the function
@@ -20,6 +19,11 @@ import os
 import pathlib
 import runpy
 import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
 
 from tilelab.perf.errors import PerfError
 
@@ -49,10 +53,11 @@ def run(args: argparse.Namespace) -> int:
     from tilelab import kernels  # noqa: F401  (a file that calls them finds them on the machine)
     from tilelab.perf import machine
 
-    fault = None
-    with machine.executing(
-        args.target, schedule=args.schedule, seed=args.seed, seen=lambda report: print(report, "\n")
-    ) as reports:
+    def show(report: machine.Report) -> None:
+        print(report, "\n")
+
+    fault, order = None, dict(schedule=args.schedule, seed=args.seed)
+    with machine.executing(args.target, **order, seen=show) as reports, CpuForCuda():
         try:
             _call(path, function)
         except machine.MachineFault as e:
@@ -64,6 +69,35 @@ def run(args: argparse.Namespace) -> int:
         data = {"launches": [report.as_dict() for report in reports], "fault": fault}
         args.json.write_text(json.dumps(data, default=int) + "\n")
     return int(bool(findings or fault))
+
+
+class CpuForCuda(TorchFunctionMode):
+    """Within this context what is asked for on "cuda" is on the CPU, and says that it is not."""
+
+    def __enter__(self) -> "CpuForCuda":
+        self._wait, torch.cuda.synchronize = torch.cuda.synchronize, lambda device=None: None
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        torch.cuda.synchronize = self._wait
+        super().__exit__(*error)
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: Sequence = (), kwargs: dict | None = None
+    ) -> Any:
+        """Call `func` with the CPU in the place of every GPU among its arguments."""
+        if func == torch.Tensor.is_cuda.__get__:
+            return True
+        if func is torch.Tensor.cuda:
+            return args[0]
+        kwargs = {name: _off_gpu(x) for name, x in (kwargs or {}).items()}
+        return func(*map(_off_gpu, args), **kwargs)
+
+
+def _off_gpu(x: Any) -> Any:
+    """The CPU, if an argument is the name of a GPU."""
+    name = str(x) if isinstance(x, (str, torch.device)) else ""
+    return torch.device("cpu") if name.partition(":")[0] == "cuda" else x
 
 
 def _call(path: pathlib.Path, function: str) -> None:

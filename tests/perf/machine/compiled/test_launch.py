@@ -6,6 +6,7 @@ The kernels are a user's own. Each fault is looked for at the line that has it.
 import inspect
 import json
 import re
+import types
 
 import numpy as np
 import pytest
@@ -305,7 +306,7 @@ def test_a_finding_fails_the_test_that_has_it(tensors):
             call(plugin, race_kernel, torch.zeros(9))
         call(plugin, add_kernel, *tensors, 100, 2.0)
     finally:
-        plugin.pytest_sessionfinish(None)
+        plugin.pytest_sessionfinish(types.SimpleNamespace(config=None))
     heading, *rows = (line.split() for line in str(plugin.coverage).splitlines())
     assert heading[:4] == ["launches", "variants", "executed", "findings"]
     assert rows[0][:4] + rows[0][5:] == ["2", "1", "100.0%", "0", "add_kernel"]
@@ -325,9 +326,12 @@ def fill_kernel(x_ptr, n, BLOCK: tl.constexpr):
     tl.store(x_ptr + offs, 1.0, offs < n)
 
 def right():
-    x = torch.zeros(50, device=DEVICE)
-    fill_kernel[(2,)](x, 50, BLOCK=32)
-    assert (x == 1).all()
+    x, y = torch.zeros(50, device=DEVICE), torch.zeros(50, device="cuda").cuda()
+    assert y.is_cuda and torch.zeros(1).to(torch.device("cuda:0")).is_cuda
+    for t in x, y:
+        fill_kernel[(2,)](t, 50, BLOCK=32)
+    torch.cuda.synchronize()
+    assert (x == 1).all() and (y == 1).all()
 
 def wrong():
     right()
@@ -349,15 +353,15 @@ def test_the_command_runs_a_file(file, tmp_path, capsys):
     out = tmp_path / "r.json"
     assert main(["run-ptx", str(file), "--target", "sm_80", "--json", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert "fill_kernel on sm_80" in printed and "1 launches, 0 findings" in printed
-    (launch,) = json.loads(out.read_text())["launches"]
+    assert "fill_kernel on sm_80" in printed and "2 launches, 0 findings" in printed
+    launch, _ = json.loads(out.read_text())["launches"]
     assert launch["kernel"] == "fill_kernel" and launch["coverage"] == 1
 
 
 def test_the_command_runs_a_function_and_names_a_fault(file, capsys):
     assert main(["run-ptx", f"{file}:wrong", "--schedule", "random", "--seed", "2"]) == 1
     printed = capsys.readouterr().out
-    assert "1 launches, 0 findings, 1 fault" in printed
+    assert "2 launches, 0 findings, 1 fault" in printed
     assert "fault: fill_kernel, program (1, 0, 0), thread 18" in printed  # 32 + 18 = 50
     assert "fill.py:9 " in printed
 
