@@ -152,7 +152,7 @@ def build_copy(inst: Instruction, core: "Core") -> Handler:
              "L2::256B"}  # fmt: skip
     if len(inst.operands) > 4 or set(inst.parts) - hints:
         raise UnknownInstruction(f"{inst.where}: this form of cp.async is not supported")
-    if isinstance(given, Register) and core.type_of(given.name) == bool:
+    if isinstance(given, Register) and core.type_of(given.name).kind == "b":
         raise UnknownInstruction(f"{inst.where}: a predicate ignore-src is not supported")
     target, source = core.address(inst.operands[0]), core.address(inst.operands[1])
     length = core.read(given, np.dtype(np.uint32))

@@ -44,7 +44,7 @@ from tilelab.perf.machine.async_copies import (
 )
 from tilelab.perf.machine.collectives import whole_warps
 from tilelab.perf.machine.errors import UnknownInstruction
-from tilelab.perf.machine.mbarriers import Misuse, mbarriers, place
+from tilelab.perf.machine.mbarriers import checked
 from tilelab.perf.machine.memory import GAP, POISON
 from tilelab.perf.machine.ptx import Instruction, TensorAddress
 from tilelab.perf.machine.tensor_maps import CHUNK, FIELDS, Part, TensorMap
@@ -205,10 +205,8 @@ def _build_load(inst: Instruction, core: "Core") -> Handler:
             races.read_as(
                 "shared", copies.index, agent, time, gid, np.array([offset]), 8, proxy="generic"
             )
-            try:
-                bar = mbarriers(core).at(offset)
-            except Misuse as misuse:
-                core.fail(inst, unit, box.lane, f"{misuse}{place(core, offset)}")
+            with checked(core, inst, unit, box.lane, offset) as bars:
+                bar = bars.at(offset)
             bar.flying.append(time)
             bar.begun = time
             copies.chunks(box).view(np.uint8)[:] = POISON
@@ -221,14 +219,11 @@ def _build_load(inst: Instruction, core: "Core") -> Handler:
                 chunks = found.gather(box.part, core.global_.bytes, box.begin)
                 copies.chunks(box)[box.order] = chunks
                 copies.mark(box, True)
-                bars = mbarriers(core)
-                try:
+                with checked(core, inst, unit, box.lane, offset) as bars:
                     bar = bars.at(offset)
                     bar.flying.remove(time)
                     bar.land(found.box_bytes, races.merge)
                     bars.store(offset)
-                except Misuse as misuse:
-                    core.fail(inst, unit, box.lane, f"{misuse}{place(core, offset)}")
 
         under_way.append(land)
         core.pending.append(land)

@@ -33,7 +33,9 @@ from tilelab.perf.machine import (
     arithmetic,
     async_copies,
     barriers,
+    bulk_copies,
     collectives,
+    mbarriers,
     memory,
     tensor_cores,
     types,
@@ -63,6 +65,8 @@ HANDLERS = {
     **memory.HANDLERS,
     **collectives.HANDLERS,
     **async_copies.HANDLERS,
+    **bulk_copies.HANDLERS,
+    **mbarriers.HANDLERS,
     **tensor_cores.HANDLERS,
 }
 IGNORED = ("prefetch", "discard", "applypriority", "createpolicy", "nanosleep", "pragma")
@@ -156,6 +160,7 @@ class Core:
         self.findings: Counter = Counter()
         self.executed = np.zeros(len(self.instructions), np.int64)  # by warps
         self.pending: list[Callable[[], None]] = []  # what will land
+        self.state: dict[Any, Any] = {}  # for what handlers keep for a batch
         self.endings: list[Callable[[Unit], None]] = []  # called when a batch has ended
         self.slots: dict[tuple, int] = {}
         self.units: list[Unit] = []
@@ -439,6 +444,7 @@ class Core:
         self.shared.clear()
         self.races.next_batch(self.first_cta)
         self.pending.clear()
+        self.state.clear()
         self.barriers: dict[tuple[int, int], barriers.Barrier] = {}  # by CTA and number
         self.exited = np.zeros(count, np.int64)  # threads of each CTA
         self.registers = barriers.Registers.begin(count, self.warps, self.program.max_registers)

@@ -34,7 +34,8 @@ the warps. A value that st wrote may not have come far enough for the TMA to fin
 Sources: PTX ISA 8.8, sections 9.7.13.15 (mbarrier), 9.7.13.4 (fence) and 8.6 (proxies).
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -177,17 +178,20 @@ def mbarriers(core: "Core") -> MBarriers:
     return core.state["mbarriers"]
 
 
-def deadlock(core: "Core", unit: "Unit", lanes: np.ndarray) -> list[str]:
-    """What these lanes, which spin, wait for."""
-    found, offsets = [], unit.state["mbarrier"][lanes]
-    for offset in np.unique(offsets):
-        here = lanes[offsets == offset]
-        warps = sorted(set((unit.thread[here] // 32).tolist()))
-        found.append(
-            f"warps {', '.join(map(str, warps))} wait at the mbarrier at shared address "
-            f"{int(offset) % core.shared.stride:#x}: {mbarriers(core).objects[int(offset)]}"
-        )
-    return found
+@contextlib.contextmanager
+def checked(
+    core: "Core", inst: Instruction, unit: "Unit", lane: Any, offset: int
+) -> Iterator[MBarriers]:
+    """Whatever is misused in here, at the mbarrier at this offset, is a fault of this lane."""
+    try:
+        yield mbarriers(core)
+    except Misuse as misuse:
+        core.fail(inst, unit, lane, f"{misuse} (mbarrier at shared address {place(core, offset)})")
+
+
+def place(core: "Core", offset: int) -> str:
+    """The address of an mbarrier within its CTA."""
+    return f"{offset % core.shared.stride:#x}"
 
 
 # --- the instructions -----------------------------------------------------------------------------
@@ -223,27 +227,24 @@ def build_mbarrier(inst: Instruction, core: "Core") -> Handler:
         access = core.races.write if name in ("init", "inval") else core.races.read
         access("shared", index, unit.gid[lanes], offsets, 8)
         given = np.broadcast_to(1 if value is None else value(unit), unit.n)[lanes]
-        bars = mbarriers(core)
         for offset in np.unique(offsets).tolist():
-            here = offsets == offset
-            number = int(given[here].sum(dtype=np.int64))
-            try:
+            here = lanes[offsets == offset]
+            number = int(given[offsets == offset].sum(dtype=np.int64))
+            with checked(core, inst, unit, here, offset) as bars:
+                if name in ("init", "inval") and here.size > 1:
+                    raise Misuse(f"mbarrier.{name} by {here.size} threads")
                 if name == "init":
-                    if np.count_nonzero(here) > 1:
-                        raise Misuse("mbarrier.init of one mbarrier by several threads")
                     bars.init(offset, number)
                 elif name == "inval":
                     bars.inval(offset)
                 else:
                     bar = bars.at(offset)
-                    if name == "expect_tx" or "expect_tx" in parts:
+                    if "expect_tx" in parts:
                         bar.expect(number)
-                        number = np.count_nonzero(here)
+                        number = here.size
                     if name == "arrive":
-                        bar.arrive(number, core.races.release(unit.gid[lanes[here]]), merge)
+                        bar.arrive(number, core.races.release(unit.gid[here]), merge)
                     bars.store(offset)
-            except Misuse as misuse:
-                core.fail(inst, unit, lanes[here], f"{misuse}{place(core, offset)}")
 
     return act
 
@@ -265,38 +266,44 @@ def _build_wait(inst: Instruction, core: "Core") -> Handler:
         # PTX allows 0 and 1. The warp-specialised kernels of triton 3.9.0 give -1 for 1, and ptxas
         # takes the lowest bit: it shifts the operand left by 31 (SHF.L.U32 R, R, 0x1f).
         wanted = np.broadcast_to(parity(unit), unit.n)[lanes] & 1
-        done, bars = np.zeros(lanes.size, bool), mbarriers(core)
+        done = np.zeros(lanes.size, bool)
         for offset in np.unique(offsets).tolist():
             here = offsets == offset
-            try:
+            with checked(core, inst, unit, lanes[here], offset) as bars:
                 bar = bars.at(offset)
-            except Misuse as misuse:
-                core.fail(inst, unit, lanes[here], f"{misuse}{place(core, offset)}")
             passing = here & bar.passes(wanted)
-            if not passing.any():
-                continue
-            done |= passing
-            gids = unit.gid[lanes[passing]]
-            core.races.acquire(gids, bar.completed)
-            if bar.known:
-                agent = core.races.agent("tma", offset % core.shared.stride)
-                core.races.learn(gids, agent, bar.known)
-            bar.observed = True
+            if passing.any():
+                done |= passing
+                _learn(core, unit.gid[lanes[passing]], bar, offset)
         core.races.read("shared", index, unit.gid[lanes[done]], offsets[done], 8)
         whole = np.ones(unit.n, bool)
         whole[lanes] = done
         put(unit, whole, mask)
-        if not done.all():
-            at = unit.state.setdefault("mbarrier", np.zeros(unit.n, np.int64))
-            at[lanes] = offsets
+        waits = unit.state.setdefault(("waits", index), np.full(unit.n, -1))
+        waits[lanes] = np.where(done, -1, offsets)
         return whole
 
+    def explain() -> list[str]:
+        found = {}
+        for unit in core.units:
+            waits = unit.state.get(("waits", index), np.empty(0))
+            for offset in np.unique(waits[waits >= 0]).tolist():
+                bar, cta = mbarriers(core).objects[offset], core.first_cta + offset // stride
+                where = f"  CTA {cta}: the mbarrier at shared address {place(core, offset)}"
+                found[offset] = f"{where} is {bar}"
+        return list(found.values())
+
+    stride = core.shared.stride
+    core.explanations.append(explain)
     return wait
 
 
-def place(core: "Core", offset: int) -> str:
-    """Where an mbarrier is, for a message."""
-    return f" (the mbarrier at shared address {offset % core.shared.stride:#x})"
+def _learn(core: "Core", gids: np.ndarray, bar: MBarrier, offset: int) -> None:
+    """These threads have seen that a phase is complete."""
+    core.races.acquire(gids, bar.completed)
+    if bar.known:
+        core.races.learn(gids, core.races.agent("tma", offset % core.shared.stride), bar.known)
+    bar.observed = True
 
 
 def build_elect(inst: Instruction, core: "Core") -> Handler:
@@ -379,7 +386,6 @@ HANDLERS = {
     "membar": build_fence,
     "mapa": build_cluster,
     "getctarank": build_cluster,
-    "barrier.cluster": build_cluster,
     "clusterlaunchcontrol": build_cluster,
     "griddepcontrol": build_dependent,
 }
