@@ -143,8 +143,9 @@ class Copies:
         )
         if box.part is not None:
             rows = box.part.rows() - self.core.global_.base
+            length = -(-box.part.shape[-1] // 16) * 16  # in whole granules (memory.grain_of)
             (races.read_as if loads else races.write_as)(
-                "global", self.index, agent, time, gid, rows, box.part.shape[-1]
+                "global", self.index, agent, time, gid, rows, length
             )
 
 
@@ -158,7 +159,7 @@ def map_at(core: "Core", inst: Instruction, unit: "Unit", lane: int, address: in
     if published is None:
         core.fail(inst, unit, lane, f"no tensor map at {address:#x}")
     if core.races.known[unit.gid[lane], core.races.agent("tensormap", 0)] < published:
-        core.report("missing fence.proxy.tensormap", inst, "uses a tensor map that the kernel made "
+        core.report("missing fence", inst, "uses a tensor map that the kernel made "
                     "with no fence.proxy.tensormap::generic.acquire between")  # fmt: skip
     try:
         raw = core.global_.bytes[begin : begin + tensor_maps.BYTES].tobytes()
@@ -327,10 +328,11 @@ def build_publish(inst: Instruction, core: "Core") -> Handler:
 
     def publish(unit: "Unit", mask: np.ndarray | None) -> None:
         whole_warps(core, inst, unit, mask)
-        lanes = (unit.lanes if mask is None else np.flatnonzero(mask))[::32]
+        lanes = unit.lanes if mask is None else np.flatnonzero(mask)
         begins = core.shared.offsets(core, inst, unit, lanes, source(unit)[lanes], size)
+        races.read("shared", index, unit.gid[lanes], begins, size)  # by all lanes of the warp
+        lanes, begins = lanes[::32], begins[::32]
         ends = core.global_.offsets(core, inst, unit, lanes, target(unit)[lanes], size)
-        races.read("shared", index, unit.gid[lanes], begins, size)
         races.write("global", index, unit.gid[lanes], ends, size)
         time, published = races.tick(), core.state.setdefault("published", {})
         for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):

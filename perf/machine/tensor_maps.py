@@ -174,22 +174,6 @@ class TensorMap(NamedTuple):
             return slice(None)
         return _swizzled(self.box_bytes // CHUNK.itemsize, self.swizzle, address // 128 % 8)
 
-    def encode(self, elemtype: int | None = None) -> np.ndarray:
-        """The map's bytes; the type is one of the same size unless given."""
-        fields = np.zeros((), FIELDS)
-        fields["global_address"], fields["rank"] = self.address, len(self.shape) - 1
-        sizes = {item: code for code, (_, item) in reversed(ELEMENTS.items())}
-        fields["elemtype"] = sizes[self.item] if elemtype is None else elemtype
-        fields["swizzle_mode"] = {width: mode for mode, width in SWIZZLES.items()}[self.swizzle]
-        for name, values in (
-            ("box_dim", self.box),
-            ("element_stride", (1,) * len(self.box)),
-            ("global_dim", self.shape),
-            ("global_stride", self.strides),
-        ):
-            fields[name][: len(values)] = values
-        return fields.reshape(1).view(np.uint8)
-
 
 def tensor_map(
     address: int, shape: list, strides: list, box: list, elemtype: int, swizzle_mode: int
@@ -199,20 +183,12 @@ def tensor_map(
     Raises:
         ValueError: cuTensorMapEncodeTiled would not take it, or the machine does not.
     """
-    item = ELEMENTS.get(elemtype, ("", 0))[1]
+    item, swizzle = _item(elemtype), _swizzle(swizzle_mode)
     if len(strides) and strides[-1] != 1:
         raise ValueError(f"a tensor map needs contiguous rows: the last stride is {strides[-1]}")
-    fields = np.zeros((), FIELDS)
-    fields["global_address"], fields["rank"] = address, len(shape) - 1
-    fields["elemtype"], fields["swizzle_mode"] = elemtype, swizzle_mode
-    for name, values in (
-        ("box_dim", box),
-        ("element_stride", [1] * len(shape)),
-        ("global_dim", shape),
-        ("global_stride", [stride * item for stride in strides[:-1]]),
-    ):
-        fields[name][: len(values)] = values[::-1]
-    return decode(fields.tobytes())
+    pitches = tuple(int(stride) * item for stride in strides[-2::-1])
+    shape, box = tuple(map(int, shape[::-1])), tuple(map(int, box[::-1]))
+    return _checked(TensorMap(int(address), shape, pitches, box, item, swizzle))
 
 
 @functools.lru_cache(maxsize=256)
@@ -226,13 +202,9 @@ def decode(raw: bytes) -> TensorMap:
     rank = int(fields["rank"]) + 1
     if not 1 <= rank <= 5:
         raise ValueError(f"a tensor map of {rank} dimensions: 1 to 5 are possible")
-    if int(fields["elemtype"]) not in ELEMENTS:
-        raise ValueError(f"a tensor map of element type {fields['elemtype']}: not supported")
     for name in ("interleave_layout", "fill_mode"):
         if fields[name]:
             raise ValueError(f"a tensor map with {name} {fields[name]}: only 0 is supported")
-    if int(fields["swizzle_mode"]) not in SWIZZLES:
-        raise ValueError(f"a tensor map with swizzle_mode {fields['swizzle_mode']}: not supported")
     if (fields["element_stride"][:rank] != 1).any():
         raise ValueError("a tensor map with an element_stride that is not 1: not supported")
     found = TensorMap(
@@ -240,22 +212,35 @@ def decode(raw: bytes) -> TensorMap:
         tuple(fields["global_dim"][:rank].tolist()),
         tuple(fields["global_stride"][: rank - 1].tolist()),
         tuple(fields["box_dim"][:rank].tolist()),
-        ELEMENTS[int(fields["elemtype"])][1],
-        SWIZZLES[int(fields["swizzle_mode"])],
+        _item(int(fields["elemtype"])),
+        _swizzle(int(fields["swizzle_mode"])),
     )
-    _check(found)
-    return found
+    return _checked(found)
 
 
-def _check(found: TensorMap) -> None:
-    """The rules of cuTensorMapEncodeTiled for numbers."""
+def _item(elemtype: int) -> int:
+    if elemtype not in ELEMENTS:
+        raise ValueError(f"a tensor map of element type {elemtype}: not supported")
+    return ELEMENTS[elemtype][1]
+
+
+def _swizzle(mode: int) -> int:
+    if mode not in SWIZZLES:
+        raise ValueError(f"a tensor map with swizzle_mode {mode}: not supported")
+    return SWIZZLES[mode]
+
+
+def _checked(found: TensorMap) -> TensorMap:
+    """The map, if it keeps the rules of cuTensorMapEncodeTiled."""
+    if not 1 <= len(found.shape) <= 5:
+        raise ValueError(f"a tensor map of {len(found.shape)} dimensions: 1 to 5 are possible")
     row = found.box[0] * found.item
     if found.address % 16:
         raise ValueError(f"a tensor map's address {found.address:#x} is no multiple of 16")
-    if min(found.shape) < 1:
-        raise ValueError(f"a tensor map of an empty tensor: global_dim is {found.shape}")
+    if min(found.shape) < 1 or max(found.shape) > 2**32:
+        raise ValueError(f"a tensor map's shape {found.shape}: 1 to 2^32 in each dimension")
     for stride in found.strides:
-        if stride % 16 or stride >= 2**40:
+        if stride % 16 or not 0 <= stride < 2**40:
             raise ValueError(
                 f"a tensor map's stride of {stride} bytes: it has to be a multiple of 16 below 2^40"
             )
@@ -270,6 +255,7 @@ def _check(found: TensorMap) -> None:
             f"a box's rows of {row} bytes are shorter than the swizzle {found.swizzle}: "
             "not supported"
         )
+    return found
 
 
 @functools.lru_cache(maxsize=256)
