@@ -7,28 +7,22 @@ line of it is left out or changed, and the machine has to say so.
 import numpy as np
 import pytest
 
-from tilelab.perf.machine.core import PARAMETERS, Core
+from tests.tools import ptx_programs
+from tilelab.perf.machine.core import SCHEDULES
 from tilelab.perf.machine.errors import MachineFault, UnknownInstruction
 from tilelab.perf.machine.mbarriers import MBarrier, Misuse
-from tilelab.perf.machine.memory import GlobalMemory
-from tilelab.perf.machine.ptx import parse
 from tilelab.perf.machine.races import Races
 from tilelab.perf.machine.tensor_maps import TensorMap
 
-HEAD = """
-.visible .entry kernel(
-    .param .u64 x, .param .u64 y, .param .align 64 .b8 map_x[128], .param .align 64 .b8 map_y[128]
-)
-.reqntid {threads}
-{{
-    .reg .pred %p<9>;
-    .reg .b32 %r<30>;
-    .reg .b64 %rd<20>;
-    ld.param.b64 %rd1, [x];
-    ld.param.b64 %rd2, [y];
-    mov.b64 %rd3, map_x;
-    mov.b64 %rd4, map_y;
-    mov.u32 %r1, %tid.x;
+MAP_X, MAP_Y = 1 << 20, 2 << 20  # addresses of tensor maps
+# %r1 is the thread, %r2 where shared memory begins and %r3 the thread's 16 bytes of it; %rd1 and
+# %rd2 are x and y, %rd6 and %rd7 the thread's 16 bytes of them; %rd3 and %rd4 are their maps.
+BEGIN = f"""
+    mov.b64 %rd2, %rd1;
+    mov.b64 %rd1, %rd0;
+    mov.b64 %rd3, {MAP_X};
+    mov.b64 %rd4, {MAP_Y};
+    mov.u32 %r1, %r0;
     mov.b32 %r2, global_smem;
     setp.eq.u32 %p1, %r1, 0;
     mul.wide.u32 %rd5, %r1, 16;
@@ -36,44 +30,28 @@ HEAD = """
     add.s64 %rd7, %rd2, %rd5;
     shl.b32 %r3, %r1, 4;
     add.s32 %r3, %r3, %r2;
-    {body}
-    ret;
-}}
 """
 
 
 class Run:
     """A kernel that was run: x and y as it leaves them, and what the machine found."""
 
-    def __init__(
-        self, body, x, y, box_x=None, box_y=None, threads=64, ctas=1, shared=4096,
-        schedule="lockstep", seed=0,
-    ):  # fmt: skip
-        program = parse(HEAD.format(threads=threads, body=body))
-        self.memory = GlobalMemory([x.nbytes, y.nbytes])
-        addresses = [
-            self.memory.place(t.view(np.uint8).ravel(), n) for t, n in ((x, "x"), (y, "y"))
-        ]
-        maps = {}
-        for parameter, box, at, tensor in zip(
-            program.parameters[2:], (box_x, box_y), addresses, (x, y), strict=True
-        ):
-            if box is not None:
-                maps[PARAMETERS + parameter.offset] = map_of(at, tensor, *box)
-        self.core = Core(
-            program, (ctas,), {"x": np.uint64(addresses[0]), "y": np.uint64(addresses[1])}, shared,
-            self.memory, maps, schedule, seed,
+    def __init__(self, body, x, y, box_x=None, box_y=None, threads=64, ctas=1, **options):
+        self.x, self.y = x.copy(), y.copy()
+
+        def maps(addresses):
+            given = zip((MAP_X, MAP_Y), (box_x, box_y), addresses, (x, y), strict=True)
+            return {place: map_of(at, tensor, *box) for place, box, at, tensor in given if box}
+
+        self.core = ptx_programs.run(
+            BEGIN + body, self.x, self.y, threads=threads, grid=(ctas,), shared=4096, maps=maps,
+            **options,
         )  # fmt: skip
-        self.core.run()
-        self.x, self.y = (
-            self.memory.bytes[at - self.memory.base :][: t.nbytes].view(t.dtype).reshape(t.shape)
-            for at, t in zip(addresses, (x, y), strict=True)
-        )
 
     @property
     def kinds(self):
         """What kinds of findings there are."""
-        return {kind for kind, *_ in self.core.findings}
+        return set(ptx_programs.findings(self.core))
 
 
 def map_of(address, tensor, box, swizzle=0, shape=None):
@@ -93,7 +71,7 @@ def without(body, text):
     return "\n".join(line for line in lines if text not in line)
 
 
-schedules = pytest.mark.parametrize("schedule", ["lockstep", "random", "late"])
+schedules = pytest.mark.parametrize("schedule", SCHEDULES)
 
 
 # --- cp.async -------------------------------------------------------------------------------------
@@ -188,7 +166,7 @@ def test_a_copy_over_what_others_still_read_is_a_race():
     [
         ("cp.async.cg.shared.global [%r3 + 8], [%rd6], 16, 16;", "not aligned"),
         ("cp.async.cg.shared.global [%r3], [%rd6 + 4], 16, 16;", "not aligned"),
-        ("cp.async.cg.shared.global [%r3], [%rd6 + 512], 16, 16;", "behind the end of x"),
+        ("cp.async.cg.shared.global [%r3], [%rd6 + 512], 16, 16;", "behind the end of array 0"),
         ("cp.async.cg.shared.global [%r3 + 4096], [%rd6], 16, 16;", "out of bounds"),
         ("cp.async.ca.shared.global [%r3], [%rd6], 4, 5;", "more bytes"),
     ],
@@ -527,7 +505,7 @@ def test_a_changed_line_is_found(old, new, found, schedule):
 def test_a_map_of_more_than_the_tensor_is_out_of_bounds():
     body = TMA.replace("%r10, 8", "%r10, 16")
     assert not run_tma(body).core.findings  # rows 16 to 23 do not exist
-    with pytest.raises(MachineFault, match="0 bytes behind the end of x"):
+    with pytest.raises(MachineFault, match="0 bytes behind the end of array 0"):
         run_tma(body, box_x=((8, 16), 0, (17, 16)))
 
 
