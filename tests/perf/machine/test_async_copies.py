@@ -147,6 +147,26 @@ def test_wait_all_closes_the_last_group():
     }
 
 
+@schedules
+def test_each_thread_waits_for_itself(schedule):
+    """The first 16 lanes of a warp wait and may read; the others may not."""
+    body = """
+    and.b32 %r4, %r1, 16;
+    setp.eq.u32 %p2, %r4, 0;
+    cp.async.cg.shared.global [%r3], [%rd6], 16;
+    cp.async.commit_group;
+    @%p2 cp.async.wait_group 0;
+    {} ld.shared.b32 %r4, [%r3];
+    @%p2 st.global.b32 [%rd7], %r4;
+    cp.async.wait_all;
+    """
+    x = numbers(64, 4)
+    run = Run(body.format("@%p2"), x, 0 * x, schedule=schedule)
+    assert np.array_equal(run.y[:, 0], np.where(np.arange(64) & 16, 0, x[:, 0]))
+    assert not run.core.findings
+    assert Run(body.format(""), x, 0 * x, schedule=schedule).kinds == {"race", "uninitialised"}
+
+
 def test_a_copy_over_what_others_still_read_is_a_race():
     body = """
     st.shared.b32 [%r3], %r1;
