@@ -1,0 +1,2 @@
+def function(op):
+    raise NotImplementedError(op)
