@@ -37,6 +37,8 @@ from tilelab.perf.machine import (
     memory,
     tensor_cores,
     types,
+    wgmma,
+    wgmma_fences,
 )
 from tilelab.perf.machine.counts import Counts
 from tilelab.perf.machine.errors import MachineFault, UnknownInstruction
@@ -64,6 +66,7 @@ HANDLERS = {
     **collectives.HANDLERS,
     **async_copies.HANDLERS,
     **tensor_cores.HANDLERS,
+    **wgmma.HANDLERS,
 }
 IGNORED = ("prefetch", "discard", "applypriority", "createpolicy", "nanosleep", "pragma")
 FREE, SPINS, WAITS, DONE = range(4)  # what a lane does
@@ -162,6 +165,10 @@ class Core:
         self.first_cta = 0
         self.seconds = 0.0
         self.grouped = any(inst.op.startswith("wgmma") for inst in self.instructions)
+        if self.grouped:
+            self.endings.append(lambda unit: wgmma.ending(self, unit))
+            for inst, why in wgmma_fences.unfenced(program):
+                self.report("missing wgmma.fence", inst, why)
         self.explanations: list[Callable[[], list[str]]] = []  # called at a deadlock
         blocks = range(len(program.blocks))
         self._leavers = [self._leaver(i) for i in blocks]

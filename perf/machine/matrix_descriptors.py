@@ -108,5 +108,3 @@ def pieces(bits: int, extent: int, mn_major: bool) -> np.ndarray:
         along = piece % side * 16 + piece // side * d.leading
         return swizzled(d.start + along + k % 8 * d.swizzle + k // 8 * d.stride, d.swizzle)
     return d.start + piece * d.stride + k % 8 * 16 + k // 8 * d.leading
-
-

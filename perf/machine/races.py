@@ -225,29 +225,32 @@ class Races:
         self._note_writes(shadow, inst, self.atomic, gids, where, self.now)
 
     def read_as(
-        self, space: str, inst: int, agent: int, time: int, knower: int, offsets: np.ndarray,
+        self, space: str, inst: int, agent: Any, time: int, knower: Any, offsets: np.ndarray,
         size: int, proxy: str = "async",
     ) -> None:  # fmt: skip
-        """An agent reads from `time` on, ordered after all that thread `knower` knows."""
+        """An agent reads from `time` on, ordered after all that thread `knower` knows.
+
+        Agent and knower are one for all offsets, or one for each.
+        """
         shadow = self.shadows[space]
-        where, _ = shadow.granules(offsets, size)
-        gids = np.full(where.size, knower)
+        where, each = shadow.granules(offsets, size)
+        gids = np.repeat(np.broadcast_to(knower, offsets.size), each)
         self._after_writes(space, shadow, inst, gids, where, "asynchronous read")
         if proxy == "async":
             writer = shadow.writer[where]
             generic = (writer >= 0) & (writer < self.warps)
             for copies in self._copies:
                 generic |= writer == copies
-            late = generic & (self.fenced[knower, writer] < shadow.write_time[where])
+            late = generic & (self.fenced[gids, writer] < shadow.write_time[where])
             if space == "global":
-                late &= shadow.write_thread[where] // self.threads == self._absolute(knower)
+                late &= shadow.write_thread[where] // self.threads == self._absolute(gids)
             if late.any():
                 other = int(shadow.write_by[where[late][0]])
                 self._report("missing fence.proxy.async", inst, "reads through the async proxy what "
                              "was written through the generic one, with no fence.proxy.async "
                              "between", other)  # fmt: skip
-        column = agent if space == "shared" else 0
         if space == "shared":
+            column = np.repeat(np.broadcast_to(agent, offsets.size), each)
             shadow.read_time[where, column] = time
             shadow.read_thread[where, column] = MANY
             shadow.read_by[where] = inst

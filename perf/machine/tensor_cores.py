@@ -47,6 +47,7 @@ from typing import Any
 
 import numpy as np
 
+from tilelab.perf.machine.collectives import whole_warps
 from tilelab.perf.machine.errors import UnknownInstruction
 from tilelab.perf.machine.memory import mark, written
 
@@ -157,28 +158,6 @@ def registers_to_tiles(registers: np.ndarray) -> np.ndarray:
 SHAPE = re.compile(r"m(\d+)n(\d+)k(\d+)$")
 
 
-def collective(
-    core: Any, inst: Any, unit: Any, mask: np.ndarray | None, lanes: int = 32
-) -> np.ndarray:
-    """The warps (or, with 128 lanes, the warpgroups) of the unit that take part: all or no lanes.
-
-    .aligned asks it of the program; anything else is undefined, so it is a fault here.
-    """
-    if mask is None:
-        return np.arange(unit.n // lanes)
-    active = np.count_nonzero(mask.reshape(-1, lanes), axis=1)
-    partial = np.flatnonzero((active > 0) & (active < lanes))
-    if partial.size:
-        absent = partial[0] * lanes + int(np.flatnonzero(~mask.reshape(-1, lanes)[partial[0]])[0])
-        whom = "warp" if lanes == 32 else "warpgroup"
-        core.fail(
-            inst, unit, absent,
-            f"{inst.parts[0]} needs all {lanes} threads of the {whom}, "
-            f"{active[partial[0]]} are here",
-        )  # fmt: skip
-    return np.flatnonzero(active)
-
-
 def stack(reads: list[Callable], unit: Any) -> np.ndarray:
     """The values of several 32-bit registers: [R, N]."""
     out = np.empty((len(reads), unit.n), np.uint32)
@@ -224,7 +203,7 @@ def build_ldmatrix(inst: Any, core: Any) -> Callable:
     address, index, memory = core.address(address), core.index(inst), core.shared
 
     def load(unit: Any, mask: np.ndarray | None) -> None:
-        warps = collective(core, inst, unit, mask)
+        warps = whole_warps(core, inst, unit, mask)
         lanes = (warps[:, None] * 32 + np.arange(8 * count)).ravel()
         at = np.broadcast_to(address(unit), unit.n)[lanes]
         rows = memory.offsets(core, inst, unit, lanes, at, 16)
@@ -232,7 +211,7 @@ def build_ldmatrix(inst: Any, core: Any) -> Callable:
         core.races.read("shared", index, unit.gid[who], offsets, 2 if trans else 4)
         written(core, inst, rows, 16)
         if core.counting:
-            core.counts.access(inst, "shared", "load", unit, lanes, rows, 16)
+            core.counts.access(inst, "shared", unit, lanes, rows, 16)
         tiles = memory.bytes.reshape(-1, 16)[rows >> 4].view(np.uint16).reshape(-1, count, 8, 8)
         values = tiles_to_registers(tiles.swapaxes(2, 3) if trans else tiles)
         for put, value in zip(puts, values, strict=True):
@@ -251,7 +230,7 @@ def build_stmatrix(inst: Any, core: Any) -> Callable:
     address, index, memory = core.address(inst.operands[0]), core.index(inst), core.shared
 
     def store(unit: Any, mask: np.ndarray | None) -> None:
-        warps = collective(core, inst, unit, mask)
+        warps = whole_warps(core, inst, unit, mask)
         lanes = (warps[:, None] * 32 + np.arange(8 * count)).ravel()
         at = np.broadcast_to(address(unit), unit.n)[lanes]
         rows = memory.offsets(core, inst, unit, lanes, at, 16)
@@ -272,7 +251,7 @@ def build_stmatrix(inst: Any, core: Any) -> Callable:
         who, offsets = _touched(warps, rows.reshape(-1, count, 8), trans)
         core.races.write("shared", index, unit.gid[who], offsets, size, same.ravel())
         if core.counting:
-            core.counts.access(inst, "shared", "store", unit, lanes, rows, 16)
+            core.counts.access(inst, "shared", unit, lanes, rows, 16)
         shared[rows >> 4] = new
         if (shared[rows >> 4] != new).any():
             core.report("race", inst, "threads of one instruction write different values to one "
@@ -304,7 +283,7 @@ def build_mma(inst: Any, core: Any) -> Callable:
         raise UnknownInstruction(f"{inst.where}: the number of registers does not fit the shape")
 
     def multiply(unit: Any, mask: np.ndarray | None) -> None:
-        collective(core, inst, unit, mask)
+        whole_warps(core, inst, unit, mask)
         product = np.matmul(
             a_matrix(a_number(words(stack(a, unit), size))),
             b_matrix(b_number(words(stack(b, unit), size))),

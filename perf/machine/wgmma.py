@@ -39,6 +39,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tilelab.perf.machine.collectives import whole_warps
 from tilelab.perf.machine.errors import UnknownInstruction
 from tilelab.perf.machine.matrix_descriptors import pieces
 from tilelab.perf.machine.memory import written
@@ -52,7 +53,6 @@ from tilelab.perf.machine.tensor_cores import (
     accumulator_matrix,
     accumulator_registers,
     add_product,
-    collective,
     stack,
     words,
 )
@@ -76,7 +76,8 @@ class Form(NamedTuple):
     mn_major: tuple[bool, bool]
     sign: int
     saturate: bool
-    d_names: tuple[str, ...]
+    accumulators: tuple[str, ...]  # type and registers of D: who they are
+    d_names: frozenset[str]
     d_reads: list[Callable]
     d_writes: list[Callable]
     a_reads: list[Callable] | None  # of its registers; None: A is in shared memory
@@ -130,7 +131,7 @@ class Queue:
         self.index = unit.thread[self.first] // 128  # of each warpgroup, in its CTA
         self.commits = np.zeros(self.first.size, np.int64)  # committed so far
         self.issues: list[Issue] = []
-        self.accumulators: dict[tuple[str, ...], Accumulators] = {}
+        self.accumulators: dict[tuple, Accumulators] = {}  # by Form.accumulators
 
     def mask(self, groups: np.ndarray) -> np.ndarray | None:
         """The lanes of warpgroups; None is all."""
@@ -185,11 +186,12 @@ def land(core: Any, unit: Any, due: list[Issue]) -> None:
         product = np.matmul(a, b)
         if form.sign < 0:
             product = -product
-        chain = flying.accumulators[form.d_names]
-        old = chain.matrix[groups]
-        if not first.accumulate.all():
-            old[~first.accumulate] = 0
-        chain.matrix[groups] = add_product(old, product, form.saturate)
+        chain = flying.accumulators[form.accumulators]
+        chain.matrix[groups[~first.accumulate]] = 0
+        if form.dtype == np.float32 and groups.size == len(chain.matrix):  # the usual case
+            chain.matrix += product
+        else:
+            chain.matrix[groups] = add_product(chain.matrix[groups], product, form.saturate)
         chain.in_flight[groups] -= count
         over = groups[chain.in_flight[groups] == 0]
         if over.size:
@@ -199,8 +201,7 @@ def land(core: Any, unit: Any, due: list[Issue]) -> None:
 def _continues(first: Issue, other: Issue) -> bool:
     a, b = first.form, other.form
     return (
-        (a.d_names, a.n, a.dtype, a.sign) == (b.d_names, b.n, b.dtype, b.sign)
-        and b.saturate == a.saturate
+        (a.accumulators, a.sign, a.saturate) == (b.accumulators, b.sign, b.saturate)
         and bool(other.accumulate.all())
         and np.array_equal(first.groups, other.groups)
     )
@@ -237,9 +238,7 @@ def _load(core: Any, form: Form, offsets: np.ndarray, mn_major: bool, which: int
     return form.numbers[which](bits)
 
 
-def _write_back(
-    core: Any, unit: Any, form: Form, chain: Accumulators, groups: np.ndarray
-) -> None:
+def _write_back(core: Any, unit: Any, form: Form, chain: Accumulators, groups: np.ndarray) -> None:
     """The last wgmma in flight on these accumulators is over: their registers show the result."""
     mask = queue(unit).mask(groups)
     shown = stack(form.d_reads, unit)
@@ -270,15 +269,18 @@ def parse_form(inst: Any, core: Any) -> Form:
         raise UnknownInstruction(f"{inst.where}: this shape or type of wgmma is not executed")
     values = [x.value for x in immediates]
     scales, transposes = values[:2], values[2:]
+    if any(transposes) and size != 2:
+        raise UnknownInstruction(f"{inst.where}: only 16-bit operands can be transposed")
     if len(d.items) != n * ACCUMULATORS[d_type].itemsize // 8:
         raise UnknownInstruction(f"{inst.where}: the number of accumulators does not fit the shape")
+    names = [x.name for x in d.items]
     in_registers = isinstance(a, Vector)
     if in_registers and transposes:  # A in registers has no layout to choose
         transposes = [0, *transposes]
     return Form(
         inst, n, ACCUMULATORS[d_type], size, (FORMATS[a_type][1], FORMATS[b_type][1]),
         tuple(map(bool, transposes)) or (False, False), int(np.prod(scales or [1])),
-        "satfinite" in inst.parts, tuple(x.name for x in d.items),
+        "satfinite" in inst.parts, (d_type, *names), frozenset(names),
         [core.read(x, np.dtype("u4")) for x in d.items],
         [core.write(x, np.dtype("u4")) for x in d.items],
         [core.read(x, np.dtype("u4")) for x in a.items] if in_registers else None,
@@ -306,33 +308,26 @@ def build_mma_async(inst: Any, core: Any) -> Callable:
         bits = uniform(unit, groups, bits, "a matrix descriptor")
         if (bits >> np.uint64(49) & np.uint64(7)).any():
             core.fail(inst, unit, groups[0] * 128, "a descriptor with a base offset: not executed")
-        if (bits == bits[0]).all():
-            at = np.broadcast_to(pieces(int(bits[0]), extent, mn_major),
-                                 (groups.size, *pieces(int(bits[0]), extent, mn_major).shape))
-        else:
-            at = np.stack([pieces(int(x), extent, mn_major) for x in bits])
+        at = np.stack([pieces(int(x), extent, mn_major) for x in bits])  # [G, rows, pieces]
         each = at[0].size
         lanes = np.repeat(groups * 128, each)
         offsets = core.shared.offsets(core, inst, unit, lanes, at.ravel(), 16)
         # The four warps share the reading: of each quarter, ask what one of them knows.
         quarter = np.repeat(np.arange(4) * 32, each // 4)
         knowers = unit.gid[(groups[:, None] * 128 + quarter).ravel()]
-        flying = queue(unit)
-        for which in np.unique(flying.index[groups]):
-            agent = core.races.agent("wgmma", int(which))
-            mine = np.repeat(flying.index[groups] == which, each)
-            core.races.read_as(
-                "shared", index, agent, time, knowers[mine], offsets[mine], 16, proxy="async"
-            )
+        agents = np.array([core.races.agent("wgmma", int(i)) for i in queue(unit).index[groups]])
+        core.races.read_as(
+            "shared", index, np.repeat(agents, each), time, knowers, offsets, 16, proxy="async"
+        )
         return offsets.reshape(at.shape)
 
     def issue(unit: Any, mask: np.ndarray | None) -> None:
-        groups, flying = collective(core, inst, unit, mask, 128), queue(unit)
-        chain = flying.accumulators.get(form.d_names)
+        groups, flying = whole_warps(core, inst, unit, mask, 128), queue(unit)
+        chain = flying.accumulators.get(form.accumulators)
         others = [
             x for x in flying.issues
-            if x.form.d_names != form.d_names and set(x.form.d_names) & set(form.d_names)
-            and np.isin(x.groups, groups).any()
+            if x.form.accumulators != form.accumulators and np.isin(x.groups, groups).any()
+            and not x.form.d_names.isdisjoint(form.d_names)
         ]  # fmt: skip
         if others:
             core.report("wgmma registers", inst, "accumulators that another wgmma, with another "
@@ -340,13 +335,14 @@ def build_mma_async(inst: Any, core: Any) -> Callable:
         if chain is None:
             shape = (flying.first.size, 64, form.n)
             chain = Accumulators(np.zeros(shape, form.dtype), np.zeros(flying.first.size, int))
-            flying.accumulators[form.d_names] = chain
-        idle = groups[chain.in_flight[groups] == 0]
-        if idle.size:
-            registers = stack(form.d_reads, unit)
-            chain.matrix[idle] = accumulator_matrix(registers, form.dtype).reshape(
-                -1, 64, form.n
-            )[idle]
+            flying.accumulators[form.accumulators] = chain
+        accumulate = uniform(unit, groups, scale(unit), "scale-d")
+        idle = chain.in_flight[groups] == 0
+        if idle.any():
+            idle, needed = groups[idle], bool(accumulate[idle].any())
+            if needed:
+                matrix = accumulator_matrix(stack(form.d_reads, unit), form.dtype)
+                chain.matrix[idle] = matrix.reshape(chain.matrix.shape)[idle]
             lanes = flying.mask(idle)
             for write in form.d_writes:
                 write(unit, POISON, lanes)
@@ -357,7 +353,6 @@ def build_mma_async(inst: Any, core: Any) -> Callable:
             a = addresses(unit, groups, a_bits(unit), 64, form.mn_major[0], time)
         else:
             a = _grouped(stack(form.a_reads, unit), groups)
-        accumulate = uniform(unit, groups, scale(unit), "scale-d")
         commit = flying.commits[groups]
         flying.issues.append(Issue(form, groups, commit, a, b, accumulate, time))
 
@@ -366,14 +361,18 @@ def build_mma_async(inst: Any, core: Any) -> Callable:
 
 def build_fence(inst: Any, core: Any) -> Callable:
     """wgmma.fence: orders registers; `unfenced` has looked where it is missing."""
-    return lambda unit, mask: collective(core, inst, unit, mask, 128) and None
+
+    def fence(unit: Any, mask: np.ndarray | None) -> None:
+        whole_warps(core, inst, unit, mask, 128)
+
+    return fence
 
 
 def build_commit_group(inst: Any, core: Any) -> Callable:
     """wgmma.commit_group: what has begun and belongs to no group yet is one."""
 
     def commit(unit: Any, mask: np.ndarray | None) -> None:
-        queue(unit).commits[collective(core, inst, unit, mask, 128)] += 1
+        queue(unit).commits[whole_warps(core, inst, unit, mask, 128)] += 1
 
     return commit
 
@@ -383,7 +382,7 @@ def build_wait_group(inst: Any, core: Any) -> Callable:
     keep = inst.operands[0].value
 
     def wait(unit: Any, mask: np.ndarray | None) -> None:
-        groups, flying = collective(core, inst, unit, mask, 128), queue(unit)
+        groups, flying = whole_warps(core, inst, unit, mask, 128), queue(unit)
         due = flying.take(groups, keep)
         land(core, unit, due)
         for issue in due:

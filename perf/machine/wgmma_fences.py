@@ -58,17 +58,17 @@ def unfenced(program: Program) -> list[tuple[Instruction, str]]:
     used = set().union(*(_accumulators(i) | _multiplicand(i) for i in multiplies))
     # Of each block, what was touched before it: (register, by "thread", "A" or a wgmma's shape).
     before: dict[int, set[tuple[str, str]]] = {0: {("", "start")}}
-    found: dict[int, tuple[Instruction, str]] = {}
+    found: dict[tuple[int, int], tuple[Instruction, str]] = {}  # by block and position
     todo = [0] if multiplies else []
     while todo:
         number = todo.pop()
         touched = set(before[number])
-        for inst in program.blocks[number]:
+        for position, inst in enumerate(program.blocks[number]):
             if inst.op.startswith(FENCE):
                 touched.clear()
             elif inst.op.startswith(MULTIPLY):
                 if why := _missing_fence(inst, touched):
-                    found[inst.line] = inst, why
+                    found[number, position] = inst, why
                 touched |= {(name, _shape(inst)) for name in _accumulators(inst)}
                 touched |= {(name, "A") for name in _multiplicand(inst)}
             else:
@@ -78,7 +78,7 @@ def unfenced(program: Program) -> list[tuple[Instruction, str]]:
             if after not in before or not touched <= before[after]:
                 before[after] = before.get(after, set()) | touched
                 todo.append(after)
-    return [found[line] for line in sorted(found)]
+    return [found[where] for where in sorted(found)]
 
 
 def _missing_fence(inst: Instruction, touched: set[tuple[str, str]]) -> str:
@@ -100,5 +100,3 @@ def _successors(program: Program, number: int) -> list[int]:
         return follows
     there = [program.labels[last.operands[0].name]] if last.op.startswith("bra") else []
     return there + follows if last.guard else there
-
-
