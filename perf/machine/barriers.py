@@ -17,11 +17,11 @@ import numpy as np
 from tilelab.perf.machine.collectives import whole_warps
 from tilelab.perf.machine.errors import UnknownInstruction
 from tilelab.perf.machine.ptx import Instruction
+from tilelab.perf.machine.units import FREE, WAITS, Unit
 
 if TYPE_CHECKING:
-    from tilelab.perf.machine.core import Core, Unit
+    from tilelab.perf.machine.core import Core
 
-FREE, WAITS = 0, 2  # as in core.py
 U32 = np.dtype(np.uint32)
 
 
@@ -47,7 +47,7 @@ def build(inst: Instruction, core: "Core") -> Callable:
     number = core.read(inst.operands[0], U32)
     expects = core.read(inst.operands[1], U32) if len(inst.operands) > 1 else None
 
-    def meet(unit: "Unit", mask: np.ndarray | None) -> None:
+    def meet(unit: Unit, mask: np.ndarray | None) -> None:
         whole_warps(core, inst, unit, mask)
         lanes = unit.lanes if mask is None else np.flatnonzero(mask)
         numbers = np.broadcast_to(number(unit), unit.n)[lanes]
@@ -111,7 +111,7 @@ def build_setmaxnreg(inst: Instruction, core: "Core") -> Callable:
         raise UnknownInstruction(f"{inst.where}: setmaxnreg needs a kernel with .maxnreg")
     grows, wanted = inst.parts[1] == "inc", inst.operands[0].value
 
-    def change(unit: "Unit", mask: np.ndarray | None) -> None:
+    def change(unit: Unit, mask: np.ndarray | None) -> None:
         whole_warps(core, inst, unit, mask)
         lanes = unit.lanes if mask is None else np.flatnonzero(mask)
         for lane in lanes[::32]:

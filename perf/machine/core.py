@@ -3,13 +3,12 @@
 The threads of a CTA are scheduled in *units*, and of several CTAs side by side, because a NumPy
 operation on 1024 numbers takes hardly longer than one on 32. A register of a unit is one array.
 
-    unit 0     [CTA 0 | CTA 1 | ... ] x lanes       %r7 = array([...])
-    unit 1     ...                                  each block of PTX is one Python function
+    warp 0     CTA 0: 32 lanes | CTA 1: 32 lanes | CTA 2: ...       %r7 = array of all of these
+    warp 1     CTA 0: 32 lanes | CTA 1: 32 lanes | CTA 2: ...
 
-A straight run of instructions (a block) becomes one Python function, in which an addition is
-`add(r7, r8, r9)`: NumPy's, from two registers into the third. Threads that are elsewhere, because a
-branch divided them, are masked. They meet again by themselves: of a unit's threads, those furthest
-behind go first.
+A straight run of instructions (a block) is one Python function (blocks.py). Threads that are
+elsewhere, because a branch divided them, are masked. They meet again by themselves: of a unit's
+threads, those furthest behind go first.
 
 How units take turns is the schedule's choice:
 
@@ -24,18 +23,16 @@ A GPU may do each of these. So a kernel is right only if it is right under all.
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from tilelab.perf.machine import (
-    arithmetic,
-    async_copies,
     barriers,
-    collectives,
+    blocks,
+    handlers,
     memory,
-    tensor_cores,
     types,
     wgmma,
     wgmma_fences,
@@ -43,7 +40,6 @@ from tilelab.perf.machine import (
 from tilelab.perf.machine.counts import Counts
 from tilelab.perf.machine.errors import MachineFault, UnknownInstruction
 from tilelab.perf.machine.ptx import (
-    ENDS_BLOCK,
     Address,
     Immediate,
     Instruction,
@@ -51,73 +47,13 @@ from tilelab.perf.machine.ptx import (
     Program,
     Register,
     Symbol,
-    Vector,
 )
 from tilelab.perf.machine.races import Races
+from tilelab.perf.machine.units import DONE, FREE, SPECIAL, SPINS, WAITS, Unit
 
 SCHEDULES = ("lockstep", "random", "late")
 PARAMETERS = 0x7000_0000  # where the parameter space begins
 WIDEST = 2048  # lanes of all CTAs of a batch together
-SPECIAL = ("%tid.x", "%tid.y", "%tid.z", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%nctaid.x",
-           "%nctaid.y", "%nctaid.z", "%ntid.x", "%laneid", "%warpid", "%clock", "%globaltimer",
-           "%smid", "%nsmid")  # fmt: skip
-HANDLERS = {
-    **memory.HANDLERS,
-    **collectives.HANDLERS,
-    **async_copies.HANDLERS,
-    **tensor_cores.HANDLERS,
-    **wgmma.HANDLERS,
-}
-IGNORED = ("prefetch", "discard", "applypriority", "createpolicy", "nanosleep", "pragma")
-FREE, SPINS, WAITS, DONE = range(4)  # what a lane does
-
-
-class Unit:
-    """Lanes that are scheduled together, in the order [CTA, warp, lane of the warp].
-
-    Attributes:
-        n: how many lanes.
-        warps: the indices in their CTA of its warps.
-        lanes: 0 to n - 1.
-        thread, cta, gid: each lane's thread in its CTA, its CTA in the batch, and both in one.
-        views: the registers, see `Core.slot`.
-        at: the block where each lane is.
-        doing: FREE, SPINS at an mbarrier, WAITS at a barrier, or DONE.
-        state: for what handlers keep for each unit.
-    """
-
-    def __init__(self, core: "Core", warps: Sequence[int], ctas: int) -> None:
-        self.warps = tuple(warps)
-        threads = (np.array(self.warps)[:, None] * 32 + np.arange(32)).ravel()
-        self.n = ctas * threads.size
-        self.lanes = np.arange(self.n)
-        self.thread = np.tile(threads, ctas)
-        self.cta = np.repeat(np.arange(ctas), threads.size)
-        self.gid = self.cta * core.threads + self.thread
-        self.registers: dict[str, np.ndarray] = {}
-        self.views = [self._view(core, *slot) for slot in core.slots]
-        self.state: dict[Any, Any] = {}
-        self.at = np.zeros(self.n, np.int32)
-        self.doing = np.zeros(self.n, np.int8)
-        self.together = True  # all lanes are FREE, and at one block
-        self.able = True  # some lane is FREE
-
-    def _view(self, core: "Core", name: str, dtype: np.dtype, part: tuple[int, int]) -> np.ndarray:
-        if name not in self.registers:
-            bits = core.type_of(name)
-            raw = np.full(self.n * bits.itemsize, 0xFF, np.uint8)
-            self.registers[name] = raw.view(bits) if bits != bool else np.zeros(self.n, bool)
-        whole = self.registers[name].view(dtype)
-        index, count = part
-        return whole if count == 1 else whole.reshape(self.n, count)[:, index]
-
-    def begin(self) -> None:
-        """Be at the beginning, with registers that hold nothing."""
-        for name, values in self.registers.items():
-            if not name.startswith("%") or name not in SPECIAL:
-                values.view(np.uint8)[:] = 0 if values.dtype == bool else 0xFF
-        self.at[:], self.doing[:], self.together, self.able = 0, FREE, True, True
-        self.state.clear()
 
 
 class Core:
@@ -170,9 +106,8 @@ class Core:
             for inst, why in wgmma_fences.unfenced(program):
                 self.report("missing wgmma.fence", inst, why)
         self.explanations: list[Callable[[], list[str]]] = []  # called at a deadlock
-        blocks = range(len(program.blocks))
-        self._leavers = [self._leaver(i) for i in blocks]
-        self._functions = [self._function(i) for i in blocks]
+        self._leavers = [self._leaver(i) for i in range(len(program.blocks))]
+        self._functions = [blocks.compile_block(block, self) for block in program.blocks]
 
     # --- what handlers use ------------------------------------------------------------------------
 
@@ -187,7 +122,7 @@ class Core:
         if name not in self.program.registers:
             raise UnknownInstruction(f"register {name} is not declared")
         dtype = types.of(self.program.registers[name])
-        return dtype if dtype == bool else np.dtype(f"u{dtype.itemsize}")
+        return dtype if dtype.kind == "b" else np.dtype(f"u{dtype.itemsize}")
 
     def slot(self, name: str, dtype: np.dtype, part: tuple[int, int] = (0, 1)) -> int:
         """The index in `Unit.views` of a register seen as a dtype; part i of n of its bits."""
@@ -202,7 +137,7 @@ class Core:
                 if parameter.name == operand.name:
                     return dtype.type(PARAMETERS + parameter.offset)
             raise UnknownInstruction(f"{operand.name} is neither a parameter nor global_smem")
-        if dtype == bool:
+        if dtype.kind == "b":
             return np.bool_(operand.value != 0)
         size = operand.float_bytes
         if size and size != dtype.itemsize and dtype.kind == "f":
@@ -226,7 +161,7 @@ class Core:
             value = self.constant(operand, dtype)
             return lambda unit: value
         bits = self.type_of(operand.name)
-        if bits == bool or bits.itemsize == dtype.itemsize:
+        if bits.kind == "b" or bits.itemsize == dtype.itemsize:
             slot = self.slot(operand.name, dtype)
             return lambda unit: unit.views[slot]
         slot = self.slot(operand.name, np.dtype(f"{dtype.kind}{bits.itemsize}"))
@@ -236,7 +171,7 @@ class Core:
         """A function (unit, values, mask) that writes a register."""
         if operand == Register("_"):
             return lambda unit, values, mask: None
-        slot = self.slot(operand.name, self._destination(operand.name, dtype))
+        slot = self.slot(operand.name, self.destination(operand.name, dtype))
 
         def put(unit: Unit, values: Any, mask: np.ndarray | None) -> None:
             if mask is None:
@@ -246,10 +181,10 @@ class Core:
 
         return put
 
-    def _destination(self, name: str, dtype: np.dtype) -> np.dtype:
+    def destination(self, name: str, dtype: np.dtype) -> np.dtype:
         """How a register is seen when values of `dtype` are written to it: wider, by their sign."""
         bits = self.type_of(name)
-        if bits == bool or dtype == bool:
+        if bits.kind == "b" or dtype.kind == "b":
             return np.dtype(bool)
         if bits.itemsize == dtype.itemsize:
             return dtype
@@ -286,135 +221,6 @@ class Core:
         x, y, _ = self.grid
         return cta % x, cta // x % y, cta // x // y
 
-    # --- a block as a Python function -------------------------------------------------------------
-
-    def _function(self, number: int) -> Callable[[Unit, np.ndarray | None], None]:
-        """Compile a block. The last instruction, if it is a branch or a barrier, is `_leave`'s."""
-        names: dict[str, Any] = {"copyto": np.copyto, "guarded": _guarded}
-        body, used = [], {}
-        for inst in self.program.blocks[number]:
-            if not _ends(inst):
-                body += self._lines(inst, names, used)
-        head = [f"    {name} = v[{slot}]" for slot, name in used.items()]
-        text = ["def run(u, m):", "    v = u.views", *head]
-        plain = [f"        {line[0]}" for line in body]
-        masked = [f"        {line[1]}" for line in body]
-        text += ["    if m is None:", *(plain or ["        pass"])]
-        text += ["    else:", *(masked or ["        pass"])]
-        exec("\n".join(text), names)
-        return names["run"]
-
-    def _lines(self, inst: Instruction, names: dict, used: dict) -> list[tuple[str, str]]:
-        """An instruction as Python, for all lanes and for those of the mask `m`."""
-        k = self.index(inst)
-        guard = None
-        if inst.guard:
-            name, negated = inst.guard
-            guard = ("~" if negated else "") + self._view(name, np.dtype(bool), used)
-        if inst.op.startswith(IGNORED):
-            return []
-        handler = _handler(inst.op)
-        if handler is not None:
-            names[f"h{k}"] = handler(inst, self)
-            if guard is None:
-                return [(f"h{k}(u, None)", f"h{k}(u, m)")]
-            return [(f"guarded(h{k}, u, {guard})", f"guarded(h{k}, u, {guard} & m)")]
-        targets, value = self._arithmetic(inst, k, names, used)
-        lines = []
-        for i, (target, source) in enumerate(zip(targets, value, strict=True)):
-            del i
-            if target is None:
-                continue
-            if source.endswith("@"):  # a ufunc: f(a, b, @)
-                plain = source.replace("@", target + ")")
-                source = source.replace(", @", ")")
-            else:
-                plain = f"{target}[...] = {source}"
-            where = {None: "m"}.get(guard, f"{guard} & m")
-            if guard is not None:
-                plain = f"copyto({target}, {source}, where={guard})"
-            lines.append((plain, f"copyto({target}, {source}, where={where})"))
-        if len(targets) > 1 and inst.op[:3] != "mov":  # one call, two results
-            call = f"t{k} = {names.pop('call')}"
-            lines.insert(0, (call, call))
-        return lines
-
-    def _arithmetic(
-        self, inst: Instruction, k: int, names: dict, used: dict
-    ) -> tuple[list[str | None], list[str]]:
-        """The places where results go (None: nowhere), and the expressions for them."""
-        if inst.parts[0] == "mov" and (parts := self._moved(inst, k, names, used)):
-            return parts
-        function = arithmetic.function(inst.op)
-        destination, *sources = inst.operands
-        if len(sources) != len(function.operands):
-            raise UnknownInstruction(f"{inst.where}: {len(function.operands)} operands expected")
-        given = [
-            self._value(operand, dtype, k, i, names, used)
-            for i, (operand, dtype) in enumerate(zip(sources, function.operands, strict=True))
-        ]
-        names[f"f{k}"] = function.call
-        call = f"f{k}({', '.join(given)})"
-        targets = [destination] if isinstance(destination, Register) else list(destination)
-        if len(targets) != len(function.results):
-            raise UnknownInstruction(f"{inst.where}: {len(function.results)} results expected")
-        places = [
-            None
-            if target == Register("_")
-            else self._view(target.name, self._destination(target.name, dtype), used)
-            for target, dtype in zip(targets, function.results, strict=True)
-        ]
-        if len(targets) > 1:
-            names["call"] = call
-            return places, [f"t{k}[{i}]" for i in range(len(targets))]
-        exact = self._destination(targets[0].name, function.results[0]) == function.results[0]
-        if isinstance(function.call, np.ufunc) and exact:
-            return places, [f"{call[:-1]}, @"]
-        return places, [call]
-
-    def _moved(self, inst: Instruction, k: int, names: dict, used: dict) -> Any:
-        """mov of a vector: the parts of a register are views of its bits."""
-        destination, source = inst.operands
-        if isinstance(source, Vector):
-            size = types.of(inst.parts[-1]).itemsize // len(source.items)
-            dtype, count = np.dtype(f"u{size}"), len(source.items)
-            places = [self._view(destination.name, dtype, used, (i, count)) for i in range(count)]
-            values = [self._value(x, dtype, k, i, names, used) for i, x in enumerate(source.items)]
-            return places, values
-        if isinstance(destination, Vector):
-            count = len(destination.items)
-            dtype = np.dtype(f"u{types.of(inst.parts[-1]).itemsize // count}")
-            places = [
-                None
-                if x == Register("_")
-                else self._view(x.name, self._destination(x.name, dtype), used)
-                for x in destination.items
-            ]
-            return places, [self._view(source.name, dtype, used, (i, count)) for i in range(count)]
-        return None
-
-    def _view(self, name: str, dtype: np.dtype, used: dict, part: tuple[int, int] = (0, 1)) -> str:
-        slot = self.slot(name, dtype, part)
-        return used.setdefault(slot, f"s{slot}")
-
-    def _value(
-        self, operand: Operand, dtype: np.dtype, k: int, i: int, names: dict, used: dict
-    ) -> str:
-        """An operand as a Python expression."""
-        if isinstance(operand, Vector):
-            if len(operand.items) != 1:
-                raise UnknownInstruction(f"a vector is no operand of arithmetic: {operand}")
-            operand = operand.items[0]
-        if isinstance(operand, Register):
-            bits = self.type_of(operand.name)
-            if bits == bool or bits.itemsize == dtype.itemsize:
-                return self._view(operand.name, dtype, used)
-            wide = np.dtype(f"{dtype.kind if dtype.kind in 'iu' else 'u'}{bits.itemsize}")
-            names[f"d{k}_{i}"] = dtype
-            return f"{self._view(operand.name, wide, used)}.astype(d{k}_{i})"
-        names[f"c{k}_{i}"] = self.constant(operand, dtype)
-        return f"c{k}_{i}"
-
     # --- the schedule -----------------------------------------------------------------------------
 
     def run(self) -> "Core":
@@ -424,9 +230,9 @@ class Core:
         if self.grouped and self.schedule != "lockstep" and self.warps % 4 == 0:
             size = 4
         with np.errstate(all="ignore"):
-            for self.first_cta in range(0, self.total, self.ctas):
-                count = min(self.ctas, self.total - self.first_cta)
-                self._begin(size, count)
+            for first in range(0, self.total, self.ctas):
+                self.first_cta = first
+                self._begin(size, min(self.ctas, self.total - first))
                 self._batch()
                 for unit in self.units:
                     for ending in self.endings:
@@ -539,7 +345,7 @@ class Core:
     def _leaver(self, number: int) -> Callable | None:
         """What the last instruction of a block does, if it decides where threads go."""
         block = self.program.blocks[number]
-        if not block or not _ends(block[-1]):
+        if not block or not handlers.ends_block(block[-1]):
             return None
         inst = block[-1]
         if inst.guard:
@@ -570,7 +376,7 @@ class Core:
 
     def _spinner(self, inst: Instruction, number: int) -> Callable:
         """try_wait: a thread that asks again and again sleeps until an mbarrier changes."""
-        ask = _handler(inst.op)(inst, self)
+        ask = handlers.find(inst.op)(inst, self)
         after = next(iter(self.program.blocks[number + 1]), None)
         loops = after is not None and after.op.startswith("bra") and after.guard is not None
         loops = loops and self.program.labels.get(after.operands[0].name) == number
@@ -615,23 +421,3 @@ class Core:
                     lines.append(f"  program {where}: warps {warps} {word} at {inst.where}")
         lines += [text for explain in self.explanations for text in explain()]
         raise MachineFault(f"{self.program.name}: deadlock, nobody can go on\n" + "\n".join(lines))
-
-
-def _ends(inst: Instruction) -> bool:
-    return inst.op.startswith(ENDS_BLOCK) and not inst.op.startswith("bar.warp")
-
-
-def _handler(op: str) -> Callable | None:
-    """The builder with the longest prefix of an opcode; None for arithmetic."""
-    parts = op.split(".")
-    for n in range(len(parts), 0, -1):
-        if (found := HANDLERS.get(".".join(parts[:n]))) is not None:
-            return found
-    return None
-
-
-def _guarded(handler: Callable, unit: Unit, mask: np.ndarray) -> None:
-    """Call a handler for the lanes of a mask, if there are any."""
-    count = np.count_nonzero(mask)
-    if count:
-        handler(unit, None if count == unit.n else mask)

@@ -3,7 +3,7 @@
 Every thread of an instruction brings an address of its own. A GPU serves the 32 of a warp together:
 global memory by sectors of 32 bytes, shared memory by its 32 banks of 4 bytes each (counts.py).
 
-    ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%rd1 + 16]     16 bytes a thread, address a multiple of 16
+    ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%rd1 + 16]     16 bytes, address a multiple of 16
     st.shared.b16    [%r5], %rs1                           two bytes
     atom.global.add.f32 %r1, [%rd1], %r2                   adds, and returns what was there
     red.global.add.f32  [%rd1], %r2                        adds
@@ -282,7 +282,7 @@ OPERATIONS = {
 
 
 def build_atom(inst: Instruction, core: "Core") -> Callable:
-    """atom returns what was there before, red does not. Threads take turns in a random order."""
+    """An atom returns what was there before, red does not. Threads take turns in a random order."""
     returns, parts = inst.parts[0] == "atom", inst.parts
     space, dtype, _ = _shape(inst)
     name = next((p for p in parts if p in OPERATIONS or p == "cas"), "")

@@ -32,36 +32,7 @@ from typing import Any
 
 import numpy as np
 
-MANY = -2  # several threads
-NOBODY = -1
-
-
-class Shadow:
-    """What is remembered beside the bytes of one memory, by granules of `grain` bytes."""
-
-    def __init__(self, size: int, grain: int, readers: int) -> None:
-        count = -(-size // grain)
-        self.grain = grain
-        self.writer = np.full(count, NOBODY, np.int16)  # an agent
-        self.write_thread = np.zeros(count, np.int64)
-        self.write_time = np.zeros(count, np.int32)
-        self.write_by = np.full(count, -1, np.int32)  # the instruction, by its index
-        self.read_time = np.zeros((count, readers), np.int32)
-        self.read_thread = np.full((count, readers), NOBODY, np.int64)
-        self.read_by = np.full(count, -1, np.int32)
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self.writer[:], self.write_time[:], self.read_time[:] = NOBODY, 0, 0
-        self.read_thread[:] = NOBODY
-
-    def granules(self, offsets: np.ndarray, size: int) -> tuple[np.ndarray, int]:
-        """The granules of accesses of `size` bytes each, and how many each has."""
-        each = max(1, size // self.grain)
-        first = offsets // self.grain
-        if each == 1:
-            return first, 1
-        return (first[:, None] + np.arange(each)).ravel(), each
+from tilelab.perf.machine.shadows import GlobalShadow, Shadow, SharedShadow
 
 
 class Races:
@@ -97,8 +68,9 @@ class Races:
 
     def shadow(self, space: str, size: int, grain: int) -> None:
         """Watch a memory of `size` bytes."""
-        readers = self.known.shape[1] if space == "shared" else 1
-        self.shadows[space] = Shadow(size, grain, readers)
+        agents = self.known.shape[1]
+        kind = SharedShadow if space == "shared" else GlobalShadow
+        self.shadows[space] = kind(size, grain, agents)
 
     def next_batch(self, first_cta: int) -> None:
         """Forget what threads know, and shared memory: the next CTAs begin. Global memory stays."""
@@ -195,7 +167,7 @@ class Races:
         if each > 1:
             gids = np.repeat(gids, each)
         self._after_writes(space, shadow, inst, gids, where, "read")
-        self._note_reads(shadow, inst, gids, where)
+        shadow.note_reads(self, inst, gids, where)
 
     def write(
         self, space: str, inst: int, gids: np.ndarray, offsets: np.ndarray, size: int,
@@ -209,7 +181,7 @@ class Races:
             same = None if same is None else np.repeat(same, each)
         self._after_writes(space, shadow, inst, gids, where, "write", same)
         self._after_reads(space, shadow, inst, gids, where)
-        self._note_writes(shadow, inst, self.warp_of[gids], gids, where, self.now)
+        shadow.note_writes(inst, self.warp_of[gids], self.absolute(gids), where, self.now)
 
     def update(
         self, space: str, inst: int, gids: np.ndarray, offsets: np.ndarray, size: int
@@ -222,7 +194,7 @@ class Races:
         atomic = shadow.writer[where] == self.atomic
         self._after_writes(space, shadow, inst, gids, where, "atomic operation", atomic)
         self._after_reads(space, shadow, inst, gids, where)
-        self._note_writes(shadow, inst, self.atomic, gids, where, self.now)
+        shadow.note_writes(inst, self.atomic, self.absolute(gids), where, self.now)
 
     def read_as(
         self, space: str, inst: int, agent: Any, time: int, knower: Any, offsets: np.ndarray,
@@ -230,11 +202,12 @@ class Races:
     ) -> None:  # fmt: skip
         """An agent reads from `time` on, ordered after all that thread `knower` knows.
 
-        Agent and knower are one for all offsets, or one for each.
+        There is one agent and one knower, or one of each for every offset.
         """
         shadow = self.shadows[space]
         where, each = shadow.granules(offsets, size)
         gids = np.repeat(np.broadcast_to(knower, offsets.size), each)
+        agent = np.repeat(np.broadcast_to(agent, offsets.size), each)
         self._after_writes(space, shadow, inst, gids, where, "asynchronous read")
         if proxy == "async":
             writer = shadow.writer[where]
@@ -243,19 +216,13 @@ class Races:
                 generic |= writer == copies
             late = generic & (self.fenced[gids, writer] < shadow.write_time[where])
             if space == "global":
-                late &= shadow.write_thread[where] // self.threads == self._absolute(gids)
+                late &= shadow.write_thread[where] // self.threads == self.cta_of(gids)
             if late.any():
-                other = int(shadow.write_by[where[late][0]])
-                self._report("missing fence.proxy.async", inst, "reads through the async proxy what "
-                             "was written through the generic one, with no fence.proxy.async "
-                             "between", other)  # fmt: skip
-        if space == "shared":
-            column = np.repeat(np.broadcast_to(agent, offsets.size), each)
-            shadow.read_time[where, column] = time
-            shadow.read_thread[where, column] = MANY
-            shadow.read_by[where] = inst
-        else:
-            self._note_reads(shadow, inst, gids, where)
+                at = int(where[np.flatnonzero(late)[0]])
+                words = ("reads through the async proxy what was written through the generic one, "
+                         "with no fence.proxy.async between")  # fmt: skip
+                self._report("missing fence", inst, words, at * shadow.grain, shadow.write_by[at])
+        shadow.note_reads_of(self, inst, agent, time, gids, where)
 
     def write_as(
         self, space: str, inst: int, agent: int, time: int, knower: int, offsets: np.ndarray,
@@ -267,7 +234,7 @@ class Races:
         gids = np.full(where.size, knower)
         self._after_writes(space, shadow, inst, gids, where, "asynchronous write")
         self._after_reads(space, shadow, inst, gids, where)
-        self._note_writes(shadow, inst, agent, gids, where, time)
+        shadow.note_writes(inst, agent, self.absolute(gids), where, time)
 
     def copy_as(
         self, inst: int, agents: np.ndarray, time: int, gids: np.ndarray, offsets: np.ndarray,
@@ -280,98 +247,46 @@ class Races:
             gids, agents = np.repeat(gids, each), np.repeat(agents, each)
         self._after_writes("shared", shadow, inst, gids, where, "asynchronous write")
         self._after_reads("shared", shadow, inst, gids, where)
-        self._note_writes(shadow, inst, agents, gids, where, time)
+        shadow.note_writes(inst, agents, self.absolute(gids), where, time)
 
-    def _absolute(self, gids: Any) -> Any:
+    def absolute(self, gids: Any) -> Any:
+        """A thread of the batch as a thread of the whole grid."""
+        return gids + self.first_cta * self.threads
+
+    def cta_of(self, gids: Any) -> Any:
         """The CTA of a thread in the whole grid."""
         return gids // self.threads + self.first_cta
-
-    def _ordered(self, shadow: Shadow, gids: np.ndarray, where: np.ndarray) -> np.ndarray:
-        """Whether the last write of each granule is known to be over."""
-        writer, time = shadow.writer[where], shadow.write_time[where]
-        over = self.known[gids, writer] >= time
-        mine = shadow.write_thread[where] == gids + self.first_cta * self.threads
-        return over | (mine & (self.own[gids, writer] >= time)) | (writer < 0)
 
     def _after_writes(
         self, space: str, shadow: Shadow, inst: int, gids: np.ndarray, where: np.ndarray, kind: str,
         same: np.ndarray | None = None,
     ) -> None:  # fmt: skip
-        ordered = self._ordered(shadow, gids, where)
-        if space == "global":  # CTAs of one launch are never ordered
-            cta = shadow.write_thread[where] // self.threads
-            ordered = (cta == self._absolute(gids)) & ordered | (shadow.writer[where] < 0)
-        if same is not None:
-            ordered = ordered | same
+        """Report if the last write of a granule is not known to be over."""
+        writer, at = shadow.writer[where], shadow.write_time[where]
+        ordered = self.known[gids, writer] >= at
         if not ordered.all():
-            at = int(np.flatnonzero(~ordered)[0])
-            self._report("race", inst, f"{kind} of {space} memory not ordered after an earlier "
-                         f"write, byte {int(where[at]) * shadow.grain}",
-                         int(shadow.write_by[where[at]]))  # fmt: skip
+            mine = shadow.write_thread[where] == self.absolute(gids)
+            ordered |= mine & (self.own[gids, writer] >= at)
+        if space == "global":  # CTAs of one launch are never ordered
+            ordered &= shadow.write_thread[where] // self.threads == self.cta_of(gids)
+        ordered |= writer < 0
+        if same is not None:
+            ordered |= same
+        if not ordered.all():
+            at = int(where[np.flatnonzero(~ordered)[0]])
+            words = f"{kind} of {space} memory not ordered after an earlier write"
+            self._report("race", inst, words, at * shadow.grain, shadow.write_by[at])
 
     def _after_reads(
         self, space: str, shadow: Shadow, inst: int, gids: np.ndarray, where: np.ndarray
     ) -> None:
-        times, readers = shadow.read_time[where], shadow.read_thread[where]
-        if space == "shared":
-            unknown = times > self.known[gids]
-            if unknown.any():
-                unknown &= readers != gids[:, None]
-        else:  # one column: the last reader, or several
-            read = readers[:, 0]
-            mine = read == gids + self.first_cta * self.threads
-            cta = np.where(read >= 0, read // self.threads, np.where(read == NOBODY, -1, MANY))
-            here = cta == self._absolute(gids)
-            over = np.zeros(where.size, bool)
-            if here.any():
-                reader = np.where(here, read - self.first_cta * self.threads, 0)
-                over = here & (self.known[gids, self.warp_of[reader]] >= times[:, 0])
-            inside = (read <= -10) & (-10 - read == self._absolute(gids))  # several of this CTA
-            over |= inside & (self.known[gids, : self.warps].min(1) >= times[:, 0])
-            unknown = ~(mine | over | (read == NOBODY))
-        if unknown.any():
-            at = int(np.flatnonzero(unknown.reshape(where.size, -1).any(1))[0])
-            self._report("race", inst, f"write of {space} memory not ordered after an earlier read, "
-                         f"byte {int(where[at]) * shadow.grain}",
-                         int(shadow.read_by[where[at]]))  # fmt: skip
+        """Report if a read of a granule is not known to be over."""
+        unordered = shadow.unordered_reads(self, gids, where)
+        if unordered.any():
+            at = int(where[np.flatnonzero(unordered)[0]])
+            words = f"write of {space} memory not ordered after an earlier read"
+            self._report("race", inst, words, at * shadow.grain, shadow.read_by[at])
 
-    def _note_reads(self, shadow: Shadow, inst: int, gids: np.ndarray, where: np.ndarray) -> None:
-        shadow.read_by[where] = inst
-        if shadow.read_time.shape[1] > 1:
-            warp = self.warp_of[gids]
-            before, at = shadow.read_thread[where, warp], shadow.read_time[where, warp]
-            alone = (before == NOBODY) | (before == gids) | (self.known[gids, warp] >= at)
-            shadow.read_thread[where, warp] = gids
-            alone &= shadow.read_thread[where, warp] == gids
-            if not alone.all():
-                shadow.read_thread[where[~alone], warp[~alone]] = MANY
-            shadow.read_time[where, warp] = self.now
-            return
-        me = gids + self.first_cta * self.threads
-        before = shadow.read_thread[where, 0]
-        shadow.read_thread[where, 0] = me
-        alone = ((before == NOBODY) | (before == me)) & (shadow.read_thread[where, 0] == me)
-        if not alone.all():  # several threads: of one CTA (-10 - CTA), or of several
-            where, before, mine = where[~alone], before[~alone], self._absolute(gids[~alone])
-            old = np.where(before >= 0, before // self.threads, -10 - before)
-            fits = (before == NOBODY) | (old == mine)
-            shadow.read_thread[where, 0] = np.where(fits, -10 - mine, MANY)
-            shadow.read_time[where, 0] = self.now
-            after = shadow.read_thread[where, 0]
-            shadow.read_thread[where[after != np.where(fits, -10 - mine, MANY)], 0] = MANY
-        else:
-            shadow.read_time[where, 0] = self.now
-
-    def _note_writes(
-        self, shadow: Shadow, inst: int, agent: Any, gids: np.ndarray, where: np.ndarray, time: int
-    ) -> None:
-        shadow.writer[where] = agent
-        shadow.write_thread[where] = gids + self.first_cta * self.threads
-        shadow.write_time[where] = time
-        shadow.write_by[where] = inst
-        if shadow.read_time.shape[1] == 1:
-            shadow.read_thread[where, 0] = NOBODY
-
-    def _report(self, kind: str, inst: int, message: str, other: int) -> None:
+    def _report(self, kind: str, inst: int, words: str, byte: int, other: int) -> None:
         named = self.instructions[other] if other >= 0 else None
-        self.report(kind, self.instructions[inst], message, named)
+        self.report(kind, self.instructions[inst], f"{words}, byte {byte}", named)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.perf.machine.warps import Warps, registers
+from tests.tools.ptx_warps import Warps, registers
 from tilelab.perf.machine import tensor_cores
 from tilelab.perf.machine.errors import MachineFault, UnknownInstruction
 

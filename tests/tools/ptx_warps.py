@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tilelab.perf.machine import core, memory, ptx
+from tilelab.perf.machine import core, handlers, memory, ptx, units
 
 BITS = {"%r": ("b32", "u4"), "%rd": ("b64", "u8"), "%p": ("pred", "?")}
 HEAD = """
@@ -25,11 +25,11 @@ class Warps:
         program = ptx.parse(HEAD.format(threads=threads, body=body))
         self.core = core.Core(program, (ctas,), {}, shared, memory.GlobalMemory([]))
         self.steps = [
-            core._handler(inst.op)(inst, self.core)
+            handlers.find(inst.op)(inst, self.core)
             for inst in self.core.instructions
             if inst.op != "ret"
         ]
-        self.unit = core.Unit(self.core, range(threads // 32), ctas)
+        self.unit = units.Unit(self.core, range(threads // 32), ctas)
         self.core.units = [self.unit]
         self.stride = self.core.shared.stride
         self.done = 0
