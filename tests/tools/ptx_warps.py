@@ -1,4 +1,4 @@
-"""A few warps to try single instructions on: the test sets registers and bytes, and looks at them."""
+"""A few warps on which a test tries single instructions: it sets registers and bytes, and looks."""
 
 import numpy as np
 

@@ -100,7 +100,7 @@ def small(shape, kind):
 
 
 def fragment(matrices, bits_of, table):
-    """Matrices [warps, rows, columns] as registers [registers, lanes]: the ISA's rows and columns."""
+    """Matrices [warps, rows, columns] as registers [registers, lanes], where the ISA has them."""
     count, row, column = table
     elements = [bits_of[:, row(i), column(i)].ravel() for i in range(count)]  # [i][lanes]
     size = bits_of.itemsize
@@ -114,8 +114,9 @@ def test_mma_is_the_matrix_product_in_the_isas_fragments(shape, d, a, b):
     warps, k = 6, int(shape.split("k")[1])
     tables = FRAGMENTS[shape, SIZE[a]]
     na, nb, nd = (tables["a"][0] * SIZE[a] // 4, tables["b"][0] * SIZE[b] // 4, SIZE[d])
-    w = Warps(f"mma.sync.aligned.{shape}.row.col.{d}.{a}.{b}.{d} {registers(0, nd)}, "
-              f"{registers(10, na)}, {registers(20, nb)}, {registers(30, nd)};", threads=96)  # fmt: skip
+    op = f"mma.sync.aligned.{shape}.row.col.{d}.{a}.{b}.{d}"
+    operands = [registers(0, nd), registers(10, na), registers(20, nb), registers(30, nd)]
+    w = Warps(f"{op} {', '.join(operands)};", threads=96)
     x, y, z = small((warps, 16, k), a), small((warps, k, 8), b), RNG.integers(-9, 9, (warps, 16, 8))
     w.fill(10, fragment(x, encode(x, a), tables["a"]))
     w.fill(20, fragment(y, encode(y, b), tables["b"]))

@@ -5,7 +5,6 @@ layouts, writes the descriptor by the ISA's table of its bits, and lets the mach
 Products of small integers are exact, so the result must be torch.matmul's to the last bit.
 """
 
-import itertools
 import re
 
 import numpy as np
@@ -74,7 +73,8 @@ def layout(kind, t, lbo, sbo):
             total = total + coordinate % number(shape[i]) * number(step)
             coordinate = coordinate // number(shape[i])
 
-    return lambda mn, k: sum(one(c, *mode) for c, mode in zip((mn, k), zip(*modes), strict=True))
+    (mn_shape, k_shape), (mn_stride, k_stride) = modes
+    return lambda mn, k: one(mn, mn_shape, mn_stride) + one(k, k_shape, k_stride)
 
 
 def address_of(start, elements, size, swizzle):
@@ -88,7 +88,7 @@ def address_of(start, elements, size, swizzle):
 
 
 def test_the_reader_of_the_table_gives_the_isas_examples():
-    """9.7.15.5.1.2.1.3, the examples' "Exact layout" of figures 166 to 170, at a few coordinates."""
+    """9.7.15.5.1.2.1.3, "Exact layout" of the examples in figures 166 to 169."""
     mn, k = np.arange(16)[:, None], np.arange(16)
     exact = {  # (major, swizzle, T, LBO, SBO): the exact layout, evaluated by hand
         ("K", 0, 4, 64, 32): mn % 8 * 4 + mn // 8 * 32 + k % 4 + k // 4 * 64,
@@ -112,7 +112,7 @@ def test_swizzles_are_the_isas_table(span):
 
 
 class Placed:
-    """A matrix [extent, K] in shared memory, in a canonical layout with gaps, and its descriptor."""
+    """A matrix [extent, K] in a canonical layout, with gaps between its parts, and its descriptor."""
 
     def __init__(self, bits, major, swizzle, start):
         size, (extent, depth) = bits.itemsize, bits.shape
@@ -167,7 +167,8 @@ def accumulators(found, d, n):
     if SIZE[d] == 2:
         found = np.stack([found & 0xFFFF, found >> 16], 1).reshape(-1, found.shape[1]).astype("u2")
     out = np.zeros((found.shape[1] // 128, 64, n))
-    out[:, m, column] = decode(np.ascontiguousarray(found), d).reshape(n // 2, -1, 128).swapaxes(0, 1)
+    values = decode(np.ascontiguousarray(found), d).reshape(n // 2, -1, 128)
+    out[:, m, column] = values.swapaxes(0, 1)
     return out
 
 
@@ -338,8 +339,8 @@ def test_what_threads_have_stored_needs_a_proxy_fence():
 
 def test_wait_group_leaves_the_youngest_groups_and_what_is_not_committed():
     wait_one = WAIT.replace("0;", "1;")
-    w = bf16(FENCE + STEP + COMMIT + STEP + COMMIT + wait_one + STEP + COMMIT + wait_one + STEP + WAIT
-             + COMMIT + WAIT)  # fmt: skip
+    two = FENCE + STEP + COMMIT + STEP + COMMIT + wait_one
+    w = bf16(two + STEP + COMMIT + wait_one + STEP + WAIT + COMMIT + WAIT)
     for steps, landed in ((6, 16), (3, 32), (2, 48), (2, 64)):
         for _ in range(steps):
             assert np.isnan(w.show(100, 4).view("f4")).all() or w.done < 2
@@ -449,7 +450,7 @@ def test_a_warpgroup_begins_at_a_multiple_of_four_warps():
     STEP.replace("mma_async", "mma_async.sp"),
     STEP.replace("%r103}", "%r103, %r104}"),
     multiply("f32", "tf32", "tf32", 8, ", 1, 1, 1, 0"),
-    "wgmma.mma_async.sync.aligned.m64n8k256.s32.b1.b1.and.popc {%r1, %r2, %r3, %r4}, %rd1, %rd2, %p1;",
+    multiply("s32", "s8", "s8", 8).replace("k32.s32.s8.s8", "k256.s32.b1.b1.and.popc"),
 ])  # fmt: skip
 def test_forms_that_are_not_executed(op):
     with pytest.raises(UnknownInstruction):
