@@ -28,7 +28,15 @@ from typing import Any
 
 import numpy as np
 
-from tilelab.perf.machine import barriers, blocks, handlers, memory, types
+from tilelab.perf.machine import (
+    barriers,
+    blocks,
+    handlers,
+    memory,
+    types,
+    wgmma,
+    wgmma_fences,
+)
 from tilelab.perf.machine.counts import Counts
 from tilelab.perf.machine.errors import MachineFault, UnknownInstruction
 from tilelab.perf.machine.ptx import (
@@ -94,6 +102,10 @@ class Core:
         self.first_cta = 0
         self.seconds = 0.0
         self.grouped = any(inst.op.startswith("wgmma") for inst in self.instructions)
+        if self.grouped:
+            self.endings.append(lambda unit: wgmma.ending(self, unit))
+            for inst, why in wgmma_fences.unfenced(program):
+                self.report("missing wgmma.fence", inst, why)
         self.explanations: list[Callable[[], list[str]]] = []  # called at a deadlock
         self._leavers = [self._leaver(i) for i in range(len(program.blocks))]
         self._functions = [blocks.compile_block(block, self) for block in program.blocks]

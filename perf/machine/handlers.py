@@ -9,6 +9,7 @@ from tilelab.perf.machine import (
     mbarriers,
     memory,
     tensor_cores,
+    wgmma,
 )
 from tilelab.perf.machine.ptx import ENDS_BLOCK, Instruction
 
@@ -19,6 +20,7 @@ HANDLERS: dict[str, Callable] = {
     **bulk_copies.HANDLERS,
     **mbarriers.HANDLERS,
     **tensor_cores.HANDLERS,
+    **wgmma.HANDLERS,
 }
 IGNORED = ("prefetch", "discard", "applypriority", "createpolicy", "nanosleep", "pragma")
 
