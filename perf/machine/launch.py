@@ -71,7 +71,7 @@ def run(
 
 @contextlib.contextmanager
 def executing(
-    target: str = "sm_90", *, schedule: str = "lockstep", seed: int = 0,
+    target: str = "sm_90", *, schedule: str = "lockstep", seed: int = 0, counting: bool = True,
     seen: Callable[[Report], None] | None = None,
 ) -> Iterator[list[Report]]:  # fmt: skip
     """Within this context every launch of a kernel is executed by the machine.
@@ -80,6 +80,7 @@ def executing(
         target: as in `run`, and so are `schedule` and `seed`.
         schedule: see there.
         seed: of the first launch; each later one has the next.
+        counting: also count what memory had to do, which takes longer.
         seen: is called with each report as soon as there is one.
 
     Yields:
@@ -96,7 +97,8 @@ def executing(
         given = _bind(kernel, args, meta)
         sizes = _grid(grid, given)
         compiled = _compile(compile_only, kernel, args, sizes, meta, target)
-        report = _execute(kernel, compiled, given, sizes, target, schedule, seed + len(reports))
+        order = dict(schedule=schedule, seed=seed + len(reports), counting=counting)
+        report = _execute(kernel, compiled, given, sizes, target, order)
         reports.append(report)
         if seen is not None:
             seen(report)
@@ -169,7 +171,7 @@ def _parse(text: str, path: str) -> ptx.Program:
 
 def _execute(
     kernel: JITFunction, compiled: Any, given: dict[str, Any], grid: tuple[int, int, int],
-    target: str, schedule: str, seed: int,
+    target: str, order: dict[str, Any],
 ) -> Report:  # fmt: skip
     """Run a compiled kernel, and change the tensors."""
     program = _parse(compiled.asm["ptx"], kernel.fn.__code__.co_filename)
@@ -181,8 +183,7 @@ def _execute(
         else:
             maps[core.PARAMETERS + parameter.offset] = value
     machine = core.Core(
-        program, grid, values, compiled.metadata.shared, arguments.memory, maps,
-        schedule, seed, counting=True,
+        program, grid, values, compiled.metadata.shared, arguments.memory, maps, **order
     )  # fmt: skip
     if machine.total:
         try:
@@ -191,6 +192,7 @@ def _execute(
             arguments.copy_back()
     findings = [Finding(*what, times) for what, times in machine.findings.items()]
     return Report(
-        kernel.__name__, compiled.hash, target, grid, program.threads, schedule, seed, findings,
+        kernel.__name__, compiled.hash, target, grid, program.threads, order["schedule"], order["seed"],
+        findings,
         dict(machine.counts.total), machine.executed, machine.seconds,
     )  # fmt: skip

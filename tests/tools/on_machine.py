@@ -24,7 +24,7 @@ class OnMachine:
 
     def __init__(self, target: str, schedule: str, seed: int) -> None:
         self.target = target
-        self.context = machine.executing(target, schedule=schedule, seed=seed)
+        self.context = machine.executing(target, schedule=schedule, seed=seed, counting=False)
         self.coverage = machine.Coverage()
 
     def pytest_sessionstart(self):
