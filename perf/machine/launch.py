@@ -54,7 +54,7 @@ def run(
         target: the GPU: sm_80 or sm_90.
         schedule: in which order warps run, see core.py.
         seed: of the random one.
-        counting: count what accesses cost, too; without, a launch takes half the time.
+        counting: also count what memory had to do, which takes longer.
 
     Returns:
         What was found and counted. `print` it.
@@ -81,7 +81,7 @@ def executing(
         target: as for `run`.
         schedule: likewise.
         seed: of the first launch; each later one has the next.
-        counting: as for `run`.
+        counting: also count what memory had to do, which takes longer.
         seen: is called with each report as soon as there is one.
 
     Yields:
@@ -98,9 +98,8 @@ def executing(
         given = _bind(kernel, args, meta)
         sizes = _grid(grid, given)
         compiled = _compile(compile_only, kernel, args, sizes, meta, target)
-        report = _execute(
-            kernel, compiled, given, sizes, target, schedule, seed + len(reports), counting
-        )
+        order = dict(schedule=schedule, seed=seed + len(reports), counting=counting)
+        report = _execute(kernel, compiled, given, sizes, target, order)
         reports.append(report)
         if seen is not None:
             seen(report)
@@ -173,7 +172,7 @@ def _parse(text: str, path: str) -> ptx.Program:
 
 def _execute(
     kernel: JITFunction, compiled: Any, given: dict[str, Any], grid: tuple[int, int, int],
-    target: str, schedule: str, seed: int, counting: bool,
+    target: str, order: dict[str, Any],
 ) -> Report:  # fmt: skip
     """Run a compiled kernel, and change the tensors."""
     program = _parse(compiled.asm["ptx"], kernel.fn.__code__.co_filename)
@@ -185,8 +184,7 @@ def _execute(
         else:
             maps[core.PARAMETERS + parameter.offset] = value
     machine = core.Core(
-        program, grid, values, compiled.metadata.shared, arguments.memory, maps,
-        schedule, seed, counting,
+        program, grid, values, compiled.metadata.shared, arguments.memory, maps, **order
     )  # fmt: skip
     if machine.total:
         try:
@@ -195,6 +193,7 @@ def _execute(
             arguments.copy_back()
     findings = [Finding(*what, times) for what, times in machine.findings.items()]
     return Report(
-        kernel.__name__, compiled.hash, target, grid, program.threads, schedule, seed, findings,
+        kernel.__name__, compiled.hash, target, grid, program.threads, order["schedule"], order["seed"],
+        findings,
         dict(machine.counts.total), machine.executed, machine.seconds,
     )  # fmt: skip

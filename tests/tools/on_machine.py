@@ -33,8 +33,7 @@ class OnMachine:
 
     def __init__(self, target: str, schedule: str, seed: int) -> None:
         self.target = target
-        order = dict(schedule=schedule, seed=seed)
-        self.context = machine.executing(target, **order, counting=False)
+        self.context = machine.executing(target, schedule=schedule, seed=seed, counting=False)
         self.coverage = machine.Coverage()
 
     def pytest_sessionstart(self):
