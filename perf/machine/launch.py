@@ -40,7 +40,7 @@ LIMITS = (2**31 - 1, 65535, 65535)  # of a grid's three sizes
 
 def run(
     kernel: Any, grid: Any, args: Sequence[Any] = (), meta: dict[str, Any] | None = None,
-    *, target: str = "sm_90", schedule: str = "lockstep", seed: int = 0,
+    *, target: str = "sm_90", schedule: str = "lockstep", seed: int = 0, counting: bool = True,
 ) -> Report:  # fmt: skip
     """Launch `kernel[grid](*args, **meta)` on the machine.
 
@@ -54,6 +54,7 @@ def run(
         target: the GPU: sm_80 or sm_90.
         schedule: in which order warps run, see core.py.
         seed: of the random one.
+        counting: also count what memory had to do, which takes longer.
 
     Returns:
         What was found and counted. `print` it.
@@ -64,7 +65,7 @@ def run(
     """
     if not isinstance(kernel, KernelInterface):
         raise PerfError(f"kernel must be a function under @triton.jit, got {kernel!r}")
-    with executing(target, schedule=schedule, seed=seed) as reports:
+    with executing(target, schedule=schedule, seed=seed, counting=counting) as reports:
         kernel[grid](*args, **(meta or {}))
     return reports[-1]
 
@@ -77,8 +78,8 @@ def executing(
     """Within this context every launch of a kernel is executed by the machine.
 
     Args:
-        target: as in `run`, and so are `schedule` and `seed`.
-        schedule: see there.
+        target: as for `run`.
+        schedule: likewise.
         seed: of the first launch; each later one has the next.
         counting: also count what memory had to do, which takes longer.
         seen: is called with each report as soon as there is one.
