@@ -174,8 +174,7 @@ def build_copy(inst: Instruction, core: "Core") -> Handler:
         core.races.read("global", index, gids[asked], begins, size)
         core.races.copy_as(index, agents, time, gids, to, size)
         if core.counting:
-            core.counts.access(inst, "global", "load", unit, lanes[asked], begins, size)
-            core.counts.access(inst, "shared", "store", unit, lanes, to, size)
+            core.counts.access(inst, "global", unit, lanes[asked], begins, size)
         places[to // size] = POISON[size]
         known[to // size] = NOTHING[size]
 

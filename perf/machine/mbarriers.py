@@ -280,6 +280,8 @@ def _build_wait(inst: Instruction, core: "Core") -> Handler:
         whole[lanes] = done
         put(unit, whole, mask)
         waits = unit.state.setdefault(("waits", index), np.full(unit.n, -1))
+        if core.counting:  # those that look again were counted before
+            core.counts.add(inst, "waits", np.count_nonzero(~done & (waits[lanes] < 0)))
         waits[lanes] = np.where(done, -1, offsets)
         return whole
 

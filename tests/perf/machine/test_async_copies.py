@@ -167,6 +167,16 @@ def test_each_thread_waits_for_itself(schedule):
     assert Run(body.format(""), x, 0 * x, schedule=schedule).kinds == {"race", "uninitialised"}
 
 
+def test_cp_async_counts_what_it_reads():
+    counts = Run(LENGTH + COPY, numbers(64, 4), numbers(64, 4), counting=True).core.counts
+    first = next(i for i, inst in counts.of.items() if inst_of(counts, i).endswith("0x10, 16"))
+    assert counts.of[first] == {"requests": 2, "bytes": 1024, "sectors": 32, "sectors, ideal": 32}
+
+
+def inst_of(counts, index):
+    return counts.core.instructions[index].text
+
+
 def test_a_copy_over_what_others_still_read_is_a_race():
     body = """
     st.shared.b32 [%r3], %r1;
@@ -429,6 +439,15 @@ def test_tma_loads_and_stores_what_exists(schedule, shape):
     wanted[:rows, :columns] = box[:rows, :columns]
     assert np.array_equal(run.y, wanted)
     assert not run.core.findings
+
+
+def test_tma_counts_the_bytes_that_exist():
+    run = run_tma(shape=(13, 8), counting=True)
+    counted = {inst_of(run.core.counts, i): c for i, c in run.core.counts.of.items()}
+    moved = [c["TMA bytes"] for text, c in counted.items() if "bulk.tensor" in text]
+    assert moved == [8 * 8 * 4, 5 * 8 * 4, 13 * 8 * 4]
+    waits = next(c["waits"] for text, c in counted.items() if "try_wait" in text)
+    assert waits == 64  # all threads, once
 
 
 @schedules
