@@ -88,8 +88,10 @@ def f32_to_bf16(x: np.ndarray) -> np.ndarray:
     return (round_to_upper_half(x) >> U32(16)).astype(U16)
 
 
-# --- all formats, by way of float64 ---------------------------------------------------------------
+# --- all formats ----------------------------------------------------------------------------------
 
+TO_F32: dict[str, Callable] = {"f16": lambda x: x.astype(F32), "bf16": bf16_to_f32}
+FROM_F32: dict[str, Callable] = {"f16": lambda x: canonical(x.astype(F16)), "bf16": f32_to_bf16}
 TO_F64: dict[str, Callable] = {
     "f16": lambda x: x.astype(F64),
     "bf16": lambda x: bf16_to_f32(x).astype(F64),
