@@ -82,7 +82,7 @@ def _rounded(x: np.ndarray, to: str, mode: str) -> np.ndarray:
 
 
 def _to_integers() -> dict[str, functions.Function]:
-    """From floats. To be in range is no question of `.sat`."""
+    """From floats. The result is clamped to the range with `.sat` and without."""
     found = {}
     for to in INTEGERS:
         for of in FLOATS:
@@ -202,8 +202,8 @@ def _tf32(form: list[str], x: np.ndarray) -> np.ndarray:
 
 # --- 8 bits ---------------------------------------------------------------------------------------
 
-# Both are the upper part of a float16, e4m3 with one bit less of exponent: its bias is 7, not 15.
-LARGEST = {"e4m3": 0x7E, "e5m2": 0x7B}  # the finite number
+# e5m2 is the upper half of a float16. e4m3 has one bit less of exponent, with a bias of 7, not 15.
+LARGEST = {"e4m3": 0x7E, "e5m2": 0x7B}  # codes of the largest finite number
 
 
 def _decode(kind: str, x: np.ndarray) -> np.ndarray:

@@ -24,8 +24,8 @@ F16, F32, F64, U16, U32 = np.float16, np.float32, np.float64, np.uint16, np.uint
 _UNSIGNED = {2: U16, 4: U32, 8: np.uint64}
 _SIGNED = {4: np.int32, 8: np.int64}
 SMALLEST_NORMAL = {np.dtype(t): np.finfo(t).smallest_normal for t in (F16, F32, F64)}
-# The NaN that PTX calls canonical. Of float32 and float64 no instruction but min and max must give
-# it, so add and the others keep NumPy's (PTX ISA, 9.7.3: "an unspecified NaN").
+# The NaN that PTX calls canonical. With float32 and float64 only min and max must give it. The NaN
+# of add and the others is NumPy's, since the ISA does not say which it is (section 9.7.3).
 CANONICAL = {np.dtype(t): (~np.zeros((), _UNSIGNED[t().itemsize]) >> 1).view(t)[()]
              for t in (F16, F32, F64)}  # fmt: skip
 BF16_NAN = U32(0x7FFF0000)  # in the upper half

@@ -1,121 +1,44 @@
-"""PTX arithmetic for one thread, in Python's integers and fractions: what the machine must agree with.
+"""PTX arithmetic for one thread, in Python's integers and fractions.
 
 `expected("add.rn.f32", a, b)` takes the bits of the registers as integers and returns the bits of
-the result. Nothing here is computed by NumPy, and every float is a fraction until it is rounded.
-Written after the PTX ISA 9.1, section 9.7, and as slow as that.
+the result. Nothing here is computed by NumPy, and every float is a fraction until it is rounded. So
+this is slow, and what the machine computes must agree with it.
+
+Source: PTX ISA 9.1, section 9.7.
 """
 
 import math
 import operator
-import struct
 from fractions import Fraction
 
-FORMATS = {  # bits of exponent, of mantissa
-    "f16": (5, 10), "bf16": (8, 7), "f32": (8, 23), "f64": (11, 52), "tf32": (8, 23),
-    "e4m3": (4, 3), "e5m2": (5, 2),
-}  # fmt: skip
-PAIRS = {"f16x2": "f16", "bf16x2": "bf16", "u16x2": "u16", "s16x2": "s16"}
+from tests.tools.ptx_formats import FORMATS, PAIRS, decode, encode, flush, is_nan, width
+
 APPROXIMATE = {"ex2", "lg2", "sin", "cos", "tanh", "rsqrt"}  # by math, so right but for a last bit
 COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge"}
 
-
-def width(kind):
-    """Bits of a type."""
-    if kind in ("e4m3x2", "e5m2x2"):
-        return 16
-    if kind in PAIRS or kind == "tf32":
-        return 32
-    return 1 if kind == "pred" else int(kind.lstrip("bfsu"))
+# --- floats ---------------------------------------------------------------------------------------
 
 
-# --- floats and their bits ------------------------------------------------------------------------
-
-
-def decode(bits, kind):
-    """The number that bits stand for, as a Python float, which holds any of them."""
-    exponent_bits, mantissa_bits = FORMATS[kind]
-    sign = -1.0 if bits >> (exponent_bits + mantissa_bits) & 1 else 1.0
-    exponent, mantissa = divmod(
-        bits & ((1 << (exponent_bits + mantissa_bits)) - 1), 1 << mantissa_bits
-    )
-    bias = (1 << (exponent_bits - 1)) - 1
-    if kind == "e4m3":
-        if bits & 0x7F == 0x7F:
-            return math.nan
-    elif exponent == (1 << exponent_bits) - 1:
-        return sign * math.inf if mantissa == 0 else math.nan
-    if exponent == 0:
-        return sign * math.ldexp(mantissa, 1 - bias - mantissa_bits)
-    return sign * math.ldexp(mantissa + (1 << mantissa_bits), exponent - bias - mantissa_bits)
-
-
-def encode(x, kind, mode="rn", negative_zero=False):
-    """The bits of a fraction, or of a float that is NaN, infinite or zero."""
-    exponent_bits, mantissa_bits = FORMATS[kind]
-    drop = 13 if kind == "tf32" else 0
-    sign_bit, infinity = (
-        1 << (exponent_bits + mantissa_bits),
-        ((1 << exponent_bits) - 1) << mantissa_bits,
-    )
-    if isinstance(x, float) and math.isnan(x):
-        return sign_bit - 1
-    if isinstance(x, float) and math.isinf(x):
-        return infinity | (sign_bit if x < 0 else 0)
-    if x == 0:
-        negative_zero |= isinstance(x, float) and math.copysign(1, x) < 0
-        return sign_bit if negative_zero else 0
-    negative, size = x < 0, abs(Fraction(x))
-    exponent = size.numerator.bit_length() - size.denominator.bit_length()
-    exponent -= Fraction(2) ** exponent > size
-    bias = (1 << (exponent_bits - 1)) - 1
-    exponent = max(exponent, 1 - bias)
-    whole, rest = divmod(size / Fraction(2) ** (exponent - mantissa_bits + drop), 1)
-    outwards = {
-        "rn": rest > Fraction(1, 2) or (rest == Fraction(1, 2) and whole % 2),
-        "rna": rest >= Fraction(1, 2),
-        "rz": False,
-        "rm": negative and rest > 0,
-        "rp": not negative and rest > 0,
-    }[mode]
-    whole = (whole + bool(outwards)) << drop
-    bits = whole + ((exponent + bias - 1) << mantissa_bits)  # a carry goes to the exponent
-    if kind != "e4m3" and bits >= infinity:
-        finite = {"rz": True, "rm": not negative, "rp": negative}.get(mode, False)
-        bits = infinity - (1 << drop) if finite else infinity
-    return bits | (sign_bit if negative else 0)
-
-
-def is_nan(bits, kind):
-    return math.isnan(decode(bits, kind))
-
-
-def flush(bits, kind):
-    exponent_bits, mantissa_bits = FORMATS[kind]
-    if bits >> mantissa_bits & ((1 << exponent_bits) - 1):
-        return bits
-    return bits & 1 << (exponent_bits + mantissa_bits)
-
-
-def _exactly(finite, otherwise, *numbers):
+def _exactly(operation, *numbers):
     """A fraction, if the operands are finite and the result is not 0; else as floats have it."""
     if all(map(math.isfinite, numbers)):
-        exact = finite(*map(Fraction, numbers))
+        exact = operation(*map(Fraction, numbers))
         if exact != 0:
             return exact
-    return otherwise(*numbers)
+    return operation(*numbers)
 
 
 def _fma(a, b, c):
     if math.isfinite(a) and math.isfinite(b) and math.isinf(c):
         return c
-    return _exactly(lambda a, b, c: a * b + c, lambda a, b, c: a * b + c, a, b, c)
+    return _exactly(lambda a, b, c: a * b + c, a, b, c)
 
 
 def _div(a, b):
     if b == 0:
         sign = math.copysign(1, a) * math.copysign(1, b)
         return math.nan if a == 0 or math.isnan(a) else sign * math.inf
-    return _exactly(operator.truediv, operator.truediv, a, b)
+    return _exactly(operator.truediv, a, b)
 
 
 def _sqrt(x):
@@ -156,13 +79,10 @@ def _transcendental(name, x):
     return getattr(math, name)(x)
 
 
-def _float(name, modifiers, kind, a, b=None, c=None):
-    if name == "add":
-        return _exactly(operator.add, operator.add, a, b)
-    if name == "sub":
-        return _exactly(operator.sub, operator.sub, a, b)
-    if name == "mul":
-        return _exactly(operator.mul, operator.mul, a, b)
+def _float(name, modifiers, a, b=None, c=None):
+    if name in ("add", "sub", "mul"):
+        operation = getattr(operator, name)
+        return _exactly(operation, a, b)
     if name == "fma":
         return _fma(a, b, c)
     if name == "rcp":
@@ -189,7 +109,7 @@ def _float_bits(name, modifiers, kind, *bits):
     elif name == "copysign":
         result = (bits[1] & ~sign) | (bits[0] & sign)
     else:
-        x = _float(name, modifiers, kind, *(decode(x, kind) for x in bits))
+        x = _float(name, modifiers, *(decode(x, kind) for x in bits))
         result = encode(0.0 if "relu" in modifiers and x <= 0 else x, kind)
     if "ftz" in modifiers:
         result = flush(result, kind)
@@ -330,6 +250,11 @@ def _compare(modifiers, kind, a, b, c=0):
 # --- conversions ----------------------------------------------------------------------------------
 
 
+WHOLE = {  # Python rounds ties to even, too
+    "rni": round, "rzi": math.trunc, "rmi": math.floor, "rpi": math.ceil,
+}  # fmt: skip
+
+
 def _to_integer(modifiers, to, of, x):
     if "ftz" in modifiers:
         x = flush(x, of)
@@ -338,9 +263,8 @@ def _to_integer(modifiers, to, of, x):
         return 1 << (width(to) - 1) if of == "f64" or width(to) == 64 else 0
     if math.isinf(x):
         return clamp((1 << 70) * (1 if x > 0 else -1), to)
-    mode = next(m for m in modifiers if m[0] == "r")
-    rounded = {"rni": round, "rzi": math.trunc, "rmi": math.floor, "rpi": math.ceil}[mode]
-    return clamp(rounded(Fraction(x)), to)  # Python rounds ties to even, too
+    (mode,) = (m for m in modifiers if m in WHOLE)
+    return clamp(WHOLE[mode](Fraction(x)), to)
 
 
 def _to_float(modifiers, to, of, x):
@@ -350,10 +274,9 @@ def _to_float(modifiers, to, of, x):
             x = Fraction(x)
     else:
         x = Fraction(number(x, of))
-    whole = next((m for m in modifiers if m in ("rni", "rzi", "rmi", "rpi")), None)
-    if whole and isinstance(x, Fraction):
-        rounded = {"rni": round, "rzi": math.trunc, "rmi": math.floor, "rpi": math.ceil}[whole](x)
-        x = rounded if rounded else math.copysign(0.0, x)
+    for modifier in modifiers:
+        if modifier in WHOLE and isinstance(x, Fraction):
+            x = WHOLE[modifier](x) or math.copysign(0.0, x)
     if "relu" in modifiers and x <= 0:
         x = 0.0
     mode = next((m for m in modifiers if m in ("rn", "rna", "rz", "rm", "rp")), "rn")
@@ -402,8 +325,10 @@ def _convert(modifiers, *registers):
 
 # --- all ------------------------------------------------------------------------------------------
 
-_BITS = {"and", "or", "xor", "not", "shl", "shr", "brev", "popc", "clz", "bfind", "bfe", "bfi", "shf",
-         "lop3", "prmt"}  # fmt: skip
+_BITS = {
+    "and", "or", "xor", "not", "shl", "shr", "brev", "popc", "clz", "bfind", "bfe", "bfi", "shf",
+    "lop3", "prmt",
+}  # fmt: skip
 
 
 def expected(op, *registers):
@@ -440,19 +365,3 @@ def _halves(op, kind, *registers):
         return tuple(expected(one, a >> s & 0xFFFF, b >> s & 0xFFFF, *c) for s in (0, 16))
     low, high = (expected(one, *(x >> s & 0xFFFF for x in registers)) for s in (0, 16))
     return high << 16 | low
-
-
-def same(found, wanted, kind, tolerance=0):
-    """Whether bits agree: NaN with any NaN."""
-    if kind in PAIRS and PAIRS[kind] in FORMATS:
-        return all(
-            same(found >> s & 0xFFFF, wanted >> s & 0xFFFF, PAIRS[kind], tolerance) for s in (0, 16)
-        )
-    if kind in FORMATS and is_nan(wanted, kind):
-        return is_nan(found, kind)
-    return abs(found - wanted) <= tolerance
-
-
-def f32(x):
-    """The bits of a float32."""
-    return struct.unpack("I", struct.pack("f", x))[0]
