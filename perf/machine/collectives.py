@@ -24,16 +24,24 @@ U32 = np.dtype(np.uint32)
 BOOL = np.dtype(bool)
 
 
-def whole_warps(core: "Core", inst: Instruction, unit: "Unit", mask: np.ndarray | None) -> None:
-    """Fail if only a part of a warp takes part."""
+def whole_warps(
+    core: "Core", inst: Instruction, unit: "Unit", mask: np.ndarray | None, size: int = 32
+) -> np.ndarray:
+    """The warps of a unit that take part, by index. With 128 as `size`, its warpgroups.
+
+    Fails if only a part of one is here, which is undefined on a GPU.
+    """
+    if size == 128 and (unit.warps[0] % 4 or len(unit.warps) % 4):
+        core.fail(inst, unit, 0, "a warpgroup is four warps, the first of them a multiple of four")
     if mask is None:
-        return
-    warps = mask.reshape(-1, 32)
-    some = warps.any(1)
-    if (some != warps.all(1)).any():
-        bad = int(np.flatnonzero(some & ~warps.all(1))[0])
-        core.fail(inst, unit, 32 * bad, f"{inst.parts[0]} needs all 32 lanes of a warp, "
-                  f"{int(warps[bad].sum())} are here")  # fmt: skip
+        return np.arange(unit.n // size)
+    here = np.count_nonzero(mask.reshape(-1, size), axis=1)
+    partial = np.flatnonzero((here > 0) & (here < size))
+    if partial.size:
+        bad, whom = int(partial[0]), "warp" if size == 32 else "warpgroup"
+        core.fail(inst, unit, size * bad, f"{inst.parts[0]} needs all {size} lanes of a {whom}, "
+                  f"{here[bad]} are here")  # fmt: skip
+    return np.flatnonzero(here)
 
 
 def build_shfl(inst: Instruction, core: "Core") -> Callable:

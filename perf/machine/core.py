@@ -28,7 +28,15 @@ from typing import Any
 
 import numpy as np
 
-from tilelab.perf.machine import barriers, blocks, handlers, memory, types
+from tilelab.perf.machine import (
+    barriers,
+    blocks,
+    handlers,
+    memory,
+    types,
+    wgmma,
+    wgmma_fences,
+)
 from tilelab.perf.machine.counts import Counts
 from tilelab.perf.machine.errors import MachineFault, UnknownInstruction
 from tilelab.perf.machine.ptx import (
@@ -87,12 +95,17 @@ class Core:
         self.findings: Counter = Counter()
         self.executed = np.zeros(len(self.instructions), np.int64)  # by warps
         self.pending: list[Callable[[], None]] = []  # what will land
+        self.state: dict[Any, Any] = {}  # for what handlers keep for a batch
         self.endings: list[Callable[[Unit], None]] = []  # called when a batch has ended
         self.slots: dict[tuple, int] = {}
         self.units: list[Unit] = []
         self.first_cta = 0
         self.seconds = 0.0
         self.grouped = any(inst.op.startswith("wgmma") for inst in self.instructions)
+        if self.grouped:
+            self.endings.append(lambda unit: wgmma.ending(self, unit))
+            for inst, why in wgmma_fences.unfenced(program):
+                self.report("missing wgmma.fence", inst, why)
         self.explanations: list[Callable[[], list[str]]] = []  # called at a deadlock
         self._leavers = [self._leaver(i) for i in range(len(program.blocks))]
         self._functions = [blocks.compile_block(block, self) for block in program.blocks]
@@ -240,6 +253,7 @@ class Core:
         self.shared.clear()
         self.races.next_batch(self.first_cta)
         self.pending.clear()
+        self.state.clear()
         self.barriers: dict[tuple[int, int], barriers.Barrier] = {}  # by CTA and number
         self.exited = np.zeros(count, np.int64)  # threads of each CTA
         self.registers = barriers.Registers.begin(count, self.warps, self.program.max_registers)

@@ -197,22 +197,26 @@ class Races:
         shadow.note_writes(inst, self.atomic, self.absolute(gids), where, self.now)
 
     def read_as(
-        self, space: str, inst: int, agent: int, time: int, knower: int, offsets: np.ndarray,
+        self, space: str, inst: int, agent: Any, time: int, knower: Any, offsets: np.ndarray,
         size: int, proxy: str = "async",
     ) -> None:  # fmt: skip
-        """An agent reads from `time` on, ordered after all that thread `knower` knows."""
+        """An agent reads from `time` on, ordered after all that thread `knower` knows.
+
+        There is one agent and one knower, or one of each for every offset.
+        """
         shadow = self.shadows[space]
-        where, _ = shadow.granules(offsets, size)
-        gids = np.full(where.size, knower)
+        where, each = shadow.granules(offsets, size)
+        gids = np.repeat(np.broadcast_to(knower, offsets.size), each)
+        agent = np.repeat(np.broadcast_to(agent, offsets.size), each)
         self._after_writes(space, shadow, inst, gids, where, "asynchronous read")
         if proxy == "async":
             writer = shadow.writer[where]
             generic = (writer >= 0) & (writer < self.warps)
             for copies in self._copies:
                 generic |= writer == copies
-            late = generic & (self.fenced[knower, writer] < shadow.write_time[where])
+            late = generic & (self.fenced[gids, writer] < shadow.write_time[where])
             if space == "global":
-                late &= shadow.write_thread[where] // self.threads == self.cta_of(knower)
+                late &= shadow.write_thread[where] // self.threads == self.cta_of(gids)
             if late.any():
                 at = int(where[np.flatnonzero(late)[0]])
                 words = ("reads through the async proxy what was written through the generic one, "

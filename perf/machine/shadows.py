@@ -63,7 +63,7 @@ class SharedShadow(Shadow):
         self.read_by[where] = inst
 
     def note_reads_of(
-        self, races: "Races", inst: int, agent: int, time: int, gids: np.ndarray, where: np.ndarray
+        self, races: "Races", inst: int, agent: Any, time: int, gids: np.ndarray, where: np.ndarray
     ) -> None:
         """An agent reads, from `time` on."""
         self.read_time[where, agent], self.read_thread[where, agent] = time, MANY
