@@ -10,8 +10,8 @@ GPU gives one near it. The ISA allows these errors, and so must a test that comp
 
 Numbers of 16 bits are computed in float32, and then rounded. That is as good as a single rounding,
 because float32 has 2 p + 2 digits or more where they have p = 11 or 8 (Figueroa, When is double
-rounding innocuous?, 1995). It is not for products of bfloat16, which float32 rounds differently if
-they are subnormal, nor for fma: these are exact, or rounded to odd, in float64 (rounding.py).
+rounding innocuous?, 1995). A product of bfloat16 may be too small for that many digits, but then it
+is below 2^-134, and 0 in bfloat16. Only fma needs more: float64, rounded to odd (rounding.py).
 
 Source: PTX ISA 9.1, sections 9.7.3 and 9.7.4.
 """
@@ -97,7 +97,7 @@ TABLE = (  # opcode without its type, types, how many operands, what it does
     ("sub{.rn}{.ftz}{.sat}", "f32 f16", 2, np.subtract),
     ("sub{.rn}", "f64 bf16", 2, np.subtract),
     ("mul{.rn}{.ftz}{.sat}", "f32 f16", 2, np.multiply),
-    ("mul{.rn}", "f64", 2, np.multiply),
+    ("mul{.rn}", "f64 bf16", 2, np.multiply),
     ("fma.rn{.ftz}{.sat}", "f32", 3, rounding.fma_f32),
     ("fma.rn", "f64", 3, rounding.fma_f64),
     ("max{.ftz}", "f32 f16", 2, _MAX),
@@ -122,7 +122,6 @@ TABLE = (  # opcode without its type, types, how many operands, what it does
     ("sqrt.rn", "f64", 1, np.sqrt),
 )
 IN_F64 = (  # likewise, but computed in float64 for every type
-    ("mul{.rn}", "bf16", 2, np.multiply),
     ("fma.rn{.ftz}{.sat|.relu}", "f16", 3, rounding.fma_to_odd),
     ("fma.rn{.relu}", "bf16", 3, rounding.fma_to_odd),
     ("rsqrt.approx{.ftz}", "f32", 1, _rsqrt),
