@@ -112,7 +112,7 @@ def test_swizzles_are_the_isas_table(span):
 
 
 class Placed:
-    """A matrix [extent, K] in a canonical layout, with gaps between its parts, and its descriptor."""
+    """A matrix [extent, K] in a canonical layout, with gaps between parts; and its descriptor."""
 
     def __init__(self, bits, major, swizzle, start):
         size, (extent, depth) = bits.itemsize, bits.shape
