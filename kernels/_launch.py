@@ -11,13 +11,15 @@ So this file sets it before that import:
     torch sees none                  kernels are interpreted on the CPU; NumPy does the arithmetic
     TRITON_INTERPRET=1               kernels are interpreted on any machine (print works in them)
     TRITON_INTERPRET=0 and no GPU    kernels can only be compiled (`triton.compile`), not launched
+
+Within `record` and `instead` nothing is launched there: somebody else gets the launches.
 """
 
 import contextlib
 import functools
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -99,9 +101,9 @@ ANY_GPU = Device(89, sms=132)
 
 
 def device_of(x: torch.Tensor) -> Device:
-    """Return the device that a kernel with argument `x` runs on, or is recorded for."""
-    if _recorded is not None:
-        return _pretended or ANY_GPU
+    """Return the device that a kernel with argument `x` runs on, or is chosen for."""
+    if _pretended is not None:
+        return _pretended
     return INTERPRETER if INTERPRET else _properties(x.get_device())
 
 
@@ -168,13 +170,14 @@ class Launch(NamedTuple):
     meta: dict[str, Any]
 
 
-_recorded: list[Choice | Launch] | None = None
-_pretended: Device | None = None  # the device of `record`
+_recorded: list[Choice | Launch] | None = None  # the list of `record`
+_execute: Callable[[Launch], None] | None = None  # who gets the launches, in place of a device
+_pretended: Device | None = None  # the device that kernels are chosen for meanwhile
 
 
 def on_gpu() -> bool:
-    """Return whether a launch now would run on a GPU, and is neither interpreted nor recorded."""
-    return not INTERPRET and _recorded is None
+    """Return whether a launch now would run on a GPU: it is not interpreted, and nobody gets it."""
+    return not INTERPRET and _execute is None
 
 
 def note_choice(*choice: Any) -> None:
@@ -184,20 +187,35 @@ def note_choice(*choice: Any) -> None:
 
 
 @contextlib.contextmanager
+def instead(execute: Callable[[Launch], None], device: Device) -> Iterator[None]:
+    """Within this context `execute` gets the launches, and kernels are chosen for `device`.
+
+    Tiles are the forced ones (`use_tile`), or the defaults for `device`. The tuned tables are not
+    read. The tensors are on the CPU.
+    """
+    global _execute, _pretended
+    before = _execute, _pretended
+    _execute, _pretended = execute, device
+    try:
+        yield
+    finally:
+        _execute, _pretended = before
+
+
+@contextlib.contextmanager
 def record(device: Device | None = None) -> Iterator[list[Choice | Launch]]:
     """Record launches instead of running them: within this context, list them in their order.
 
-    The tensors of a recorded call may be uninitialised ones on the CPU. So a call can be compiled,
-    and its launches counted, without a GPU. Tiles are the forced ones (`use_tile`), or the defaults
-    for `device`. The tuned tables are not read.
+    The tensors of a recorded call may be uninitialised ones. So a call can be compiled, and its
+    launches counted, without a GPU. The list also has the choices of tiles.
     """
-    global _recorded, _pretended
-    before = _recorded, _pretended
-    _recorded, _pretended = [], device
+    global _recorded
+    before, _recorded = _recorded, []
     try:
-        yield _recorded
+        with instead(_recorded.append, device or ANY_GPU):
+            yield _recorded
     finally:
-        _recorded, _pretended = before
+        _recorded = before
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
@@ -208,8 +226,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """
     if 0 in grid:
         return
-    if _recorded is not None:
-        _recorded.append(Launch(kernel, grid, args, meta))
+    if _execute is not None:
+        _execute(Launch(kernel, grid, args, meta))
         return
     if len(grid) > 1 and max(grid[1:]) > 65535:
         raise ValueError(f"too many blocks for one launch: {grid}, of 65535 in the last two places")

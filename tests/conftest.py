@@ -8,6 +8,8 @@
 The same tests run on the CPU (`make test` forces Triton's interpreter) and compiled on the GPU, if
 torch sees one and TRITON_INTERPRET is not set. They take their device from the `device` fixture or
 from `tests.tools.inputs.DEVICE`. Tests marked `gpu` run only on a GPU, at real sizes.
+
+`pytest --on sm_90` runs them on the CPU as compiled for such a GPU: see tests/tools/on_machine.py.
 """
 
 import os
@@ -21,7 +23,8 @@ import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from tests.tools.inputs import DEVICE  # noqa: E402
+# Nothing here imports tests.tools or tilelab before pytest_configure: an option decides between
+# interpreter and compiler.
 
 # An interpreted kernel takes milliseconds: few examples, and no deadline for the first of them.
 hypothesis.settings.register_profile(
@@ -30,8 +33,31 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("tilelab")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options that run compiled kernels with no GPU."""
+    group = parser.getgroup("tilelab")
+    group.addoption("--on", choices=("sm_80", "sm_90"), help="execute kernels as PTX for this GPU")
+    group.addoption(
+        "--schedule", choices=("lockstep", "random", "late"), default="random",
+        help="with --on: the order in which warps run (default: random)",
+    )  # fmt: skip
+    group.addoption("--seed", type=int, default=0, help="with --on: of the random order")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make this process one that compiles, if `--on` is given."""
+    if config.option.on:
+        os.environ["TRITON_INTERPRET"] = "0"
+        from tests.tools.on_machine import OnMachine
+
+        option = config.option
+        config.pluginmanager.register(OnMachine(option.on, option.schedule, option.seed))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked `gpu` where kernels do not run on one."""
+    from tests.tools.inputs import DEVICE
+
     if DEVICE == "cuda":
         return
     for item in items:
@@ -58,5 +84,7 @@ def full_float32():
 
 @pytest.fixture
 def device() -> str:
-    """Where the kernels run: "cuda", or "cpu" for the interpreter."""
+    """Where the kernels run: "cuda", or "cpu" for the interpreter and the machine."""
+    from tests.tools.inputs import DEVICE
+
     return DEVICE

@@ -23,6 +23,7 @@ COMMANDS = {
         "count what a training step launches, moves and keeps",
     ),
     "gpu": ("perf.commands.gpu_programme", "do all that needs a GPU, within a time budget"),
+    "run-ptx": ("perf.commands.run_ptx", "run a file's kernels with no GPU, find faults"),
     "doctor": ("perf.commands.doctor", "say what is installed, how fast it is, what is missing"),
 }
 KEPT = {  # what an interrupted command leaves

@@ -4,7 +4,7 @@
     @%p1 mov.b32 %r5, 0;                     v = u.views
     st.shared.b32 [%r5], %f3;                s0, s1, s2, s3, s4 = v[0], v[1], v[2], v[3], v[4]
                                              if m is None:
-                                                 add(s0, s1, s2)
+                                                 add(s0, s1, out=s2)
                                                  copyto(s4, 0, where=s3)
                                                  h2(u, None)
                                              else:            # for the lanes of the mask m
@@ -94,7 +94,7 @@ class _Block:
             place = self.place(target, dtype)
             exact = target != Register("_") and self.core.destination(target.name, dtype) == dtype
             if isinstance(function.call, np.ufunc) and exact and not guard:
-                return [(f"{call}, {place})", f"copyto({place}, {call}), where=m)")]
+                return [(f"{call}, out={place})", f"copyto({place}, {call}), where=m)")]
             return self.assign([(place, call + ")")], guard)
         results = [
             (self.place(x, dtype), f"t{k}[{i}]")

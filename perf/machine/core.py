@@ -95,6 +95,7 @@ class Core:
         self.findings: Counter = Counter()
         self.executed = np.zeros(len(self.instructions), np.int64)  # by warps
         self.pending: list[Callable[[], None]] = []  # what will land
+        self.state: dict[Any, Any] = {}  # for what handlers keep for a batch
         self.endings: list[Callable[[Unit], None]] = []  # called when a batch has ended
         self.slots: dict[tuple, int] = {}
         self.units: list[Unit] = []
@@ -252,6 +253,7 @@ class Core:
         self.shared.clear()
         self.races.next_batch(self.first_cta)
         self.pending.clear()
+        self.state.clear()
         self.barriers: dict[tuple[int, int], barriers.Barrier] = {}  # by CTA and number
         self.exited = np.zeros(count, np.int64)  # threads of each CTA
         self.registers = barriers.Registers.begin(count, self.warps, self.program.max_registers)

@@ -2,13 +2,23 @@
 
 from collections.abc import Callable
 
-from tilelab.perf.machine import async_copies, collectives, memory, tensor_cores, wgmma
+from tilelab.perf.machine import (
+    async_copies,
+    bulk_copies,
+    collectives,
+    mbarriers,
+    memory,
+    tensor_cores,
+    wgmma,
+)
 from tilelab.perf.machine.ptx import ENDS_BLOCK, Instruction
 
 HANDLERS: dict[str, Callable] = {
     **memory.HANDLERS,
     **collectives.HANDLERS,
     **async_copies.HANDLERS,
+    **bulk_copies.HANDLERS,
+    **mbarriers.HANDLERS,
     **tensor_cores.HANDLERS,
     **wgmma.HANDLERS,
 }

@@ -31,12 +31,15 @@ def text(body, arrays=0, threads=32, more=""):
 
 
 def run(body, *arrays, threads=32, grid=(1,), shared=1024, more="", maps=None, **options):
-    """Run it; the arrays are changed. Returns the Core."""
+    """Run it; the arrays are changed. Returns the Core.
+
+    `maps` gives tensor maps by their addresses, from the addresses of the arrays.
+    """
     program = ptx.parse(text(body, len(arrays), threads, more))
     where = memory.GlobalMemory([a.nbytes for a in arrays])
     at = [where.place(a.reshape(-1).view(np.uint8), f"array {i}") for i, a in enumerate(arrays)]
     given = {p.name: np.uint64(x) for p, x in zip(program.parameters, at, strict=True)}
-    machine = core.Core(program, grid, given, shared, where, maps, **options)
+    machine = core.Core(program, grid, given, shared, where, maps(at) if maps else None, **options)
     try:
         machine.run()
     finally:

@@ -31,7 +31,8 @@ RACES = {
     "write, read in one warp": f"{SHARED} {WITHIN} st.shared.b32 [%r3], %r0;"
     " ld.shared.b32 %r6, [%r5];",
     "write, write": f"{SHARED} {NEXT} st.shared.b32 [%r3], %r0; st.shared.b32 [%r5], %r4;",
-    "read, write": f"{SHARED} {NEXT} st.shared.b32 [%r3], %r0; bar.sync 0; ld.shared.b32 %r6, [%r5];"
+    "read, write": f"{SHARED} {NEXT} st.shared.b32 [%r3], %r0; bar.sync 0;"
+    " ld.shared.b32 %r6, [%r5];"
     " st.shared.b32 [%r3], %r4;",
     "read, write in one warp": f"{SHARED} {WITHIN} st.shared.b32 [%r3], %r0; bar.sync 0;"
     " ld.shared.b32 %r6, [%r5]; st.shared.b32 [%r3], %r4;",
