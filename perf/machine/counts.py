@@ -67,6 +67,8 @@ class Counts:
     def by_line(self) -> dict[Place, Counter]:
         """The counters of each line of the source, with "instructions" that warps executed."""
         lines: dict[Place, Counter] = defaultdict(Counter)
+        if not self.core.counting:
+            return lines
         for i, inst in enumerate(self.core.instructions):
             place = inst.source[0] if inst.source else ("", 0)
             lines[place]["instructions"] += int(self.core.executed[i])

@@ -40,7 +40,7 @@ LIMITS = (2**31 - 1, 65535, 65535)  # of a grid's three sizes
 
 def run(
     kernel: Any, grid: Any, args: Sequence[Any] = (), meta: dict[str, Any] | None = None,
-    *, target: str = "sm_90", schedule: str = "lockstep", seed: int = 0, counting: bool = True,
+    *, target: str = "sm_90", **options: Any,
 ) -> Report:  # fmt: skip
     """Launch `kernel[grid](*args, **meta)` on the machine.
 
@@ -52,9 +52,7 @@ def run(
             of their addresses), and numbers. Tensors are changed in place.
         meta: arguments by name: constants such as BLOCK_M, and num_warps, num_stages, ...
         target: the GPU: sm_80 or sm_90.
-        schedule: in which order warps run, see core.py.
-        seed: of the random one.
-        counting: also count what memory had to do, which takes longer.
+        options: see `executing`.
 
     Returns:
         What was found and counted. `print` it.
@@ -65,7 +63,7 @@ def run(
     """
     if not isinstance(kernel, KernelInterface):
         raise PerfError(f"kernel must be a function under @triton.jit, got {kernel!r}")
-    with executing(target, schedule=schedule, seed=seed, counting=counting) as reports:
+    with executing(target, **options) as reports:
         kernel[grid](*args, **(meta or {}))
     return reports[-1]
 
@@ -73,15 +71,17 @@ def run(
 @contextlib.contextmanager
 def executing(
     target: str = "sm_90", *, schedule: str = "lockstep", seed: int = 0, counting: bool = True,
-    seen: Callable[[Report], None] | None = None,
+    programs: int | None = None, seen: Callable[[Report], None] | None = None,
 ) -> Iterator[list[Report]]:  # fmt: skip
     """Within this context every launch of a kernel is executed by the machine.
 
     Args:
-        target: as for `run`.
-        schedule: likewise.
-        seed: of the first launch; each later one has the next.
+        target: the GPU: sm_80 or sm_90.
+        schedule: in which order warps run: "lockstep", "random" or "late" (core.py).
+        seed: of what is drawn by lot, for the first launch; each later one has the next.
         counting: also count what memory had to do, which takes longer.
+        programs: execute only so many of each grid, from its middle on: their results alone are
+            right, and only their part of the tensors is.
         seen: is called with each report as soon as there is one.
 
     Yields:
@@ -99,6 +99,8 @@ def executing(
         sizes = _grid(grid, given)
         compiled = _compile(compile_only, kernel, args, sizes, meta, target)
         order = dict(schedule=schedule, seed=seed + len(reports), counting=counting)
+        if programs is not None and programs < (total := math.prod(sizes)):
+            order["programs"] = range(total // 2, min(total, total // 2 + programs))
         report = _execute(kernel, compiled, given, sizes, target, order)
         reports.append(report)
         if seen is not None:
@@ -194,5 +196,6 @@ def _execute(
     findings = [Finding(*what, times) for what, times in machine.findings.items()]
     return Report(
         kernel.__name__, compiled.hash, target, grid, program.threads, order["schedule"],
-        order["seed"], findings, dict(machine.counts.total), machine.executed, machine.seconds,
+        order["seed"], findings, dict(machine.counts.total), machine.counts.by_line,
+        machine.executed, machine.seconds,
     )  # fmt: skip
