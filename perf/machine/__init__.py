@@ -16,14 +16,14 @@ barriers: the compiler adds them later. This machine executes what the compiler 
     memory.py               loads and stores: in bounds, aligned, initialised
     collectives.py          what the 32 threads of a warp exchange; barriers.py: what they wait for
     tensor_cores.py         ldmatrix, stmatrix, mma.sync; wgmma.py: Hopper's, from shared memory
-    async_copies.py         cp.async; bulk_copies.py, tensor_maps.py: TMA; mbarriers.py: its barriers
+    async_copies.py         cp.async; bulk_copies.py, tensor_maps.py, mbarriers.py: TMA
     races.py, shadows.py    which accesses nothing orders
     counts.py               sectors, bank conflicts, instructions
     launch.py, report.py    a kernel's arguments on their way in, and what came of it
 
 What it proves: the values, layouts, addresses, barriers and copies of the PTX are right, for the
 inputs that were run, in every order of warps that was tried; and no two accesses to memory depended
-on that order. What it does not: that ptxas translates PTX rightly, how long anything takes, and that
+on that order. What it does not: that ptxas translates it rightly, how long anything takes, and that
 our reading of the PTX ISA is right. docs/verification.md has the table.
 """
 
