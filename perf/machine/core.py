@@ -212,8 +212,9 @@ class Core:
         if not isinstance(base, Register):
             at = int(self.constant(base, np.dtype(np.int64))) + offset
             return lambda unit: np.full(unit.n, at)
-        unsigned = self.slot(base.name, self.type_of(base.name))
-        return lambda unit: unit.views[unsigned].astype(np.int64) + offset
+        bits = self.type_of(base.name)
+        slot, more = self.slot(base.name, bits), np.array(offset).astype(bits)  # may wrap around
+        return lambda unit: (unit.views[slot] + more).astype(np.int64)
 
     def fail(
         self, inst: Instruction, unit: Unit, lane: Any, message: str, kind: type = MachineFault
