@@ -40,7 +40,7 @@ LIMITS = (2**31 - 1, 65535, 65535)  # of a grid's three sizes
 
 def run(
     kernel: Any, grid: Any, args: Sequence[Any] = (), meta: dict[str, Any] | None = None,
-    *, target: str = "sm_90", schedule: str = "lockstep", seed: int = 0,
+    *, target: str = "sm_90", schedule: str = "lockstep", seed: int = 0, counting: bool = True,
 ) -> Report:  # fmt: skip
     """Launch `kernel[grid](*args, **meta)` on the machine.
 
@@ -54,6 +54,7 @@ def run(
         target: the GPU: sm_80 or sm_90.
         schedule: in which order warps run, see core.py.
         seed: of the random one.
+        counting: count what accesses cost, too; without, a launch takes half the time.
 
     Returns:
         What was found and counted. `print` it.
@@ -64,7 +65,7 @@ def run(
     """
     if not isinstance(kernel, KernelInterface):
         raise PerfError(f"kernel must be a function under @triton.jit, got {kernel!r}")
-    with executing(target, schedule=schedule, seed=seed) as reports:
+    with executing(target, schedule=schedule, seed=seed, counting=counting) as reports:
         kernel[grid](*args, **(meta or {}))
     return reports[-1]
 
@@ -77,10 +78,10 @@ def executing(
     """Within this context every launch of a kernel is executed by the machine.
 
     Args:
-        target: as in `run`, and so are `schedule` and `seed`.
-        schedule: see there.
+        target: as for `run`.
+        schedule: likewise.
         seed: of the first launch; each later one has the next.
-        counting: also count what memory had to do, which takes longer.
+        counting: as for `run`.
         seen: is called with each report as soon as there is one.
 
     Yields:
@@ -97,8 +98,9 @@ def executing(
         given = _bind(kernel, args, meta)
         sizes = _grid(grid, given)
         compiled = _compile(compile_only, kernel, args, sizes, meta, target)
-        order = dict(schedule=schedule, seed=seed + len(reports), counting=counting)
-        report = _execute(kernel, compiled, given, sizes, target, order)
+        report = _execute(
+            kernel, compiled, given, sizes, target, schedule, seed + len(reports), counting
+        )
         reports.append(report)
         if seen is not None:
             seen(report)
@@ -171,7 +173,7 @@ def _parse(text: str, path: str) -> ptx.Program:
 
 def _execute(
     kernel: JITFunction, compiled: Any, given: dict[str, Any], grid: tuple[int, int, int],
-    target: str, order: dict[str, Any],
+    target: str, schedule: str, seed: int, counting: bool,
 ) -> Report:  # fmt: skip
     """Run a compiled kernel, and change the tensors."""
     program = _parse(compiled.asm["ptx"], kernel.fn.__code__.co_filename)
@@ -183,7 +185,8 @@ def _execute(
         else:
             maps[core.PARAMETERS + parameter.offset] = value
     machine = core.Core(
-        program, grid, values, compiled.metadata.shared, arguments.memory, maps, **order
+        program, grid, values, compiled.metadata.shared, arguments.memory, maps,
+        schedule, seed, counting,
     )  # fmt: skip
     if machine.total:
         try:
@@ -192,7 +195,6 @@ def _execute(
             arguments.copy_back()
     findings = [Finding(*what, times) for what, times in machine.findings.items()]
     return Report(
-        kernel.__name__, compiled.hash, target, grid, program.threads, order["schedule"], order["seed"],
-        findings,
+        kernel.__name__, compiled.hash, target, grid, program.threads, schedule, seed, findings,
         dict(machine.counts.total), machine.executed, machine.seconds,
     )  # fmt: skip

@@ -13,10 +13,19 @@ executed is what no test reaches: a branch for a shape that none has.
 
 import pickle
 
+import hypothesis
 import pytest
 
 from tilelab import kernels  # noqa: F401  (before `executing`: it takes over their launches)
 from tilelab.perf import machine
+
+# An example that fails is not made smaller: that would take a hundred more.
+hypothesis.settings.register_profile(
+    "machine",
+    parent=hypothesis.settings.default,
+    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
+)
+hypothesis.settings.load_profile("machine")
 
 
 class OnMachine:
@@ -24,7 +33,8 @@ class OnMachine:
 
     def __init__(self, target: str, schedule: str, seed: int) -> None:
         self.target = target
-        self.context = machine.executing(target, schedule=schedule, seed=seed, counting=False)
+        order = dict(schedule=schedule, seed=seed)
+        self.context = machine.executing(target, **order, counting=False)
         self.coverage = machine.Coverage()
 
     def pytest_sessionstart(self):

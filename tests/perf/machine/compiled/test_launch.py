@@ -265,13 +265,14 @@ def test_a_race_of_programs(schedule):
     assert all(str(finding) in str(report).replace("\n  ", "\n") for finding in races)
 
 
+MEET_256 = tl.constexpr("bar.sync 1, 256; mov.b32 $0, $1;")
+
+
 @triton.jit
 def stuck_kernel(x_ptr, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + offs)
-    x = tl.inline_asm_elementwise(  # the fault
-        "bar.sync 1, 256; mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=False, pack=1
-    )
+    x = tl.inline_asm_elementwise(MEET_256, "=r,r", [x], tl.float32, False, 1)  # the fault
     tl.store(x_ptr + offs, x)
 
 
