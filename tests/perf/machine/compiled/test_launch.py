@@ -309,9 +309,9 @@ def test_a_finding_fails_the_test_that_has_it(tensors):
     finally:
         plugin.pytest_sessionfinish(types.SimpleNamespace(config=None))
     heading, *rows = (line.split() for line in str(plugin.coverage).splitlines())
-    assert heading[:4] == ["launches", "variants", "executed", "findings"]
-    assert rows[0][:4] + rows[0][5:] == ["2", "1", "100.0%", "0", "add_kernel"]
-    assert rows[1][0] == "1" and int(rows[1][3]) > 0 and rows[1][5] == "race_kernel"
+    assert heading[:4] == ["launches", "variants", "each", "together"]
+    assert rows[0][:5] + rows[0][6:] == ["2", "1", "100.0%", "100.0%", "0", "add_kernel"]
+    assert rows[1][0] == "1" and int(rows[1][4]) > 0 and rows[1][6] == "race_kernel"
 
 
 # --- tilelab run-ptx ------------------------------------------------------------------------------
