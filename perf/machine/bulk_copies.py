@@ -330,8 +330,11 @@ def build_publish(inst: Instruction, core: "Core") -> Handler:
         whole_warps(core, inst, unit, mask)
         lanes = unit.lanes if mask is None else np.flatnonzero(mask)
         begins = core.shared.offsets(core, inst, unit, lanes, source(unit)[lanes], size)
-        races.read("shared", index, unit.gid[lanes], begins, size)  # by all lanes of the warp
+        # One lane fills in the fields, and all lanes copy together. PTX does not say whether that
+        # is an order, as bar.warp.sync is. Kernels of triton 3.6.0 have nothing in between.
+        races.barrier(unit.gid[lanes].reshape(-1, 32))
         lanes, begins = lanes[::32], begins[::32]
+        races.read("shared", index, unit.gid[lanes], begins, size)
         ends = core.global_.offsets(core, inst, unit, lanes, target(unit)[lanes], size)
         races.write("global", index, unit.gid[lanes], ends, size)
         time, published = races.tick(), core.state.setdefault("published", {})

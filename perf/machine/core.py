@@ -88,7 +88,8 @@ class Core:
         self.global_ = global_memory
         self.memories = {"shared": self.shared, "global": self.global_}
         grains = memory.grain_of(program)
-        self.races = Races(self.ctas, self.threads, self.instructions, self.report)
+        agents = self._agents()
+        self.races = Races(self.ctas, self.threads, agents, self.instructions, self.report)
         self.races.shadow("shared", self.shared.bytes.size, grains["shared"])
         self.races.shadow("global", self.global_.bytes.size, grains["global"])
         self.counting, self.counts = counting, Counts(self)
@@ -109,6 +110,15 @@ class Core:
         self.explanations: list[Callable[[], list[str]]] = []  # called at a deadlock
         self._leavers = [self._leaver(i) for i in range(len(program.blocks))]
         self._functions = [blocks.compile_block(block, self) for block in program.blocks]
+
+    def _agents(self) -> int:
+        """How many there may be beside a CTA's warps: those that copy, multiply, and barriers."""
+
+        def count(*prefixes: str) -> int:
+            return sum(inst.op.startswith(prefixes) for inst in self.instructions)
+
+        copying = (count("cp.async") > 0) + (count("cp.async.bulk") > 0)  # each for every warp
+        return copying * self.warps + self.warps // 4 + count("mbarrier.init") + 1
 
     # --- what handlers use ------------------------------------------------------------------------
 

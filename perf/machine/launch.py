@@ -56,7 +56,7 @@ def run(
         target: the GPU: sm_80 or sm_90.
         schedule: in which order warps run, see core.py.
         seed: of the random one.
-        counting: count what accesses cost, too; without, a launch takes half the time.
+        counting: also count what memory had to do, which takes longer.
 
     Returns:
         What was found and counted. `print` it.
@@ -83,7 +83,7 @@ def executing(
         target: as for `run`.
         schedule: likewise.
         seed: of the first launch; each later one has the next.
-        counting: as for `run`.
+        counting: also count what memory had to do, which takes longer.
         repeat: run each launch this many times more, on copies of the same memory, each time in
             another random order. Memory has to end with the same bits, unless the kernel adds
             floats by atomics. The first run is the one that changes the tensors.

@@ -41,23 +41,23 @@ class Races:
     Args:
         ctas: in the batch.
         threads: of a CTA.
+        agents: how many there may be in a CTA beside its warps.
         instructions: the kernel's, by index, to name them in a report.
         report: is called as report(kind, instruction, message, other instruction).
     """
 
-    AGENTS = 96  # beside warps, in each CTA: mbarriers, warpgroups, copies and stores of warps
-
-    def __init__(self, ctas: int, threads: int, instructions: Sequence[Any], report: Any) -> None:
+    def __init__(
+        self, ctas: int, threads: int, agents: int, instructions: Sequence[Any], report: Any
+    ) -> None:
         self.threads, self.warps = threads, threads // 32
         self.count = ctas * threads
-        agents = self.warps + self.AGENTS
-        self.known = np.zeros((self.count, agents), np.int32)
-        self.fenced = np.zeros((self.count, agents), np.int32)
-        self.own = np.zeros((self.count, agents), np.int32)  # of what it started by itself
-        self.atomic = (
-            agents - 1
-        )  # whoever did an atomic operation; they do not race with each other
-        self.own[:, : self.warps] = self.own[:, self.atomic] = np.iinfo(np.int32).max
+        self.atomic = self.warps  # whoever did an atomic operation; they do not race with each other
+        self.first_agent = self.warps + 1
+        columns = self.first_agent + agents
+        self.known = np.zeros((self.count, columns), np.int32)
+        self.fenced = np.zeros((self.count, columns), np.int32)
+        self.own = np.zeros((self.count, columns), np.int32)  # of what it started by itself
+        self.own[:, : self.first_agent] = np.iinfo(np.int32).max
         self.warp_of = np.arange(self.count) % threads // 32
         self.now = 1
         self.shadows: dict[str, Shadow] = {}
@@ -68,13 +68,14 @@ class Races:
 
     def shadow(self, space: str, size: int, grain: int) -> None:
         """Watch a memory of `size` bytes."""
-        agents = self.known.shape[1]
-        kind = SharedShadow if space == "shared" else GlobalShadow
-        self.shadows[space] = kind(size, grain, agents)
+        if space == "shared":
+            self.shadows[space] = SharedShadow(size, grain, self.known.shape[1], self.first_agent)
+        else:
+            self.shadows[space] = GlobalShadow(size, grain)
 
     def next_batch(self, first_cta: int) -> None:
         """Forget what threads know, and shared memory: the next CTAs begin. Global memory stays."""
-        self.known[:], self.fenced[:], self.own[:, self.warps : self.atomic] = 0, 0, 0
+        self.known[:], self.fenced[:], self.own[:, self.first_agent :] = 0, 0, 0
         self.first_cta = first_cta
         self.now += 1
         self._agents.clear()
@@ -85,12 +86,17 @@ class Races:
         """The number of an agent beside warps: ("wgmma", warpgroup), ("tma", mbarrier address)."""
         key = (kind, index)
         if key not in self._agents:
-            self._agents[key] = self.warps + len(self._agents)
-            if len(self._agents) >= self.AGENTS:
-                raise RuntimeError("more asynchronous agents than the machine keeps track of")
+            number = self._agents[key] = self.first_agent + len(self._agents)
+            if number == self.known.shape[1]:
+                raise RuntimeError(f"{kind} {index} is one agent more than the program has")
             if kind == "cp.async":
-                self._copies.append(self._agents[key])
+                self._copies.append(number)
         return self._agents[key]
+
+    @property
+    def agents(self) -> int:
+        """How many there are so far, warps among them."""
+        return self.first_agent + len(self._agents)
 
     def tick(self) -> int:
         """A moment that no access shares: the time before it moves on."""

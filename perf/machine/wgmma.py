@@ -397,7 +397,7 @@ def build_wait_group(inst: Any, core: Any) -> Callable:
 def ending(core: Any, unit: Any) -> None:
     """The kernel has ended: what nobody waited for is a mistake."""
     for issue in queue(unit).issues:
-        core.report("wgmma", issue.form.inst, "the kernel ended with this wgmma in flight")
+        core.report("unfinished", issue.form.inst, "a CTA ends without waiting for this wgmma")
 
 
 HANDLERS = {
