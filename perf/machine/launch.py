@@ -22,6 +22,7 @@ import operator
 import pathlib
 import re
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -102,10 +103,13 @@ def executing(
             return compile_only(kernel, *args, grid=grid, warmup=True, **meta)
         given = _bind(kernel, args, meta)
         sizes = _grid(grid, given)
+        begin = time.process_time()
         compiled = _compile(compile_only, kernel, args, sizes, meta, target)
+        compiling = time.process_time() - begin
         first = seed + len(reports)
         orders = [(schedule, first), *(("random", first + 1000 * (i + 1)) for i in range(repeat))]
         report = _execute(kernel, compiled, given, sizes, target, orders, counting)
+        report.compiling = compiling
         reports.append(report)
         if seen is not None:
             seen(report)

@@ -281,7 +281,8 @@ def _alike(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         halves = [_alike((x >> shift).astype("u2"), (y >> shift).astype("u2"))
                   for x, y, shift in ((a, b, 0), (a, b, 16))]  # fmt: skip
         return equal | one | (halves[0] & halves[1])
-    return equal | (((a & 0x7FFF) > 0x7C00) & ((b & 0x7FFF) > 0x7C00))
+    a, b = a & 0x7FFF, b & 0x7FFF  # NaN as float16, but not an infinity as bfloat16
+    return equal | ((a > 0x7C00) & (a != 0x7F80) & (b > 0x7C00) & (b != 0x7F80))
 
 
 OPERATIONS = {

@@ -51,6 +51,7 @@ class Report:
         types: Triton's type of each argument, by its name: "*bf16", "i32", "constexpr".
         constants: what the kernel was compiled for, by name: BLOCK_M, num_warps, ...
         instructions: of the PTX.
+        compiling: seconds of CPU time that the compiler took; hardly any if it had the PTX already.
     """
 
     kernel: str
@@ -67,6 +68,7 @@ class Report:
     types: dict[str, Any]
     constants: dict[str, Any]
     instructions: list[Instruction]
+    compiling: float = 0.0
 
     @property
     def coverage(self) -> float:

@@ -91,6 +91,7 @@ class OnMachine:
         if not self.reports:
             pytest.skip("launches no kernel")
         if self.record:
+            seconds -= sum(report.compiling for report in self.reports)
             line = dict(id=item.nodeid, target=self.target, seconds=round(seconds, 3))
             item.user_properties.append(("record", json.dumps(line | reached(self.reports))))
         return result
@@ -115,10 +116,11 @@ def reached(reports: list[machine.Report]) -> dict:
     """What the launches of a test have reached.
 
     "kinds" are a kernel with a type of its tensors, or with a tile; "statements" are numbers that
-    stand for an opcode at a source line of a kernel.
+    stand for an opcode at a source line of a kernel; "compiled" are seconds by the hash of the PTX.
     """
-    kinds, statements = set(), set()
+    kinds, statements, compiled = set(), set(), {}
     for report in reports:
+        compiled.setdefault(report.code, round(report.compiling, 3))
         types = sorted({kind for kind in report.types.values() if kind.startswith(("*", "tens"))})
         tile = {
             name: x for name, x in report.constants.items()
@@ -130,4 +132,4 @@ def reached(reports: list[machine.Report]) -> dict:
             if executed:
                 key = " ".join((report.kernel, *machine.statement(inst)))
                 statements.add(zlib.crc32(key.encode()))
-    return dict(kinds=sorted(kinds), statements=sorted(statements))
+    return dict(kinds=sorted(kinds), statements=sorted(statements), compiled=compiled)
