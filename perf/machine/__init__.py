@@ -30,11 +30,11 @@ our reading of the PTX ISA is right. docs/verification.md has the table.
 from tilelab.perf.machine.compiler import SHARED
 from tilelab.perf.machine.errors import MachineFault, UnknownInstruction
 from tilelab.perf.machine.launch import executing, run
-from tilelab.perf.machine.report import Coverage, Finding, Report
+from tilelab.perf.machine.report import Coverage, Finding, Report, statement
 
 TARGETS = tuple(SHARED)  # whose PTX is executed
 
 __all__ = [
     "TARGETS", "Coverage", "Finding", "MachineFault", "Report", "UnknownInstruction", "executing",
-    "run",
+    "run", "statement",
 ]  # fmt: skip

@@ -21,6 +21,10 @@ ORDERED = {
     "read, barrier, write": f"{SHARED} {NEXT} st.shared.b32 [%r3], %r0; bar.sync 0;"
     " ld.shared.b32 %r6, [%r5]; bar.sync 0; st.shared.b32 [%r5], %r4;",
     "all store one value": f"{SHARED} st.shared.b32 [%r4], 7;",
+    "all store NaN": f"{SHARED} shl.b32 %r5, %r0, 31; or.b32 %r5, %r5, 0x7fc00000;"
+    " st.shared.b32 [%r4], %r5;",
+    "all store a pair, one half NaN": f"{SHARED} shl.b32 %r5, %r0, 15; and.b32 %r5, %r5, 0x8000;"
+    " or.b32 %r5, %r5, 0x3c007e00; st.shared.b32 [%r4], %r5;",
     "bytes of one word": "shr.u32 %r3, %r0, 5; cvt.u16.u32 %rs1, %r3; setp.lt.u32 %p1, %r0, 64;"
     " st.shared.b8 [%r3], %rs1;",
     "atomic operations": "mov.b32 %r4, 0; setp.eq.u32 %p1, %r0, 0; @%p1 st.shared.b32 [%r4], 0;"
@@ -37,6 +41,10 @@ RACES = {
     "read, write in one warp": f"{SHARED} {WITHIN} st.shared.b32 [%r3], %r0; bar.sync 0;"
     " ld.shared.b32 %r6, [%r5]; st.shared.b32 [%r3], %r4;",
     "two values at once": f"{SHARED} st.shared.b32 [%r4], %r0;",
+    "NaN, and in pairs another half": f"{SHARED} shl.b32 %r5, %r0, 15; or.b32 %r5, %r5, 0x7e00;"
+    " st.shared.b32 [%r4], %r5;",
+    "infinities": f"{SHARED} shl.b32 %r5, %r0, 31; or.b32 %r5, %r5, 0x7f800000;"
+    " st.shared.b32 [%r4], %r5;",
     "a barrier of another warp": f"{SHARED} {NEXT} st.shared.b32 [%r3], %r0; bar.warp.sync -1;"
     " ld.shared.b32 %r6, [%r5];",
     "an atomic operation and a load": "mov.b32 %r4, 0; setp.eq.u32 %p1, %r0, 0;"
