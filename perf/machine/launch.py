@@ -72,7 +72,7 @@ def run(
 @contextlib.contextmanager
 def executing(
     target: str = "sm_90", *, schedule: str = "lockstep", seed: int = 0, counting: bool = True,
-    seen: Callable[[Report], None] | None = None,
+    seen: Callable[[Report], None] | None = None, build: Callable[..., core.Core] = core.Core,
 ) -> Iterator[list[Report]]:  # fmt: skip
     """Within this context every launch of a kernel is executed by the machine.
 
@@ -82,6 +82,8 @@ def executing(
         seed: of the first launch; each later one has the next.
         counting: also count what memory had to do, which takes longer.
         seen: is called with each report as soon as there is one.
+        build: is called in place of `Core` with its arguments, and returns one: a tool can change
+            the program there, or keep a launch to run it again.
 
     Yields:
         The reports of the launches so far, in their order.
@@ -98,7 +100,7 @@ def executing(
         sizes = _grid(grid, given)
         compiled = _compile(compile_only, kernel, args, sizes, meta, target)
         order = dict(schedule=schedule, seed=seed + len(reports), counting=counting)
-        report = _execute(kernel, compiled, given, sizes, target, order)
+        report = _execute(kernel, compiled, given, sizes, target, order, build)
         reports.append(report)
         if seen is not None:
             seen(report)
@@ -171,7 +173,7 @@ def _parse(text: str, path: str) -> ptx.Program:
 
 def _execute(
     kernel: JITFunction, compiled: Any, given: dict[str, Any], grid: tuple[int, int, int],
-    target: str, order: dict[str, Any],
+    target: str, order: dict[str, Any], build: Callable[..., core.Core],
 ) -> Report:  # fmt: skip
     """Run a compiled kernel, and change the tensors."""
     program = _parse(compiled.asm["ptx"], kernel.fn.__code__.co_filename)
@@ -182,7 +184,7 @@ def _execute(
             values[parameter.name] = value
         else:
             maps[core.PARAMETERS + parameter.offset] = value
-    machine = core.Core(
+    machine = build(
         program, grid, values, compiled.metadata.shared, arguments.memory, maps, **order
     )  # fmt: skip
     if machine.total:
