@@ -75,6 +75,7 @@ def run(
 def executing(
     target: str = "sm_90", *, schedule: str = "lockstep", seed: int = 0, counting: bool = True,
     repeat: int = 0, programs: int | None = None, seen: Callable[[Report], None] | None = None,
+    build: Callable[..., core.Core] = core.Core,
 ) -> Iterator[list[Report]]:  # fmt: skip
     """Within this context every launch of a kernel is executed by the machine.
 
@@ -89,6 +90,8 @@ def executing(
         programs: execute only so many of each grid, from its middle on: their results alone are
             right, and only their part of the tensors is.
         seen: is called with each report as soon as there is one.
+        build: is called in place of `Core` with its arguments, and returns one: a tool can change
+            the program there, or keep a launch to run it again.
 
     Yields:
         The reports of the launches so far, in their order.
@@ -107,11 +110,12 @@ def executing(
         compiled = _compile(compile_only, kernel, args, sizes, meta, target)
         compiling = time.process_time() - begin
         first = seed + len(reports)
-        orders = [(schedule, first), *(("random", first + 1000 * (i + 1)) for i in range(repeat))]
-        some = None
+        orders = [dict(schedule=schedule, seed=first, counting=counting)]
+        orders += [dict(schedule="random", seed=first + 1000 * (i + 1)) for i in range(repeat)]
         if programs is not None and programs < (total := math.prod(sizes)):
-            some = range(total // 2, min(total, total // 2 + programs))
-        report = _execute(kernel, compiled, given, sizes, target, orders, counting, some)
+            for order in orders:
+                order["programs"] = range(total // 2, min(total, total // 2 + programs))
+        report = _execute(kernel, compiled, given, sizes, target, orders, build)
         report.compiling = compiling
         reports.append(report)
         if seen is not None:
@@ -185,18 +189,15 @@ def _parse(text: str, path: str) -> ptx.Program:
 
 def _execute(
     kernel: JITFunction, compiled: Any, given: dict[str, Any], grid: tuple[int, int, int],
-    target: str, orders: list[tuple[str, int]], counting: bool, some: range | None,
+    target: str, orders: list[dict[str, Any]], build: Callable[..., core.Core],
 ) -> Report:  # fmt: skip
-    """Run a compiled kernel, or `some` of its programs, in each of these orders.
-
-    The first run changes the tensors.
-    """
+    """Run a compiled kernel in each of these orders. The first run changes the tensors."""
     program = _parse(compiled.asm["ptx"], kernel.fn.__code__.co_filename)
     findings: Counter = Counter()
     runs: list[core.Core] = []
     changed: list[Arguments] = []
     try:
-        for schedule, seed in orders:
+        for order in orders:
             source = compiled.src.signature, given, compiled.metadata, math.prod(grid)
             arguments = Arguments(*source)  # with copies of the tensors
             changed.append(arguments)
@@ -206,26 +207,25 @@ def _execute(
                     values[parameter.name] = value
                 else:
                     maps[core.PARAMETERS + parameter.offset] = value
-            machine = core.Core(
-                program, grid, values, compiled.metadata.shared, arguments.memory, maps,
-                schedule, seed, counting and not runs, some,
-            )  # fmt: skip
+            machine = build(
+                program, grid, values, compiled.metadata.shared, arguments.memory, maps, **order
+            )
             runs.append(machine)
             if machine.total:
                 machine.run()
             findings.update(machine.findings)
             if not any(map(_adds_floats, machine.instructions)):
-                findings.update(_differences(runs[0], machine, seed))
+                findings.update(_differences(runs[0], machine, order["seed"]))
     finally:  # a fault, too, leaves what was written until then
         if changed:
             changed[0].copy_back()
     constants = {kernel.arg_names[at[0]]: x for at, x in compiled.src.constants.items()}
     options = {name: getattr(compiled.metadata, name) for name in ("num_warps", "num_stages")}
     return Report(
-        kernel.__name__, compiled.hash, target, grid, program.threads, *orders[0],
-        [Finding(*what, times) for what, times in findings.items()],
-        dict(runs[0].counts.total), runs[0].counts.by_line, sum(machine.executed for machine in runs),
-        sum(machine.seconds for machine in runs),
+        kernel.__name__, compiled.hash, target, grid, program.threads, orders[0]["schedule"],
+        orders[0]["seed"], [Finding(*what, times) for what, times in findings.items()],
+        dict(runs[0].counts.total), runs[0].counts.by_line,
+        sum(machine.executed for machine in runs), sum(machine.seconds for machine in runs),
         dict(compiled.src.signature), constants | options, runs[0].instructions,
     )  # fmt: skip
 
