@@ -234,13 +234,17 @@ class Races:
 
     def write_as(
         self, space: str, inst: int, agent: int, time: int, knower: int, offsets: np.ndarray,
-        size: int,
+        size: int, same: np.ndarray | None = None,
     ) -> None:  # fmt: skip
-        """An agent writes from `time` on, ordered after all that thread `knower` knows."""
+        """An agent writes from `time` on, ordered after all that thread `knower` knows.
+
+        same[i]: as in `write`.
+        """
         shadow = self.shadows[space]
-        where, _ = shadow.granules(offsets, size)
+        where, each = shadow.granules(offsets, size)
         gids = np.full(where.size, knower)
-        self._after_writes(space, shadow, inst, gids, where, "asynchronous write")
+        same = None if same is None else np.repeat(same, each)
+        self._after_writes(space, shadow, inst, gids, where, "asynchronous write", same)
         self._after_reads(space, shadow, inst, gids, where)
         shadow.note_writes(inst, agent, self.absolute(gids), where, time)
 
