@@ -8,13 +8,15 @@ kernel, target, dtype and tile:
     file, kernel     the file of kernels/ or nets/ and the kernel in it
     target           what it was compiled for
     dtype, tile      of its operands, and the tile in short (perf/rows/ranking.py)
-    launches, grid   how many launches ttsem executed; the programs that sentryward had
+    launches         how many of its launches ttsem executed
+    call, grid       the call whose launch sentryward analysed, and the programs of that launch
     verdict          one of VERDICTS
     examined         of a report: whether somebody has looked for its reason
     remarks          that reason, or why there is no verdict
     seconds          what it took, see "about"
 
-"controls" has faults of tests/tools/mutants.py that were planted while ttsem looked.
+"controls" has faults of tests/tools/mutants.py that were planted while ttsem looked. "cuts" has
+barriers and waits that were cut out of PTX, one at a time, and what sentryward said.
 """
 
 import json
@@ -37,9 +39,10 @@ VERDICTS = {  # in the words of the tables
     "potential_race": "race reported",
     "unsupported": "not supported",
     "timeout": "out of time",
+    "memory_budget_exceeded": "out of memory",
 }
 REPORTS = ("race", "potential_race")
-UNSURE = ("unchecked", "race_free_on_a_path", "unsupported", "timeout")
+UNSURE = ("unchecked", "race_free_on_a_path", "unsupported", "timeout", "memory_budget_exceeded")
 
 
 def tables(path: Path = OPINIONS) -> dict[str, str]:
@@ -52,6 +55,7 @@ def tables(path: Path = OPINIONS) -> dict[str, str]:
         "reports": reports(rows),
         "open": unsure(rows),
         "controls": controls(data["controls"]),
+        "cuts": cuts(data["cuts"]),
     }
 
 
@@ -153,6 +157,19 @@ def controls(rows: Iterable[dict]) -> str:
         for row in rows
     ]
     return markdown_table(("planted fault", "calls", "what was seen"), lines)
+
+
+def cuts(rows: Iterable[dict]) -> str:
+    """For each kernel and instruction: how often it was cut, and how often that was reported."""
+    count: dict[tuple, Counter] = {}
+    for row in rows:
+        key = row["kernel"], row["target"], row["tile"], row["instruction"].split()[0]
+        count.setdefault(key, Counter())[row["verdict"] != "race_free"] += 1
+    lines = [
+        (f"`{kernel}`, {target} `{tile}`", f"`{instruction}`", found.total(), found[True])
+        for (kernel, target, tile, instruction), found in count.items()
+    ]
+    return markdown_table(("kernel", "instruction", "cut", "reported"), lines)
 
 
 def compiled_launches(folder: Path) -> Counter:

@@ -25,7 +25,7 @@ def test_a_report_has_a_reason_and_so_has_a_missing_verdict():
 
 
 def test_no_row_is_there_twice():
-    of = ("tool", "kernel", "target", "dtype", "tile", "grid")
+    of = ("tool", "kernel", "target", "dtype", "tile", "call")
     count = Counter(str([row.get(name) for name in of]) for row in ROWS)
     assert not [row for row, n in count.items() if n > 1]
 
@@ -59,7 +59,17 @@ def test_each_column_has_its_tool_and_target():
     assert "| sentryward 1 | sm_80, sm_100 | 1 | 2 | 1 out of time, 1 not" in opinions.asked(rows)
 
 
-@pytest.mark.parametrize("found, words", [(["race", "wrong"], "a race, a wrong"), ([], "**nothing")])
+@pytest.mark.parametrize("found, words", [(["race", "wrong"], "a race, a w"), ([], "**nothing")])
 def test_what_was_seen_of_a_planted_fault(found, words):
     table = opinions.controls([dict(fault="a mask is missing", calls=3, seen=found)])
     assert f"| a mask is missing | 3 | {words}" in table
+
+
+def test_what_was_said_of_cut_barriers():
+    cut = dict(kernel="a_kernel", target="sm_80", tile="16x16", line=9)
+    rows = [
+        cut | dict(instruction="bar.sync 0", verdict="potential_race"),
+        cut | dict(instruction="bar.sync 1", verdict="race_free"),
+    ]
+    line = "| `a_kernel`, sm_80 `16x16` | `bar.sync` | 2 | 1 |"
+    assert opinions.cuts(rows).splitlines()[2:] == [line]
