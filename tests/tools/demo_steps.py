@@ -1,7 +1,7 @@
 """The first steps of `tilelab train`, with all that they computed: to compare two ways to run them.
 
-`python -m tests.tools.demo_steps FILE DTYPE...` takes them wherever kernels run in that process, and
-writes them to a file for torch.load.
+`python -m tests.tools.demo_steps FILE DTYPE...` takes them wherever kernels run in that process,
+and writes them to a file for torch.load.
 """
 
 import sys
