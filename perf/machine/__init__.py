@@ -17,7 +17,7 @@ barriers: the compiler adds them later. This machine executes what the compiler 
     collectives.py          what the 32 threads of a warp exchange; barriers.py: what they wait for
     tensor_cores.py         ldmatrix, stmatrix, mma.sync; wgmma.py: Hopper's, from shared memory
     async_copies.py         cp.async; bulk_copies.py, tensor_maps.py, mbarriers.py: TMA
-    races.py, shadows.py    which accesses nothing orders
+    races.py, shadows.py    which accesses nothing orders; releases.py: what atomics order
     counts.py               sectors, bank conflicts, instructions
     launch.py, report.py    a kernel's arguments on their way in, and what came of it
 
