@@ -51,7 +51,9 @@ class Races:
     ) -> None:
         self.threads, self.warps = threads, threads // 32
         self.count = ctas * threads
-        self.atomic = self.warps  # whoever did an atomic operation; they do not race with each other
+        self.atomic = (
+            self.warps
+        )  # whoever did an atomic operation; they do not race with each other
         self.first_agent = self.warps + 1
         columns = self.first_agent + agents
         self.known = np.zeros((self.count, columns), np.int32)
