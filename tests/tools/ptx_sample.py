@@ -12,7 +12,6 @@ kernel). A list ends when its time is spent, or when there is nothing to add.
 """
 
 import argparse
-import heapq
 import json
 import pathlib
 from collections import Counter
@@ -41,24 +40,13 @@ def chosen(tests: list[dict[str, Any]], seconds: float) -> tuple[list[str], Coun
         kinds = KIND * len(set(test["kinds"]) - reached)
         return (kinds + len(set(test["statements"]) - reached)) / cost(test)
 
-    # What a test adds becomes less from choice to choice, or it costs less, as its kernels have
-    # been compiled. So the first of the queue is looked at again before it is taken.
-    queue = [(-value(test), i) for i, test in enumerate(tests)]
-    heapq.heapify(queue)
-    while queue:
-        old, i = heapq.heappop(queue)
-        test = tests[i]
-        if (now := value(test)) == 0:
-            continue
-        if queue and now < -queue[0][0]:
-            heapq.heappush(queue, (-now, i))
-            continue
-        if spent + cost(test) > seconds:
-            continue
-        spent += cost(test)
-        found.append(test["id"])
-        reached |= {*test["kinds"], *test["statements"]}
-        compiled |= test["compiled"].keys()
+    left = list(tests)
+    while left := [test for test in left if value(test) > 0 and spent + cost(test) <= seconds]:
+        best = max(left, key=value)
+        spent += cost(best)
+        found.append(best["id"])
+        reached |= {*best["kinds"], *best["statements"]}
+        compiled |= best["compiled"].keys()
     kinds = sum(isinstance(what, str) for what in reached)
     return found, Counter(
         tests=len(found), seconds=round(spent), kinds=kinds, statements=len(reached) - kinds
