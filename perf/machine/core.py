@@ -102,6 +102,7 @@ class Core:
         self.state: dict[Any, Any] = {}  # for what handlers keep for a batch
         self.endings: list[Callable[[Unit], None]] = []  # called when a batch has ended
         self.slots: dict[tuple, int] = {}
+        self.types: dict[str, np.dtype] = {}  # of registers, in bits
         self.units: list[Unit] = []
         self.first_cta = 0
         self.seconds = 0.0
@@ -131,6 +132,11 @@ class Core:
 
     def type_of(self, name: str) -> np.dtype:
         """The bits of a register, by its declaration."""
+        if name not in self.types:
+            self.types[name] = self._type_of(name)
+        return self.types[name]
+
+    def _type_of(self, name: str) -> np.dtype:
         if name in SPECIAL:
             return np.dtype(np.uint64 if name == "%globaltimer" else np.uint32)
         if name not in self.program.registers:

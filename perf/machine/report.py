@@ -1,7 +1,6 @@
 """What came of a launch on the machine, for people and for programs."""
 
 import dataclasses
-import pathlib
 from collections import Counter, defaultdict
 from typing import Any, NamedTuple
 
@@ -218,4 +217,4 @@ def statement(inst: Instruction) -> tuple[str, str]:
     if not inst.source:
         return "no source line", inst.op
     file, line = inst.source[0]
-    return f"{pathlib.Path(file).name}:{line}", inst.op
+    return f"{file.rpartition('/')[2]}:{line}", inst.op

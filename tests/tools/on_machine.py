@@ -6,8 +6,9 @@
 
 No test is written for it. The process compiles (TRITON_INTERPRET=0), kernels are chosen as on a GPU
 of this target, and `perf.machine.executing` gets the launches. A test fails if a kernel faults, or
-if the machine reports something. It is skipped if it launches no kernel, or if it is marked
-`interpreter`, with the reason why it cannot be executed here.
+if the machine reports something. It is skipped if it launches no kernel, if an operator says that
+this GPU cannot do it (float8 on sm_80), or if it is marked `interpreter`, with the reason why it
+cannot be executed here.
 
 At the end stands what was run: launches by kernel, and how much of their PTX was executed. Not
 executed is what no test reaches: a branch for a shape that none has. `--missed` lists it.
@@ -91,6 +92,10 @@ class OnMachine:
         begin = time.process_time()
         try:
             result = yield
+        except TypeError as e:
+            if "on this GPU" in str(e):
+                pytest.skip(str(e))
+            raise
         finally:
             seconds = time.process_time() - begin
             for report in self.reports:
