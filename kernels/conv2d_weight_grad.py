@@ -144,6 +144,7 @@ def conv2d_weight_grad_kernel(
         dy_ptrs = dy_ptr + (offs_m * stride_dyk)[:, None] + dy_cols[None, :]
         dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         if HAS_BIAS:
+            dy = dy + 0.0  # through registers, or Triton makes a race: see docs/verification.md
             total += dy.to(tl.float32)
         h = p * STRIDE_H - PAD_H
         w = q * STRIDE_W - PAD_W

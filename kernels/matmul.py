@@ -167,6 +167,8 @@ def matmul_kernel(
         else:  # past the end of K, zeros add nothing to the sum
             a = tl.load(a_ptrs, mask=(offs_k < K - k)[None, :], other=0.0)
             b = tl.load(b_ptrs, mask=(offs_k < K - k)[:, None], other=0.0)
+        if SUMS:  # A passes through registers, or Triton makes a race: see docs/verification.md
+            a = a + 0.0
         if BY_ROWS:
             b = lay_by_rows(b)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
