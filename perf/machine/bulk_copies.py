@@ -223,7 +223,7 @@ def _build_load(inst: Instruction, core: "Core") -> Handler:
                 with checked(core, inst, unit, box.lane, offset) as bars:
                     bar = bars.at(offset)
                     bar.flying.remove(time)
-                    bar.land(found.box_bytes, races.merge)
+                    bar.land(found.box_bytes)
                     bars.store(offset)
 
         under_way.append(land)
