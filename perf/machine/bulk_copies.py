@@ -17,7 +17,8 @@ store reads at wait_group.read, and writes at wait_group or when the CTA has end
 shared memory in between would change what is stored, and is reported as a race. So is a store of
 what st.shared wrote without a fence.proxy.async.
 
-The TMA is an agent of its own (races.py), for each mbarrier and for the stores of each warp.
+The TMA is several agents (races.py): one for the loads of each mbarrier, and for the stores of each
+warp one that reads and one that writes.
 
 A kernel can make its own map: it fills in the fields in shared memory, publishes them in global
 memory, and tells the TMA's cache of maps about it:
@@ -134,19 +135,16 @@ class Copies:
         end = box.shared + box.tensor_map.box_bytes
         self.core.shared.initialised[box.shared : end] = written
 
-    def note(self, unit: "Unit", box: Box, agent: int, time: int, loads: bool) -> None:
-        """Tell the race check what the copy touches."""
-        races, size, gid = self.core.races, box.tensor_map.box_bytes, int(unit.gid[box.lane])
-        shared = np.array([box.shared])
-        (races.write_as if loads else races.read_as)(
-            "shared", self.index, agent, time, gid, shared, size
-        )
-        if box.part is not None:
-            rows = box.part.rows() - self.core.global_.base
-            length = -(-box.part.shape[-1] // 16) * 16  # in whole granules (memory.grain_of)
-            (races.read_as if loads else races.write_as)(
-                "global", self.index, agent, time, gid, rows, length
-            )
+    def note(self, unit: "Unit", box: Box, space: str, agent: int, time: int, writes: bool) -> None:
+        """Tell the race check what an agent touches of a memory."""
+        offsets, size = np.array([box.shared]), box.tensor_map.box_bytes
+        if space == "global":
+            if box.part is None:
+                return
+            offsets = box.part.rows() - self.core.global_.base
+            size = -(-box.part.shape[-1] // 16) * 16  # in whole granules (memory.grain_of)
+        access = self.core.races.write_as if writes else self.core.races.read_as
+        access(space, self.index, agent, time, int(unit.gid[box.lane]), offsets, size)
 
 
 def map_at(core: "Core", inst: Instruction, unit: "Unit", lane: int, address: int) -> TensorMap:
@@ -200,7 +198,8 @@ def _build_load(inst: Instruction, core: "Core") -> Handler:
         boxes, time = copies.boxes(unit, mask), races.tick()
         for box, offset in zip(boxes, offsets, strict=True):
             agent = races.agent("tma", offset % core.shared.stride)
-            copies.note(unit, box, agent, time, loads=True)
+            copies.note(unit, box, "shared", agent, time, writes=True)
+            copies.note(unit, box, "global", agent, time, writes=False)
             # The mbarrier is reached through the generic proxy: no fence after mbarrier.init.
             gid = int(unit.gid[box.lane])
             races.read_as(
@@ -263,17 +262,19 @@ def _build_store(inst: Instruction, core: "Core") -> Handler:
 def _start_store(copies: Copies, unit: "Unit", box: Box, time: int) -> None:
     """Put a store in a group of reads and in one of writes."""
     core, races = copies.core, copies.core.races
-    warp, lanes = int(unit.thread[box.lane]) // 32, np.array([box.lane])
-    agent, taken = races.agent("bulk store", warp), []
-    copies.note(unit, box, agent, time, loads=False)
+    warp, lanes, taken = int(unit.thread[box.lane]) // 32, np.array([box.lane]), []
+    reader, writer = races.agent(READS, warp), races.agent(WRITES, warp)
+    copies.note(unit, box, "shared", reader, time, writes=False)
+    copies.note(unit, box, "global", writer, time, writes=True)
 
     def read(_: np.ndarray) -> None:
         taken.append(copies.chunks(box)[box.order].copy())
-        races.learn(unit.gid[lanes], agent, time)
+        races.learn(unit.gid[lanes], reader, time)
 
     def write(_: np.ndarray) -> None:
         if box.part is not None:
             box.tensor_map.scatter(taken[0], box.part, core.global_.bytes, box.begin)
+        races.learn(unit.gid[lanes], writer, time)
 
     groups_of(unit, READS).start(copies.inst, lanes, read)
     groups_of(unit, WRITES).start(copies.inst, lanes, write)

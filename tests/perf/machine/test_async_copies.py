@@ -79,7 +79,7 @@ def test_wait_all_closes_the_last_group():
 
 @schedules
 def test_each_thread_waits_for_itself(schedule):
-    """The first 16 lanes of a warp wait and may read; the others may not."""
+    """The first 16 lanes of a warp wait, read, and then write; the others may not yet."""
     body = """
     and.b32 %r4, %r1, 16;
     setp.eq.u32 %p2, %r4, 0;
@@ -87,14 +87,46 @@ def test_each_thread_waits_for_itself(schedule):
     cp.async.commit_group;
     @%p2 cp.async.wait_group 0;
     {} ld.shared.b32 %r4, [%r3];
-    @%p2 st.global.b32 [%rd7], %r4;
+    @%p2 st.shared.b32 [%r3 + 4], 7;
     cp.async.wait_all;
+    ld.shared.b32 %r5, [%r3 + 4];
+    st.global.v2.b32 [%rd7], {{%r4, %r5}};
     """
     x = numbers(64, 4)
+    waited = np.arange(64) & 16 == 0
     run = Run(body.format("@%p2"), x, 0 * x, schedule=schedule)
-    assert np.array_equal(run.y[:, 0], np.where(np.arange(64) & 16, 0, x[:, 0]))
+    assert np.array_equal(run.y[:, 0], np.where(waited, x[:, 0], 16))
+    assert np.array_equal(run.y[:, 1], np.where(waited, 7, x[:, 1]))
     assert not run.core.findings
     assert Run(body.format(""), x, 0 * x, schedule=schedule).kinds == {"race", "uninitialised"}
+
+
+@schedules
+def test_the_lanes_of_a_warp_do_not_see_each_others_copies(schedule):
+    body = """
+    cp.async.cg.shared.global [%r3], [%rd6], 16;
+    cp.async.wait_all;
+    {}
+    xor.b32 %r4, %r3, 16;
+    ld.shared.b32 %r4, [%r4];
+    """
+    x = numbers(64, 4)
+    assert not Run(body.format("bar.warp.sync -1;"), x, x, schedule=schedule).core.findings
+    assert Run(body.format(""), x, x, schedule=schedule).kinds == {"race"}
+
+
+@schedules
+def test_until_it_has_landed_a_copy_leaves_nans(schedule):
+    """What was in shared memory before is not seen, although it has not been overwritten yet."""
+    body = """
+    st.shared.v4.b32 [%r3], {%r1, %r1, %r1, %r1};
+    cp.async.cg.shared.global [%r3], [%rd6], 16;
+    ld.shared.b32 %r4, [%r3];
+    st.global.b32 [%rd7], %r4;
+    cp.async.wait_all;
+    """
+    run = Run(body, numbers(64, 4), numbers(64, 4), schedule=schedule)
+    assert (run.y[:, 0] == -1).all() and run.kinds == {"race", "uninitialised"}
 
 
 def test_cp_async_counts_what_it_reads():

@@ -45,7 +45,7 @@ BOXES = {"box_x": ((8, 16),), "box_y": ((16, 16),)}
 
 
 def run_tma(body=TMA, shape=(16, 16), **options):
-    return Run(body, numbers(*shape), np.full(shape, -1, np.int32), **BOXES | options)
+    return Run(body, numbers(*shape), np.full(shape, -2, np.int32), **BOXES | options)
 
 
 @schedules
@@ -56,7 +56,7 @@ def test_tma_loads_and_stores_what_exists(schedule, shape):
     rows, columns = min(16, shape[0]), min(16, shape[1])
     box[:rows, :columns] = run.x[:rows, :columns]
     box += np.arange(64).repeat(4).reshape(16, 16)
-    wanted = np.full(shape, -1)
+    wanted = np.full(shape, -2)
     wanted[:rows, :columns] = box[:rows, :columns]
     assert np.array_equal(run.y, wanted)
     assert not run.core.findings
@@ -78,7 +78,7 @@ def test_a_box_may_begin_before_the_tensor(schedule):
     run = run_tma(body, (16, 24), schedule=schedule)
     wanted = run.x[:13, 5:21] + np.arange(12, 64).repeat(4).reshape(13, 16)
     assert np.array_equal(run.y[:13, 5:21], wanted)
-    assert (np.delete(run.y[:13], range(5, 21), 1) == -1).all() and (run.y[13:] == -1).all()
+    assert (np.delete(run.y[:13], range(5, 21), 1) == -2).all() and (run.y[13:] == -2).all()
     assert not run.core.findings
 
 
@@ -158,6 +158,51 @@ def test_a_changed_line_is_found(old, new, found, schedule):
             assert "on its way" in str(fault)
 
 
+def test_until_it_has_landed_a_load_leaves_nans():
+    """What was in shared memory before is not seen, although it has not been overwritten yet."""
+    body, _, _ = TMA.partition(WAIT.format(at=2048, parity=0))
+    body = body.replace("bar.sync 0; // after init", "st.shared.b32 [%r3], %r1;\n bar.sync 0;")
+    body += "ld.shared.b32 %r20, [%r3];\n st.global.b32 [%rd7], %r20;\n"
+    run = run_tma(body + WAIT.format(at=2048, parity=0))
+    assert (run.y[:, ::4] == -1).all() and {"race", "uninitialised"} <= run.kinds
+
+
+@schedules
+def test_global_memory_is_written_at_the_second_wait(schedule):
+    """After wait_group.read it may be written or not; after wait_group it is, for its thread."""
+    look = "@%p2 ld.global.b32 %r20, [%rd2];\n @%p2 st.global.b32 [%rd1], %r20;\n"
+    body = TMA.replace("wait_group.read 0;", "wait_group.read 0;\n" + look)
+    run = run_tma(body, schedule=schedule)
+    assert run.x[0, 0] == -2 and run.kinds == {"race"}
+    run = run_tma(body.replace("wait_group.read", "wait_group"), schedule=schedule)
+    assert run.x[0, 0] == run.y[0, 0] == 1 and not run.core.findings
+
+
+def test_inval_must_be_ordered_behind_the_copies():
+    """A thread that has not waited does not know that the copies at an mbarrier have landed."""
+    body = f"""
+    @%p1 mbarrier.init.shared::cta.b64 [%r2 + 2048], 1;
+    @%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r2 + 2048], 512;
+    mov.b32 %r8, 0;
+    @%p1 {LOAD} [%r2], [%rd3, {{%r8, %r8}}], [%r2 + 2048];
+    $again:
+    add.s32 %r8, %r8, 1;
+    setp.lt.s32 %p4, %r8, 40;
+    @%p4 bra $again;
+    @%p1 mbarrier.inval.shared::cta.b64 [%r2 + 2048];
+    """
+    found = set()
+    for seed in range(4):
+        try:
+            kinds = run_tma(body, threads=32, schedule="random", seed=seed).kinds
+            assert kinds == {"race"}  # it had landed
+            found |= kinds
+        except MachineFault as fault:
+            assert "on its way" in str(fault)
+            found.add("fault")
+    assert "race" in found
+
+
 def test_a_map_of_more_than_the_tensor_is_out_of_bounds():
     body = TMA.replace("%r10, 8", "%r10, 16")
     assert not run_tma(body).core.findings  # rows 16 to 23 do not exist
@@ -231,6 +276,17 @@ def test_a_map_that_is_not_finished_is_found(line, found):
     else:
         with pytest.raises(MachineFault, match=found):
             run_made(body)
+
+
+def test_a_warp_publishes_what_one_of_its_lanes_has_made():
+    assert not run_made(without(MAKE, "made"), schedule="random").core.findings
+
+
+def test_the_next_map_must_not_be_begun_before_this_one_is_published():
+    line = "bar.sync 0; // published"
+    again = f"@%p4 st.shared.b32 [%r18 + {SHARED_MAP}], %r1;\n"
+    assert run_made(MAKE.replace(line, again + line)).kinds == {"race"}
+    assert not run_made(MAKE.replace(line, "bar.warp.sync -1;\n" + again + line)).core.findings
 
 
 def test_a_map_whose_stride_is_0_has_one_row_many_times():

@@ -139,6 +139,16 @@ def test_an_mbarrier_is_not_misused(body, message):
         Run(body, numbers(64, 4), numbers(64, 4))
 
 
+@pytest.mark.parametrize("parity, passes", [(0, True), (-2, True), (1, False), (-1, False)])
+def test_only_the_lowest_bit_of_a_parity_counts(parity, passes):
+    body = INIT + ARRIVE + WAIT.format(at=0, parity=parity)
+    if passes:
+        assert not Run(body, numbers(64, 4), numbers(64, 4)).core.findings
+    else:
+        with pytest.raises(MachineFault, match="deadlock"):
+            Run(body, numbers(64, 4), numbers(64, 4))
+
+
 def test_an_mbarrier_that_nobody_used_may_be_made_again():
     body = INIT + INIT.replace("], 1", "], 2") + ARRIVE
     assert not Run(body, numbers(64, 4), numbers(64, 4)).core.findings
