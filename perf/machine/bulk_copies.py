@@ -329,12 +329,10 @@ def build_publish(inst: Instruction, core: "Core") -> Handler:
 
     def publish(unit: "Unit", mask: np.ndarray | None) -> None:
         whole_warps(core, inst, unit, mask)
-        lanes = unit.lanes if mask is None else np.flatnonzero(mask)
+        # The first lane stands for the warp. PTX does not say whether the copy is ordered after what
+        # that lane has filled in, and kernels of triton 3.6.0 have no bar.warp.sync in between.
+        lanes = (unit.lanes if mask is None else np.flatnonzero(mask))[::32]
         begins = core.shared.offsets(core, inst, unit, lanes, source(unit)[lanes], size)
-        # One lane fills in the fields, and all lanes copy together. PTX does not say whether that
-        # is an order, as bar.warp.sync is. Kernels of triton 3.6.0 have nothing in between.
-        races.barrier(unit.gid[lanes].reshape(-1, 32))
-        lanes, begins = lanes[::32], begins[::32]
         races.read("shared", index, unit.gid[lanes], begins, size)
         ends = core.global_.offsets(core, inst, unit, lanes, target(unit)[lanes], size)
         races.write("global", index, unit.gid[lanes], ends, size)
