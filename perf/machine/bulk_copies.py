@@ -329,8 +329,8 @@ def build_publish(inst: Instruction, core: "Core") -> Handler:
 
     def publish(unit: "Unit", mask: np.ndarray | None) -> None:
         whole_warps(core, inst, unit, mask)
-        # The first lane stands for the warp. PTX does not say whether the copy is ordered after what
-        # that lane has filled in, and kernels of triton 3.6.0 have no bar.warp.sync in between.
+        # The first lane stands for the warp. PTX does not say whether the copy comes after what that
+        # lane has filled in, and kernels of triton 3.6.0 have no bar.warp.sync in between.
         lanes = (unit.lanes if mask is None else np.flatnonzero(mask))[::32]
         begins = core.shared.offsets(core, inst, unit, lanes, source(unit)[lanes], size)
         races.read("shared", index, unit.gid[lanes], begins, size)
