@@ -136,15 +136,30 @@ class Copies:
         self.core.shared.initialised[box.shared : end] = written
 
     def note(self, unit: "Unit", box: Box, space: str, agent: int, time: int, writes: bool) -> None:
-        """Tell the race check what an agent touches of a memory."""
+        """Tell the race check what an agent touches of a memory from now on."""
+        access = self.core.races.write_as if writes else self.core.races.read_as
         offsets, size = np.array([box.shared]), box.tensor_map.box_bytes
         if space == "global":
-            if box.part is None:
-                return
-            offsets = box.part.rows() - self.core.global_.base
-            size = -(-box.part.shape[-1] // 16) * 16  # in whole granules (memory.grain_of)
-        access = self.core.races.write_as if writes else self.core.races.read_as
+            offsets, size = self.pieces(box), 16
         access(space, self.index, agent, time, int(unit.gid[box.lane]), offsets, size)
+
+    def pieces(self, box: Box) -> np.ndarray:
+        """Offsets in global memory of the pieces of 16 bytes that a box touches."""
+        if box.part is None:
+            return np.empty(0, np.int64)
+        rows = box.part.rows() - self.core.global_.base
+        return (rows[:, None] + np.arange(0, box.part.shape[-1], 16)).ravel()
+
+    def scatter(self, box: Box, values: np.ndarray, agent: int, time: int, gid: int) -> None:
+        """Write a box to global memory. Programs may store the same bytes, as in `st`."""
+        if box.part is None:
+            return
+        pieces, raw = self.pieces(box), self.core.global_.bytes
+        touched = np.minimum(pieces[:, None] + np.arange(16), raw.size - 1)
+        before = raw[touched]
+        box.tensor_map.scatter(values, box.part, raw, box.begin)
+        same = (raw[touched] == before).all(1)
+        self.core.races.write_as("global", self.index, agent, time, gid, pieces, 16, same)
 
 
 def map_at(core: "Core", inst: Instruction, unit: "Unit", lane: int, address: int) -> TensorMap:
@@ -261,19 +276,17 @@ def _build_store(inst: Instruction, core: "Core") -> Handler:
 
 def _start_store(copies: Copies, unit: "Unit", box: Box, time: int) -> None:
     """Put a store in a group of reads and in one of writes."""
-    core, races = copies.core, copies.core.races
-    warp, lanes, taken = int(unit.thread[box.lane]) // 32, np.array([box.lane]), []
+    races, taken, lanes = copies.core.races, [], np.array([box.lane])
+    gid, warp = int(unit.gid[box.lane]), int(unit.thread[box.lane]) // 32
     reader, writer = races.agent(READS, warp), races.agent(WRITES, warp)
     copies.note(unit, box, "shared", reader, time, writes=False)
-    copies.note(unit, box, "global", writer, time, writes=True)
 
     def read(_: np.ndarray) -> None:
         taken.append(copies.chunks(box)[box.order].copy())
         races.learn(unit.gid[lanes], reader, time)
 
     def write(_: np.ndarray) -> None:
-        if box.part is not None:
-            box.tensor_map.scatter(taken[0], box.part, core.global_.bytes, box.begin)
+        copies.scatter(box, taken[0], writer, time, gid)
         races.learn(unit.gid[lanes], writer, time)
 
     groups_of(unit, READS).start(copies.inst, lanes, read)
@@ -329,8 +342,8 @@ def build_publish(inst: Instruction, core: "Core") -> Handler:
 
     def publish(unit: "Unit", mask: np.ndarray | None) -> None:
         whole_warps(core, inst, unit, mask)
-        # The first lane stands for the warp. PTX does not say whether the copy comes after what that
-        # lane has filled in, and kernels of triton 3.6.0 have no bar.warp.sync in between.
+        # The first lane stands for the warp. PTX does not say whether the copy of all lanes comes
+        # after what it has filled in. Kernels of triton 3.6.0 have no bar.warp.sync in between.
         lanes = (unit.lanes if mask is None else np.flatnonzero(mask))[::32]
         begins = core.shared.offsets(core, inst, unit, lanes, source(unit)[lanes], size)
         races.read("shared", index, unit.gid[lanes], begins, size)

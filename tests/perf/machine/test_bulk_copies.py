@@ -168,12 +168,18 @@ def test_until_it_has_landed_a_load_leaves_nans():
 
 
 @schedules
-def test_global_memory_is_written_at_the_second_wait(schedule):
-    """After wait_group.read it may be written or not; after wait_group it is, for its thread."""
-    look = "@%p2 ld.global.b32 %r20, [%rd2];\n @%p2 st.global.b32 [%rd1], %r20;\n"
-    body = TMA.replace("wait_group.read 0;", "wait_group.read 0;\n" + look)
+@pytest.mark.parametrize("reader", ["%p2", "%p5"])
+def test_global_memory_is_written_at_the_second_wait(schedule, reader):
+    """The thread that stores, or another one, looks: after wait_group.read and after wait_group."""
+    look = f"""
+    bar.sync 0; // before reuse
+    setp.eq.u32 %p5, %r1, 40;
+    @{reader} ld.global.b32 %r20, [%rd2];
+    @{reader} st.global.b32 [%rd1], %r20;
+    """
+    body = TMA.replace("bar.sync 0; // before reuse", look)
     run = run_tma(body, schedule=schedule)
-    assert run.x[0, 0] == -2 and run.kinds == {"race"}
+    assert run.x[0, 0] == -2 and (reader == "%p2" or run.kinds == {"race"})
     run = run_tma(body.replace("wait_group.read", "wait_group"), schedule=schedule)
     assert run.x[0, 0] == run.y[0, 0] == 1 and not run.core.findings
 
