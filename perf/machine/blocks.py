@@ -15,7 +15,9 @@ int32 or as float32, by a NumPy view of the same bytes: `Core.slot` numbers thes
 has an effect beside its result is a call (`h2`) of what a handler has built.
 """
 
+import functools
 from collections.abc import Callable
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,7 +54,7 @@ class _Block:
         text += [f"    {name} = v[{slot}]" for slot, name in self.views.items()]
         text += ["    if m is None:", *(f"        {plain}" for plain, _ in body), "        return"]
         text += [f"    {masked}" for _, masked in body]
-        exec("\n".join(text), self.names)
+        exec(_code("\n".join(text)), self.names)
         return self.names["run"]
 
     def lines(self, inst: Instruction) -> Lines:
@@ -155,6 +157,12 @@ class _Block:
             return f"{self.view(operand.name, wide)}.astype(d{key})"
         self.names[f"c{key}"] = self.core.constant(operand, dtype)
         return f"c{key}"
+
+
+@functools.lru_cache(maxsize=4096)
+def _code(text: str) -> CodeType:
+    """A block that is launched again has the same text; to read it takes half of the time."""
+    return compile(text, "<a block of PTX>", "exec")
 
 
 def _guarded(handler: Callable, unit: Unit, mask: np.ndarray) -> None:
