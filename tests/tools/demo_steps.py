@@ -14,7 +14,7 @@ from tilelab.nets import data, models
 from tilelab.nets.config import Config
 from tilelab.nets.step import TrainStep
 
-STEPS, BATCH = 3, 8
+STEPS, BATCH = 3, 4
 RATE, DECAY = Config().lr, Config().weight_decay
 
 

@@ -20,7 +20,7 @@ from tilelab.nets.config import Config
 from tilelab.perf import machine
 from tilelab.perf.compiler import aot
 
-RUNS = [("sm_90", torch.float32), ("sm_90", torch.bfloat16), ("sm_80", torch.bfloat16)]
+RUNS = [("sm_90", torch.float32), ("sm_90", torch.bfloat16)]
 # The longest sum is that of a gradient of the first convolution, over its windows. From an image to
 # a gradient there are seven tensors: after each layer, before each, and the gradient itself.
 TERMS, ROUNDINGS = BATCH * 13 * 13, 7
