@@ -194,7 +194,6 @@ def _execute(
             arguments.copy_back()
     findings = [Finding(*what, times) for what, times in machine.findings.items()]
     return Report(
-        kernel.__name__, compiled.hash, target, grid, program.threads, order["schedule"], order["seed"],
-        findings,
-        dict(machine.counts.total), machine.executed, machine.seconds,
+        kernel.__name__, compiled.hash, target, grid, program.threads, order["schedule"],
+        order["seed"], findings, dict(machine.counts.total), machine.executed, machine.seconds,
     )  # fmt: skip
