@@ -313,7 +313,7 @@ CASES = {
         dict(matmul=_MATMUL_TMA(SUBTILES=2)),
     ),
     "matmul by TMA, transposed, in parts": Case(
-        "sm_90", lambda: matmul_of_columns(136, 72, 328),
+        "sm_90", lambda: matmul_of_columns(136, 72, 584),
         ("matmul_tma_kernel", "matmul_reduce_kernel"),
         dict(matmul=_MATMUL_TMA(SUBTILES=1, SPLIT_K=2)),
     ),

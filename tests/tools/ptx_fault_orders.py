@@ -4,7 +4,9 @@
                 way, who else touches them meanwhile, and at which wait it lands
     Intervals   which bytes each thread touches between two barriers of its CTA
 
-Both are plain lists: no clock, and nothing of races.py but the calls that it gets.
+Both are plain lists: no clock, and nothing of races.py but the calls that it gets. An asynchronous
+operation touches its bytes when it begins and when it lands, as the thread that started it. The end
+of a TMA load is left out: no barrier, but an mbarrier orders what comes behind it.
 """
 
 import functools
@@ -73,12 +75,24 @@ class Flights:
 
     def __init__(self, launch: Launch, schedule: str, seed: int) -> None:
         self.touched, self.landed, self.at = 0, Counter(), ""
-        with wrapped(self.wrap), mock.patch.object(wgmma, "land", self.land_wgmma):
+        with (
+            wrapped(self.wrap),
+            mock.patch.object(wgmma, "land", self.land_wgmma),
+            mock.patch.object(barriers, "build", self.barrier),
+        ):
             self.machine = launch.core(schedule=schedule, seed=seed)
             size = self.machine.shared.bytes.size
             self.written, self.read = np.zeros(size, np.int32), np.zeros(size, np.int32)
             heard(self.machine, self.tell)
+            self.prepare()
             self.machine.run()
+
+    def prepare(self) -> None:
+        """Before the run."""
+
+    def barrier(self, inst: Instruction, machine: core.Core) -> Callable:
+        """What a barrier of the CTA does."""
+        return BUILD_BARRIER(inst, machine)
 
     def tell(self, space, inst, gids, offsets, size, writes, asynchronous) -> None:
         if space == "shared":
@@ -106,7 +120,8 @@ class Flights:
         handler(unit, mask)
         operation = groups_of(unit, "cp.async").operations[-1]
         to = target(unit)[operation.lanes] + unit.cta[operation.lanes] * machine.shared.stride
-        self.follow(operation, lambda over: to[over], inst.operands[2].value, self.written)
+        size = inst.operands[2].value
+        self.follow(unit, operation, lambda over: to[over], size, self.written)
 
     def store(self, inst, machine, handler, unit, mask) -> None:
         before = len(groups_of(unit, READS).operations)
@@ -125,9 +140,13 @@ class Flights:
             machine.races.read_as = read_as
         operations = groups_of(unit, READS).operations[before:]
         for operation, (offsets, size) in zip(operations, boxes, strict=True):
-            self.follow(operation, lambda over, offsets=offsets: offsets, size, self.read)
+            self.follow(unit, operation, lambda over, offsets=offsets: offsets, size, self.read)
 
-    def follow(self, operation: Any, where: Callable, size: int, marks: np.ndarray) -> None:
+    def follow(
+        self, unit: Any, operation: Any, where: Callable, size: int, marks: np.ndarray
+    ) -> None:
+        """Mark the bytes of an operation until it lands."""
+        index, writes = self.machine.index(operation.inst), marks is self.written
         everything = np.ones(operation.lanes.size, bool)
         np.add.at(marks, bytes_of(where(everything), size), 1)
         land = operation.land
@@ -136,6 +155,8 @@ class Flights:
             land(over)
             np.add.at(marks, bytes_of(where(over), size), -1)
             self.landed[self.at] += np.count_nonzero(over)
+            gids = unit.gid[operation.lanes[over]]
+            self.tell("shared", index, gids, where(over), size, writes, True)
 
         operation.land = landed
 
@@ -151,10 +172,17 @@ class Flights:
         for issue in due:
             self.mark_wgmma(issue, -1)
             self.landed[self.at] += issue.groups.size
+            index = machine.index(issue.form.inst)
+            for group, *parts in zip(issue.groups, issue.a, issue.b, strict=True):
+                for warp in range(4):
+                    gid = unit.gid[group * 128 + warp * 32]
+                    for offsets in parts[issue.form.a_reads is not None :]:
+                        who = np.full(offsets.size, gid)
+                        self.tell("shared", index, who, offsets.ravel(), 16, False, True)
         LAND_WGMMA(machine, unit, due)
 
 
-LAND_WGMMA = wgmma.land
+LAND_WGMMA, BUILD_BARRIER = wgmma.land, barriers.build
 
 
 def lands_elsewhere(launch: Launch, fault: Fault, right: np.ndarray) -> str:
@@ -179,7 +207,7 @@ def lands_elsewhere(launch: Launch, fault: Fault, right: np.ndarray) -> str:
 # --- barriers -------------------------------------------------------------------------------------
 
 
-class Intervals:
+class Intervals(Flights):
     """The accesses of one run and its barriers, in their order.
 
     Attributes:
@@ -187,52 +215,38 @@ class Intervals:
         meetings: (how many accesses came before, the barrier's instruction, gids).
     """
 
-    def __init__(self, launch: Launch, schedule: str = "lockstep", seed: int = 0) -> None:
+    def prepare(self) -> None:
         self.accesses: list[tuple] = []
-        self.meetings: list[tuple[int, Instruction, np.ndarray]] = []
+        self.meetings: list[tuple[int, Instruction | None, np.ndarray]] = []
         self.now: Instruction | None = None
-        build = barriers.build
-
-        def built(inst: Instruction, machine: core.Core) -> Callable:
-            meet = build(inst, machine)
-
-            def meeting(unit: Any, mask: Any) -> None:
-                self.now = inst
-                meet(unit, mask)
-
-            return meeting
-
-        def wrap(inst: Instruction, machine: core.Core, handler: Callable) -> Callable:
-            if not inst.op.startswith("bar.warp"):
-                return handler
-
-            def meeting(unit: Any, mask: Any) -> None:
-                self.now = inst
-                handler(unit, mask)
-
-            return meeting
-
-        with wrapped(wrap), mock.patch.object(barriers, "build", built):
-            self.machine = launch.core(schedule=schedule, seed=seed)
-        heard(self.machine, self.tell)
-        meet, begin = self.machine.races.barrier, self.machine.races.next_batch
+        races, machine = self.machine.races, self.machine
+        meet, begin = races.barrier, races.next_batch
 
         def met(gids: np.ndarray) -> None:
-            for group in gids:
-                self.meetings.append((len(self.accesses), self.now, np.sort(group)))
+            self.meetings += [(len(self.accesses), self.now, np.sort(group)) for group in gids]
             meet(gids)
 
         def next_batch(first_cta: int) -> None:  # other CTAs take the same numbers
-            everybody = np.arange(self.machine.ctas * self.machine.threads)
-            for group in everybody.reshape(self.machine.ctas, -1):
-                self.meetings.append((len(self.accesses), None, group))
+            everybody = np.arange(machine.ctas * machine.threads).reshape(machine.ctas, -1)
+            self.meetings += [(len(self.accesses), None, group) for group in everybody]
             begin(first_cta)
 
-        self.machine.races.barrier, self.machine.races.next_batch = met, next_batch
-        self.machine.run()
+        races.barrier, races.next_batch = met, next_batch
 
     def tell(self, space, inst, gids, offsets, size, writes, asynchronous) -> None:
-        self.accesses.append((space, inst, gids.copy(), np.array(offsets), size, writes))
+        self.accesses.append((space, inst, np.array(gids), np.array(offsets), size, writes))
+
+    def barrier(self, inst: Instruction, machine: core.Core) -> Callable:
+        return functools.partial(self.meet, inst, BUILD_BARRIER(inst, machine))
+
+    def wrap(self, inst: Instruction, machine: core.Core, handler: Callable) -> Callable:
+        if inst.op.startswith("bar.warp"):
+            return functools.partial(self.meet, inst, handler)
+        return super().wrap(inst, machine, handler)
+
+    def meet(self, inst: Instruction, handler: Callable, unit: Any, mask: Any) -> None:
+        self.now = inst
+        handler(unit, mask)
 
     def conflicts(self, barrier: Instruction) -> Counter:
         """Pairs of instructions that touch one byte on both sides of this barrier.
@@ -308,19 +322,21 @@ def _by_two(x: np.ndarray, y: np.ndarray) -> bool:
     return bool((~one).any())
 
 
-@functools.lru_cache(maxsize=4)
-def intervals(key: int) -> Intervals:
-    return Intervals(_launches[key])
+@functools.lru_cache(maxsize=1)
+def intervals(identity: int) -> Intervals:
+    """Those of the launch that was watched last."""
+    return Intervals(_LAUNCHES[identity], "lockstep", 0)
 
 
-_launches: dict[int, Launch] = {}
+_LAUNCHES: dict[int, Launch] = {}
 
 
 def nothing_to_order(launch: Launch, fault: Fault, right: np.ndarray) -> str:
     """Do any two threads touch one byte on both sides of the barrier, one of them writing?"""
     if fault.kind != "barrier removed":
         return ""
-    _launches[id(launch)] = launch
+    _LAUNCHES.clear()
+    _LAUNCHES[id(launch)] = launch
     seen = intervals(id(launch))
     if seen.conflicts(changed(launch, fault)):
         return ""

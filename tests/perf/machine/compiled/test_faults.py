@@ -27,11 +27,11 @@ def one_of_each(existing):
 @pytest.mark.parametrize("name", KERNELS)
 def test_each_kind_is_seen_or_explained(name):
     result = ptx_faults.examine(launch_of(name), one_of_each)
-    assert result["unexplained"] == []
+    assert result["unexplained"] == result["disputed"] == []
     assert len(result["kinds"]) >= KERNELS[name]
     seen = sum(entry["seen"].total() for entry in result["kinds"].values())
     assert seen > 0.6 * len(result["kinds"])
-    print(ptx_faults.table({name: result}))
+    assert "0 neither, 0 disputed" in ptx_faults.table({name: result})
 
 
 def test_no_reason_holds_for_a_fault_that_is_seen():
