@@ -4,7 +4,7 @@
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: help train sweep gpu test test-oldest test-compile test-gpu mutants ptx-faults lint format clean
+.PHONY: help train sweep gpu test test-oldest test-compile test-ptx test-gpu mutants ptx-faults lint format clean
 
 help:  ## this list
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -30,6 +30,12 @@ test-oldest: .venv-oldest/.ready  ## run the core of the tests with the oldest s
 test-compile: .venv/.ready .venv-oldest/.ready  ## compile every kernel, compare with the facts; ARGS=--write writes them
 	.venv/bin/python -m tests.tools.compile_facts $(ARGS)
 	.venv-oldest/bin/python -m tests.tools.compile_facts --core $(ARGS)
+
+test-ptx: .venv/.ready  ## execute the PTX of every kernel with no GPU, by all tests that are small enough (hours)
+	@for target in sm_80 sm_90; do \
+		echo .venv/bin/python -m pytest --on $$target --missed tests/kernels $(ARGS); \
+		.venv/bin/python -m pytest $(IN_PARALLEL) --on $$target --missed tests/kernels $(ARGS) || exit; \
+	done
 
 test-gpu: .venv/.ready  ## run the tests on this machine's GPU, then those at real sizes, one by one
 	@.venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
@@ -60,10 +66,10 @@ clean:  ## remove the environments and every cache (runs/ stays)
 # megabytes: glibc is told to keep such memory, and not to give each back to the kernel (a tenth of a
 # training step).
 IN_PARALLEL := -n auto --maxprocesses 8 --dist worksteal
-train sweep test test-oldest test-gpu: export OPENBLAS_NUM_THREADS ?= 1
-train test test-oldest test-gpu: export MALLOC_MMAP_THRESHOLD_ ?= 33554432
-train test test-oldest test-gpu: export MALLOC_TRIM_THRESHOLD_ ?= 536870912
-test test-oldest test-gpu: export OMP_NUM_THREADS ?= 1
+train sweep test test-oldest test-ptx test-gpu: export OPENBLAS_NUM_THREADS ?= 1
+train test test-oldest test-ptx test-gpu: export MALLOC_MMAP_THRESHOLD_ ?= 33554432
+train test test-oldest test-ptx test-gpu: export MALLOC_TRIM_THRESHOLD_ ?= 536870912
+test test-oldest test-ptx test-gpu: export OMP_NUM_THREADS ?= 1
 test test-oldest: export TRITON_INTERPRET := 1
 
 # --- The environments -------------------------------------------------------------------------------

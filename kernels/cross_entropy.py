@@ -255,6 +255,12 @@ def _check_classes(target: torch.Tensor, classes: int, ignore_index: int) -> Non
         )
 
 
+# Several threads hold the sum of a row. A compiler that fuses a product and a sum (fma) rounds once
+# where it could twice, and only one of the two terms: each thread's own. So the threads would hold
+# different sums, and which of them is stored would be chance. The bits have to be the same each run.
+UNFUSED = dict(enable_fp_fusion=False)
+
+
 @torch.library.custom_op("tilelab::cross_entropy", mutates_args=())
 def _cross_entropy(
     logits: torch.Tensor,
@@ -281,7 +287,7 @@ def _cross_entropy(
         (cdiv(M, tile["BLOCK_M"]),), logits, target, losses, kept, M, N, D1, D2,
         ignore_index, label_smoothing, *strides,
         SMOOTH=label_smoothing > 0, SKIP=strides[3] == 1, NEEDS_GRAD=needs_grad,
-        **(group(logits, tile, strides[3]) if online else {}), **tile,
+        **(group(logits, tile, strides[3]) if online else {}), **tile, **UNFUSED,
     )  # fmt: skip
     if reduction == "none":
         return losses, kept, kept.new_empty(0)  # No weight is needed.

@@ -42,6 +42,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="with --on: the order in which warps run (default: random)",
     )  # fmt: skip
     group.addoption("--seed", type=int, default=0, help="with --on: of the random order")
+    group.addoption(
+        "--repeat", type=int, default=0, metavar="N",
+        help="with --on: execute each launch in N more random orders, and compare the results",
+    )  # fmt: skip
+    group.addoption("--missed", action="store_true", help="with --on: list what was not executed")
+    group.addoption("--record", metavar="FILE", help="with --on: what each test took and reached")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -51,7 +57,8 @@ def pytest_configure(config: pytest.Config) -> None:
         from tests.tools.on_machine import OnMachine
 
         option = config.option
-        config.pluginmanager.register(OnMachine(option.on, option.schedule, option.seed))
+        order = option.schedule, option.seed, option.repeat
+        config.pluginmanager.register(OnMachine(option.on, *order, option.missed, option.record))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -20,6 +20,7 @@ from tilelab.perf.machine.errors import UnknownInstruction
 from tilelab.perf.machine.functions import BITS, SIGNED, UNSIGNED, Function
 
 U32, U64 = np.uint32, np.uint64
+DIGITS = np.arange(0, 16, 4, U32)  # where each begins in a number of four hexadecimal ones
 
 
 def function(op: str) -> Function:
@@ -104,7 +105,7 @@ def _multiplications() -> dict[str, Function]:
             products["wide"] = wide, functools.partial(np.multiply, dtype=dtype)
             products["hi"] = kind, functools.partial(_upper, dtype, types.of(kind))
         else:
-            products["hi"] = kind, _upper_u64 if kind == "u64" else _upper_s64
+            products["hi"] = kind, _upper_64
         for mode, (result, call) in products.items():
             found[f"mul.{mode}.{kind}"] = functions.of(result, f"{kind} {kind}", call)
             found[f"mad.{mode}.{kind}"] = functions.of(
@@ -121,19 +122,14 @@ def _upper(wide: np.dtype, narrow: np.dtype, a: np.ndarray, b: np.ndarray) -> np
     return (np.multiply(a, b, dtype=wide) >> wide.type(8 * narrow.itemsize)).astype(narrow)
 
 
-def _upper_u64(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def _upper_64(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """By halves of 32 bits, as on paper: no sum below exceeds 64 bits."""
-    half, low = U64(32), U64(0xFFFF_FFFF)
-    a0, a1, b0, b1 = a & low, a >> half, b & low, b >> half
-    middle = a1 * b0 + (a0 * b0 >> half)
+    half, low = a.dtype.type(32), a.dtype.type(0xFFFF_FFFF)
+    a0, a1, b0, b1 = a & low, a >> half, b & low, b >> half  # upper halves have the sign
+    carry = (a0.view(U64) * b0.view(U64) >> U64(32)).view(a.dtype)
+    middle = a1 * b0 + carry
     other = a0 * b1 + (middle & low)
     return a1 * b1 + (middle >> half) + (other >> half)
-
-
-def _upper_s64(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """A negative number is 2^64 too large as an unsigned one."""
-    unsigned = _upper_u64(a.view(U64), b.view(U64)).view(np.int64)
-    return unsigned - np.where(a < 0, b, 0) - np.where(b < 0, a, 0)
 
 
 # --- bits -----------------------------------------------------------------------------------------
@@ -253,13 +249,14 @@ def _look_up(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.ndarray) -> 
 
 def _permute(a: np.ndarray, b: np.ndarray, selection: np.ndarray) -> np.ndarray:
     """prmt: each digit of 4 bits selects a byte of {b, a}; its highest bit asks for the sign."""
-    pair = np.stack(np.broadcast_arrays(a, b), -1).view(np.uint8)  # [n, 8]
-    digits = np.asarray(selection)[..., None] >> np.arange(0, 16, 4, U32)  # [n, 4] or [4]
+    pair = (np.left_shift(b, U64(32)) | a)[..., None].view(np.uint8)  # [n, 8]
+    digits = np.asarray(selection)[..., None] >> DIGITS  # [4], or [n, 4]
+    places = digits & U32(7)
     if digits.ndim == 1:
-        chosen = np.take(pair, digits & U32(7), axis=-1)
+        chosen = np.take(pair, places, axis=-1)
     else:
         pair = np.broadcast_to(pair, (len(digits), 8))
-        chosen = np.take_along_axis(pair, (digits & U32(7)).astype(np.int64), axis=-1)
+        chosen = np.take_along_axis(pair, places.astype(np.int64), axis=-1)
     signs = digits & U32(8) != 0
     if np.count_nonzero(signs):
         chosen = np.where(signs, (chosen.view(np.int8) >> 7).view(np.uint8), chosen)

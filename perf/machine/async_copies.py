@@ -175,7 +175,6 @@ def build_copy(inst: Instruction, core: "Core") -> Handler:
         core.races.copy_as(index, agents, time, gids, to, size)
         if core.counting:
             core.counts.access(inst, "global", unit, lanes[asked], begins, size)
-            core.counts.access(inst, "shared", unit, lanes, to, size)
         places[to // size] = POISON[size]
         known[to // size] = NOTHING[size]
 

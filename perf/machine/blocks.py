@@ -3,12 +3,11 @@
     add.f32  %f3, %f1, %f2;              def run(u, m):
     @%p1 mov.b32 %r5, 0;                     v = u.views
     st.shared.b32 [%r5], %f3;                s0, s1, s2, s3, s4 = v[0], v[1], v[2], v[3], v[4]
-                                             if m is None:
-                                                 add(s0, s1, out=s2)
-                                                 copyto(s4, 0, where=s3)
-                                                 h2(u, None)
-                                             else:            # for the lanes of the mask m
-                                                 ...
+                                             add(s0, s1, out=s2)
+                                             copyto(s4, 0, where=s3)
+                                             h2(u, None)
+
+and another one for when only the lanes of a mask m are here. Each is compiled when it is needed.
 
 A register is an array of the unit's lanes. It is seen as the type that an instruction wants, as
 int32 or as float32, by a NumPy view of the same bytes: `Core.slot` numbers these views. Whatever
@@ -48,11 +47,21 @@ class _Block:
         for inst in self.block:
             if not handlers.ends_block(inst) and not inst.op.startswith(handlers.IGNORED):
                 body += self.lines(inst)
+        compiled: dict[bool, Callable] = {}
+
+        def run(unit: Unit, mask: np.ndarray | None) -> None:
+            masked = mask is not None
+            if masked not in compiled:
+                compiled[masked] = self.python([line[masked] for line in body])
+            compiled[masked](unit, mask)
+
+        return run
+
+    def python(self, body: list[str]) -> Callable:
+        """A function of a unit and a mask, with these lines as its body."""
         text = ["def run(u, m):", "    v = u.views"]
         text += [f"    {name} = v[{slot}]" for slot, name in self.views.items()]
-        text += ["    if m is None:", *(f"        {plain}" for plain, _ in body), "        return"]
-        text += [f"    {masked}" for _, masked in body]
-        exec("\n".join(text), self.names)
+        exec("\n".join(text + [f"    {line}" for line in body]), self.names)
         return self.names["run"]
 
     def lines(self, inst: Instruction) -> Lines:

@@ -18,7 +18,7 @@ import numpy as np
 
 from tilelab.perf.machine import functions, rounding, types
 from tilelab.perf.machine.floats import relued, saturated
-from tilelab.perf.machine.rounding import F16, F32, F64, U16, U32
+from tilelab.perf.machine.rounding import F16, F64, U16, U32
 
 INTEGERS = [f"{kind}{bits}" for kind in "us" for bits in (8, 16, 32, 64)]
 FLOATS = ("f16", "bf16", "f32", "f64")
@@ -82,7 +82,7 @@ def _rounded(x: np.ndarray, to: str, mode: str) -> np.ndarray:
 
 
 def _to_integers() -> dict[str, functions.Function]:
-    """From floats. To be in range is no question of `.sat`."""
+    """From floats. The result is clamped to the range with `.sat` and without."""
     found = {}
     for to in INTEGERS:
         for of in FLOATS:
@@ -144,15 +144,9 @@ def _float(of: str, to: str, modifiers: list[str], x: np.ndarray) -> np.ndarray:
     return saturated(result) if "sat" in modifiers else result
 
 
-def _f32_to_f16(x: np.ndarray) -> np.ndarray:
-    return rounding.canonical(x.astype(F16))
-
-
 _DIRECT: dict[tuple[str, str, str], Callable] = {  # not by way of float64: they are frequent
-    ("", "f32", "f16"): lambda x: x.astype(F32),
-    ("", "f32", "bf16"): rounding.bf16_to_f32,
-    (".rn", "f16", "f32"): _f32_to_f16,
-    (".rn", "bf16", "f32"): rounding.f32_to_bf16,
+    **{("", "f32", of): call for of, call in rounding.TO_F32.items()},
+    **{(".rn", to, "f32"): call for to, call in rounding.FROM_F32.items()},
 }
 
 
@@ -208,8 +202,8 @@ def _tf32(form: list[str], x: np.ndarray) -> np.ndarray:
 
 # --- 8 bits ---------------------------------------------------------------------------------------
 
-# Both are the upper part of a float16, e4m3 with one bit less of exponent: its bias is 7, not 15.
-LARGEST = {"e4m3": 0x7E, "e5m2": 0x7B}  # the finite number
+# e5m2 is the upper half of a float16. e4m3 has one bit less of exponent, with a bias of 7, not 15.
+LARGEST = {"e4m3": 0x7E, "e5m2": 0x7B}  # codes of the largest finite number
 
 
 def _decode(kind: str, x: np.ndarray) -> np.ndarray:
@@ -253,10 +247,16 @@ def _eight() -> dict[str, functions.Function]:
     return found
 
 
+@functools.cache
+def _table(kind: str, relu: bool) -> np.ndarray:
+    """The bits of float16 of each code."""
+    numbers = _decode(kind, np.arange(256, dtype=U16))
+    return rounding.bits(relued(numbers) if relu else numbers).astype(U32)
+
+
 def _unpack(kind: str, relu: bool, x: np.ndarray) -> np.ndarray:
-    halves = (_decode(kind, part) for part in (x >> U16(8), x & U16(0xFF)))
-    upper, lower = (rounding.bits(relued(y) if relu else y).astype(U32) for y in halves)
-    return upper << U32(16) | lower
+    table = _table(kind, relu)
+    return table[x >> U16(8)] << U32(16) | table[x & U16(0xFF)]
 
 
 def _encode_two(kind: str, relu: bool, upper: np.ndarray, lower: np.ndarray) -> np.ndarray:

@@ -69,12 +69,14 @@ class Core:
         schedule: one of SCHEDULES.
         seed: of whatever is drawn by lot.
         counting: count what compiling cannot tell (counts.py): takes longer.
+        programs: which of the grid are executed; all by default.
     """
 
     def __init__(
         self, program: Program, grid: tuple[int, ...], parameters: dict[str, Any], shared: int,
         global_memory: memory.GlobalMemory, maps: dict[int, Any] | None = None,
         schedule: str = "lockstep", seed: int = 0, counting: bool = False,
+        programs: range | None = None,
     ) -> None:  # fmt: skip
         self.program, self.grid = program, tuple(grid) + (1,) * (3 - len(grid))
         self.parameters, self.maps = parameters, dict(maps or {})
@@ -83,12 +85,14 @@ class Core:
         self.instructions = [inst for block in program.blocks for inst in block]
         self.positions = {id(inst): i for i, inst in enumerate(self.instructions)}
         self.total = self.grid[0] * self.grid[1] * self.grid[2]
-        self.ctas = min(self.total, max(1, WIDEST // self.threads))
+        self.programs = range(self.total) if programs is None else programs
+        self.ctas = min(len(self.programs), max(1, WIDEST // self.threads))
         self.shared = memory.SharedMemory(shared, self.ctas)
         self.global_ = global_memory
         self.memories = {"shared": self.shared, "global": self.global_}
         grains = memory.grain_of(program)
-        self.races = Races(self.ctas, self.threads, self.instructions, self.report)
+        agents = self._agents()
+        self.races = Races(self.ctas, self.threads, agents, self.instructions, self.report)
         self.races.shadow("shared", self.shared.bytes.size, grains["shared"])
         self.races.shadow("global", self.global_.bytes.size, grains["global"])
         self.counting, self.counts = counting, Counts(self)
@@ -98,6 +102,7 @@ class Core:
         self.state: dict[Any, Any] = {}  # for what handlers keep for a batch
         self.endings: list[Callable[[Unit], None]] = []  # called when a batch has ended
         self.slots: dict[tuple, int] = {}
+        self.types: dict[str, np.dtype] = {}  # of registers, in bits
         self.units: list[Unit] = []
         self.first_cta = 0
         self.seconds = 0.0
@@ -110,6 +115,15 @@ class Core:
         self._leavers = [self._leaver(i) for i in range(len(program.blocks))]
         self._functions = [blocks.compile_block(block, self) for block in program.blocks]
 
+    def _agents(self) -> int:
+        """How many there may be beside a CTA's warps: those that copy, multiply, and barriers."""
+
+        def count(*prefixes: str) -> int:
+            return sum(inst.op.startswith(prefixes) for inst in self.instructions)
+
+        copying = (count("cp.async") > 0) + (count("cp.async.bulk") > 0)  # each for every warp
+        return copying * self.warps + self.warps // 4 + count("mbarrier.init") + 1
+
     # --- what handlers use ------------------------------------------------------------------------
 
     def index(self, inst: Instruction) -> int:
@@ -118,6 +132,11 @@ class Core:
 
     def type_of(self, name: str) -> np.dtype:
         """The bits of a register, by its declaration."""
+        if name not in self.types:
+            self.types[name] = self._type_of(name)
+        return self.types[name]
+
+    def _type_of(self, name: str) -> np.dtype:
         if name in SPECIAL:
             return np.dtype(np.uint64 if name == "%globaltimer" else np.uint32)
         if name not in self.program.registers:
@@ -199,8 +218,9 @@ class Core:
         if not isinstance(base, Register):
             at = int(self.constant(base, np.dtype(np.int64))) + offset
             return lambda unit: np.full(unit.n, at)
-        unsigned = self.slot(base.name, self.type_of(base.name))
-        return lambda unit: unit.views[unsigned].astype(np.int64) + offset
+        bits = self.type_of(base.name)
+        slot, more = self.slot(base.name, bits), np.array(offset).astype(bits)  # may wrap around
+        return lambda unit: (unit.views[slot] + more).astype(np.int64)
 
     def fail(
         self, inst: Instruction, unit: Unit, lane: Any, message: str, kind: type = MachineFault
@@ -225,15 +245,15 @@ class Core:
     # --- the schedule -----------------------------------------------------------------------------
 
     def run(self) -> "Core":
-        """Execute all CTAs."""
+        """Execute the CTAs."""
         started = time.perf_counter()
         size = 1 if self.schedule != "lockstep" else self.warps
         if self.grouped and self.schedule != "lockstep" and self.warps % 4 == 0:
             size = 4
         with np.errstate(all="ignore"):
-            for first in range(0, self.total, self.ctas):
+            for first in self.programs[:: self.ctas]:
                 self.first_cta = first
-                self._begin(size, min(self.ctas, self.total - first))
+                self._begin(size, min(self.ctas, self.programs.stop - first))
                 self._batch()
                 for unit in self.units:
                     for ending in self.endings:

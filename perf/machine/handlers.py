@@ -1,5 +1,6 @@
 """Which function builds which instruction, of those that do more than compute a register."""
 
+import functools
 from collections.abc import Callable
 
 from tilelab.perf.machine import (
@@ -25,6 +26,7 @@ HANDLERS: dict[str, Callable] = {
 IGNORED = ("prefetch", "discard", "applypriority", "createpolicy", "nanosleep", "pragma")
 
 
+@functools.cache
 def find(op: str) -> Callable | None:
     """The builder with the longest prefix of an opcode, or None: then it is arithmetic."""
     parts = op.split(".")

@@ -22,10 +22,13 @@ import operator
 import pathlib
 import re
 import sys
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from triton.runtime.jit import JITFunction, KernelInterface
 
@@ -40,7 +43,7 @@ LIMITS = (2**31 - 1, 65535, 65535)  # of a grid's three sizes
 
 def run(
     kernel: Any, grid: Any, args: Sequence[Any] = (), meta: dict[str, Any] | None = None,
-    *, target: str = "sm_90", schedule: str = "lockstep", seed: int = 0,
+    *, target: str = "sm_90", **options: Any,
 ) -> Report:  # fmt: skip
     """Launch `kernel[grid](*args, **meta)` on the machine.
 
@@ -52,8 +55,7 @@ def run(
             of their addresses), and numbers. Tensors are changed in place.
         meta: arguments by name: constants such as BLOCK_M, and num_warps, num_stages, ...
         target: the GPU: sm_80 or sm_90.
-        schedule: in which order warps run, see core.py.
-        seed: of the random one.
+        options: see `executing`.
 
     Returns:
         What was found and counted. `print` it.
@@ -64,7 +66,7 @@ def run(
     """
     if not isinstance(kernel, KernelInterface):
         raise PerfError(f"kernel must be a function under @triton.jit, got {kernel!r}")
-    with executing(target, schedule=schedule, seed=seed) as reports:
+    with executing(target, **options) as reports:
         kernel[grid](*args, **(meta or {}))
     return reports[-1]
 
@@ -72,15 +74,21 @@ def run(
 @contextlib.contextmanager
 def executing(
     target: str = "sm_90", *, schedule: str = "lockstep", seed: int = 0, counting: bool = True,
-    seen: Callable[[Report], None] | None = None, build: Callable[..., core.Core] = core.Core,
+    repeat: int = 0, programs: int | None = None, seen: Callable[[Report], None] | None = None,
+    build: Callable[..., core.Core] = core.Core,
 ) -> Iterator[list[Report]]:  # fmt: skip
     """Within this context every launch of a kernel is executed by the machine.
 
     Args:
-        target: as in `run`, and so are `schedule` and `seed`.
-        schedule: see there.
-        seed: of the first launch; each later one has the next.
+        target: the GPU: sm_80 or sm_90.
+        schedule: in which order warps run: "lockstep", "random" or "late" (core.py).
+        seed: of what is drawn by lot, for the first launch; each later one has the next.
         counting: also count what memory had to do, which takes longer.
+        repeat: run each launch this many times more, on copies of the same memory, each time in
+            another random order. Memory has to end with the same bits, unless the kernel adds
+            floats by atomics. The first run is the one that changes the tensors.
+        programs: execute only so many of each grid, from its middle on: their results alone are
+            right, and only their part of the tensors is.
         seen: is called with each report as soon as there is one.
         build: is called in place of `Core` with its arguments, and returns one: a tool can change
             the program there, or keep a launch to run it again.
@@ -98,9 +106,17 @@ def executing(
             return compile_only(kernel, *args, grid=grid, warmup=True, **meta)
         given = _bind(kernel, args, meta)
         sizes = _grid(grid, given)
+        begin = time.process_time()
         compiled = _compile(compile_only, kernel, args, sizes, meta, target)
-        order = dict(schedule=schedule, seed=seed + len(reports), counting=counting)
-        report = _execute(kernel, compiled, given, sizes, target, order, build)
+        compiling = time.process_time() - begin
+        first = seed + len(reports)
+        orders = [dict(schedule=schedule, seed=first, counting=counting)]
+        orders += [dict(schedule="random", seed=first + 1000 * (i + 1)) for i in range(repeat)]
+        if programs is not None and programs < (total := math.prod(sizes)):
+            for order in orders:
+                order["programs"] = range(total // 2, min(total, total // 2 + programs))
+        report = _execute(kernel, compiled, given, sizes, target, orders, build)
+        report.compiling = compiling
         reports.append(report)
         if seen is not None:
             seen(report)
@@ -163,7 +179,7 @@ def _compile(
     return compiled
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=64)
 def _parse(text: str, path: str) -> ptx.Program:
     """Parse the PTX of a kernel that is in the file `path`."""
     # Triton's cache goes by the text of a kernel: it may have the path of another checkout.
@@ -173,27 +189,56 @@ def _parse(text: str, path: str) -> ptx.Program:
 
 def _execute(
     kernel: JITFunction, compiled: Any, given: dict[str, Any], grid: tuple[int, int, int],
-    target: str, order: dict[str, Any], build: Callable[..., core.Core],
+    target: str, orders: list[dict[str, Any]], build: Callable[..., core.Core],
 ) -> Report:  # fmt: skip
-    """Run a compiled kernel, and change the tensors."""
+    """Run a compiled kernel in each of these orders. The first run changes the tensors."""
     program = _parse(compiled.asm["ptx"], kernel.fn.__code__.co_filename)
-    arguments = Arguments(compiled.src.signature, given, compiled.metadata, math.prod(grid))
-    values, maps = {}, {}
-    for parameter, value in zip(program.parameters, arguments.parameters, strict=True):
-        if isinstance(value, bytes):
-            values[parameter.name] = value
-        else:
-            maps[core.PARAMETERS + parameter.offset] = value
-    machine = build(
-        program, grid, values, compiled.metadata.shared, arguments.memory, maps, **order
-    )  # fmt: skip
-    if machine.total:
-        try:
-            machine.run()
-        finally:  # a fault, too, leaves what was written until then
-            arguments.copy_back()
-    findings = [Finding(*what, times) for what, times in machine.findings.items()]
+    findings: Counter = Counter()
+    runs: list[core.Core] = []
+    changed: list[Arguments] = []
+    try:
+        for order in orders:
+            source = compiled.src.signature, given, compiled.metadata, math.prod(grid)
+            arguments = Arguments(*source)  # with copies of the tensors
+            changed.append(arguments)
+            values, maps = {}, {}
+            for parameter, value in zip(program.parameters, arguments.parameters, strict=True):
+                if isinstance(value, bytes):
+                    values[parameter.name] = value
+                else:
+                    maps[core.PARAMETERS + parameter.offset] = value
+            machine = build(
+                program, grid, values, compiled.metadata.shared, arguments.memory, maps, **order
+            )
+            runs.append(machine)
+            if machine.total:
+                machine.run()
+            findings.update(machine.findings)
+            if not any(map(_adds_floats, machine.instructions)):
+                findings.update(_differences(runs[0], machine, order["seed"]))
+    finally:  # a fault, too, leaves what was written until then
+        if changed:
+            changed[0].copy_back()
+    constants = {kernel.arg_names[at[0]]: x for at, x in compiled.src.constants.items()}
+    options = {name: getattr(compiled.metadata, name) for name in ("num_warps", "num_stages")}
     return Report(
-        kernel.__name__, compiled.hash, target, grid, program.threads, order["schedule"],
-        order["seed"], findings, dict(machine.counts.total), machine.executed, machine.seconds,
+        kernel.__name__, compiled.hash, target, grid, program.threads, orders[0]["schedule"],
+        orders[0]["seed"], [Finding(*what, times) for what, times in findings.items()],
+        dict(runs[0].counts.total), runs[0].counts.by_line,
+        sum(machine.executed for machine in runs), sum(machine.seconds for machine in runs),
+        dict(compiled.src.signature), constants | options, runs[0].instructions,
     )  # fmt: skip
+
+
+def _adds_floats(inst: ptx.Instruction) -> bool:
+    """Whether the sum that it leaves in memory depends on the order of threads."""
+    return inst.parts[0] in ("atom", "red") and "add" in inst.parts and inst.parts[-1][0] in "bf"
+
+
+def _differences(one: core.Core, other: core.Core, seed: int) -> Iterator[tuple]:
+    """Findings: where two runs have left different bits in memory."""
+    for begin, end, name in one.global_.names:
+        differ = np.flatnonzero(one.global_.bytes[begin:end] != other.global_.bytes[begin:end])
+        if differ.size:
+            what = f"{differ.size} bytes of {name} have other bits, the first is byte {differ[0]}"
+            yield "depends on the order of warps", what, f"the end of the run with seed {seed}", ""

@@ -70,6 +70,7 @@ class MBarrier:
         self.count = self.pending = count
         self.expected = self.landed = self.phase = 0
         self.observed = True  # somebody has seen that the last phase is complete
+        self.used = False  # something has been done with it
         self.flying: list[int] = []  # the times when copies began that have not landed
         self.released: Any = None  # what those knew that arrived in this phase
         self.completed: Any = None  # and in all phases before
@@ -141,8 +142,12 @@ class MBarriers:
         self.words = core.shared.bytes.view(np.uint64)
 
     def init(self, offset: int, count: int) -> None:
-        """An mbarrier comes into being."""
-        if offset in self.objects:
+        """An mbarrier comes into being.
+
+        PTX wants mbarrier.inval first where there is one. In warp-specialised kernels of triton
+        3.6.0 some places are initialised again and again, for mbarriers that nobody uses.
+        """
+        if offset in self.objects and self.objects[offset].used:
             raise Misuse("mbarrier.init of an mbarrier that is in use: no mbarrier.inval before")
         self.objects[offset] = MBarrier(count)
         self.store(offset)
@@ -163,6 +168,7 @@ class MBarriers:
             raise Misuse("no mbarrier there: never initialised, or invalidated")
         if self.words[offset // 8] != found.word():
             raise Misuse("an mbarrier whose bytes were overwritten by something else")
+        found.used = True
         return found
 
     def store(self, offset: int) -> None:
@@ -280,6 +286,8 @@ def _build_wait(inst: Instruction, core: "Core") -> Handler:
         whole[lanes] = done
         put(unit, whole, mask)
         waits = unit.state.setdefault(("waits", index), np.full(unit.n, -1))
+        if core.counting:  # those that look again were counted before
+            core.counts.add(inst, "waits", np.count_nonzero(~done & (waits[lanes] < 0)))
         waits[lanes] = np.where(done, -1, offsets)
         return whole
 

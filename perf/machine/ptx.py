@@ -283,6 +283,8 @@ def _instruction(text: str, line: int, source: tuple, scopes: list[dict]) -> Ins
 
 def _split(text: str) -> list[str]:
     """Split at the commas that are not inside brackets."""
+    if "{" not in text and "[" not in text and "(" not in text:
+        return [part.strip() for part in text.split(",")] if text.strip() else []
     parts, depth, current = [], 0, ""
     for token in _TOKEN.findall(text):
         depth += (token in "[{(") - (token in "]})") if len(token) == 1 else 0
@@ -295,6 +297,8 @@ def _split(text: str) -> list[str]:
 
 
 def _operand(text: str, scopes: list[dict]) -> Operand:
+    if text[0] == "%" and "|" not in text:
+        return Register(text)
     if text[0] == "{":
         return Vector(tuple(_operand(part, scopes) for part in _split(text[1:-1])))
     if text[0] == "[":
@@ -309,7 +313,7 @@ def _operand(text: str, scopes: list[dict]) -> Operand:
         return Immediate(int(bits[2], 16), 4 if bits[1] in "fF" else 8)
     if re.match(r"-?(0x[0-9a-fA-F]+|\d+)U?$", text):
         return Immediate(int(text.rstrip("U"), 0))
-    if text[0] == "%" or text == "_":
+    if text == "_":
         return Register(text)
     name = _local(text, scopes)
     return Register(name) if "@" in name and not name.startswith("$") else Symbol(name)

@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 
+from tilelab.perf.machine import releases
 from tilelab.perf.machine.shadows import GlobalShadow, Shadow, SharedShadow
 
 
@@ -41,40 +42,44 @@ class Races:
     Args:
         ctas: in the batch.
         threads: of a CTA.
+        agents: how many there may be in a CTA beside its warps.
         instructions: the kernel's, by index, to name them in a report.
         report: is called as report(kind, instruction, message, other instruction).
     """
 
-    AGENTS = 96  # beside warps, in each CTA: mbarriers, warpgroups, copies and stores of warps
-
-    def __init__(self, ctas: int, threads: int, instructions: Sequence[Any], report: Any) -> None:
+    def __init__(
+        self, ctas: int, threads: int, agents: int, instructions: Sequence[Any], report: Any
+    ) -> None:
         self.threads, self.warps = threads, threads // 32
         self.count = ctas * threads
-        agents = self.warps + self.AGENTS
-        self.known = np.zeros((self.count, agents), np.int32)
-        self.fenced = np.zeros((self.count, agents), np.int32)
-        self.own = np.zeros((self.count, agents), np.int32)  # of what it started by itself
         self.atomic = (
-            agents - 1
+            self.warps
         )  # whoever did an atomic operation; they do not race with each other
-        self.own[:, : self.warps] = self.own[:, self.atomic] = np.iinfo(np.int32).max
+        self.first_agent = self.warps + 1
+        columns = self.first_agent + agents
+        self.known = np.zeros((self.count, columns), np.int32)
+        self.fenced = np.zeros((self.count, columns), np.int32)
+        self.own = np.zeros((self.count, columns), np.int32)  # of what it started by itself
+        self.own[:, : self.first_agent] = np.iinfo(np.int32).max
         self.warp_of = np.arange(self.count) % threads // 32
         self.now = 1
         self.shadows: dict[str, Shadow] = {}
         self.instructions, self.report = instructions, report
         self.first_cta = 0  # of the batch
+        self.releases = releases.Releases(self) if releases.needed(instructions) else None
         self._agents: dict[tuple, int] = {}
         self._copies: list[int] = []  # agents whose work a thread starts and waits for by itself
 
     def shadow(self, space: str, size: int, grain: int) -> None:
         """Watch a memory of `size` bytes."""
-        agents = self.known.shape[1]
-        kind = SharedShadow if space == "shared" else GlobalShadow
-        self.shadows[space] = kind(size, grain, agents)
+        if space == "shared":
+            self.shadows[space] = SharedShadow(size, grain, self.known.shape[1], self.first_agent)
+        else:
+            self.shadows[space] = GlobalShadow(size, grain)
 
     def next_batch(self, first_cta: int) -> None:
         """Forget what threads know, and shared memory: the next CTAs begin. Global memory stays."""
-        self.known[:], self.fenced[:], self.own[:, self.warps : self.atomic] = 0, 0, 0
+        self.known[:], self.fenced[:], self.own[:, self.first_agent :] = 0, 0, 0
         self.first_cta = first_cta
         self.now += 1
         self._agents.clear()
@@ -85,12 +90,17 @@ class Races:
         """The number of an agent beside warps: ("wgmma", warpgroup), ("tma", mbarrier address)."""
         key = (kind, index)
         if key not in self._agents:
-            self._agents[key] = self.warps + len(self._agents)
-            if len(self._agents) >= self.AGENTS:
-                raise RuntimeError("more asynchronous agents than the machine keeps track of")
+            number = self._agents[key] = self.first_agent + len(self._agents)
+            if number == self.known.shape[1]:
+                raise RuntimeError(f"{kind} {index} is one agent more than the program has")
             if kind == "cp.async":
-                self._copies.append(self._agents[key])
+                self._copies.append(number)
         return self._agents[key]
+
+    @property
+    def agents(self) -> int:
+        """How many there are so far, warps among them."""
+        return self.first_agent + len(self._agents)
 
     def tick(self) -> int:
         """A moment that no access shares: the time before it moves on."""
@@ -111,6 +121,8 @@ class Races:
         known[:, self.atomic] = time
         self.known[gids] = known[:, None]
         self.fenced[gids] = self.fenced[gids].max(1)[:, None]
+        if self.releases:
+            self.releases.barrier(gids)
 
     def _together(self, gids: np.ndarray) -> np.ndarray:
         known = self.known[gids].max(1)
@@ -168,6 +180,8 @@ class Races:
             gids = np.repeat(gids, each)
         self._after_writes(space, shadow, inst, gids, where, "read")
         shadow.note_reads(self, inst, gids, where)
+        if self.releases and space == "global":
+            self.releases.note_reads(gids, where)
 
     def write(
         self, space: str, inst: int, gids: np.ndarray, offsets: np.ndarray, size: int,
@@ -186,7 +200,10 @@ class Races:
     def update(
         self, space: str, inst: int, gids: np.ndarray, offsets: np.ndarray, size: int
     ) -> None:
-        """An atomic operation: it races with ordinary accesses, and not with atomic ones."""
+        """An atomic operation: it races with ordinary accesses, and not with atomic ones.
+
+        Threads take their turns in the order of `gids`.
+        """
         shadow = self.shadows[space]
         where, each = shadow.granules(offsets, size)
         if each > 1:
@@ -195,6 +212,8 @@ class Races:
         self._after_writes(space, shadow, inst, gids, where, "atomic operation", atomic)
         self._after_reads(space, shadow, inst, gids, where)
         shadow.note_writes(inst, self.atomic, self.absolute(gids), where, self.now)
+        if self.releases and space == "global":
+            self.releases.update(self.instructions[inst], gids[::each], offsets)
 
     def read_as(
         self, space: str, inst: int, agent: Any, time: int, knower: Any, offsets: np.ndarray,
@@ -223,16 +242,22 @@ class Races:
                          "with no fence.proxy.async between")  # fmt: skip
                 self._report("missing fence", inst, words, at * shadow.grain, shadow.write_by[at])
         shadow.note_reads_of(self, inst, agent, time, gids, where)
+        if self.releases and space == "global":
+            self.releases.note_reads(gids, where)
 
     def write_as(
         self, space: str, inst: int, agent: int, time: int, knower: int, offsets: np.ndarray,
-        size: int,
+        size: int, same: np.ndarray | None = None,
     ) -> None:  # fmt: skip
-        """An agent writes from `time` on, ordered after all that thread `knower` knows."""
+        """An agent writes from `time` on, ordered after all that thread `knower` knows.
+
+        same[i]: as in `write`.
+        """
         shadow = self.shadows[space]
-        where, _ = shadow.granules(offsets, size)
+        where, each = shadow.granules(offsets, size)
         gids = np.full(where.size, knower)
-        self._after_writes(space, shadow, inst, gids, where, "asynchronous write")
+        same = None if same is None else np.repeat(same, each)
+        self._after_writes(space, shadow, inst, gids, where, "asynchronous write", same)
         self._after_reads(space, shadow, inst, gids, where)
         shadow.note_writes(inst, agent, self.absolute(gids), where, time)
 
@@ -267,11 +292,15 @@ class Races:
         if not ordered.all():
             mine = shadow.write_thread[where] == self.absolute(gids)
             ordered |= mine & (self.own[gids, writer] >= at)
-        if space == "global":  # CTAs of one launch are never ordered
+        if space == "global":  # CTAs of one launch are ordered by atomic operations alone
             ordered &= shadow.write_thread[where] // self.threads == self.cta_of(gids)
         ordered |= writer < 0
         if same is not None:
             ordered |= same
+        if self.releases and space == "global":
+            for i in np.flatnonzero(~ordered):
+                thread = int(shadow.write_thread[where[i]])
+                ordered[i] = self.releases.after_write(int(gids[i]), thread, writer[i], at[i])
         if not ordered.all():
             at = int(where[np.flatnonzero(~ordered)[0]])
             words = f"{kind} of {space} memory not ordered after an earlier write"
@@ -282,6 +311,10 @@ class Races:
     ) -> None:
         """Report if a read of a granule is not known to be over."""
         unordered = shadow.unordered_reads(self, gids, where)
+        if self.releases and space == "global":
+            for i in np.flatnonzero(unordered):
+                last = shadow.write_time[where[i]] if shadow.writer[where[i]] >= 0 else 0
+                unordered[i] = not self.releases.after_reads(int(gids[i]), where[i], last)
         if unordered.any():
             at = int(where[np.flatnonzero(unordered)[0]])
             words = f"write of {space} memory not ordered after an earlier read"

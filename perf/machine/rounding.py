@@ -24,8 +24,8 @@ F16, F32, F64, U16, U32 = np.float16, np.float32, np.float64, np.uint16, np.uint
 _UNSIGNED = {2: U16, 4: U32, 8: np.uint64}
 _SIGNED = {4: np.int32, 8: np.int64}
 SMALLEST_NORMAL = {np.dtype(t): np.finfo(t).smallest_normal for t in (F16, F32, F64)}
-# The NaN that PTX calls canonical. Of float32 and float64 no instruction but min and max must give
-# it, so add and the others keep NumPy's (PTX ISA, 9.7.3: "an unspecified NaN").
+# The NaN that PTX calls canonical. With float32 and float64 only min and max must give it. The NaN
+# of add and the others is NumPy's, since the ISA does not say which it is (section 9.7.3).
 CANONICAL = {np.dtype(t): (~np.zeros((), _UNSIGNED[t().itemsize]) >> 1).view(t)[()]
              for t in (F16, F32, F64)}  # fmt: skip
 BF16_NAN = U32(0x7FFF0000)  # in the upper half
@@ -88,8 +88,10 @@ def f32_to_bf16(x: np.ndarray) -> np.ndarray:
     return (round_to_upper_half(x) >> U32(16)).astype(U16)
 
 
-# --- all formats, by way of float64 ---------------------------------------------------------------
+# --- all formats ----------------------------------------------------------------------------------
 
+TO_F32: dict[str, Callable] = {"f16": lambda x: x.astype(F32), "bf16": bf16_to_f32}
+FROM_F32: dict[str, Callable] = {"f16": lambda x: canonical(x.astype(F16)), "bf16": f32_to_bf16}
 TO_F64: dict[str, Callable] = {
     "f16": lambda x: x.astype(F64),
     "bf16": lambda x: bf16_to_f32(x).astype(F64),

@@ -39,48 +39,54 @@ class Shadow:
 
 
 class SharedShadow(Shadow):
-    """Of shared memory: the last read by every agent, and the one thread that did it, or MANY."""
+    """Of shared memory: the last read by every agent; of a warp the thread that did it, or MANY."""
 
-    def __init__(self, size: int, grain: int, agents: int) -> None:
+    def __init__(self, size: int, grain: int, agents: int, warps: int) -> None:
         super().__init__(size, grain)
-        self.read_time = np.zeros((self.count, agents), np.int32)
-        self.read_thread = np.full((self.count, agents), NOBODY, np.int32)  # of the batch
+        self.forget(agents, warps)
+
+    def forget(self, agents: int, warps: int) -> None:
+        """Nothing has been read; np.zeros takes no time until it is written to."""
+        self.read_time = np.zeros((agents, self.count), np.int32)
+        self.read_thread = np.zeros((warps, self.count), np.int32)  # of the batch
 
     def clear(self) -> None:
         """The next CTAs begin."""
-        self.writer[:], self.read_time[:], self.read_thread[:] = NOBODY, 0, NOBODY
+        self.writer[:] = NOBODY
+        self.forget(len(self.read_time), len(self.read_thread))
 
     def note_reads(self, races: "Races", inst: int, gids: np.ndarray, where: np.ndarray) -> None:
         """Threads read."""
         warp = races.warp_of[gids]
-        before, at = self.read_thread[where, warp], self.read_time[where, warp]
-        alone = (before == NOBODY) | (before == gids) | (races.known[gids, warp] >= at)
-        self.read_thread[where, warp] = gids
-        alone &= self.read_thread[where, warp] == gids
+        before, at = self.read_thread[warp, where], self.read_time[warp, where]
+        alone = (before == gids) | (races.known[gids, warp] >= at)  # at is 0 if nobody has
+        self.read_thread[warp, where] = gids
+        alone &= self.read_thread[warp, where] == gids
         if not alone.all():
-            self.read_thread[where[~alone], warp[~alone]] = MANY
-        self.read_time[where, warp] = races.now
+            self.read_thread[warp[~alone], where[~alone]] = MANY
+        self.read_time[warp, where] = races.now
         self.read_by[where] = inst
 
     def note_reads_of(
         self, races: "Races", inst: int, agent: Any, time: int, gids: np.ndarray, where: np.ndarray
     ) -> None:
         """An agent reads, from `time` on."""
-        self.read_time[where, agent], self.read_thread[where, agent] = time, MANY
+        self.read_time[agent, where] = time
         self.read_by[where] = inst
 
     def unordered_reads(self, races: "Races", gids: np.ndarray, where: np.ndarray) -> np.ndarray:
         """For each granule: some read of it is not known to be over to the thread that writes."""
-        unknown = self.read_time[where] > races.known[gids]
+        agents, warps = races.agents, len(self.read_thread)
+        unknown = self.read_time[:agents, where] > races.known[gids, :agents].T
         if unknown.any():
-            unknown &= self.read_thread[where] != gids[:, None]
-        return unknown.any(1)
+            unknown[:warps] &= self.read_thread[:, where] != gids
+        return unknown.any(0)
 
 
 class GlobalShadow(Shadow):
     """Of global memory: the last reads by one thread, several of one CTA, or of several CTAs."""
 
-    def __init__(self, size: int, grain: int, agents: int) -> None:
+    def __init__(self, size: int, grain: int) -> None:
         super().__init__(size, grain)
         self.read_time = np.zeros(self.count, np.int32)
         self.read_thread = np.full(self.count, NOBODY, np.int64)  # of the grid

@@ -1,5 +1,7 @@
 """PTX's types as NumPy's. What NumPy lacks (bfloat16, float8, packed pairs) is kept as bits."""
 
+import functools
+
 import numpy as np
 
 from tilelab.perf.machine.errors import UnknownInstruction
@@ -11,6 +13,7 @@ _PACKED = {
 }  # fmt: skip
 
 
+@functools.cache
 def of(name: str) -> np.dtype:
     """The NumPy dtype that holds a PTX type: "s32" -> int32, "bf16" -> uint16.
 

@@ -36,27 +36,35 @@ class Unit:
         self.thread = np.tile(threads, ctas)
         self.cta = np.repeat(np.arange(ctas), threads.size)
         self.gid = self.cta * core.threads + self.thread
+        # All registers are one piece of memory, except predicates, which are another.
+        types = {name: core.type_of(name) for name, *_ in core.slots}
+        room = sum(bits.itemsize for bits in types.values() if bits.kind != "b")
+        self.raw = np.empty(self.n * room, np.uint8)
+        self.predicates = np.empty((sum(bits.kind == "b" for bits in types.values()), self.n), bool)
         self.registers: dict[str, np.ndarray] = {}
-        self.views = [self._view(core, *slot) for slot in core.slots]
+        at, predicates = 0, iter(self.predicates)
+        for name, bits in sorted(types.items(), key=lambda item: -item[1].itemsize):  # aligned
+            if bits.kind == "b":
+                self.registers[name] = next(predicates)
+            else:
+                end = at + self.n * bits.itemsize
+                self.registers[name] = self.raw[at:end].view(bits)
+                at = end
+        self.views = [self._view(*slot) for slot in core.slots]
         self.state: dict[Any, Any] = {}
         self.at = np.zeros(self.n, np.int32)
         self.doing = np.zeros(self.n, np.int8)
         self.together = True  # all lanes are FREE, and at one block
         self.able = True  # some lane is FREE
 
-    def _view(self, core: "Core", name: str, dtype: np.dtype, part: tuple[int, int]) -> np.ndarray:
-        if name not in self.registers:
-            bits = core.type_of(name)
-            raw = np.full(self.n * bits.itemsize, 0xFF, np.uint8)
-            self.registers[name] = raw.view(bits) if bits.kind != "b" else np.zeros(self.n, bool)
+    def _view(self, name: str, dtype: np.dtype, part: tuple[int, int]) -> np.ndarray:
         whole = self.registers[name].view(dtype)
         index, count = part
         return whole if count == 1 else whole.reshape(self.n, count)[:, index]
 
     def begin(self) -> None:
         """Be at the beginning, with registers that hold nothing."""
-        for name, values in self.registers.items():
-            if not name.startswith("%") or name not in SPECIAL:
-                values.view(np.uint8)[:] = 0 if values.dtype.kind == "b" else 0xFF
+        self.raw.fill(0xFF)
+        self.predicates.fill(False)
         self.at[:], self.doing[:], self.together, self.able = 0, FREE, True, True
         self.state.clear()

@@ -167,6 +167,16 @@ def test_each_thread_waits_for_itself(schedule):
     assert Run(body.format(""), x, 0 * x, schedule=schedule).kinds == {"race", "uninitialised"}
 
 
+def test_cp_async_counts_what_it_reads():
+    counts = Run(LENGTH + COPY, numbers(64, 4), numbers(64, 4), counting=True).core.counts
+    first = next(i for i, inst in counts.of.items() if inst_of(counts, i).endswith("0x10, 16"))
+    assert counts.of[first] == {"requests": 2, "bytes": 1024, "sectors": 32, "sectors, ideal": 32}
+
+
+def inst_of(counts, index):
+    return counts.core.instructions[index].text
+
+
 def test_a_copy_over_what_others_still_read_is_a_race():
     body = """
     st.shared.b32 [%r3], %r1;
@@ -328,7 +338,7 @@ ARRIVE = "@%p1 mbarrier.arrive.shared::cta.b64 _, [%r2];\n"
 @pytest.mark.parametrize(
     "body, message",
     [
-        (INIT + INIT, "in use"),
+        (INIT + ARRIVE + INIT, "in use"),
         (INIT + "mbarrier.arrive.shared::cta.b64 _, [%r2];", "64 arrivals .* waits for 1 more"),
         (INIT + ARRIVE + ARRIVE, "nobody has waited"),
         (INIT + "@%p1 mbarrier.expect_tx.shared::cta.b64 [%r2], 1048576;", "may differ"),
@@ -340,6 +350,11 @@ ARRIVE = "@%p1 mbarrier.arrive.shared::cta.b64 _, [%r2];\n"
 def test_an_mbarrier_is_not_misused(body, message):
     with pytest.raises(MachineFault, match=message):
         Run(body, numbers(64, 4), numbers(64, 4))
+
+
+def test_an_mbarrier_that_nobody_used_may_be_made_again():
+    body = INIT + INIT.replace("], 1", "], 2") + ARRIVE
+    assert not Run(body, numbers(64, 4), numbers(64, 4)).core.findings
 
 
 def test_a_deadlock_says_what_is_missing():
@@ -429,6 +444,15 @@ def test_tma_loads_and_stores_what_exists(schedule, shape):
     wanted[:rows, :columns] = box[:rows, :columns]
     assert np.array_equal(run.y, wanted)
     assert not run.core.findings
+
+
+def test_tma_counts_the_bytes_that_exist():
+    run = run_tma(shape=(13, 8), counting=True)
+    counted = {inst_of(run.core.counts, i): c for i, c in run.core.counts.of.items()}
+    moved = [c["TMA bytes"] for text, c in counted.items() if "bulk.tensor" in text]
+    assert moved == [8 * 8 * 4, 5 * 8 * 4, 13 * 8 * 4]
+    waits = next(c["waits"] for text, c in counted.items() if "try_wait" in text)
+    assert waits == 64  # all threads, once
 
 
 @schedules
@@ -581,7 +605,6 @@ def test_a_kernel_makes_its_own_map(schedule):
     "line, found",
     [
         ("zeros", {"race"}),
-        ("made", {"race"}),
         ("fence.proxy.tensormap", {"missing fence"}),
         ("cp_fenceproxy", "no tensor map at 0x"),
         ("element_stride.shared::cta.b1024.b32 [%rd10], 0x1", "element_stride"),

@@ -153,8 +153,11 @@ def test_eight_bit_floats_are_torchs():
 
 
 def test_tf32_operands_are_cut_and_not_rounded():
-    above = np.array([1 + 2**-10 - 2**-23, -(1 + 2**-10 - 2**-23), 3.0], np.float32).view("u4")
-    assert tensor_cores.FORMATS["tf32"][1](above).tolist() == [1.0, -1.0, 3.0]
+    """1 + 2^-10 is the first tf32 number above 1; what lies below it falls back to 1."""
+    first = 1 + 2**-10
+    given = np.array([first - 2**-23, -(first - 2**-23), first, first + 2**-11], np.float32)
+    kept = tensor_cores.FORMATS["tf32"][1](given.view("u4"))
+    assert kept.tolist() == [1.0, -1.0, first, first]
 
 
 # --- ldmatrix, stmatrix ---------------------------------------------------------------------------
@@ -261,13 +264,18 @@ def test_a_missing_barrier_before_ldmatrix_is_a_race():
         assert w.run().found == expected
 
 
-def test_two_warps_may_store_one_tile_if_it_is_the_same():
-    body = "stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r9], {%r1};"
+@pytest.mark.parametrize("trans", ["", ".trans"])
+def test_two_warps_may_store_one_tile_if_it_is_the_same(trans):
+    """In one instruction, or one warp after the other with no barrier between."""
+    body = f"stmatrix.sync.aligned.m8n8.x1{trans}.shared.b16 [%r9], {{%r1}};"
     same = np.tile(RNG.integers(0, 99, 32), 4)
     for values, expected in ((same, set()), (np.arange(128), {"race"})):
-        w = Warps(body, threads=64)
-        w["%r9"], w["%r1"] = np.tile(LANE * 16, 4), values
-        assert w.run().found == expected
+        for masks in ([None], [np.arange(128) % 64 < 32, np.arange(128) % 64 >= 32]):
+            w = Warps(body * len(masks), threads=64)
+            w["%r9"], w["%r1"] = np.tile(LANE * 16, 4), values
+            for mask in masks:
+                w.step(mask)
+            assert w.found == expected
 
 
 def test_nobody_has_written_what_ldmatrix_reads():

@@ -111,6 +111,11 @@ def test_swizzles_are_the_isas_table(span):
     assert np.unique(banks).size == 32
 
 
+def test_a_descriptor_has_the_isas_fields():
+    bits = 0x1234 | 0x3FFF << 16 | 0x2001 << 32 | 5 << 49 | 2 << 62
+    assert matrix_descriptors.decode(bits) == (0x12340, 0x3FFF0, 0x20010, 5, 64)
+
+
 class Placed:
     """A matrix [extent, K] in a canonical layout, gaps between its parts, and its descriptor."""
 
@@ -377,6 +382,44 @@ def test_ctas_may_be_at_different_places():
     assert (w.show(100, 4).view("f4") == 32).all() and not w.found
 
 
+def test_ctas_may_land_one_after_the_other():
+    w = bf16(FENCE + STEP + COMMIT + STEP + COMMIT + WAIT.replace("0;", "1;") + WAIT, ctas=2)
+    first = np.arange(256) < 128
+    for _ in range(5):
+        w.step()
+    for step, mask in ((5, first), (6, first), (5, ~first)):
+        w.done = step
+        w.step(mask)
+    values = w.show(100, 4).view("f4")
+    assert (values[:, :128] == 32).all() and np.isnan(values[:, 128:]).all()
+    w.run(~first)
+    assert (w.show(100, 4).view("f4") == 32).all() and not w.found
+
+
+def test_steps_of_different_ctas_are_not_one_product():
+    """CTA 0 does both steps, CTA 1 only the second."""
+    w = bf16(FENCE + STEP + STEP + COMMIT + WAIT, ctas=2)
+    w.step()
+    w.step(np.arange(256) < 128)
+    w.run()
+    assert (w.show(100, 4).view("f4") == np.repeat([32, 16], 128)).all()
+
+
+def test_without_scale_d_a_step_begins_anew():
+    for first, second, expected in ((True, True, 37), (True, False, 16), (False, True, 32)):
+        w = bf16(FENCE + STEP + STEP.replace("%p1", "%p2") + COMMIT + WAIT)
+        w.fill(100, np.full((4, 128), np.float32(5).view("u4")))
+        w["%p1"], w["%p2"] = first, second
+        assert (w.run().show(100, 4).view("f4") == expected).all() and not w.found
+
+
+def test_nobody_has_written_what_wgmma_reads():
+    w = bf16(FENCE + STEP + COMMIT + WAIT)
+    w.core.shared.initialised[100] = False
+    w.core.shared.initialised[111] = False
+    assert w.run().found == {"uninitialised"}
+
+
 def test_registers_that_are_touched_in_flight_are_reported():
     in_registers = multiply("f32", "bf16", "bf16", 8, ", 1, 1, 0", a_operand=registers(0, 4))
     for step, touched in ((STEP, "%r102"), (in_registers, "%r2")):
@@ -392,14 +435,16 @@ def test_other_accumulators_that_overlap_are_reported():
     shifted = multiply("f32", "bf16", "bf16", 8, ", 1, 1, 0, 0", first=102)
     w = bf16(FENCE + STEP + shifted + COMMIT + WAIT)
     w.fill(104, np.zeros((2, 128)))
-    assert "wgmma registers" in w.run().found
+    for _ in range(3):
+        w.step()
+    assert w.found == {"wgmma registers"}
 
 
 def test_the_end_of_the_kernel_finds_what_nobody_waited_for():
     w = bf16(FENCE + STEP + COMMIT)
     w.run()
     wgmma.ending(w.core, w.unit)
-    assert w.found == {"wgmma"}
+    assert w.found == {"unfinished"}
 
 
 def test_saturation_and_wrapping_of_integers():
@@ -481,6 +526,7 @@ TOUCH, TOUCH_A, READ = "mov.b32 %r101, 0;", "mov.b32 %r3, 0;", "mov.b32 %r50, %r
     (f"@%p2 bra $skip; {FENCE} $skip: {STEP}", 1),  # one of two paths
     (f"@%p2 bra $skip; {FENCE} bra $there; $skip: {FENCE} $there: {STEP}", 0),
     (f"{FENCE} {TOUCH} bra $end; {STEP} $end: ", 0),  # never reached
+    (f"{FENCE} {TOUCH} @%p2 bra $end; {STEP} $end: ", 1),  # reached if not %p2
 ])  # fmt: skip
 def test_missing_wgmma_fences_are_found_on_all_paths(body, missing):
     found = wgmma_fences.unfenced(ptx.parse(HEAD.format(threads=128, body=body)))

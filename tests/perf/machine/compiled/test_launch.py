@@ -265,13 +265,58 @@ def test_a_race_of_programs(schedule):
     assert all(str(finding) in str(report).replace("\n  ", "\n") for finding in races)
 
 
+# --- the same launch in other orders --------------------------------------------------------------
+
+
+@triton.jit
+def ticket_kernel(ticket_ptr, out_ptr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    tl.store(out_ptr + offs, tl.atomic_add(ticket_ptr + 0 * offs, 1))
+
+
+@triton.jit
+def sum_kernel(x_ptr, sum_ptr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    tl.atomic_add(sum_ptr + 0 * offs, tl.load(x_ptr + offs))
+
+
+def repeated(kernel, *args, repeat=6):
+    with machine.executing("sm_90", repeat=repeat) as reports:
+        kernel[1,](*args, BLOCK=128)
+    return reports[0]
+
+
+def test_who_comes_first_decides():
+    """No race, since tickets are drawn by atomic operations: but each run is another one."""
+    ticket, out = torch.zeros(1, dtype=torch.int32), torch.zeros(128, dtype=torch.int32)
+    assert not repeated(ticket_kernel, ticket.clone(), out, repeat=0).findings
+    first = out.clone()
+    report = repeated(ticket_kernel, ticket, out)
+    assert {finding.kind for finding in report.findings} == {"depends on the order of warps"}
+    assert all("bytes of out_ptr have other bits" in f.message for f in report.findings)
+    # The tensors are what one run has made of them.
+    assert ticket.item() == 128 and torch.equal(out, first)
+
+
+def test_who_comes_first_does_not_matter(tensors):
+    """All runs begin with the same memory, and end with it; a sum of floats by atomics need not."""
+    x, y, out = tensors
+    with machine.executing("sm_80", repeat=3) as reports:
+        add_kernel[2,](out, x, out, 100, 0.0, num_warps=2)  # in place
+        sum_kernel[1,](x, y, BLOCK=64)
+    assert [report.findings for report in reports] == [[], []]
+    once = machine.run(add_kernel, (2,), (x, x, out, 100, 1.0), dict(num_warps=2), target="sm_80")
+    assert reports[0].executed.sum() == 4 * once.executed.sum()
+
+
+MEET_256 = tl.constexpr("bar.sync 1, 256; mov.b32 $0, $1;")
+
+
 @triton.jit
 def stuck_kernel(x_ptr, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + offs)
-    x = tl.inline_asm_elementwise(  # the fault
-        "bar.sync 1, 256; mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=False, pack=1
-    )
+    x = tl.inline_asm_elementwise(MEET_256, "=r,r", [x], tl.float32, False, 1)  # the fault
     tl.store(x_ptr + offs, x)
 
 
@@ -308,9 +353,9 @@ def test_a_finding_fails_the_test_that_has_it(tensors):
     finally:
         plugin.pytest_sessionfinish(types.SimpleNamespace(config=None))
     heading, *rows = (line.split() for line in str(plugin.coverage).splitlines())
-    assert heading[:4] == ["launches", "variants", "executed", "findings"]
-    assert rows[0][:4] + rows[0][5:] == ["2", "1", "100.0%", "0", "add_kernel"]
-    assert rows[1][0] == "1" and int(rows[1][3]) > 0 and rows[1][5] == "race_kernel"
+    assert heading[:4] == ["launches", "variants", "each", "together"]
+    assert rows[0][:5] + rows[0][6:] == ["2", "1", "100.0%", "100.0%", "0", "add_kernel"]
+    assert rows[1][0] == "1" and int(rows[1][4]) > 0 and rows[1][6] == "race_kernel"
 
 
 # --- tilelab run-ptx ------------------------------------------------------------------------------
