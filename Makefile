@@ -4,7 +4,7 @@
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: help train sweep gpu test test-oldest test-compile test-ptx test-gpu mutants lint format clean
+.PHONY: help train sweep gpu test test-oldest test-compile test-ptx test-gpu mutants ptx-faults lint format clean
 
 help:  ## this list
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -45,6 +45,9 @@ test-gpu: .venv/.ready  ## run the tests on this machine's GPU, then those at re
 
 mutants: .venv/.ready  ## plant a fault in a kernel, one at a time, and see which test finds it (minutes)
 	.venv/bin/python -m tests.tools.mutants $(ARGS)
+
+ptx-faults: .venv/.ready  ## plant faults in the PTX of every kind of kernel, and see that perf/machine notices (an hour)
+	.venv/bin/python -m tests.tools.ptx_faults $(ARGS)
 
 lint: .venv/.ready  ## check style and formatting
 	.venv/bin/python -m ruff check .

@@ -114,9 +114,11 @@ def _fill_outputs(launch: Launch) -> None:
         launch.memory.bytes[begin:end] = PATTERN
         now = launch.core().run().global_.bytes
         kept = now[begin:end] == PATTERN  # never written, or written with this
-        if (now != right)[begin:end][~kept].any() or (now != right)[:begin].any() or (
-            now != right
-        )[end:].any():
+        if (
+            (now != right)[begin:end][~kept].any()
+            or (now != right)[:begin].any()
+            or (now != right)[end:].any()
+        ):
             launch.memory.bytes[begin:end] = before
 
 
@@ -126,9 +128,7 @@ def _fill_outputs(launch: Launch) -> None:
 def train(fn: Callable, *inputs: torch.Tensor, **options: Any) -> None:
     """Forward, and the gradients for a random gradient of the result."""
     shape = fn(*inputs, **options).shape
-    gradients(
-        lambda *xs: fn(*xs, **options), inputs, randn(*shape, dtype=inputs[0].dtype, seed=9)
-    )
+    gradients(lambda *xs: fn(*xs, **options), inputs, randn(*shape, dtype=inputs[0].dtype, seed=9))
 
 
 def images(*shape: int, dtype: torch.dtype = BF16, seed: int = 0) -> torch.Tensor:
@@ -279,7 +279,8 @@ CASES = {
         dict(softmax=ROWS, softmax_backward=ROWS),
     ),
     "cross_entropy": Case(
-        "sm_80", lambda: cross_entropy(50), ("cross_entropy_kernel", "cross_entropy_backward_kernel"),
+        "sm_80", lambda: cross_entropy(50),
+        ("cross_entropy_kernel", "cross_entropy_backward_kernel"),
         dict(cross_entropy=ROWS, cross_entropy_backward=ROWS),
     ),
     "cross_entropy, online": Case(
@@ -312,7 +313,7 @@ CASES = {
         dict(matmul=_MATMUL_TMA(SUBTILES=2)),
     ),
     "matmul by TMA, transposed, in parts": Case(
-        "sm_90", lambda: matmul_of_columns(136, 72, 328),
+        "sm_90", lambda: matmul_of_columns(136, 72, 584),
         ("matmul_tma_kernel", "matmul_reduce_kernel"),
         dict(matmul=_MATMUL_TMA(SUBTILES=1, SPLIT_K=2)),
     ),

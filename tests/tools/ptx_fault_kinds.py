@@ -99,6 +99,11 @@ def _of(program: Program, number: int, position: int, inst: Instruction) -> Iter
     yield from _masks(inst)
 
 
+def with_operand(inst: Instruction, place: int, operand: Any) -> Instruction:
+    """The instruction with another operand."""
+    return inst._replace(operands=(*inst.operands[:place], operand, *inst.operands[place + 1 :]))
+
+
 def _with_trans(parts: list[str]) -> list[str]:
     at = next(i for i, part in enumerate(parts) if part.startswith("shared"))
     return [*parts[:at], "trans", *parts[at:]]
@@ -140,7 +145,7 @@ def _mbarriers(inst: Instruction) -> Iterator[tuple]:
             yield "bytes expected", (change,), f"{other} in place of {size}"
     if "try_wait" in name:
         flip = _made("xor.b32", NEW, inst.operands[2], Immediate(1), like=inst)
-        wait = inst._replace(operands=(*inst.operands[:2], NEW, *inst.operands[3:]))
+        wait = with_operand(inst, 2, NEW)
         yield "parity flipped", (flip, wait), f"the other parity in {inst.text}", "b32"
 
 
@@ -167,16 +172,15 @@ def _descriptors(inst: Instruction) -> Iterator[tuple]:
             change = _made("xor.b64", NEW, old, Immediate(1 << bit), like=inst)
             if field == "start":  # the next 16 bytes
                 change = _made("add.s64", NEW, old, Immediate(1), like=inst)
-            operands = (*inst.operands[:place], NEW, *inst.operands[place + 1 :])
             words = f"bit {bit} of the descriptor of {'?AB'[place]}"
-            multiply = inst._replace(operands=operands)
+            multiply = with_operand(inst, place, NEW)
             yield f"descriptor: {field}", (change, multiply), words, "b64"
     scales = len(inst.operands)
     if inst.parts[-1] in ("f16", "bf16") and scales > 6:
         for place in range(6, scales):
             old = inst.operands[place].value
-            operands = (*inst.operands[:place], Immediate(1 - old), *inst.operands[place + 1 :])
-            yield "transposition", (inst._replace(operands=operands),), f"wgmma operand {place}"
+            change = with_operand(inst, place, Immediate(1 - old))
+            yield "transposition", (change,), f"wgmma operand {place}"
 
 
 def _wraps(program: Program, number: int, position: int) -> bool:
@@ -229,13 +233,12 @@ def _addresses(inst: Instruction) -> Iterator[tuple]:
             continue
         if not isinstance(operand, Address):
             continue
-        space = "global" if name in ("ld", "st", "atom", "red") and "global" in inst.op else "shared"
-        if inst.op.startswith(("cp.async.ca", "cp.async.cg")):
-            space = ("shared", "global")[place]
+        copies = inst.op.startswith(("cp.async.ca", "cp.async.cg"))
+        is_global = place == 1 if copies else "global" in inst.op and name[:2] != "cp"
         size = 8 if inst.op.startswith("cp.async.bulk.tensor") and place == 2 else step
-        moved = operand._replace(offset=operand.offset + size)
-        change = inst._replace(operands=(*inst.operands[:place], moved, *inst.operands[place + 1 :]))
-        yield f"{space} address", (change,), f"{size} bytes further, operand {place} of {inst.op}"
+        change = with_operand(inst, place, operand._replace(offset=operand.offset + size))
+        kind = "global address" if is_global else "shared address"
+        yield kind, (change,), f"{size} bytes further, operand {place} of {inst.op}"
 
 
 def _coordinates(inst: Instruction, place: int, operand: TensorAddress) -> Iterator[tuple]:
@@ -243,11 +246,16 @@ def _coordinates(inst: Instruction, place: int, operand: TensorAddress) -> Itera
         one = _made("add.s32", NEW, coordinate, Immediate(1), like=inst)._replace(guard=inst.guard)
         items = (*operand.coordinates[:i], NEW, *operand.coordinates[i + 1 :])
         moved = operand._replace(coordinates=items)
-        change = inst._replace(operands=(*inst.operands[:place], moved, *inst.operands[place + 1 :]))
-        yield "TMA coordinate", (one, change), f"coordinate {i} is one more", "b32"
+        yield (
+            "TMA coordinate",
+            (one, with_operand(inst, place, moved)),
+            f"coordinate {i} is one more",
+            "b32",
+        )
 
 
-MASKED = ("ld", "st", "atom", "red", "cp.async.ca", "cp.async.cg", "cp.async.bulk.tensor", "mbarrier")
+MASKED = ("ld", "st", "atom", "red", "mbarrier", "cp.async.ca", "cp.async.cg",
+          "cp.async.bulk.tensor")  # fmt: skip
 
 
 def _masks(inst: Instruction) -> Iterator[tuple]:

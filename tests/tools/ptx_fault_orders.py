@@ -1,0 +1,343 @@
+"""Why a wait, commit or barrier that is missing changes nothing: more of ptx_fault_reasons.py.
+
+    Flights     which bytes of shared memory an asynchronous operation touches while it is on its
+                way, who else touches them meanwhile, and at which wait it lands
+    Intervals   which bytes each thread touches between two barriers of its CTA
+
+Both are plain lists: no clock, and nothing of races.py but the calls that it gets. An asynchronous
+operation touches its bytes when it begins and when it lands, as the thread that started it. The end
+of a TMA load is left out: no barrier, but an mbarrier orders what comes behind it.
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from tests.tools.ptx_fault_cases import Launch
+from tests.tools.ptx_fault_kinds import Fault
+from tests.tools.ptx_fault_reasons import changed, planted, wrapped
+from tilelab.perf.machine import barriers, core, wgmma
+from tilelab.perf.machine.async_copies import groups_of
+from tilelab.perf.machine.bulk_copies import READS
+from tilelab.perf.machine.ptx import Instruction
+
+ORDERS = (("lockstep", 0), ("late", 0), ("random", 1))
+
+
+def heard(machine: core.Core, tell: Callable) -> None:
+    """Call tell(space, inst, gids, offsets, size, writes, asynchronous) at each access."""
+    races = machine.races
+
+    def hear(name: str, writes: bool) -> None:
+        original = getattr(races, name)
+
+        def ordinary(space, inst, gids, offsets, size, *more):
+            tell(space, inst, gids, offsets, size, writes, False)
+            return original(space, inst, gids, offsets, size, *more)
+
+        def started(space, inst, agent, time, knower, offsets, size, *more, **named):
+            gids = np.broadcast_to(knower, offsets.size)
+            tell(space, inst, gids, offsets, size, writes, True)
+            return original(space, inst, agent, time, knower, offsets, size, *more, **named)
+
+        def copied(inst, agents, time, gids, offsets, size):
+            tell("shared", inst, gids, offsets, size, writes, True)
+            return original(inst, agents, time, gids, offsets, size)
+
+        new = copied if name == "copy_as" else started if name.endswith("_as") else ordinary
+        setattr(races, name, new)
+
+    for name, writes in (
+        ("read", False), ("write", True), ("update", True), ("read_as", False),
+        ("write_as", True), ("copy_as", True),
+    ):  # fmt: skip
+        hear(name, writes)
+
+
+def bytes_of(offsets: np.ndarray, size: int) -> np.ndarray:
+    return (np.asarray(offsets).reshape(-1, 1) + np.arange(size)).ravel()
+
+
+# --- waits and commits ----------------------------------------------------------------------------
+
+
+class Flights:
+    """What is on its way in one run.
+
+    Attributes:
+        touched: accesses to bytes that an operation on its way reads or writes, but two reads.
+        landed: operations by the wait at which they landed; "" is the end of the CTA.
+    """
+
+    def __init__(self, launch: Launch, schedule: str, seed: int) -> None:
+        self.touched, self.landed, self.at = 0, Counter(), ""
+        with (
+            wrapped(self.wrap),
+            mock.patch.object(wgmma, "land", self.land_wgmma),
+            mock.patch.object(barriers, "build", self.barrier),
+        ):
+            self.machine = launch.core(schedule=schedule, seed=seed)
+            size = self.machine.shared.bytes.size
+            self.written, self.read = np.zeros(size, np.int32), np.zeros(size, np.int32)
+            heard(self.machine, self.tell)
+            self.prepare()
+            self.machine.run()
+
+    def prepare(self) -> None:
+        """Before the run."""
+
+    def barrier(self, inst: Instruction, machine: core.Core) -> Callable:
+        """What a barrier of the CTA does."""
+        return BUILD_BARRIER(inst, machine)
+
+    def tell(self, space, inst, gids, offsets, size, writes, asynchronous) -> None:
+        if space == "shared":
+            at = bytes_of(offsets, size)
+            self.touched += int(self.written[at].any() or (writes and self.read[at].any()))
+
+    def wrap(self, inst: Instruction, machine: core.Core, handler: Callable) -> Callable:
+        if "wait_group" in inst.op or "wait_all" in inst.op:
+            return functools.partial(self.wait, inst, handler)
+        if inst.op.startswith(("cp.async.ca", "cp.async.cg")):
+            target = machine.address(inst.operands[0])
+            return functools.partial(self.copy, inst, machine, handler, target)
+        if inst.op.startswith("cp.async.bulk.tensor") and "bulk_group" in inst.op:
+            return functools.partial(self.store, inst, machine, handler)
+        if inst.op.startswith("wgmma.mma_async"):
+            return functools.partial(self.multiply, handler)
+        return handler
+
+    def wait(self, inst: Instruction, handler: Callable, unit: Any, mask: Any) -> None:
+        self.at = str(inst.line)
+        handler(unit, mask)
+        self.at = ""
+
+    def copy(self, inst, machine, handler, target, unit, mask) -> None:
+        handler(unit, mask)
+        operation = groups_of(unit, "cp.async").operations[-1]
+        to = target(unit)[operation.lanes] + unit.cta[operation.lanes] * machine.shared.stride
+        size = inst.operands[2].value
+        self.follow(unit, operation, lambda over: to[over], size, self.written)
+
+    def store(self, inst, machine, handler, unit, mask) -> None:
+        before = len(groups_of(unit, READS).operations)
+        boxes = []
+        read_as = machine.races.read_as
+
+        def noted(space, *given, **named):
+            if space == "shared":
+                boxes.append((given[4], given[5]))
+            return read_as(space, *given, **named)
+
+        machine.races.read_as = noted
+        try:
+            handler(unit, mask)
+        finally:
+            machine.races.read_as = read_as
+        operations = groups_of(unit, READS).operations[before:]
+        for operation, (offsets, size) in zip(operations, boxes, strict=True):
+            self.follow(unit, operation, lambda over, offsets=offsets: offsets, size, self.read)
+
+    def follow(
+        self, unit: Any, operation: Any, where: Callable, size: int, marks: np.ndarray
+    ) -> None:
+        """Mark the bytes of an operation until it lands."""
+        index, writes = self.machine.index(operation.inst), marks is self.written
+        everything = np.ones(operation.lanes.size, bool)
+        np.add.at(marks, bytes_of(where(everything), size), 1)
+        land = operation.land
+
+        def landed(over: np.ndarray) -> None:
+            land(over)
+            np.add.at(marks, bytes_of(where(over), size), -1)
+            self.landed[self.at] += np.count_nonzero(over)
+            gids = unit.gid[operation.lanes[over]]
+            self.tell("shared", index, gids, where(over), size, writes, True)
+
+        operation.land = landed
+
+    def multiply(self, handler: Callable, unit: Any, mask: Any) -> None:
+        handler(unit, mask)
+        self.mark_wgmma(wgmma.queue(unit).issues[-1], 1)
+
+    def mark_wgmma(self, issue: Any, by: int) -> None:
+        for offsets in (issue.b, *([issue.a] if issue.form.a_reads is None else [])):
+            np.add.at(self.read, bytes_of(offsets, 16), by)
+
+    def land_wgmma(self, machine: core.Core, unit: Any, due: list) -> None:
+        for issue in due:
+            self.mark_wgmma(issue, -1)
+            self.landed[self.at] += issue.groups.size
+            index = machine.index(issue.form.inst)
+            for group, *parts in zip(issue.groups, issue.a, issue.b, strict=True):
+                for warp in range(4):
+                    gid = unit.gid[group * 128 + warp * 32]
+                    for offsets in parts[issue.form.a_reads is not None :]:
+                        who = np.full(offsets.size, gid)
+                        self.tell("shared", index, who, offsets.ravel(), 16, False, True)
+        LAND_WGMMA(machine, unit, due)
+
+
+LAND_WGMMA, BUILD_BARRIER = wgmma.land, barriers.build
+
+
+def lands_elsewhere(launch: Launch, fault: Fault, right: np.ndarray) -> str:
+    """Without the wait or commit: does all land somewhere before anybody touches it?"""
+    if fault.kind not in ("wait removed", "wait weakened", "commit removed"):
+        return ""
+    gone = Counter()
+    for schedule, seed in ORDERS:
+        before = Flights(launch, schedule, seed)
+        after = Flights(planted(launch, fault), schedule, seed)
+        lost = after.landed.total() < before.landed.total()
+        if before.touched or after.touched or lost or after.landed[""] > before.landed[""]:
+            return ""
+        gone += before.landed - after.landed
+        came = after.landed - before.landed
+    if not gone:
+        return "every asynchronous operation lands where it lands with it"
+    lines = " and ".join(sorted(came, key=int))
+    return f"another wait (PTX line {lines}) comes before anybody touches what lands there"
+
+
+# --- barriers -------------------------------------------------------------------------------------
+
+
+class Intervals(Flights):
+    """The accesses of one run and its barriers, in their order.
+
+    Attributes:
+        accesses: (space, inst, gids, offsets, size, writes), in the order of the run.
+        meetings: (how many accesses came before, the barrier's instruction, gids).
+    """
+
+    def prepare(self) -> None:
+        self.accesses: list[tuple] = []
+        self.meetings: list[tuple[int, Instruction | None, np.ndarray]] = []
+        self.now: Instruction | None = None
+        races, machine = self.machine.races, self.machine
+        meet, begin = races.barrier, races.next_batch
+
+        def met(gids: np.ndarray) -> None:
+            self.meetings += [(len(self.accesses), self.now, np.sort(group)) for group in gids]
+            meet(gids)
+
+        def next_batch(first_cta: int) -> None:  # other CTAs take the same numbers
+            everybody = np.arange(machine.ctas * machine.threads).reshape(machine.ctas, -1)
+            self.meetings += [(len(self.accesses), None, group) for group in everybody]
+            begin(first_cta)
+
+        races.barrier, races.next_batch = met, next_batch
+
+    def tell(self, space, inst, gids, offsets, size, writes, asynchronous) -> None:
+        self.accesses.append((space, inst, np.array(gids), np.array(offsets), size, writes))
+
+    def barrier(self, inst: Instruction, machine: core.Core) -> Callable:
+        return functools.partial(self.meet, inst, BUILD_BARRIER(inst, machine))
+
+    def wrap(self, inst: Instruction, machine: core.Core, handler: Callable) -> Callable:
+        if inst.op.startswith("bar.warp"):
+            return functools.partial(self.meet, inst, handler)
+        return super().wrap(inst, machine, handler)
+
+    def meet(self, inst: Instruction, handler: Callable, unit: Any, mask: Any) -> None:
+        self.now = inst
+        handler(unit, mask)
+
+    def conflicts(self, barrier: Instruction) -> Counter:
+        """Pairs of instructions that touch one byte on both sides of this barrier.
+
+        By two of its threads, and one of them writes; between the neighbouring barriers at which
+        all of its threads meet.
+        """
+        found: Counter = Counter()
+        for i, (at, inst, gids) in enumerate(self.meetings):
+            if inst is not barrier:
+                continue
+            first = next((b for b, _, g in self.meetings[:i][::-1] if _covers(g, gids)), 0)
+            last = next((b for b, _, g in self.meetings[i + 1 :] if _covers(g, gids)), None)
+            last = len(self.accesses) if last is None else last
+            before = self._touched(self.accesses[first:at], gids)
+            after = self._touched(self.accesses[at:last], gids)
+            for space in before.keys() & after.keys():
+                found += _pairs(before[space], after[space])
+        return found
+
+    @staticmethod
+    def _touched(accesses: list[tuple], gids: np.ndarray) -> dict[str, list[np.ndarray]]:
+        """By space, rows of (byte, thread, instruction, writes) of these threads."""
+        rows: dict[str, list[np.ndarray]] = {}
+        for space, inst, who, offsets, size, writes in accesses:
+            mine = np.isin(who, gids)
+            if not mine.any():
+                continue
+            at = bytes_of(offsets[mine], size)
+            table = np.empty((at.size, 4), np.int64)
+            table[:, 0], table[:, 1] = at, np.repeat(who[mine], size)
+            table[:, 2], table[:, 3] = inst, writes
+            rows.setdefault(space, []).append(table)
+        return {space: np.unique(np.concatenate(tables), axis=0) for space, tables in rows.items()}
+
+
+def _covers(group: np.ndarray, gids: np.ndarray) -> bool:
+    return group.size >= gids.size and np.isin(gids, group).all()
+
+
+def _pairs(before: np.ndarray, after: np.ndarray) -> Counter:
+    """How often two instructions touch one byte: two threads, one of which writes."""
+    found: Counter = Counter()
+    common = np.intersect1d(before[:, 0], after[:, 0])
+    before, after = (x[np.isin(x[:, 0], common)] for x in (before, after))
+    early, late = ({(i, w) for _, _, i, w in x.tolist()} for x in (before, after))
+    for a, writes_a in early:
+        for b, writes_b in late:
+            if not (writes_a or writes_b):
+                continue
+            x = before[(before[:, 2] == a) & (before[:, 3] == writes_a)]
+            y = after[(after[:, 2] == b) & (after[:, 3] == writes_b)]
+            if _by_two(x, y):
+                found[a, b] += 1
+    return found
+
+
+def _by_two(x: np.ndarray, y: np.ndarray) -> bool:
+    """Whether some byte of both is touched by two different threads."""
+    both = np.intersect1d(x[:, 0], y[:, 0])
+    if not both.size:
+        return False
+
+    def ends(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        table = table[np.isin(table[:, 0], both)]
+        table = table[np.lexsort((table[:, 1], table[:, 0]))]
+        first = np.flatnonzero(np.r_[True, table[1:, 0] != table[:-1, 0]])
+        last = np.r_[first[1:] - 1, len(table) - 1]
+        return table[first, 1], table[last, 1]
+
+    (low_x, high_x), (low_y, high_y) = ends(x), ends(y)
+    one = (low_x == high_x) & (low_y == high_y) & (low_x == low_y)
+    return bool((~one).any())
+
+
+@functools.lru_cache(maxsize=1)
+def intervals(identity: int) -> Intervals:
+    """Those of the launch that was watched last."""
+    return Intervals(_LAUNCHES[identity], "lockstep", 0)
+
+
+_LAUNCHES: dict[int, Launch] = {}
+
+
+def nothing_to_order(launch: Launch, fault: Fault, right: np.ndarray) -> str:
+    """Do any two threads touch one byte on both sides of the barrier, one of them writing?"""
+    if fault.kind != "barrier removed":
+        return ""
+    _LAUNCHES.clear()
+    _LAUNCHES[id(launch)] = launch
+    seen = intervals(id(launch))
+    if seen.conflicts(changed(launch, fault)):
+        return ""
+    return "no byte is touched on both sides of it by two threads, one of which writes"

@@ -1,0 +1,336 @@
+"""Why a planted fault changes nothing: reasons that are checked by running, never supposed.
+
+Each function here takes a launch and a fault that no run has shown. It runs the kernel again while
+it watches the instruction in question, and returns why the fault is none in this problem, or "".
+What is watched does not come from the machine's own checks: where these say that no access is
+unordered, a barrier is also held to plain lists of who touched which byte between two barriers.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from tests.tools.ptx_fault_cases import Launch
+from tests.tools.ptx_fault_kinds import NEW, Fault
+from tilelab.perf.machine import core, handlers, matrix_descriptors, wgmma
+from tilelab.perf.machine.async_copies import groups_of
+from tilelab.perf.machine.ptx import Instruction, Vector
+
+Wrapper = Callable[[Callable], Callable]  # of what a handler's builder returns
+
+
+def planted(launch: Launch, fault: Fault) -> Launch:
+    """The launch with the fault."""
+    if fault.maps:
+        return launch._replace(maps=launch.maps | fault.maps)
+    return launch._replace(program=fault.plant(launch.program))
+
+
+def changed(launch: Launch, fault: Fault) -> Instruction:
+    """The instruction as it was."""
+    return launch.program.blocks[fault.block][fault.position]
+
+
+@contextlib.contextmanager
+def wrapped(wrap: Callable[[Instruction, core.Core, Callable], Callable]) -> Iterator[None]:
+    """Within this context the handlers that a Core builds are what `wrap` makes of them."""
+    find = handlers.find
+
+    def found(op: str) -> Callable | None:
+        build = find(op)
+        if build is None:
+            return None
+        return lambda inst, machine: wrap(inst, machine, build(inst, machine))
+
+    with mock.patch.object(handlers, "find", found):
+        yield
+
+
+def lanes_of(unit: Any, mask: np.ndarray | None) -> np.ndarray:
+    return unit.lanes if mask is None else np.flatnonzero(mask)
+
+
+def run(launch: Launch, wrap: Callable, schedule: str = "lockstep", seed: int = 0) -> core.Core:
+    """Run a launch with wrapped handlers."""
+    with wrapped(wrap):
+        machine = launch.core(schedule=schedule, seed=seed)
+    return machine.run()
+
+
+def same(machine: core.Core, right: np.ndarray) -> bool:
+    """Whether a run went as the untouched one."""
+    return not machine.findings and np.array_equal(machine.global_.bytes, right)
+
+
+# --- nobody is concerned --------------------------------------------------------------------------
+
+
+def nobody_comes(launch: Launch, fault: Fault, right: np.ndarray) -> str:
+    """Is the instruction executed at all? With its guard, if it has one."""
+    if fault.maps:
+        return ""
+    inst, machine = changed(launch, fault), launch.core().run()
+    if not machine.executed[machine.index(inst)]:
+        return "no thread comes there in this run"
+    if handlers.find(inst.op) is None or fault.kind == "guard removed":
+        return ""
+    lanes = _executions(launch, inst)
+    return "" if lanes else "no thread comes there in this run"
+
+
+def _executions(launch: Launch, inst: Instruction) -> int:
+    count = 0
+
+    def wrap(this: Instruction, machine: core.Core, handler: Callable) -> Callable:
+        if this is not inst:
+            return handler
+
+        def counted(unit: Any, mask: Any) -> Any:
+            nonlocal count
+            count += lanes_of(unit, mask).size
+            return handler(unit, mask)
+
+        return counted
+
+    run(launch, wrap)
+    return count
+
+
+def guard_is_true(launch: Launch, fault: Fault, right: np.ndarray) -> str:
+    """Is the guard that was removed true for all who come?"""
+    if fault.kind != "guard removed":
+        return ""
+    inst, out = changed(launch, fault), 0
+
+    def wrap(this: Instruction, machine: core.Core, handler: Callable) -> Callable:
+        if this is not fault.change[0]:
+            return handler
+
+        def watched(unit: Any, mask: Any) -> Any:
+            nonlocal out
+            out += np.count_nonzero(_outside(inst, unit)[lanes_of(unit, mask)])
+            return handler(unit, mask)
+
+        return watched
+
+    with wrapped(wrap):
+        machine = planted(launch, fault).core()
+    machine.slot(inst.guard[0], np.dtype(bool))
+    machine.run()
+    return "" if out else "the guard is true for all threads in this run"
+
+
+def _outside(inst: Instruction, unit: Any) -> np.ndarray:
+    """The lanes whose guard is false."""
+    name, negated = inst.guard
+    return unit.registers[name] if negated else ~unit.registers[name]
+
+
+def whole_copies(launch: Launch, fault: Fault, right: np.ndarray) -> str:
+    """Does every copy have all of its bytes, so that nothing is filled with zeros?"""
+    if fault.kind != "zero fill removed":
+        return ""
+    inst, part = changed(launch, fault), 0
+
+    def wrap(this: Instruction, machine: core.Core, handler: Callable) -> Callable:
+        if this is not inst:
+            return handler
+        length, size = machine.read(inst.operands[3], np.dtype("u4")), inst.operands[2].value
+
+        def watched(unit: Any, mask: Any) -> Any:
+            nonlocal part
+            part += np.count_nonzero(length(unit)[lanes_of(unit, mask)] != size)
+            return handler(unit, mask)
+
+        return watched
+
+    run(launch, wrap)
+    return "" if part else "every copy has all of its bytes in this run"
+
+
+# --- values ---------------------------------------------------------------------------------------
+
+
+def stored_already(launch: Launch, fault: Fault, right: np.ndarray) -> str:
+    """Do the threads that the guard kept out store what the others have just stored?"""
+    inst = None if fault.maps else changed(launch, fault)
+    if fault.kind != "guard removed" or not inst.op.startswith("st."):
+        return ""
+    new, differs = fault.change[0], 0
+
+    def wrap(this: Instruction, machine: core.Core, handler: Callable) -> Callable:
+        if this is not new:
+            return handler
+        machine.slot(inst.guard[0], np.dtype(bool))
+        memory = machine.memories["shared" if "shared" in inst.op else "global"]
+
+        def watched(unit: Any, mask: Any) -> None:
+            nonlocal differs
+            all_of_them = np.ones(unit.n, bool) if mask is None else mask
+            outside = _outside(inst, unit) & all_of_them
+            if (all_of_them & ~outside).any():
+                handler(unit, all_of_them & ~outside)
+            before = memory.bytes.copy()
+            if outside.any():
+                handler(unit, outside)
+            differs += int((memory.bytes != before).any())
+
+        return watched
+
+    run(planted(launch, fault), wrap)
+    return "" if differs else "the other threads store the same bytes to the same place"
+
+
+GARBAGE = (
+    ("any bits", lambda rng, n: rng.choice(np.array([0xFF, 0x7F, 0x80, 0x01], np.uint8), n)),
+    ("any bits", lambda rng, n: rng.integers(0, 256, n, np.uint8)),
+    ("small numbers", lambda rng, n: rng.integers(0x30, 0x42, n, np.uint8)),
+)
+
+
+def never_used(launch: Launch, fault: Fault, right: np.ndarray) -> str:
+    """Does the result stay the same whatever is loaded there?
+
+    Garbage takes the place of what the fault loads: by the threads that the guard or the zero fill
+    kept out, or by all, where the address is another one. First any bits, and then, because zeros
+    of the other operand hide no NaN, small numbers.
+    """
+    if fault.kind not in ("guard removed", "zero fill removed", "global address", "shared address"):
+        return ""
+    if not fault.change[-1].op.startswith(("ld", "cp.async.c")) or "param" in fault.change[-1].op:
+        return ""
+    kept = [_with_garbage(launch, fault, right, make) for _, make in GARBAGE]
+    if kept[0] and kept[1]:
+        return "what is loaded there reaches no result, whatever its bits"
+    return "what is loaded there is multiplied by zeros: no finite number counts" * kept[2]
+
+
+def _with_garbage(launch: Launch, fault: Fault, right: np.ndarray, make: Callable) -> bool:
+    inst, new, rng = changed(launch, fault), fault.change[-1], np.random.default_rng(1)
+
+    def chosen(unit: Any, mask: np.ndarray | None, length: Any) -> np.ndarray:
+        here = np.ones(unit.n, bool) if mask is None else mask.copy()
+        if fault.kind == "guard removed":
+            here &= _outside(inst, unit)
+        elif length is not None:
+            here &= length(unit) != inst.operands[2].value
+        return np.flatnonzero(here)
+
+    def wrap(this: Instruction, machine: core.Core, handler: Callable) -> Callable:
+        if this is not new:
+            return handler
+        if inst.guard:
+            machine.slot(inst.guard[0], np.dtype(bool))
+        length = None
+        if fault.kind == "zero fill removed":
+            length = machine.read(inst.operands[3], np.dtype("u4"))
+        if new.op.startswith("cp.async"):
+            return _garbage_copied(
+                machine, new, handler, lambda u, m: chosen(u, m, length), make, rng
+            )
+        target = new.operands[0]
+        items = target.items if isinstance(target, Vector) else (target,)
+        for item in items:
+            machine.slot(item.name, machine.type_of(item.name))
+
+        def load(unit: Any, mask: Any) -> None:
+            lanes = chosen(unit, mask, None)  # the load may write its own guard
+            handler(unit, mask)
+            for item in items:
+                bits = unit.registers[item.name]
+                raw = make(rng, lanes.size * bits.itemsize)
+                bits[lanes] = raw.view(bits.dtype)
+
+        return load
+
+    try:
+        return same(run(planted(launch, fault), wrap), right)
+    except Exception:
+        return False
+
+
+def _garbage_copied(
+    machine: core.Core, inst: Instruction, handler: Callable, chosen: Callable, make: Callable,
+    rng: Any,
+) -> Callable:  # fmt: skip
+    size, target = inst.operands[2].value, machine.address(inst.operands[0])
+
+    def copy(unit: Any, mask: Any) -> None:
+        handler(unit, mask)
+        operation = groups_of(unit, "cp.async").operations[-1]
+        inside = np.isin(operation.lanes, chosen(unit, mask))
+        to = target(unit)[operation.lanes] + unit.cta[operation.lanes] * machine.shared.stride
+        land = operation.land
+
+        def landed(over: np.ndarray) -> None:
+            land(over)
+            for at in to[over & inside]:
+                machine.shared.bytes[at : at + size] = make(rng, size)
+
+        operation.land = landed
+
+    return copy
+
+
+def same_bytes_loaded(launch: Launch, fault: Fault, right: np.ndarray) -> str:
+    """Does the load get the same bits from the other place?"""
+    if fault.kind not in ("global address", "shared address") or not fault.change[-1].op.startswith(
+        ("ld.", "ldmatrix")
+    ):
+        return ""
+    inst, new, other = changed(launch, fault), fault.change[-1], 0
+
+    def wrap(this: Instruction, machine: core.Core, handler: Callable) -> Callable:
+        if this is not new:
+            return handler
+        machine.positions[id(inst)] = machine.positions[id(new)]
+        old = handlers.HANDLERS[inst.parts[0]](inst, machine)
+        target = new.operands[0]
+        items = target.items if isinstance(target, Vector) else (target,)
+
+        def load(unit: Any, mask: Any) -> None:
+            nonlocal other
+            old(unit, mask)
+            lanes = lanes_of(unit, mask)
+            before = [unit.registers[item.name][lanes].copy() for item in items]
+            handler(unit, mask)
+            after = [unit.registers[item.name][lanes] for item in items]
+            other += sum(int((a != b).any()) for a, b in zip(before, after, strict=True))
+
+        return load
+
+    run(planted(launch, fault), wrap)
+    return "" if other else "both places hold the same bytes"
+
+
+def same_pieces(launch: Launch, fault: Fault, right: np.ndarray) -> str:
+    """Does the changed descriptor name the same bytes, because its layout has no such field?"""
+    if not fault.kind.startswith("descriptor"):
+        return ""
+    inst, new, differs = changed(launch, fault), fault.change[-1], 0
+    place = 1 if new.operands[1] == NEW else 2
+
+    def wrap(this: Instruction, machine: core.Core, handler: Callable) -> Callable:
+        if this is not new:
+            return handler
+        form = wgmma.parse_form(new, machine)
+        extent, along = (64, form.n)[place - 1], form.mn_major[place - 1]
+        reads = [machine.read(x, np.dtype("u8")) for x in (inst.operands[place], NEW)]
+
+        def watched(unit: Any, mask: Any) -> None:
+            nonlocal differs
+            columns = [np.broadcast_to(f(unit), unit.n)[lanes_of(unit, mask)] for f in reads]
+            for old, changed_to in {*zip(*(c.tolist() for c in columns), strict=True)}:
+                a, b = (matrix_descriptors.pieces(x, extent, along) for x in (old, changed_to))
+                differs += int((a != b).any())
+            handler(unit, mask)
+
+        return watched
+
+    run(planted(launch, fault), wrap)
+    if differs:
+        return ""
+    return "the layout has no use for this field: the descriptor names the same bytes"
