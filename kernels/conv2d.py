@@ -54,7 +54,7 @@ from tilelab.kernels.conv2d_depthwise import conv2d_depthwise, is_depthwise
 from tilelab.kernels.conv2d_input_grad import conv2d_input_grad
 from tilelab.kernels.conv2d_tma import choices, conv2d_tma, fast_tile, plan_for
 from tilelab.kernels.conv2d_weight_grad import conv2d_weight_bias_grad, conv2d_weight_grad
-from tilelab.kernels.matmul import matmul_into
+from tilelab.kernels.matmul import lay_by_rows, matmul_into, wants_rows
 
 
 def reference(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, activation=None):
@@ -235,7 +235,7 @@ def conv2d_kernel(
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, EVEN_C: tl.constexpr,
-    NEAR: tl.constexpr,
+    NEAR: tl.constexpr, BY_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program computes a tile of y: BLOCK_M pixels x BLOCK_N channels of one group.
@@ -305,6 +305,8 @@ def conv2d_kernel(
             mask_c = offs_c < C - c
             x = tl.load(x_ptrs, mask=inside[:, None] & mask_c[None, :], other=0.0)
             wt = tl.load(w_ptrs, mask=mask_c[:, None], other=0.0)
+        if BY_ROWS:  # against bank conflicts, see matmul.py
+            wt = lay_by_rows(wt)
         acc = tl.dot(x, wt, acc, input_precision=PRECISION)
 
     mask_n = offs_n < K
@@ -383,6 +385,7 @@ def _conv2d(
         options["PRECISION"] = precision
     if rung == "pointer":
         options["EVEN_C"] = C % tile["BLOCK_K"] == 0
+        options["BY_ROWS"] = wants_rows(weight[:, :, 0, 0].t(), precision)
         # Tap (0, 0) of a pixel may lie in the padding, and so may its offset.
         padded = (N, C, H + 2 * padding[0], W + 2 * padding[1])
         others = (t for t in (weight, y, bias) if t is not None)

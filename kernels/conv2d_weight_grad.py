@@ -64,8 +64,13 @@ TILES = [
     dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=8, num_stages=3),
     # This one makes more programs, for small layers.
     dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=4),
+    # This is the default in TF32 for channels_last memory, as in matmul.py. Neither operand is
+    # contiguous along the pixels there, and Hopper's wgmma would have both turned on their way into
+    # shared memory, where eight threads meet in each bank. With two warps there is no wgmma.
+    dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=2, num_stages=3),
 ]
 DEFAULT = {2: TILES[0], 4: TILES[1]}
+TF32_DEFAULT = {4: TILES[6]}
 
 
 # In one dimension, the kernel lays one row over the other, shifted by the tap. It multiplies where
@@ -180,9 +185,13 @@ def _weight_grad(x, dy, weight, stride, padding, dilation, groups, with_bias):
     K //= groups
     M = N * P * Q
     plan = plan_for(x, dy, (R, S), stride, padding, dilation, groups)
+    precision = dot_precision(x.dtype, torch.backends.cudnn.conv)
+    # A load takes four channels. Where it cannot, two warps have too few registers for the masks.
+    turned = precision == "tf32" and x.stride(1) == 1 and C % 4 == 0
     default, kernels = choices(
-        plan, x, DEFAULT, ("pointer",), lambda sms: fast_tile(plan, sms, with_bias)
-    )
+        plan, x, TF32_DEFAULT if turned else DEFAULT, ("pointer",),
+        lambda sms: fast_tile(plan, sms, with_bias),
+    )  # fmt: skip
     tile = choose_tile("conv2d_weight_grad", x.dtype, default, kernels, K=M, M=K, N=R * S * C)
     # The tile says which kernel computes the call. This file's takes every GPU, dtype and stride.
     if "kernel" in tile:
@@ -209,8 +218,7 @@ def _weight_grad(x, dy, weight, stride, padding, dilation, groups, with_bias):
         conv2d_weight_grad_kernel, (blocks, groups, parts),
         x, dy, partials, sums, N, C, H, W, K, P, Q, part_pixels, size,
         *x.stride(), *dy.stride(), *dweight.stride(), R, S, *stride, *padding, *dilation,
-        PRECISION=dot_precision(x.dtype, torch.backends.cudnn.conv), HAS_BIAS=with_bias,
-        ATOMIC=atomic, **options,
+        PRECISION=precision, HAS_BIAS=with_bias, ATOMIC=atomic, **options,
     )  # fmt: skip
     if partials is not dweight:
         sum_partials(partials, dweight, *((sums, dbias) if sums is not dbias else ()))

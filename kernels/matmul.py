@@ -76,8 +76,14 @@ TILES = [
     dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, num_warps=4, num_stages=4),
     # Few columns: the ten classes of a classifier fit into one tensor-core instruction.
     dict(BLOCK_M=128, BLOCK_N=16, BLOCK_K=64, GROUP_M=8, num_warps=4, num_stages=4),
+    # The default in TF32. A wgmma takes four warps, and reads 32-bit operands only if they are
+    # contiguous along K. Others are turned on their way into shared memory, 4 bytes at a time, and
+    # eight threads of a warp meet in each bank (see `lay_by_rows`). With two warps Triton takes the
+    # older mma instead, which has its operands in registers, where any order will do.
+    dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, GROUP_M=8, num_warps=2, num_stages=3),
 ]
 DEFAULT = {2: TILES[0], 4: TILES[1]}  # by bytes per element
+TF32_DEFAULT = {4: TILES[6]}
 
 # The order of programs. Programs start in the order of their number. A wave is as many of them as
 # the GPU runs at once. If they went row by row, a wave would read one block row of A and all of B.
@@ -89,12 +95,32 @@ DEFAULT = {2: TILES[0], 4: TILES[1]}  # by bytes per element
 #     4  5  6  7          1  3  5  7          and columns on the left, and 2 + 2 on the right.
 
 
+# Shared memory has 32 banks, and one word of 4 bytes lies in each. A bank gives one word at a time,
+# so threads that read different words of one bank wait for each other. Without tensor cores, eight
+# threads at once read 16 bytes of every fourth column of B. If B is contiguous along K, a column
+# takes 16 words (BLOCK_K) in shared memory. So the eight words are 64 words apart: in one bank.
+
+
+@triton.jit
+def lay_by_rows(b):
+    """Return b, and have it laid into shared memory once more, in rows of N. No bit changes.
+
+    A sum of one number is that number, but Triton sums in threads that go along the rows.
+    """
+    return tl.sum(b[:, :, None], axis=2)
+
+
+def wants_rows(b: torch.Tensor, precision: str) -> bool:
+    """Return whether `lay_by_rows` makes a product with `b` [K, N] faster."""
+    return b.dtype == torch.float32 and precision == "ieee" and b.stride(0) == 1 != b.stride(1)
+
+
 @triton.jit
 def matmul_kernel(
     a_ptr, b_ptr, bias_ptr, c_ptr, sums_ptr, M, N, K, part_size,
     stride_am, stride_ak, stride_bk, stride_bn, stride_bias, stride_cm, stride_cn,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
-    IN_PARTS: tl.constexpr, SUMS: tl.constexpr,
+    IN_PARTS: tl.constexpr, SUMS: tl.constexpr, BY_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """One program computes one tile of C = act(A @ B + bias).
@@ -141,6 +167,8 @@ def matmul_kernel(
         else:  # past the end of K, zeros add nothing to the sum
             a = tl.load(a_ptrs, mask=(offs_k < K - k)[None, :], other=0.0)
             b = tl.load(b_ptrs, mask=(offs_k < K - k)[:, None], other=0.0)
+        if BY_ROWS:
+            b = lay_by_rows(b)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
         if SUMS:
             sums += tl.sum(a.to(tl.float32), axis=1)
@@ -174,7 +202,8 @@ def matmul_into(c, a, b, bias, activation, precision, sums=None):
     [M] is given, the pointer kernel also adds up each row of `a` in the same pass.
     """
     (M, K), N = a.shape, b.shape[1]
-    device, default, kernels = device_of(a), DEFAULT, ("pointer",)
+    device, kernels = device_of(a), ("pointer",)
+    default = TF32_DEFAULT if precision == "tf32" else DEFAULT
     operands = tma_operands(a, b, precision) if len(device.kernels) > 1 and sums is None else None
     if operands is not None:
         # With K = 1 the compiled kernel has no loop along K. The compiler fails on "tma_ws" then,
@@ -200,7 +229,8 @@ def matmul_into(c, a, b, bias, activation, precision, sums=None):
         a, b, bias, out, out_sums, M, N, K, part_size,
         *a.stride(), *b.stride(), 0 if bias is None else bias.stride(0), *out.stride(),
         **first_pass(bias, activation, parts), EVEN_K=K % tile["BLOCK_K"] == 0,
-        PRECISION=precision, IN_PARTS=parts > 1, SUMS=sums is not None, **tile,
+        PRECISION=precision, IN_PARTS=parts > 1, SUMS=sums is not None,
+        BY_ROWS=wants_rows(b, precision), **tile,
     )  # fmt: skip
     if parts > 1:
         reduce_parts(out, bias, activation, c, M, N, M, parts, out_sums, sums)

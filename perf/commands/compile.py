@@ -2,7 +2,8 @@
 
 Each target gets one results file. A row has registers, spills, shared memory, occupancy and its
 limit, tensor-core instructions, widths of loads, the length of the main loop, waves, padding, and
-the predicted time. Nothing is run. `--explain` says in words what one tile does.
+the predicted time. Nothing is run on a GPU. `--explain` says in words what one tile does; for sm_80
+and sm_90 it also executes one program (perf/machine) and counts what compiling cannot tell.
 """
 
 import argparse
@@ -233,4 +234,5 @@ def _explain(work: list[Workload], args: argparse.Namespace, chosen: list[gpus.G
             if not row.get("failed"):
                 loop = compilers.submit("annotate", w, tile, gpu.target).result()
                 print(diagnosis.annotate(loop))
+                print(diagnosis.counted(compilers.submit("execute", w, tile, gpu.target).result()))
     return 0

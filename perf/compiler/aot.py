@@ -39,6 +39,7 @@ from tilelab.kernels import _launch, _tiles
 import triton
 from triton.backends.compiler import GPUTarget
 
+from tilelab.perf import machine
 from tilelab.perf.compiler import machine_code
 from tilelab.perf.errors import PerfError
 from tilelab.perf.rows import results
@@ -96,10 +97,13 @@ class Trace(NamedTuple):
         }
 
 
-def trace(w: Workload, tile: dict | None, target: str = "") -> Trace:
-    """What `w` launches with this tile (None: the default). Nothing is launched or compiled."""
+def trace(w: Workload, tile: dict | None, target: str = "", seed: int | None = None) -> Trace:
+    """What `w` launches with this tile (None: the default). Nothing is launched or compiled.
+
+    The inputs are empty, or have the values of a seed.
+    """
     with _launch.record(device(target)):
-        call = workloads.prepare(w, "tilelab", "cpu", None)
+        call = workloads.prepare(w, "tilelab", "cpu", seed)
     with contextlib.ExitStack() as stack:
         if tile is not None:
             for tile_op in w.about.tile_ops:
@@ -283,6 +287,26 @@ def annotated_loop(w: Workload, tile: dict | None, target: str) -> list[tuple[st
     return [(own if pathlib.Path(f).name == name else f, n, text) for f, n, text in loop]
 
 
+MOST_BYTES = 1 << 29  # of tensors, that are copied into the machine
+
+
+def executed(w: Workload, tile: dict | None, target: str) -> dict:
+    """What one program of the main launch does when the machine executes it: see `Report`.
+
+    {"failed": why} where it cannot be executed.
+    """
+    if target not in machine.TARGETS:
+        return {"failed": f"the machine executes {' and '.join(machine.TARGETS)} only"}
+    workloads.set_precision(w.precision)
+    main = trace(w, tile, target, seed=0).main
+    size = sum(t.untyped_storage().nbytes() for t in _launch.tensors_of(main.args))
+    if size > MOST_BYTES:
+        return {"failed": f"its tensors have {size / 1e9:.1f} GB, too many to execute it here"}
+    with machine.executing(target, programs=1) as reports:
+        main.kernel[main.grid](*main.args, **main.meta)
+    return reports[0].as_dict()
+
+
 # --- worker processes ----------------------------------------------------------------------------
 
 
@@ -309,7 +333,7 @@ class Compilers:
         self._threads.shutdown(wait=True)
 
     def submit(self, what: str, w: Workload, *more: Any) -> concurrent.futures.Future:
-        """Ask for "describe", "compile" (`compile_job`) or "annotate" (`annotated_loop`)."""
+        """Ask for one of the jobs of `_serve`, which are functions of this file."""
         return self._threads.submit(self._work, [what, list(w), *more])
 
     def _work(self, job: list) -> Any:
@@ -376,7 +400,10 @@ def _serve() -> None:
     """Answer jobs until stdin ends. What the compiler prints goes to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    jobs = {"describe": describe, "compile": compile_job, "annotate": annotated_loop}
+    jobs = {
+        "describe": describe, "compile": compile_job, "annotate": annotated_loop,
+        "execute": executed,
+    }  # fmt: skip
     for line in sys.stdin:
         what, w, *more = json.loads(line)
         try:

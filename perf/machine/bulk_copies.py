@@ -141,12 +141,24 @@ class Copies:
         (races.write_as if loads else races.read_as)(
             "shared", self.index, agent, time, gid, shared, size
         )
-        if box.part is not None:
-            rows = box.part.rows() - self.core.global_.base
-            length = -(-box.part.shape[-1] // 16) * 16  # in whole granules (memory.grain_of)
-            (races.read_as if loads else races.write_as)(
-                "global", self.index, agent, time, gid, rows, length
-            )
+        if box.part is not None and loads:
+            races.read_as("global", self.index, agent, time, gid, self.pieces(box), 16)
+
+    def pieces(self, box: Box) -> np.ndarray:
+        """Offsets in global memory of the pieces of 16 bytes that a box touches."""
+        rows = box.part.rows() - self.core.global_.base
+        return (rows[:, None] + np.arange(0, box.part.shape[-1], 16)).ravel()
+
+    def scatter(self, box: Box, values: np.ndarray, agent: int, time: int, gid: int) -> None:
+        """Write a box to global memory. Programs may store the same bytes, as in `st`."""
+        if box.part is None:
+            return
+        pieces, raw = self.pieces(box), self.core.global_.bytes
+        touched = np.minimum(pieces[:, None] + np.arange(16), raw.size - 1)
+        before = raw[touched]
+        box.tensor_map.scatter(values, box.part, raw, box.begin)
+        same = (raw[touched] == before).all(1)
+        self.core.races.write_as("global", self.index, agent, time, gid, pieces, 16, same)
 
 
 def map_at(core: "Core", inst: Instruction, unit: "Unit", lane: int, address: int) -> TensorMap:
@@ -264,6 +276,7 @@ def _start_store(copies: Copies, unit: "Unit", box: Box, time: int) -> None:
     """Put a store in a group of reads and in one of writes."""
     core, races = copies.core, copies.core.races
     warp, lanes = int(unit.thread[box.lane]) // 32, np.array([box.lane])
+    gid = int(unit.gid[box.lane])
     agent, taken = races.agent("bulk store", warp), []
     copies.note(unit, box, agent, time, loads=False)
 
@@ -272,8 +285,7 @@ def _start_store(copies: Copies, unit: "Unit", box: Box, time: int) -> None:
         races.learn(unit.gid[lanes], agent, time)
 
     def write(_: np.ndarray) -> None:
-        if box.part is not None:
-            box.tensor_map.scatter(taken[0], box.part, core.global_.bytes, box.begin)
+        copies.scatter(box, taken[0], agent, time, gid)
 
     groups_of(unit, READS).start(copies.inst, lanes, read)
     groups_of(unit, WRITES).start(copies.inst, lanes, write)

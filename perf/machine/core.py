@@ -70,12 +70,14 @@ class Core:
         schedule: one of SCHEDULES.
         seed: of whatever is drawn by lot.
         counting: count what compiling cannot tell (counts.py): takes longer.
+        programs: which of the grid are executed; all by default.
     """
 
     def __init__(
         self, program: Program, grid: tuple[int, ...], parameters: dict[str, Any], shared: int,
         global_memory: memory.GlobalMemory, maps: dict[int, Any] | None = None,
         schedule: str = "lockstep", seed: int = 0, counting: bool = False,
+        programs: range | None = None,
     ) -> None:  # fmt: skip
         self.program, self.grid = program, tuple(grid) + (1,) * (3 - len(grid))
         self.parameters, self.maps = parameters, dict(maps or {})
@@ -84,10 +86,11 @@ class Core:
         self.instructions = [inst for block in program.blocks for inst in block]
         self.positions = {id(inst): i for i, inst in enumerate(self.instructions)}
         self.total = self.grid[0] * self.grid[1] * self.grid[2]
+        self.programs = range(self.total) if programs is None else programs
         self.order = np.arange(self.total)
         if schedule == "random":
-            self.rng.shuffle(self.order)
-        self.ctas = min(self.total, max(1, WIDEST // self.threads))
+            self.rng.shuffle(self.order[self.programs.start : self.programs.stop])
+        self.ctas = min(len(self.programs), max(1, WIDEST // self.threads))
         self.shared = memory.SharedMemory(shared, self.ctas)
         self.global_ = global_memory
         self.memories = {"shared": self.shared, "global": self.global_}
@@ -219,8 +222,9 @@ class Core:
         if not isinstance(base, Register):
             at = int(self.constant(base, np.dtype(np.int64))) + offset
             return lambda unit: np.full(unit.n, at)
-        unsigned = self.slot(base.name, self.type_of(base.name))
-        return lambda unit: unit.views[unsigned].astype(np.int64) + offset
+        bits = self.type_of(base.name)
+        slot, more = self.slot(base.name, bits), np.array(offset).astype(bits)  # may wrap around
+        return lambda unit: (unit.views[slot] + more).astype(np.int64)
 
     def fail(
         self, inst: Instruction, unit: Unit, lane: Any, message: str, kind: type = MachineFault
@@ -250,15 +254,15 @@ class Core:
     # --- the schedule -----------------------------------------------------------------------------
 
     def run(self) -> "Core":
-        """Execute all CTAs."""
+        """Execute the CTAs."""
         started = time.perf_counter()
         size = 1 if self.schedule != "lockstep" else self.warps
         if self.grouped and self.schedule != "lockstep" and self.warps % 4 == 0:
             size = 4
         with np.errstate(all="ignore"):
-            for first in range(0, self.total, self.ctas):
+            for first in self.programs[:: self.ctas]:
                 self.first_cta = first
-                self._begin(size, min(self.ctas, self.total - first))
+                self._begin(size, min(self.ctas, self.programs.stop - first))
                 self._batch()
                 for unit in self.units:
                     for ending in self.endings:

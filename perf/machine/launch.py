@@ -43,7 +43,7 @@ LIMITS = (2**31 - 1, 65535, 65535)  # of a grid's three sizes
 
 def run(
     kernel: Any, grid: Any, args: Sequence[Any] = (), meta: dict[str, Any] | None = None,
-    *, target: str = "sm_90", schedule: str = "lockstep", seed: int = 0, counting: bool = True,
+    *, target: str = "sm_90", **options: Any,
 ) -> Report:  # fmt: skip
     """Launch `kernel[grid](*args, **meta)` on the machine.
 
@@ -55,9 +55,7 @@ def run(
             of their addresses), and numbers. Tensors are changed in place.
         meta: arguments by name: constants such as BLOCK_M, and num_warps, num_stages, ...
         target: the GPU: sm_80 or sm_90.
-        schedule: in which order warps run, see core.py.
-        seed: of the random one.
-        counting: also count what memory had to do, which takes longer.
+        options: see `executing`.
 
     Returns:
         What was found and counted. `print` it.
@@ -68,7 +66,7 @@ def run(
     """
     if not isinstance(kernel, KernelInterface):
         raise PerfError(f"kernel must be a function under @triton.jit, got {kernel!r}")
-    with executing(target, schedule=schedule, seed=seed, counting=counting) as reports:
+    with executing(target, **options) as reports:
         kernel[grid](*args, **(meta or {}))
     return reports[-1]
 
@@ -76,19 +74,24 @@ def run(
 @contextlib.contextmanager
 def executing(
     target: str = "sm_90", *, schedule: str = "lockstep", seed: int = 0, counting: bool = True,
-    repeat: int = 0, seen: Callable[[Report], None] | None = None,
+    repeat: int = 0, programs: int | None = None, seen: Callable[[Report], None] | None = None,
+    build: Callable[..., core.Core] = core.Core,
 ) -> Iterator[list[Report]]:  # fmt: skip
     """Within this context every launch of a kernel is executed by the machine.
 
     Args:
-        target: as for `run`.
-        schedule: likewise.
-        seed: of the first launch; each later one has the next.
+        target: the GPU: sm_80 or sm_90.
+        schedule: in which order warps run: "lockstep", "random" or "late" (core.py).
+        seed: of what is drawn by lot, for the first launch; each later one has the next.
         counting: also count what memory had to do, which takes longer.
         repeat: run each launch this many times more, on copies of the same memory, each time in
             another random order. Memory has to end with the same bits, unless the kernel adds
             floats by atomics. The first run is the one that changes the tensors.
+        programs: execute only so many of each grid, from its middle on: their results alone are
+            right, and only their part of the tensors is.
         seen: is called with each report as soon as there is one.
+        build: is called in place of `Core` with its arguments, and returns one: a tool can change
+            the program there, or keep a launch to run it again.
 
     Yields:
         The reports of the launches so far, in their order.
@@ -107,8 +110,12 @@ def executing(
         compiled = _compile(compile_only, kernel, args, sizes, meta, target)
         compiling = time.process_time() - begin
         first = seed + len(reports)
-        orders = [(schedule, first), *(("random", first + 1000 * (i + 1)) for i in range(repeat))]
-        report = _execute(kernel, compiled, given, sizes, target, orders, counting)
+        orders = [dict(schedule=schedule, seed=first, counting=counting)]
+        orders += [dict(schedule="random", seed=first + 1000 * (i + 1)) for i in range(repeat)]
+        if programs is not None and programs < (total := math.prod(sizes)):
+            for order in orders:
+                order["programs"] = range(total // 2, min(total, total // 2 + programs))
+        report = _execute(kernel, compiled, given, sizes, target, orders, build)
         report.compiling = compiling
         reports.append(report)
         if seen is not None:
@@ -182,7 +189,7 @@ def _parse(text: str, path: str) -> ptx.Program:
 
 def _execute(
     kernel: JITFunction, compiled: Any, given: dict[str, Any], grid: tuple[int, int, int],
-    target: str, orders: list[tuple[str, int]], counting: bool,
+    target: str, orders: list[dict[str, Any]], build: Callable[..., core.Core],
 ) -> Report:  # fmt: skip
     """Run a compiled kernel in each of these orders. The first run changes the tensors."""
     program = _parse(compiled.asm["ptx"], kernel.fn.__code__.co_filename)
@@ -190,7 +197,7 @@ def _execute(
     runs: list[core.Core] = []
     changed: list[Arguments] = []
     try:
-        for schedule, seed in orders:
+        for order in orders:
             source = compiled.src.signature, given, compiled.metadata, math.prod(grid)
             arguments = Arguments(*source)  # with copies of the tensors
             changed.append(arguments)
@@ -200,26 +207,25 @@ def _execute(
                     values[parameter.name] = value
                 else:
                     maps[core.PARAMETERS + parameter.offset] = value
-            machine = core.Core(
-                program, grid, values, compiled.metadata.shared, arguments.memory, maps,
-                schedule, seed, counting and not runs,
-            )  # fmt: skip
+            machine = build(
+                program, grid, values, compiled.metadata.shared, arguments.memory, maps, **order
+            )
             runs.append(machine)
             if machine.total:
                 machine.run()
             findings.update(machine.findings)
             if not any(map(_adds_floats, machine.instructions)):
-                findings.update(_differences(runs[0], machine, seed))
+                findings.update(_differences(runs[0], machine, order["seed"]))
     finally:  # a fault, too, leaves what was written until then
         if changed:
             changed[0].copy_back()
     constants = {kernel.arg_names[at[0]]: x for at, x in compiled.src.constants.items()}
     options = {name: getattr(compiled.metadata, name) for name in ("num_warps", "num_stages")}
     return Report(
-        kernel.__name__, compiled.hash, target, grid, program.threads, *orders[0],
-        [Finding(*what, times) for what, times in findings.items()],
-        dict(runs[0].counts.total), sum(machine.executed for machine in runs),
-        sum(machine.seconds for machine in runs),
+        kernel.__name__, compiled.hash, target, grid, program.threads, orders[0]["schedule"],
+        orders[0]["seed"], [Finding(*what, times) for what, times in findings.items()],
+        dict(runs[0].counts.total), runs[0].counts.by_line,
+        sum(machine.executed for machine in runs), sum(machine.seconds for machine in runs),
         dict(compiled.src.signature), constants | options, runs[0].instructions,
     )  # fmt: skip
 

@@ -312,12 +312,12 @@ def build_atom(inst: Instruction, core: "Core") -> Callable:
     put = core.write(inst.operands[0], dtype) if returns else None
 
     def update(unit: "Unit", mask: np.ndarray | None) -> None:
-        lanes = unit.lanes if mask is None else np.flatnonzero(mask)
+        lanes = core.rng.permutation(unit.lanes if mask is None else np.flatnonzero(mask))
         offsets = memory.offsets(core, inst, unit, lanes, address(unit)[lanes], size)
         core.races.update(space, index, unit.gid[lanes], offsets, size)
         given = [np.broadcast_to(source(unit), unit.n)[lanes] for source in sources]
         before = np.zeros(unit.n, dtype)
-        for i in core.rng.permutation(lanes.size):
+        for i in range(lanes.size):
             at = offsets[i : i + 1]
             old = memory.load(at, dtype)
             new = [x[i : i + 1] for x in given]

@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 
+from tilelab.perf.machine import releases
 from tilelab.perf.machine.shadows import GlobalShadow, Shadow, SharedShadow
 
 
@@ -65,6 +66,7 @@ class Races:
         self.shadows: dict[str, Shadow] = {}
         self.instructions, self.report = instructions, report
         self.first_cta = 0  # of the batch
+        self.releases = releases.Releases(self) if releases.needed(instructions) else None
         self._agents: dict[tuple, int] = {}
         self._copies: list[int] = []  # agents whose work a thread starts and waits for by itself
 
@@ -119,6 +121,8 @@ class Races:
         known[:, self.atomic] = time
         self.known[gids] = known[:, None]
         self.fenced[gids] = self.fenced[gids].max(1)[:, None]
+        if self.releases:
+            self.releases.barrier(gids)
 
     def _together(self, gids: np.ndarray) -> np.ndarray:
         known = self.known[gids].max(1)
@@ -176,6 +180,8 @@ class Races:
             gids = np.repeat(gids, each)
         self._after_writes(space, shadow, inst, gids, where, "read")
         shadow.note_reads(self, inst, gids, where)
+        if self.releases and space == "global":
+            self.releases.note_reads(gids, where)
 
     def write(
         self, space: str, inst: int, gids: np.ndarray, offsets: np.ndarray, size: int,
@@ -194,7 +200,10 @@ class Races:
     def update(
         self, space: str, inst: int, gids: np.ndarray, offsets: np.ndarray, size: int
     ) -> None:
-        """An atomic operation: it races with ordinary accesses, and not with atomic ones."""
+        """An atomic operation: it races with ordinary accesses, and not with atomic ones.
+
+        Threads take their turns in the order of `gids`.
+        """
         shadow = self.shadows[space]
         where, each = shadow.granules(offsets, size)
         if each > 1:
@@ -203,6 +212,8 @@ class Races:
         self._after_writes(space, shadow, inst, gids, where, "atomic operation", atomic)
         self._after_reads(space, shadow, inst, gids, where)
         shadow.note_writes(inst, self.atomic, self.absolute(gids), where, self.now)
+        if self.releases and space == "global":
+            self.releases.update(self.instructions[inst], gids[::each], offsets)
 
     def read_as(
         self, space: str, inst: int, agent: Any, time: int, knower: Any, offsets: np.ndarray,
@@ -231,16 +242,22 @@ class Races:
                          "with no fence.proxy.async between")  # fmt: skip
                 self._report("missing fence", inst, words, at * shadow.grain, shadow.write_by[at])
         shadow.note_reads_of(self, inst, agent, time, gids, where)
+        if self.releases and space == "global":
+            self.releases.note_reads(gids, where)
 
     def write_as(
         self, space: str, inst: int, agent: int, time: int, knower: int, offsets: np.ndarray,
-        size: int,
+        size: int, same: np.ndarray | None = None,
     ) -> None:  # fmt: skip
-        """An agent writes from `time` on, ordered after all that thread `knower` knows."""
+        """An agent writes from `time` on, ordered after all that thread `knower` knows.
+
+        same[i]: as in `write`.
+        """
         shadow = self.shadows[space]
-        where, _ = shadow.granules(offsets, size)
+        where, each = shadow.granules(offsets, size)
         gids = np.full(where.size, knower)
-        self._after_writes(space, shadow, inst, gids, where, "asynchronous write")
+        same = None if same is None else np.repeat(same, each)
+        self._after_writes(space, shadow, inst, gids, where, "asynchronous write", same)
         self._after_reads(space, shadow, inst, gids, where)
         shadow.note_writes(inst, agent, self.absolute(gids), where, time)
 
@@ -275,11 +292,15 @@ class Races:
         if not ordered.all():
             mine = shadow.write_thread[where] == self.absolute(gids)
             ordered |= mine & (self.own[gids, writer] >= at)
-        if space == "global":  # CTAs of one launch are never ordered
+        if space == "global":  # CTAs of one launch are ordered by atomic operations alone
             ordered &= shadow.write_thread[where] // self.threads == self.cta_of(gids)
         ordered |= writer < 0
         if same is not None:
             ordered |= same
+        if self.releases and space == "global":
+            for i in np.flatnonzero(~ordered):
+                thread = int(shadow.write_thread[where[i]])
+                ordered[i] = self.releases.after_write(int(gids[i]), thread, writer[i], at[i])
         if not ordered.all():
             at = int(where[np.flatnonzero(~ordered)[0]])
             words = f"{kind} of {space} memory not ordered after an earlier write"
@@ -290,6 +311,10 @@ class Races:
     ) -> None:
         """Report if a read of a granule is not known to be over."""
         unordered = shadow.unordered_reads(self, gids, where)
+        if self.releases and space == "global":
+            for i in np.flatnonzero(unordered):
+                last = shadow.write_time[where[i]] if shadow.writer[where[i]] >= 0 else 0
+                unordered[i] = not self.releases.after_reads(int(gids[i]), where[i], last)
         if unordered.any():
             at = int(where[np.flatnonzero(unordered)[0]])
             words = f"write of {space} memory not ordered after an earlier read"

@@ -45,6 +45,8 @@ class Report:
         seed: of that order.
         findings: all that is wrong; empty if nothing is.
         counts: of instructions, accesses and bytes, by name (counts.py).
+        lines: the same by line of the source: {("matmul.py", 17): {"wavefronts": 64}}; empty where
+            nothing was counted.
         executed: for each instruction of the PTX, how many warps executed it, in all runs.
         seconds: that the machine took.
         types: Triton's type of each argument, by its name: "*bf16", "i32", "constexpr".
@@ -62,6 +64,7 @@ class Report:
     seed: int
     findings: list[Finding]
     counts: dict[str, Any]
+    lines: dict[tuple[str, int], dict[str, int]]
     executed: np.ndarray
     seconds: float
     types: dict[str, Any]
@@ -79,6 +82,7 @@ class Report:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         fields["findings"] = [finding._asdict() for finding in self.findings]
         fields["executed"] = self.executed.tolist()
+        fields["lines"] = [[*place, counts] for place, counts in self.lines.items()]
         fields["constants"] = {name: str(x) for name, x in self.constants.items()}
         del fields["instructions"]
         return fields | {"coverage": self.coverage}

@@ -75,6 +75,13 @@ TITLES = {  # code: the cause, as a heading of the tiles that it is true of
     "unexplained": "slower for no reason that these numbers show",
 }
 
+LINES = 24  # source lines that are shown
+MEMORY = {
+    "sectors": "sectors of global memory (32 bytes)",
+    "wavefronts": "wavefronts of shared memory (128 bytes)",
+}
+COUNTED = {"TMA bytes": "bytes moved by TMA", "waits": "lanes that waited at an mbarrier"}
+
 
 # -- why a tile lost: the cascade ----------------------------------------------------------------
 
@@ -558,4 +565,39 @@ def annotate(loop: list[tuple[str, int, str]]) -> str:
             source = f"{path.name}:{number}  {text}"
         before = file, number
         lines.append(f"  {instruction:48.48}  {source}".rstrip())
+    return "\n".join(lines)
+
+
+def counted(report: dict) -> str:
+    """What one program did on the machine, in all and by source line: see perf/machine."""
+    if report.get("failed"):
+        return f"\nNot executed: {report['failed']}."
+    counts, grid = report["counts"], math.prod(report["grid"])
+    lines = [
+        "",
+        f"Executed by the machine, one program of {grid}, of {report['threads'] // 32} warps:",
+        f"  instructions of the PTX, by all warps: {counts['instructions']:,}",
+    ]
+    kinds = {k.partition(": ")[2]: n for k, n in counts.items() if k.startswith("instructions: ")}
+    for kind, n in sorted(kinds.items(), key=lambda x: -x[1]):
+        lines.append(f"    {kind:24} {n:10,}")
+    for name, words in MEMORY.items():
+        if counts.get(name):
+            ideal = counts[f"{name}, ideal"]
+            note = "" if counts[name] <= ideal else f", {counts[name] / ideal:.2f} x as many"
+            lines.append(f"  {words}: {counts[name]:,}, ideal {ideal:,}{note}")
+    for name in ("TMA bytes", "waits"):
+        if counts.get(name):
+            lines.append(f"  {COUNTED[name]}: {counts[name]:,}")
+    lines += ["", "Of each source line: instructions, sectors and wavefronts (x their ideal)"]
+    places = sorted(report["lines"], key=lambda x: -x[2]["instructions"])[:LINES]
+    for file, number, found in sorted(places, key=lambda x: x[:2]):
+        cells = [f"{found['instructions']:10,}"]
+        for name in MEMORY:
+            share = found[name] / found[f"{name}, ideal"] if found.get(name) else None
+            cells.append(f"{found[name]:8,} {share:5.2f}x" if share else " " * 15)
+        path = pathlib.Path(file)
+        source = path.read_text().splitlines() if path.is_file() else []
+        text = source[number - 1].strip() if 0 < number <= len(source) else ""
+        lines.append(f"  {' '.join(cells)}  {path.name}:{number}  {text}"[:132].rstrip())
     return "\n".join(lines)

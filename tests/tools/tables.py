@@ -1,7 +1,6 @@
-"""Makes the tables of README.md and docs/numbers.md from committed results.
+"""Makes the tables of README.md and of two pages of docs/ from committed results.
 
-`python -m tests.tools.tables` prints them; tests/perf/test_tables.py holds the two pages to
-them.
+`python -m tests.tools.tables` prints them; tests/perf/test_tables.py holds the pages to them.
 """
 
 import importlib
@@ -11,6 +10,7 @@ import types
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from tests.tools import opinions
 from tilelab.perf.clock.host_overhead import ROOT
 from tilelab.perf.commands.training_step import totals
 from tilelab.perf.report import history
@@ -29,8 +29,8 @@ OPS = [op for op, row in OPERATORS.items() if row.lesson and op not in CONVOLUTI
 CONV_LAYER = "resnet50.layer3.1.conv2 n256"  # 3x3, 256 channels of 14 x 14 pixels
 
 
-def tables() -> dict[str, str]:
-    """Every table by name, in Markdown; README.md has the summary, docs/numbers.md the others.
+def tables() -> dict[str, dict[str, str]]:
+    """Every table, in Markdown, by its page and name.
 
     Raises:
         PerfError: for a file that cannot be read.
@@ -38,8 +38,7 @@ def tables() -> dict[str, str]:
     headers, rows = ranking.read([PREDICTED], note=lambda text: None)
     entries = history.entries(headers, rows)
     runs = [json.loads(line) for line in DEMO.read_text().splitlines()]
-    return {
-        "summary": summary(rows, entries, STEP, runs),
+    numbers = {
         "demo": demo_runs(runs),
         "matmul's tiles": matmul_tiles(rows),
         "operators": speeds(entries, OPS),
@@ -49,6 +48,11 @@ def tables() -> dict[str, str]:
         "convolutions": speeds(entries, CONVOLUTIONS),
         "training step": training_step(STEP),
         "calls": call_costs(json.loads(DOCTOR.read_text())["findings"]),
+    }
+    return {
+        "README.md": {"summary": summary(rows, entries, STEP, runs)},
+        "docs/numbers.md": numbers,
+        "docs/verification.md": opinions.tables(),
     }
 
 
@@ -214,5 +218,6 @@ def _compiled(rows: Iterable[Row], op: str, mode: str) -> list[Row]:
 
 
 if __name__ == "__main__":
-    for name, table in tables().items():
-        print(f"{name}\n\n{table}\n")
+    for page, named in tables().items():
+        for name, table in named.items():
+            print(f"{page}: {name}\n\n{table}\n")

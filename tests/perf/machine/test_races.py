@@ -92,9 +92,48 @@ CTA = "mul.wide.u32 %rd4, %r1, 128; add.s64 %rd4, %rd4, %rd3;"
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("threads", [32, 1024])  # CTAs side by side, and one after the other
-def test_programs_of_a_launch_are_never_ordered(racing, body, threads):
+def test_programs_of_a_launch_are_not_ordered(racing, body, threads):
     x = np.full(8 * 1024, 5, np.uint32)
     if threads == 1024:
         body = body.replace("128", "4096")
     found = findings(run(body, x, threads=threads, grid=(5,)))
     assert ("race" in found) == racing, found
+
+
+# Every program reads x[0], takes a ticket, and writes its number to y; the last one adds up y.
+TICKET = """
+    mov.b32 %r4, 0; mul.wide.u32 %rd4, %r1, 4; add.s64 %rd4, %rd4, %rd2;
+    ld.global.b32 %r5, [%rd0]; setp.eq.u32 %p1, %r0, 40; @%p1 st.global.b32 [%rd4], %r1;
+    bar.sync 0;
+    setp.eq.u32 %p1, %r0, 0; @%p1 atom.global.acq_rel.gpu.add.u32 %r6, [%rd1], 1;
+    @%p1 st.shared.b32 [%r4], %r6; bar.sync 0; ld.shared.b32 %r6, [%r4];
+    setp.ne.u32 %p2, %r6, 4; @%p2 bra $END;
+    setp.lt.u32 %p3, %r0, 5; mul.wide.u32 %rd5, %r0, 4; add.s64 %rd5, %rd5, %rd2;
+    @%p3 ld.global.b32 %r7, [%rd5]; add.u32 %r7, %r7, 1; @%p3 st.global.b32 [%rd5], %r7;
+    @%p1 st.global.b32 [%rd0], 9; @%p1 st.global.b32 [%rd1], 0;
+    $END:
+"""
+
+
+@pytest.mark.parametrize("schedule", core.SCHEDULES)
+@pytest.mark.parametrize("threads", [64, 1024])  # CTAs side by side, and one after the other
+@pytest.mark.parametrize(
+    ("change", "races"),
+    [
+        (("bar.sync 0;", "bar.sync 0;"), False),
+        (("acq_rel.gpu", "relaxed.gpu"), True),
+        (("acq_rel.gpu", "acquire.gpu"), True),
+        (("acq_rel.gpu", "release.gpu"), True),
+        (("acq_rel.gpu", "acq_rel.cta"), True),
+        (("%r1;\n    bar.sync 0;", "%r1;"), True),  # thread 40 is not known to be done
+        (("%r6, 4;", "%r6, 3;"), True),  # the last but one
+    ],
+)
+def test_the_last_program_to_take_a_ticket_knows_the_others(change, races, threads, schedule):
+    x, ticket, y = np.ones(1, np.uint32), np.zeros(1, np.uint32), np.full(5, 77, np.uint32)
+    assert change[0] in TICKET
+    body = TICKET.replace(*change)
+    found = findings(run(body, x, ticket, y, threads=threads, grid=(5,), schedule=schedule))
+    assert found == ["race"] * races
+    if not races:
+        assert x[0] == 9 and ticket[0] == 0 and list(y) == [1, 2, 3, 4, 5]
