@@ -271,7 +271,12 @@ def _softmax_backward(
     tile = row_tile("softmax_backward", y.dtype, M, N, strides[7])
     online = N > tile["BLOCK_N"]
     kernel = softmax_backward_online_kernel if online else softmax_backward_kernel
-    launch(kernel, (cdiv(M, tile["BLOCK_M"]),), dy, y, dx, M, N, D1, D2, *strides, **tile)
+    # Each of two threads that add up their products would fuse its own: a * b + round(c * d). Their
+    # sums would differ in the last bit, and so would what they store to one place.
+    launch(
+        kernel, (cdiv(M, tile["BLOCK_M"]),), dy, y, dx, M, N, D1, D2, *strides, **tile,
+        enable_fp_fusion=False,
+    )  # fmt: skip
     return dx
 
 

@@ -295,8 +295,9 @@ def _build_wait(inst: Instruction, core: "Core") -> Handler:
         for unit in core.units:
             waits = unit.state.get(("waits", index), np.empty(0))
             for offset in np.unique(waits[waits >= 0]).tolist():
-                bar, cta = mbarriers(core).objects[offset], core.first_cta + offset // stride
-                where = f"  CTA {cta}: the mbarrier at shared address {place(core, offset)}"
+                bar = mbarriers(core).objects[offset]
+                program = core.position(core.first_cta + offset // stride)
+                where = f"  program {program}: the mbarrier at shared address {place(core, offset)}"
                 found[offset] = f"{where} is {bar}"
         return list(found.values())
 
