@@ -46,7 +46,7 @@ import triton.language as tl
 
 from tilelab.kernels._checks import check_tensors, reduction_dtype
 from tilelab.kernels._launch import launch
-from tilelab.kernels._rows import as_rows, row_offsets
+from tilelab.kernels._rows import UNFUSED, as_rows, row_offsets
 from tilelab.kernels._tiles import cdiv, choose_tile
 
 
@@ -271,12 +271,9 @@ def _softmax_backward(
     tile = row_tile("softmax_backward", y.dtype, M, N, strides[7])
     online = N > tile["BLOCK_N"]
     kernel = softmax_backward_online_kernel if online else softmax_backward_kernel
-    # Each of two threads that add up their products would fuse its own: a * b + round(c * d). Their
-    # sums would differ in the last bit, and so would what they store to one place.
     launch(
-        kernel, (cdiv(M, tile["BLOCK_M"]),), dy, y, dx, M, N, D1, D2, *strides, **tile,
-        enable_fp_fusion=False,
-    )  # fmt: skip
+        kernel, (cdiv(M, tile["BLOCK_M"]),), dy, y, dx, M, N, D1, D2, *strides, **tile, **UNFUSED
+    )
     return dx
 
 
