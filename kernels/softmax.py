@@ -249,9 +249,10 @@ def _softmax(x: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
     M = D0 * D1 * D2
     tile = row_tile("softmax", x.dtype, M, N, strides[3])
     online = N > tile["BLOCK_N"]
+    more = group(x, tile, strides[3]) | UNFUSED if online else {}
     launch(
         softmax_online_kernel if online else softmax_kernel, (cdiv(M, tile["BLOCK_M"]),),
-        x, y, M, N, D1, D2, *strides, **(group(x, tile, strides[3]) if online else {}), **tile,
+        x, y, M, N, D1, D2, *strides, **more, **tile,
     )  # fmt: skip
     return y
 
