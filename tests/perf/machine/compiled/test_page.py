@@ -18,6 +18,7 @@ TESTED = re.search(r"Tested: torch \S+ with triton (\S+)", (ROOT / "README.md").
 def facts(text):
     """What is the same with every triton: what is wrong, and where in Python."""
     text = re.sub(r" \(PTX line .*?\)(?= <|\s|$)", "", text)
+    text = re.sub(r"standard.py:\d+", "standard.py", text)
     return [line.strip() for line in text.splitlines()
             if re.match(r"\s*(race|fault|at|and)\b", line)]  # fmt: skip
 
