@@ -22,8 +22,8 @@ from tilelab.perf import machine
 from tilelab.perf.compiler import aot
 
 RUNS = [("sm_90", torch.float32), ("sm_90", torch.bfloat16)]
-# triton 3.6.0 has no fence between a cp.async that fills shared memory and a wgmma that reads it, if
-# the wgmma has its first operand in registers. triton 3.9.0 has it.
+# triton 3.6.0 has no fence between a cp.async that fills shared memory and a wgmma that reads it,
+# if the wgmma has its first operand in registers. triton 3.9.0 has it.
 TRITONS_OWN = {"missing fence"} if triton.__version__.startswith("3.6.") else set()
 # The longest sum is that of a gradient of the first convolution, over its windows. From an image to
 # a gradient there are seven tensors: after each layer, before each, and the gradient itself.
