@@ -175,6 +175,7 @@ def wrong(change):
     "change, message",
     [
         (dict(target="sm_100"), "target must be sm_80 or sm_90, got 'sm_100'"),
+        (dict(seed=-1), "seed must be 0 or more, got -1"),
         (dict(schedule="quick"), "schedule must be one of lockstep, random, late, got 'quick'"),
         (dict(kernel=add_kernel.fn), "must be a function under @triton.jit"),
         (dict(grid=3), r"a grid is one to three integers, as \(4, 1\), got 3"),
@@ -382,6 +383,12 @@ def wrong():
     right()
     fill_kernel[(2,)](torch.zeros(50, device=DEVICE), 51, BLOCK=32)
 
+def on_meta():
+    fill_kernel[(2,)](torch.zeros(50, device="meta"), 50, BLOCK=32)
+
+def main(x):
+    right()
+
 if __name__ == "__main__":
     right()
 """
@@ -416,9 +423,17 @@ def test_the_command_runs_a_function_and_names_a_fault(file, capsys):
     [
         (["nowhere.py"], "there is no file nowhere.py"),
         (["{}:left"], "fill.py has no function left"),
-        (["{}", "--target", "sm_75"], "target must be sm_80 or sm_90"),
+        (["{}:main"], "fill.py:main is called without arguments: missing a required argument: 'x'"),
+        (["{}:tl"], "fill.py has no function tl"),
+        (["{}:on_meta"], "x_ptr is on meta: the machine takes dense tensors on the CPU"),
+        (["{}", "--target", "sm_100"], "target must be sm_80 or sm_90, got 'sm_100'"),
+        (["{}", "--schedule", "quick"], "schedule must be one of lockstep, random, late, got"),
+        (["{}", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
+        (["{}", "--seed", "-1"], "seed must be 0 or more, got -1"),
+        (["{}", "--json", "nowhere/r.json"], "--json: there is no folder nowhere"),
     ],
 )
 def test_wrong_words(file, capsys, words, message):
     assert main(["run-ptx", *(word.format(file) for word in words)]) == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert message in said and said.startswith("error: ") and said.count("\n") == 1
