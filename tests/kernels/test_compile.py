@@ -24,6 +24,8 @@ import triton
 from tests.tools import compile_bars, compile_cases, compile_facts
 from tests.tools.compile_facts import COMMAND, difference, of_part, read, rows_of
 
+pytestmark = pytest.mark.interpreter("it compiles in processes of its own")
+
 CORE = pytest.param("sm_90 core", marks=pytest.mark.core)
 PARTS = [CORE, "sm_90", "sm_80", "sm_100", "gfx942"]
 SHARDS = {

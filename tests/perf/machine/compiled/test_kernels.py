@@ -7,28 +7,48 @@ import torch
 import triton
 
 from tilelab import kernels
+from tilelab.kernels._tiles import use_tile
 from tilelab.perf import machine
 
-softmax = importlib.import_module("tilelab.kernels.softmax")
+SMALL = dict(BLOCK_M=16, BLOCK_N=128, num_warps=4)
 
 
-def gradient_of_softmax(target):
+def gradient(x):
     """Of rows of 33: a thread has one element each, and adds its product to that of another."""
-    generator = torch.Generator().manual_seed(0)
-    x, dy = torch.randn(2, 5, 33, generator=generator)
+    x, dy = x[:5, :33].clone().requires_grad_(), x[5:10, :33]
+    kernels.softmax(x).backward(dy)
+
+
+def in_turns(x):
+    """Rows longer than a block: threads add up what each of them has, times a correction."""
+    with use_tile("softmax", SMALL):
+        kernels.softmax(x)
+
+
+def loss(x):
+    with use_tile("cross_entropy", SMALL):
+        kernels.cross_entropy(x, torch.arange(len(x)) % x.shape[1])
+
+
+def found(call, target):
+    x = torch.randn(17, 131, generator=torch.Generator().manual_seed(0))
     with machine.executing(target, counting=False) as reports:
-        kernels.softmax(x.requires_grad_()).backward(dy)
+        call(x)
     return [finding.message for report in reports for finding in report.findings]
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-def test_all_threads_have_the_same_sum_of_a_row(target, monkeypatch):
-    assert gradient_of_softmax(target) == []
+@pytest.mark.parametrize("call, lesson", [
+    (gradient, "softmax"), (in_turns, "softmax"), (loss, "cross_entropy")
+])  # fmt: skip
+def test_all_threads_have_the_same_sum_of_a_row(call, lesson, target, monkeypatch):
+    assert found(call, target) == []
+    lesson = importlib.import_module(f"tilelab.kernels.{lesson}")
+    launch = lesson.launch
 
     def fused(*args, enable_fp_fusion=True, **meta):
-        softmax_launch(*args, **meta)
+        launch(*args, **meta)
 
-    softmax_launch = softmax.launch
-    monkeypatch.setattr(softmax, "launch", fused)
+    monkeypatch.setattr(lesson, "launch", fused)
     if not triton.__version__.startswith("3.6."):  # there they do not store to one place
-        assert "write different values to one place" in gradient_of_softmax(target)[0]
+        assert "write different values to one place" in found(call, target)[0]
