@@ -4,9 +4,12 @@
                 way, who else touches them meanwhile, and at which wait it lands
     Intervals   which bytes each thread touches between two barriers of its CTA
 
-Both are plain lists: no clock, and nothing of races.py but the calls that it gets. An asynchronous
-operation touches its bytes when it begins and when it lands, as the thread that started it. The end
-of a TMA load is left out: no barrier, but an mbarrier orders what comes behind it.
+Both are plain lists: no clock, and nothing of races.py but the calls that it gets.
+
+What a barrier has to order of an asynchronous operation is its beginning, after what other threads
+did before, and its end, where its thread has waited for it, before what they do next. All threads
+of a warpgroup wait for a wgmma that is theirs together: to its end the warpgroup is one thread. The
+end of a TMA load is left out: no barrier, but an mbarrier orders what comes behind it.
 """
 
 import functools
@@ -19,33 +22,37 @@ import numpy as np
 
 from tests.tools.ptx_fault_cases import Launch
 from tests.tools.ptx_fault_kinds import Fault
-from tests.tools.ptx_fault_reasons import changed, planted, wrapped
-from tilelab.perf.machine import barriers, core, wgmma
+from tests.tools.ptx_fault_reasons import changed, outside, planted, run, wrapped
+from tilelab.perf.machine import barriers, bulk_copies, core, wgmma
 from tilelab.perf.machine.async_copies import groups_of
 from tilelab.perf.machine.bulk_copies import READS
 from tilelab.perf.machine.ptx import Instruction
 
+NOW, BEGIN, END, END_OF_GROUP = range(4)  # moments of an access
 ORDERS = (("lockstep", 0), ("late", 0), ("random", 1))
 
 
 def heard(machine: core.Core, tell: Callable) -> None:
-    """Call tell(space, inst, gids, offsets, size, writes, asynchronous) at each access."""
+    """Call tell(space, inst, gids, offsets, size, writes, moment) at each access.
+
+    The moment is NOW, or an asynchronous operation's BEGIN or END.
+    """
     races = machine.races
 
     def hear(name: str, writes: bool) -> None:
         original = getattr(races, name)
 
         def ordinary(space, inst, gids, offsets, size, *more):
-            tell(space, inst, gids, offsets, size, writes, False)
+            tell(space, inst, gids, offsets, size, writes, NOW)
             return original(space, inst, gids, offsets, size, *more)
 
         def started(space, inst, agent, time, knower, offsets, size, *more, **named):
             gids = np.broadcast_to(knower, offsets.size)
-            tell(space, inst, gids, offsets, size, writes, True)
+            tell(space, inst, gids, offsets, size, writes, BEGIN)
             return original(space, inst, agent, time, knower, offsets, size, *more, **named)
 
         def copied(inst, agents, time, gids, offsets, size):
-            tell("shared", inst, gids, offsets, size, writes, True)
+            tell("shared", inst, gids, offsets, size, writes, BEGIN)
             return original(inst, agents, time, gids, offsets, size)
 
         new = copied if name == "copy_as" else started if name.endswith("_as") else ordinary
@@ -94,7 +101,7 @@ class Flights:
         """What a barrier of the CTA does."""
         return BUILD_BARRIER(inst, machine)
 
-    def tell(self, space, inst, gids, offsets, size, writes, asynchronous) -> None:
+    def tell(self, space, inst, gids, offsets, size, writes, moment) -> None:
         if space == "shared":
             at = bytes_of(offsets, size)
             self.touched += int(self.written[at].any() or (writes and self.read[at].any()))
@@ -156,7 +163,7 @@ class Flights:
             np.add.at(marks, bytes_of(where(over), size), -1)
             self.landed[self.at] += np.count_nonzero(over)
             gids = unit.gid[operation.lanes[over]]
-            self.tell("shared", index, gids, where(over), size, writes, True)
+            self.tell("shared", index, gids, where(over), size, writes, END)
 
         operation.land = landed
 
@@ -174,15 +181,14 @@ class Flights:
             self.landed[self.at] += issue.groups.size
             index = machine.index(issue.form.inst)
             for group, *parts in zip(issue.groups, issue.a, issue.b, strict=True):
-                for warp in range(4):
-                    gid = unit.gid[group * 128 + warp * 32]
-                    for offsets in parts[issue.form.a_reads is not None :]:
-                        who = np.full(offsets.size, gid)
-                        self.tell("shared", index, who, offsets.ravel(), 16, False, True)
+                for offsets in parts[issue.form.a_reads is not None :]:
+                    who = np.full(offsets.size, unit.gid[group * 128])
+                    self.tell("shared", index, who, offsets.ravel(), 16, False, END_OF_GROUP)
         LAND_WGMMA(machine, unit, due)
 
 
 LAND_WGMMA, BUILD_BARRIER = wgmma.land, barriers.build
+START_STORE = bulk_copies._start_store
 
 
 def lands_elsewhere(launch: Launch, fault: Fault, right: np.ndarray) -> str:
@@ -204,6 +210,42 @@ def lands_elsewhere(launch: Launch, fault: Fault, right: np.ndarray) -> str:
     return f"another wait (PTX line {lines}) comes before anybody touches what lands there"
 
 
+def same_boxes(launch: Launch, fault: Fault, right: np.ndarray) -> str:
+    """TMA stores without their guard: do the other threads store the same boxes once more?
+
+    And is their shared memory left alone until all of them have read it?
+    """
+    if fault.kind != "guard removed" or "bulk_group" not in fault.change[0].op:
+        return ""
+    inst, new, others = changed(launch, fault), fault.change[0], 0
+    boxes: list[Any] = []
+
+    def start(copies: Any, unit: Any, box: Any, time: int) -> None:
+        boxes.append(box)
+        START_STORE(copies, unit, box, time)
+
+    def wrap(this: Instruction, machine: core.Core, handler: Callable) -> Callable:
+        if this is not new:
+            return handler
+        machine.slot(inst.guard[0], np.dtype(bool))
+
+        def watched(unit: Any, mask: Any) -> None:
+            nonlocal others
+            boxes.clear()
+            handler(unit, mask)
+            kept_out = outside(inst, unit)
+            asked = {(box.shared, box.begin) for box in boxes if not kept_out[box.lane]}
+            others += sum((box.shared, box.begin) not in asked for box in boxes)
+
+        return watched
+
+    with mock.patch.object(bulk_copies, "_start_store", start):
+        run(planted(launch, fault), wrap)
+    if others or any(Flights(planted(launch, fault), *order).touched for order in ORDERS):
+        return ""
+    return "the other threads store the same boxes once more, before anybody changes them"
+
+
 # --- barriers -------------------------------------------------------------------------------------
 
 
@@ -211,7 +253,7 @@ class Intervals(Flights):
     """The accesses of one run and its barriers, in their order.
 
     Attributes:
-        accesses: (space, inst, gids, offsets, size, writes), in the order of the run.
+        accesses: (space, inst, gids, offsets, size, writes, moment), in the order of the run.
         meetings: (how many accesses came before, the barrier's instruction, gids).
     """
 
@@ -233,8 +275,9 @@ class Intervals(Flights):
 
         races.barrier, races.next_batch = met, next_batch
 
-    def tell(self, space, inst, gids, offsets, size, writes, asynchronous) -> None:
-        self.accesses.append((space, inst, np.array(gids), np.array(offsets), size, writes))
+    def tell(self, space, inst, gids, offsets, size, writes, moment) -> None:
+        access = space, inst, np.array(gids), np.array(offsets), size, writes, moment
+        self.accesses.append(access)
 
     def barrier(self, inst: Instruction, machine: core.Core) -> Callable:
         return functools.partial(self.meet, inst, BUILD_BARRIER(inst, machine))
@@ -261,18 +304,27 @@ class Intervals(Flights):
             first = next((b for b, _, g in self.meetings[:i][::-1] if _covers(g, gids)), 0)
             last = next((b for b, _, g in self.meetings[i + 1 :] if _covers(g, gids)), None)
             last = len(self.accesses) if last is None else last
-            before = self._touched(self.accesses[first:at], gids)
-            after = self._touched(self.accesses[at:last], gids)
+            before = self._touched(self.accesses[first:at], gids, (NOW, END, END_OF_GROUP))
+            after = self._touched(self.accesses[at:last], gids, (NOW, BEGIN))
             for space in before.keys() & after.keys():
                 found += _pairs(before[space], after[space])
         return found
 
     @staticmethod
-    def _touched(accesses: list[tuple], gids: np.ndarray) -> dict[str, list[np.ndarray]]:
-        """By space, rows of (byte, thread, instruction, writes) of these threads."""
+    def _touched(
+        accesses: list[tuple], gids: np.ndarray, moments: tuple[int, ...]
+    ) -> dict[str, np.ndarray]:
+        """By space, rows of (byte, thread, instruction, writes) of these threads.
+
+        A warpgroup is the thread -1 - its number.
+        """
         rows: dict[str, list[np.ndarray]] = {}
-        for space, inst, who, offsets, size, writes in accesses:
+        for space, inst, who, offsets, size, writes, moment in accesses:
+            if moment not in moments:
+                continue
             mine = np.isin(who, gids)
+            if moment == END_OF_GROUP:
+                who = -1 - who // 128
             if not mine.any():
                 continue
             at = bytes_of(offsets[mine], size)
@@ -309,6 +361,9 @@ def _by_two(x: np.ndarray, y: np.ndarray) -> bool:
     both = np.intersect1d(x[:, 0], y[:, 0])
     if not both.size:
         return False
+    if (x[:, 1] < 0).any():  # warpgroups
+        y = y.copy()
+        y[:, 1] = -1 - y[:, 1] // 128
 
     def ends(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         table = table[np.isin(table[:, 0], both)]

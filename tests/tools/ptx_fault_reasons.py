@@ -111,7 +111,7 @@ def guard_is_true(launch: Launch, fault: Fault, right: np.ndarray) -> str:
 
         def watched(unit: Any, mask: Any) -> Any:
             nonlocal out
-            out += np.count_nonzero(_outside(inst, unit)[lanes_of(unit, mask)])
+            out += np.count_nonzero(outside(inst, unit)[lanes_of(unit, mask)])
             return handler(unit, mask)
 
         return watched
@@ -123,7 +123,7 @@ def guard_is_true(launch: Launch, fault: Fault, right: np.ndarray) -> str:
     return "" if out else "the guard is true for all threads in this run"
 
 
-def _outside(inst: Instruction, unit: Any) -> np.ndarray:
+def outside(inst: Instruction, unit: Any) -> np.ndarray:
     """The lanes whose guard is false."""
     name, negated = inst.guard
     return unit.registers[name] if negated else ~unit.registers[name]
@@ -170,12 +170,12 @@ def stored_already(launch: Launch, fault: Fault, right: np.ndarray) -> str:
         def watched(unit: Any, mask: Any) -> None:
             nonlocal differs
             all_of_them = np.ones(unit.n, bool) if mask is None else mask
-            outside = _outside(inst, unit) & all_of_them
-            if (all_of_them & ~outside).any():
-                handler(unit, all_of_them & ~outside)
+            kept_out = outside(inst, unit) & all_of_them
+            if (all_of_them & ~kept_out).any():
+                handler(unit, all_of_them & ~kept_out)
             before = memory.bytes.copy()
-            if outside.any():
-                handler(unit, outside)
+            if kept_out.any():
+                handler(unit, kept_out)
             differs += int((memory.bytes != before).any())
 
         return watched
@@ -214,7 +214,7 @@ def _with_garbage(launch: Launch, fault: Fault, right: np.ndarray, make: Callabl
     def chosen(unit: Any, mask: np.ndarray | None, length: Any) -> np.ndarray:
         here = np.ones(unit.n, bool) if mask is None else mask.copy()
         if fault.kind == "guard removed":
-            here &= _outside(inst, unit)
+            here &= outside(inst, unit)
         elif length is not None:
             here &= length(unit) != inst.operands[2].value
         return np.flatnonzero(here)

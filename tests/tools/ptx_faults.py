@@ -48,7 +48,7 @@ from tilelab.perf.rows.results import write_whole
 
 RESULTS = pathlib.Path(__file__).parents[1] / "ptx_faults.json"
 ORDERS = (("lockstep", 0), ("late", 0), ("random", 1), ("random", 2))
-EACH = 8  # faults of a kernel that differ only in where they are
+EACH = 6  # faults of a kernel that differ only in where they are
 MANY = (
     "global address", "shared address", "guard removed", "zero fill removed", "TMA coordinate",
     "transposition", "descriptor: start", "descriptor: swizzle", "descriptor: leading offset",
@@ -56,7 +56,7 @@ MANY = (
 )  # fmt: skip
 REASONS: tuple[Callable[[Launch, Fault, np.ndarray], str], ...] = (
     reasons.nobody_comes, reasons.guard_is_true, reasons.whole_copies, reasons.stored_already,
-    reasons.same_pieces, reasons.same_bytes_loaded, reasons.never_used,
+    reasons.same_pieces, reasons.same_bytes_loaded, reasons.never_used, orders.same_boxes,
     orders.lands_elsewhere, orders.nothing_to_order,
 )  # fmt: skip
 ORDER_REASONS = REASONS[-2:]  # these are held against what the machine says, both ways
