@@ -19,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from tests.tools.on_machine import OnMachine
 from tilelab import kernels
 from tilelab.__main__ import main
+from tilelab.kernels._tiles import use_tile
 from tilelab.perf import machine
 from tilelab.perf.errors import PerfError
 from tilelab.perf.machine import compiler
@@ -357,6 +358,48 @@ def test_a_finding_fails_the_test_that_has_it(tensors):
     assert heading[:4] == ["launches", "variants", "each", "together"]
     assert rows[0][:5] + rows[0][6:] == ["2", "1", "100.0%", "100.0%", "0", "add_kernel"]
     assert rows[1][0] == "1" and int(rows[1][4]) > 0 and rows[1][6] == "race_kernel"
+
+
+def refused(message):
+    raise ValueError(message)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_cannot_be_executed_is_skipped(target):
+    """With the reason: nothing to launch, another GPU's kernel, a forced tile that does not fit."""
+    x = torch.randn(300, 300).half()
+    big = dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=9)
+    tma = "the tma kernel of matmul cannot take these operands"
+
+    def product(tile):
+        with use_tile("matmul", tile):
+            kernels.matmul(x, x)
+
+    def skipped(test, *args):
+        plugin.reports.clear()
+        around = plugin.pytest_runtest_call(None)
+        next(around)
+        with pytest.raises(pytest.skip.Exception) as found:
+            try:
+                test(*args)
+            except BaseException as e:
+                around.throw(e)
+            around.send(None)
+        return str(found.value)
+
+    plugin = OnMachine(target, "random", 0)
+    plugin.pytest_sessionstart()
+    try:
+        assert skipped(lambda: None) == "launches no kernel"
+        assert "the tile does not fit: " in skipped(product, big)
+        assert skipped(refused, "a must be int8 on this GPU") == "a must be int8 on this GPU"
+        if target == "sm_80":
+            assert skipped(refused, tma) == tma
+        else:
+            with pytest.raises(ValueError):
+                skipped(refused, tma)
+    finally:
+        plugin.pytest_sessionfinish(types.SimpleNamespace(config=None))
 
 
 # --- tilelab run-ptx ------------------------------------------------------------------------------
