@@ -141,19 +141,18 @@ def check_resources(*args, original=compiler.check_resources):
 def reached(reports: list[machine.Report]) -> dict:
     """What the launches of a test have reached.
 
-    "kinds" are a kernel with a type of its tensors, or with a tile; "statements" are numbers that
-    stand for an opcode at a source line of a kernel; "compiled" are seconds by the hash of the PTX.
+    "kinds" are a kernel with the types of its tensors, or with a number of its tile; "statements"
+    are numbers that stand for an opcode at a source line of a kernel; "compiled" are the seconds
+    that it took to compile, by the hash of the PTX.
     """
     kinds, statements, compiled = set(), set(), {}
     for report in reports:
         compiled.setdefault(report.code, round(report.compiling, 3))
         types = sorted({kind for kind in report.types.values() if kind.startswith(("*", "tens"))})
-        tile = {
-            name: x for name, x in report.constants.items()
-            if name.startswith(("BLOCK", "SPLIT", "num_")) or isinstance(x, bool)
-        }  # fmt: skip
         kinds.add(f"{report.kernel}: {' '.join(types)}")
-        kinds.add(f"{report.kernel}: {' '.join(f'{name}={x}' for name, x in sorted(tile.items()))}")
+        for name, x in report.constants.items():
+            if name.startswith(("BLOCK", "SPLIT", "num_")) or isinstance(x, bool):
+                kinds.add(f"{report.kernel}: {name}={x}")
         for inst, executed in zip(report.instructions, report.executed, strict=True):
             if executed:
                 key = " ".join((report.kernel, *machine.statement(inst)))
