@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tilelab.perf.machine import arithmetic, handlers, types
+from tilelab.perf.machine import handlers, types
 from tilelab.perf.machine.errors import UnknownInstruction
 from tilelab.perf.machine.ptx import Instruction, Operand, Register, Vector
+from tilelab.perf.machine.registers import arithmetic
 from tilelab.perf.machine.units import Unit
 
 if TYPE_CHECKING:

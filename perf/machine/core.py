@@ -29,15 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from tilelab.perf.machine import (
-    barriers,
-    blocks,
-    handlers,
-    memory,
-    types,
-    wgmma,
-    wgmma_fences,
-)
+from tilelab.perf.machine import barriers, blocks, handlers, memory, types
 from tilelab.perf.machine.counts import Counts
 from tilelab.perf.machine.errors import MachineFault, UnknownInstruction
 from tilelab.perf.machine.ptx import (
@@ -50,6 +42,7 @@ from tilelab.perf.machine.ptx import (
     Symbol,
 )
 from tilelab.perf.machine.races import Races
+from tilelab.perf.machine.tensor import wgmma, wgmma_fences
 from tilelab.perf.machine.units import DONE, FREE, SPECIAL, SPINS, WAITS, Unit
 
 SCHEDULES = ("lockstep", "random", "late")

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from tests.tools import ptx_programs
+from tilelab.perf.machine.copies.tensor_maps import TensorMap
 from tilelab.perf.machine.core import SCHEDULES
-from tilelab.perf.machine.tensor_maps import TensorMap
 
 MAP_X, MAP_Y = 1 << 20, 2 << 20  # addresses of tensor maps
 # %r1 is the thread, %r2 where shared memory begins and %r3 the thread's 16 bytes of it; %rd1 and

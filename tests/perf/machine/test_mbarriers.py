@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from tests.tools.ptx_copies import WAIT, Run, numbers, schedules, without
+from tilelab.perf.machine.copies.mbarriers import MBarrier, Misuse
 from tilelab.perf.machine.errors import MachineFault
-from tilelab.perf.machine.mbarriers import MBarrier, Misuse
 from tilelab.perf.machine.races import Races
 
 

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from tilelab.perf.machine.tensor_maps import CHUNK, FIELDS, TensorMap, decode, tensor_map
+from tilelab.perf.machine.copies.tensor_maps import CHUNK, FIELDS, TensorMap, decode, tensor_map
 
 # PTX ISA 8.8, section 5.5.7: cell [line][place] is the 16-byte chunk of a 128-byte line of shared
 # memory that lies at this place, from an address that is a multiple of 1,024 bytes on.

@@ -35,20 +35,20 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from tilelab.perf.machine import tensor_maps
-from tilelab.perf.machine.async_copies import (
+from tilelab.perf.machine.collectives import whole_warps
+from tilelab.perf.machine.copies import tensor_maps
+from tilelab.perf.machine.copies.async_copies import (
     Handler,
     build_commit,
     constant,
     groups_of,
     must_be_waited_for,
 )
-from tilelab.perf.machine.collectives import whole_warps
+from tilelab.perf.machine.copies.mbarriers import checked
+from tilelab.perf.machine.copies.tensor_maps import CHUNK, FIELDS, Part, TensorMap
 from tilelab.perf.machine.errors import UnknownInstruction
-from tilelab.perf.machine.mbarriers import checked
 from tilelab.perf.machine.memory import GAP, POISON
 from tilelab.perf.machine.ptx import Instruction, TensorAddress
-from tilelab.perf.machine.tensor_maps import CHUNK, FIELDS, Part, TensorMap
 
 if TYPE_CHECKING:
     from tilelab.perf.machine.core import Core, Unit
