@@ -318,7 +318,7 @@ CASES = {
         dict(matmul=_MATMUL_TMA(SUBTILES=1, SPLIT_K=2)),
     ),
     "matmul by TMA, warp-specialised": Case(
-        "sm_90", lambda: matmul(264, 72, 328), ("matmul_tma_kernel",),
+        "sm_90", lambda: matmul(264, 72, 264), ("matmul_tma_kernel",),
         dict(matmul=_MATMUL_TMA(m=128, n=64, SUBTILES=1, stages=2, kernel="tma_ws")),
     ),
     "conv2d by TMA": Case(
@@ -326,7 +326,7 @@ CASES = {
         dict(conv2d=_TMA(m=64, n=64, k=64)),
     ),
     "gradients of conv2d by TMA": Case(
-        "sm_90", lambda: conv2d_gradients(72, 72, (20, 4, 3)),
+        "sm_90", lambda: conv2d_gradients(16, 72, (20, 4, 3)),
         ("conv2d_input_grad_tma_kernel", "conv2d_weight_grad_tma_kernel"),
         dict(conv2d_input_grad=_TMA(m=64, n=64, k=64),
              conv2d_weight_grad=_TMA(m=64, n=64, k=16, SUBTILES=1)),

@@ -293,35 +293,40 @@ class Intervals(Flights):
         self.now = inst
         handler(unit, mask)
 
-    def conflicts(self, barrier: Instruction) -> Counter:
-        """Pairs of instructions that touch one byte on both sides of this barrier.
+    def conflict(self, barrier: Instruction) -> bool:
+        """Do two of its threads touch one byte on both sides of this barrier, one of them writing?
 
-        By two of its threads, and one of them writes; between the neighbouring barriers at which
-        all of its threads meet.
+        A side reaches to the next barrier at which all of its threads meet.
         """
-        found: Counter = Counter()
         for i, (at, inst, gids) in enumerate(self.meetings):
             if inst is not barrier:
                 continue
-            first = next((b for b, _, g in self.meetings[:i][::-1] if _covers(g, gids)), 0)
-            last = next((b for b, _, g in self.meetings[i + 1 :] if _covers(g, gids)), None)
-            last = len(self.accesses) if last is None else last
+            earlier, later = range(i - 1, -1, -1), range(i + 1, len(self.meetings))
+            first, last = self._side(earlier, gids, 0), self._side(later, gids, len(self.accesses))
             before = self._touched(self.accesses[first:at], gids, (NOW, END, END_OF_GROUP))
             after = self._touched(self.accesses[at:last], gids, (NOW, BEGIN))
-            for space in before.keys() & after.keys():
-                found += _pairs(before[space], after[space])
-        return found
+            if any(
+                _conflict(before[space], after[space]) for space in before.keys() & after.keys()
+            ):
+                return True
+        return False
 
-    @staticmethod
+    def _side(self, numbers: range, gids: np.ndarray, end: int) -> int:
+        for number in numbers:
+            at, _, group = self.meetings[number]
+            if group.size >= gids.size and np.isin(gids, group).all():
+                return at
+        return end
+
     def _touched(
-        accesses: list[tuple], gids: np.ndarray, moments: tuple[int, ...]
+        self, accesses: list[tuple], gids: np.ndarray, moments: tuple[int, ...]
     ) -> dict[str, np.ndarray]:
-        """By space, rows of (byte, thread, instruction, writes) of these threads.
+        """By space, rows of (granule, thread, writes) of these threads.
 
-        A warpgroup is the thread -1 - its number.
+        A granule is the smallest access of the kernel. A warpgroup is the thread -1 - its number.
         """
         rows: dict[str, list[np.ndarray]] = {}
-        for space, inst, who, offsets, size, writes, moment in accesses:
+        for space, _, who, offsets, size, writes, moment in accesses:
             if moment not in moments:
                 continue
             mine = np.isin(who, gids)
@@ -329,54 +334,45 @@ class Intervals(Flights):
                 who = -1 - who // 128
             if not mine.any():
                 continue
-            at = bytes_of(offsets[mine], size)
-            table = np.empty((at.size, 4), np.int64)
-            table[:, 0], table[:, 1] = at, np.repeat(who[mine], size)
-            table[:, 2], table[:, 3] = inst, writes
+            grain = self.machine.races.shadows[space].grain
+            each = max(1, size // grain)
+            table = np.empty((np.count_nonzero(mine) * each, 3), np.int64)
+            table[:, 0] = bytes_of(offsets[mine] // grain, each)
+            table[:, 1], table[:, 2] = np.repeat(who[mine], each), writes
             rows.setdefault(space, []).append(table)
-        return {space: np.unique(np.concatenate(tables), axis=0) for space, tables in rows.items()}
+        return {space: np.concatenate(tables) for space, tables in rows.items()}
 
 
-def _covers(group: np.ndarray, gids: np.ndarray) -> bool:
-    return group.size >= gids.size and np.isin(gids, group).all()
-
-
-def _pairs(before: np.ndarray, after: np.ndarray) -> Counter:
-    """How often two instructions touch one byte: two threads, one of which writes."""
-    found: Counter = Counter()
-    common = np.intersect1d(before[:, 0], after[:, 0])
-    before, after = (x[np.isin(x[:, 0], common)] for x in (before, after))
-    early, late = ({(i, w) for _, _, i, w in x.tolist()} for x in (before, after))
-    for a, writes_a in early:
-        for b, writes_b in late:
-            if not (writes_a or writes_b):
-                continue
-            x = before[(before[:, 2] == a) & (before[:, 3] == writes_a)]
-            y = after[(after[:, 2] == b) & (after[:, 3] == writes_b)]
-            if _by_two(x, y):
-                found[a, b] += 1
-    return found
+def _conflict(before: np.ndarray, after: np.ndarray) -> bool:
+    """Is a granule touched in both by different threads, and written in one of them?"""
+    return _by_two(before[before[:, 2] == 1], after) or _by_two(before, after[after[:, 2] == 1])
 
 
 def _by_two(x: np.ndarray, y: np.ndarray) -> bool:
-    """Whether some byte of both is touched by two different threads."""
+    """Is some granule of both touched by two different threads?"""
     both = np.intersect1d(x[:, 0], y[:, 0])
     if not both.size:
         return False
-    if (x[:, 1] < 0).any():  # warpgroups
-        y = y.copy()
-        y[:, 1] = -1 - y[:, 1] // 128
+    for part in (x[x[:, 1] >= 0], x[x[:, 1] < 0]):
+        if part.size and _differ(part, y, both):
+            return True
+    return False
 
-    def ends(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        table = table[np.isin(table[:, 0], both)]
-        table = table[np.lexsort((table[:, 1], table[:, 0]))]
-        first = np.flatnonzero(np.r_[True, table[1:, 0] != table[:-1, 0]])
-        last = np.r_[first[1:] - 1, len(table) - 1]
-        return table[first, 1], table[last, 1]
 
-    (low_x, high_x), (low_y, high_y) = ends(x), ends(y)
-    one = (low_x == high_x) & (low_y == high_y) & (low_x == low_y)
-    return bool((~one).any())
+def _differ(x: np.ndarray, y: np.ndarray, both: np.ndarray) -> bool:
+    x, y = (table[np.isin(table[:, 0], both)] for table in (x, y))
+    threads = y[:, 1] if x[:, 1].min(initial=0) >= 0 else -1 - y[:, 1] // 128
+    lowest, highest = {}, {}
+    size = both.size
+    for name, place, who in (("x", x[:, 0], x[:, 1]), ("y", y[:, 0], threads)):
+        at = np.searchsorted(both, place)
+        lowest[name], highest[name] = np.full(size, 2**40), np.full(size, -(2**40))
+        np.minimum.at(lowest[name], at, who)
+        np.maximum.at(highest[name], at, who)
+    touched = (highest["x"] > -(2**40)) & (highest["y"] > -(2**40))
+    one = (lowest["x"] == highest["x"]) & (lowest["y"] == highest["y"])
+    one &= lowest["x"] == lowest["y"]
+    return bool((touched & ~one).any())
 
 
 @functools.lru_cache(maxsize=1)
@@ -395,6 +391,6 @@ def nothing_to_order(launch: Launch, fault: Fault, right: np.ndarray) -> str:
     _LAUNCHES.clear()
     _LAUNCHES[id(launch)] = launch
     seen = intervals(id(launch))
-    if seen.conflicts(changed(launch, fault)):
+    if seen.conflict(changed(launch, fault)):
         return ""
     return "no byte is touched on both sides of it by two threads, one of which writes"
