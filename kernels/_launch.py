@@ -19,6 +19,7 @@ import contextlib
 import functools
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -111,7 +112,23 @@ def device_of(x: torch.Tensor) -> Device:
 def _properties(index: int) -> Device:
     gpu = torch.cuda.get_device_properties(index)
     capability = 0 if torch.version.hip else 10 * gpu.major + gpu.minor
+    warn_of_missing_fences(triton.__version__, capability)
     return Device(capability, sms=gpu.multi_processor_count)
+
+
+def warn_of_missing_fences(triton_version: str, capability: int) -> None:
+    """Warn, once for each GPU, if this triton compiles products for Hopper without a fence.
+
+    A product through pointers may then read shared memory before the copy into it can be seen
+    (triton-lang/triton 9610). docs/verification.md tells how it was found.
+    """
+    if capability == 90 and _version(triton_version) < (3, 7):
+        warnings.warn(
+            f"triton {triton_version} leaves out a fence on Hopper, so products of operands that "
+            "TMA cannot read may be wrong: pip install 'triton>=3.9'",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def tma_rows(x: torch.Tensor, item: int) -> tuple[torch.Tensor, bool, tuple, int] | None:

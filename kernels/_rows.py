@@ -24,6 +24,12 @@ import torch
 import triton
 import triton.language as tl  # noqa: F401  the interpreter needs this name in the module
 
+# An option of the compiler, for sums of products along a row. Several threads hold such a sum. With
+# fused operations each of two threads that add up their products rounds only that of the other:
+# a * b + round(c * d). Their sums would differ in the last bit, and which of them is stored would
+# be chance. But the bits have to be the same on every run.
+UNFUSED = dict(enable_fp_fusion=False)
+
 
 def as_rows(dim: int, *tensors: torch.Tensor) -> tuple[int, ...]:
     """Return (D0, D1, D2, L) and then, for each tensor, its four strides in this order.

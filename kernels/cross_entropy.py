@@ -46,7 +46,7 @@ from tilelab.kernels._checks import (
     short_name,
 )
 from tilelab.kernels._launch import launch
-from tilelab.kernels._rows import as_rows, row_offsets
+from tilelab.kernels._rows import UNFUSED, as_rows, row_offsets
 from tilelab.kernels._tiles import cdiv
 from tilelab.kernels.softmax import LOG2_E, LOWEST, TILES, group, row_tile  # noqa: F401  the same tiles
 
@@ -253,12 +253,6 @@ def _check_classes(target: torch.Tensor, classes: int, ignore_index: int) -> Non
             f"target must have class indices from 0 to {classes - 1} or ignore_index "
             f"({ignore_index}), got {wrong[0].item()}"
         )
-
-
-# Several threads hold the sum of a row. A compiler that fuses a product and a sum (fma) rounds once
-# where it could twice, and only one of the two terms: each thread's own. So the threads would hold
-# different sums, and which of them is stored would be chance. The bits have to be the same each run.
-UNFUSED = dict(enable_fp_fusion=False)
 
 
 @torch.library.custom_op("tilelab::cross_entropy", mutates_args=())

@@ -46,7 +46,7 @@ import triton.language as tl
 
 from tilelab.kernels._checks import check_tensors, reduction_dtype
 from tilelab.kernels._launch import launch
-from tilelab.kernels._rows import as_rows, row_offsets
+from tilelab.kernels._rows import UNFUSED, as_rows, row_offsets
 from tilelab.kernels._tiles import cdiv, choose_tile
 
 
@@ -249,9 +249,10 @@ def _softmax(x: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
     M = D0 * D1 * D2
     tile = row_tile("softmax", x.dtype, M, N, strides[3])
     online = N > tile["BLOCK_N"]
+    more = group(x, tile, strides[3]) | UNFUSED if online else {}
     launch(
         softmax_online_kernel if online else softmax_kernel, (cdiv(M, tile["BLOCK_M"]),),
-        x, y, M, N, D1, D2, *strides, **(group(x, tile, strides[3]) if online else {}), **tile,
+        x, y, M, N, D1, D2, *strides, **more, **tile,
     )  # fmt: skip
     return y
 
@@ -271,7 +272,9 @@ def _softmax_backward(
     tile = row_tile("softmax_backward", y.dtype, M, N, strides[7])
     online = N > tile["BLOCK_N"]
     kernel = softmax_backward_online_kernel if online else softmax_backward_kernel
-    launch(kernel, (cdiv(M, tile["BLOCK_M"]),), dy, y, dx, M, N, D1, D2, *strides, **tile)
+    launch(
+        kernel, (cdiv(M, tile["BLOCK_M"]),), dy, y, dx, M, N, D1, D2, *strides, **tile, **UNFUSED
+    )
     return dx
 
 

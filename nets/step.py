@@ -113,8 +113,10 @@ def record_kernel(
         y = tl.load(y_ptr + offs_m, mask=mask, other=-1)
         right += (tl.argmax(x, axis=1) == y).to(tl.int64)
     step = tl.load(step_ptr)
+    right_so_far = tl.load(right_ptr)
+    tl.debug_barrier()  # All threads have read both numbers before one of them writes.
     tl.store(losses_ptr + step, tl.sum(total, axis=0) / N)
-    tl.store(right_ptr, tl.load(right_ptr) + tl.sum(right, axis=0))
+    tl.store(right_ptr, right_so_far + tl.sum(right, axis=0))
     tl.store(step_ptr, step + 1)
 
 

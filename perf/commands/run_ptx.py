@@ -14,6 +14,7 @@ found, or a kernel did what no GPU allows; 2 for wrong input.
 
 import argparse
 import importlib.util
+import inspect
 import json
 import os
 import pathlib
@@ -49,12 +50,14 @@ def run(args: argparse.Namespace) -> int:
     path = pathlib.Path(name)
     if not path.is_file():
         raise PerfError(f"there is no file {path}")
+    if args.json and not args.json.parent.is_dir():  # said before the work, not after it
+        raise PerfError(f"--json: there is no folder {args.json.parent}")
     os.environ["TRITON_INTERPRET"] = "0"  # before triton is imported: this process compiles
     from tilelab import kernels  # noqa: F401  (a file that calls them finds them on the machine)
     from tilelab.perf import machine
 
     def show(report: machine.Report) -> None:
-        print(report, "\n")
+        print(report, end="\n\n")
 
     fault, order = None, dict(schedule=args.schedule, seed=args.seed)
     with machine.executing(args.target, **order, seen=show) as reports, CpuForCuda():
@@ -113,6 +116,10 @@ def _call(path: pathlib.Path, function: str) -> None:
         spec.loader.exec_module(module)
         if not callable(getattr(module, function, None)):
             raise PerfError(f"{path} has no function {function}")
+        try:
+            inspect.signature(getattr(module, function)).bind()
+        except TypeError as e:
+            raise PerfError(f"{path}:{function} is called without arguments: {e}") from None
         getattr(module, function)()
     finally:
         sys.argv, sys.path[:] = before

@@ -9,17 +9,16 @@ Triton's interpreter executes the Python of a kernel. It knows no warps, no shar
 barriers: the compiler adds them later. This machine executes what the compiler has made, for sm_80
 (Ampere) and sm_90 (Hopper), instruction by instruction, in NumPy:
 
-    ptx.py                  the text becomes instructions
-    blocks.py, core.py      runs of instructions become Python functions; whose turn it is
-    functions.py            what an instruction computes: arithmetic.py, comparisons.py, floats.py,
-                            conversions.py, rounding.py
-    memory.py               loads and stores: in bounds, aligned, initialised
-    collectives.py          what the 32 threads of a warp exchange; barriers.py: what they wait for
-    tensor_cores.py         ldmatrix, stmatrix, mma.sync; wgmma.py: Hopper's, from shared memory
-    async_copies.py         cp.async; bulk_copies.py, tensor_maps.py, mbarriers.py: TMA
-    races.py, shadows.py    which accesses nothing orders; releases.py: what atomics order
-    counts.py               sectors, bank conflicts, instructions
-    launch.py, report.py    a kernel's arguments on their way in, and what came of it
+    ptx.py                the text becomes instructions
+    blocks.py, core.py    runs of instructions become Python functions; whose turn it is
+    registers/            what an instruction computes: integers, floats, conversions, rounding
+    memory.py             loads and stores: in bounds, aligned, initialised
+    collectives.py        what the 32 threads of a warp exchange; barriers.py: what they wait for
+    tensor/               tensor cores: ldmatrix, mma.sync; Hopper's wgmma, from shared memory
+    copies/               copies that go on meanwhile: cp.async; TMA and its mbarriers
+    races.py, shadows.py  which accesses nothing orders; releases.py: how atomics order them
+    counts.py             sectors, bank conflicts, instructions
+    launch.py, report.py  a kernel's arguments on their way in, and what came of it
 
 What it proves: the values, layouts, addresses, barriers and copies of the PTX are right, for the
 inputs that were run, in every order of warps that was tried; and no two accesses to memory depended

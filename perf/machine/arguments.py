@@ -29,8 +29,8 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tilelab.perf.errors import PerfError
+from tilelab.perf.machine.copies.tensor_maps import TensorMap, tensor_map
 from tilelab.perf.machine.memory import GlobalMemory
-from tilelab.perf.machine.tensor_maps import TensorMap, tensor_map
 
 FLOATS = {
     "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "f32": torch.float32,

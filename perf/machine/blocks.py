@@ -14,14 +14,17 @@ int32 or as float32, by a NumPy view of the same bytes: `Core.slot` numbers thes
 has an effect beside its result is a call (`h2`) of what a handler has built.
 """
 
+import functools
 from collections.abc import Callable
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tilelab.perf.machine import arithmetic, handlers, types
+from tilelab.perf.machine import handlers, types
 from tilelab.perf.machine.errors import UnknownInstruction
 from tilelab.perf.machine.ptx import Instruction, Operand, Register, Vector
+from tilelab.perf.machine.registers import arithmetic
 from tilelab.perf.machine.units import Unit
 
 if TYPE_CHECKING:
@@ -61,7 +64,7 @@ class _Block:
         """A function of a unit and a mask, with these lines as its body."""
         text = ["def run(u, m):", "    v = u.views"]
         text += [f"    {name} = v[{slot}]" for slot, name in self.views.items()]
-        exec("\n".join(text + [f"    {line}" for line in body]), self.names)
+        exec(_code("\n".join(text + [f"    {line}" for line in body])), self.names)
         return self.names["run"]
 
     def lines(self, inst: Instruction) -> Lines:
@@ -164,6 +167,12 @@ class _Block:
             return f"{self.view(operand.name, wide)}.astype(d{key})"
         self.names[f"c{key}"] = self.core.constant(operand, dtype)
         return f"c{key}"
+
+
+@functools.lru_cache(maxsize=4096)
+def _code(text: str) -> CodeType:
+    """A block that is launched again has the same text; to read it takes half of the time."""
+    return compile(text, "<a block of PTX>", "exec")
 
 
 def _guarded(handler: Callable, unit: Unit, mask: np.ndarray) -> None:

@@ -14,7 +14,8 @@ How units take turns is the schedule's choice:
 
     lockstep   one unit, of all warps: the quickest
     random     a unit is a warp (or four, a warpgroup, where the kernel has wgmma); who is next is
-               drawn by lot, and asynchronous copies land at any moment
+               drawn by lot, the programs of the grid come in any order, and asynchronous copies
+               land at any moment
     late       one unit goes on for as long as it can; what is asynchronous lands when nobody else
                can go on, the last one first
 
@@ -28,15 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from tilelab.perf.machine import (
-    barriers,
-    blocks,
-    handlers,
-    memory,
-    types,
-    wgmma,
-    wgmma_fences,
-)
+from tilelab.perf.machine import barriers, blocks, handlers, memory, types
 from tilelab.perf.machine.counts import Counts
 from tilelab.perf.machine.errors import MachineFault, UnknownInstruction
 from tilelab.perf.machine.ptx import (
@@ -49,6 +42,7 @@ from tilelab.perf.machine.ptx import (
     Symbol,
 )
 from tilelab.perf.machine.races import Races
+from tilelab.perf.machine.tensor import wgmma, wgmma_fences
 from tilelab.perf.machine.units import DONE, FREE, SPECIAL, SPINS, WAITS, Unit
 
 SCHEDULES = ("lockstep", "random", "late")
@@ -86,6 +80,9 @@ class Core:
         self.positions = {id(inst): i for i, inst in enumerate(self.instructions)}
         self.total = self.grid[0] * self.grid[1] * self.grid[2]
         self.programs = range(self.total) if programs is None else programs
+        self.order = np.arange(self.total)
+        if schedule == "random":
+            self.rng.shuffle(self.order[self.programs.start : self.programs.stop])
         self.ctas = min(len(self.programs), max(1, WIDEST // self.threads))
         self.shared = memory.SharedMemory(shared, self.ctas)
         self.global_ = global_memory
@@ -228,7 +225,7 @@ class Core:
         """Raise a fault, with where and by whom."""
         lane = int(np.atleast_1d(lane)[0])
         cta = self.first_cta + int(unit.cta[lane])
-        raise kind(f"{self.program.name}, program {self._position(cta)}, thread "
+        raise kind(f"{self.program.name}, program {self.position(cta)}, thread "
                    f"{int(unit.thread[lane])}: {message}\n  at {inst.where}")  # fmt: skip
 
     def report(
@@ -238,8 +235,13 @@ class Core:
         words = message.rsplit(", byte ", 1)[0]
         self.findings[kind, words, inst.where, other.where if other else ""] += 1
 
-    def _position(self, cta: int) -> tuple[int, int, int]:
+    def position(self, cta: int) -> tuple[int, int, int]:
+        """The program that the CTA of this number is; they are executed by their numbers."""
+        return tuple(int(axis) for axis in self._program(np.array(cta)))
+
+    def _program(self, cta: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         x, y, _ = self.grid
+        cta = self.order[cta]
         return cta % x, cta // x % y, cta // x // y
 
     # --- the schedule -----------------------------------------------------------------------------
@@ -281,9 +283,7 @@ class Core:
     def _special(self, name: str, unit: Unit) -> Any:
         axis = "xyz".find(name[-1])
         if name.startswith("%ctaid"):
-            return np.array([self._position(self.first_cta + c) for c in range(self.ctas)])[
-                unit.cta, axis
-            ]
+            return self._program(self.first_cta + unit.cta)[axis]
         if name.startswith("%nctaid"):
             return self.grid[axis]
         return {
@@ -439,7 +439,7 @@ class Core:
                     some = np.flatnonzero(lanes & (unit.at == at))
                     inst = self.program.blocks[at - 1][-1]
                     warps = ", ".join(str(w) for w in np.unique(unit.thread[some] // 32))
-                    where = self._position(self.first_cta + int(unit.cta[some[0]]))
+                    where = self.position(self.first_cta + int(unit.cta[some[0]]))
                     lines.append(f"  program {where}: warps {warps} {word} at {inst.where}")
         lines += [text for explain in self.explanations for text in explain()]
         raise MachineFault(f"{self.program.name}: deadlock, nobody can go on\n" + "\n".join(lines))

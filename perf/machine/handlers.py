@@ -3,16 +3,10 @@
 import functools
 from collections.abc import Callable
 
-from tilelab.perf.machine import (
-    async_copies,
-    bulk_copies,
-    collectives,
-    mbarriers,
-    memory,
-    tensor_cores,
-    wgmma,
-)
+from tilelab.perf.machine import collectives, memory
+from tilelab.perf.machine.copies import async_copies, bulk_copies, mbarriers
 from tilelab.perf.machine.ptx import ENDS_BLOCK, Instruction
+from tilelab.perf.machine.tensor import tensor_cores, wgmma
 
 HANDLERS: dict[str, Callable] = {
     **memory.HANDLERS,

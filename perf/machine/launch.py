@@ -98,6 +98,8 @@ def executing(
     """
     if schedule not in core.SCHEDULES:
         raise PerfError(f"schedule must be one of {', '.join(core.SCHEDULES)}, got {schedule!r}")
+    if seed < 0:
+        raise PerfError(f"seed must be 0 or more, got {seed}")
     reports: list[Report] = []
     compile_only = JITFunction.run
 

@@ -109,6 +109,10 @@ class Races:
         self.now += 1
         return self.now - 1
 
+    def of_its_warp(self, gids: np.ndarray) -> np.ndarray:
+        """Until when each of these threads knows what its own warp did."""
+        return self.known.reshape(-1)[gids * self.known.shape[1] + self.warp_of[gids]]
+
     # --- what threads know ------------------------------------------------------------------------
 
     def barrier(self, gids: np.ndarray) -> None:
@@ -285,7 +289,7 @@ class Races:
     ) -> None:  # fmt: skip
         """Report if the last write of a granule is not known to be over."""
         writer, at = shadow.writer[where], shadow.write_time[where]
-        ordered = self.known[gids, writer] >= at
+        ordered = self.known.reshape(-1)[gids * self.known.shape[1] + writer] >= at
         if not ordered.all():
             mine = shadow.write_thread[where] == self.absolute(gids)
             ordered |= mine & (self.own[gids, writer] >= at)

@@ -57,14 +57,15 @@ class SharedShadow(Shadow):
 
     def note_reads(self, races: "Races", inst: int, gids: np.ndarray, where: np.ndarray) -> None:
         """Threads read."""
-        warp = races.warp_of[gids]
-        before, at = self.read_thread[warp, where], self.read_time[warp, where]
-        alone = (before == gids) | (races.known[gids, warp] >= at)  # at is 0 if nobody has
-        self.read_thread[warp, where] = gids
-        alone &= self.read_thread[warp, where] == gids
+        # One index into all of an array is half the work of two.
+        at = races.warp_of[gids] * self.count + where
+        thread, time = self.read_thread.reshape(-1), self.read_time.reshape(-1)
+        alone = (thread[at] == gids) | (races.of_its_warp(gids) >= time[at])  # 0 if nobody has
+        thread[at] = gids
+        alone &= thread[at] == gids
         if not alone.all():
-            self.read_thread[warp[~alone], where[~alone]] = MANY
-        self.read_time[warp, where] = races.now
+            thread[at[~alone]] = MANY
+        time[at] = races.now
         self.read_by[where] = inst
 
     def note_reads_of(

@@ -21,7 +21,7 @@ from tests.tools.tolerance import assert_close
 from tilelab import kernels
 from tilelab.kernels import _launch, _tiles, matmul
 from tilelab.kernels._checks import check_choice, check_shape, check_tensors, dot_precision, pair
-from tilelab.kernels._launch import launch, refuse_broken_versions
+from tilelab.kernels._launch import launch, refuse_broken_versions, warn_of_missing_fences
 from tilelab.kernels._partial_sums import sum_partials
 from tilelab.kernels._rows import as_rows
 from tilelab.kernels._tiles import (
@@ -126,6 +126,14 @@ def test_versions(triton_version, numpy_version, interpret, message):
     else:
         with pytest.raises(ImportError, match=message):
             refuse_broken_versions(triton_version, numpy_version, interpret)
+
+
+def test_a_triton_that_leaves_out_fences_on_hopper_is_named(recwarn):
+    for version, capability in (("3.6.0", 80), ("3.7.1", 90), ("3.9.0", 90), ("3.6.0", 100)):
+        warn_of_missing_fences(version, capability)
+    assert not recwarn.list
+    with pytest.warns(RuntimeWarning, match="triton 3.6.0 leaves out a fence on Hopper"):
+        warn_of_missing_fences("3.6.0", 90)
 
 
 # --- checks -------------------------------------------------------------------------------------

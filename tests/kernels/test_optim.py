@@ -836,6 +836,7 @@ def graphs(monkeypatch):
 
 @pytest.mark.core
 @pytest.mark.skipif(DEVICE == "cuda", reason="there the real thing is tested")
+@pytest.mark.interpreter("a kernel gets addresses that were written into a tensor by hand")
 @pytest.mark.parametrize("cls, flags", CAPTURABLE.values(), ids=CAPTURABLE)
 def test_replays_are_steps(cls, flags, graphs):
     """With gradients that are new in the capture, and float16 copies (which NumPy has)."""

@@ -14,8 +14,8 @@ from tilelab.nets import data, models
 from tilelab.nets.config import Config
 from tilelab.nets.step import TrainStep
 
-STEPS, BATCH = 3, 16
-RATE = Config().lr
+STEPS, BATCH = 3, 4
+RATE, DECAY = Config().lr, Config().weight_decay
 
 
 class Step(NamedTuple):
@@ -23,7 +23,7 @@ class Step(NamedTuple):
 
     Attributes:
         loss: float32 [], the mean of the batch.
-        gradients: of each parameter, by its name.
+        gradients: of each parameter, by its name; in bfloat16 of its copy.
         parameters: after the step, by their names.
     """
 
@@ -32,15 +32,15 @@ class Step(NamedTuple):
     parameters: dict[str, torch.Tensor]
 
 
-def make(dtype: torch.dtype) -> TrainStep:
+def make(dtype: torch.dtype, batch: int = BATCH) -> TrainStep:
     """The demo's network and optimizer before their first step, on real digits."""
-    digits = data.load("mnist5k", limit=STEPS * BATCH)
+    digits = data.load("mnist5k", limit=STEPS * batch)
     torch.manual_seed(0)
     model = models.build("cnn", digits.shape, len(digits.classes))
-    optimizer = AdamW(model.parameters(), RATE, weight_decay=0.01, capturable=True)
+    optimizer = AdamW(model.parameters(), RATE, weight_decay=DECAY, capturable=True)
     images = digits.train_images, digits.train_labels
-    step = TrainStep(model, optimizer, *images, *digits.mean_std(), BATCH, dtype)
-    order, moves = data.epoch_order(STEPS * BATCH, seed=0, epoch=1, shift=1)
+    step = TrainStep(model, optimizer, *images, *digits.mean_std(), batch, dtype)
+    order, moves = data.epoch_order(STEPS * batch, seed=0, epoch=1, shift=1)
     step.begin(order, moves, torch.full((STEPS,), RATE))
     return step
 

@@ -6,9 +6,12 @@
 
 No test is written for it. The process compiles (TRITON_INTERPRET=0), kernels are chosen as on a GPU
 of this target, and `perf.machine.executing` gets the launches. A test fails if a kernel faults, or
-if the machine reports something. It is skipped if it launches no kernel, if an operator says that
-this GPU cannot do it (float8 on sm_80), or if it is marked `interpreter`, with the reason why it
-cannot be executed here.
+if the machine reports something. It is skipped, with the reason,
+
+    if it launches no kernel;
+    if an operator says that this GPU cannot do it: float8 on sm_80, a tile of a kernel for TMA;
+    if it wants a tile that does not fit this GPU: some need the shared memory of sm_90;
+    if it is marked `interpreter`.
 
 At the end stands what was run: launches by kernel, and how much of their PTX was executed. Not
 executed is what no test reaches: a branch for a shape that none has. `--missed` lists it.
@@ -19,14 +22,20 @@ executed is what no test reaches: a branch for a shape that none has. `--missed`
 import json
 import pathlib
 import pickle
+import re
 import time
 import zlib
+from unittest import mock
 
 import hypothesis
 import pytest
 
-from tilelab import kernels  # noqa: F401  (before `executing`: it takes over their launches)
+from tilelab.kernels import _tiles  # before `executing`, which takes over the kernels' launches
 from tilelab.perf import machine
+from tilelab.perf.machine import compiler
+
+# isort: split
+from triton.runtime.errors import OutOfResources
 
 # An example takes a hundred times longer than in the interpreter: few of them. And one that fails
 # is not made smaller, which would take a hundred more.
@@ -39,9 +48,7 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("machine")
 
-NOT_HERE = {  # tests by name, and why the machine cannot run them
-    "test_replays_are_steps": "a kernel gets addresses that were written into a tensor by hand",
-}
+TMA = re.compile(r"the tma(_ws)? kernel of \w+ cannot take these operands")
 
 
 class OnMachine:
@@ -55,18 +62,16 @@ class OnMachine:
         self.record = pathlib.Path(record) if record else None
         order = dict(schedule=schedule, seed=seed, repeat=repeat)
         self.context = machine.executing(target, **order, counting=False)
+        self.fitting = mock.patch.object(compiler, "check_resources", check_resources)
         self.coverage = machine.Coverage()
-
-    def pytest_collection_modifyitems(self, items):
-        for item in items:
-            if reason := NOT_HERE.get(getattr(item, "originalname", "")):
-                item.add_marker(pytest.mark.skip(reason=reason))
 
     def pytest_sessionstart(self):
         """From now on launches go to the machine: fixtures and modules may launch, too."""
         self.reports = self.context.__enter__()
+        self.fitting.start()
 
     def pytest_sessionfinish(self, session):
+        self.fitting.stop()
         self.context.__exit__(None, None, None)
         if hasattr(session.config, "workeroutput"):  # one of several processes (pytest-xdist)
             session.config.workeroutput["coverage"] = pickle.dumps(self.coverage)
@@ -92,8 +97,8 @@ class OnMachine:
         begin = time.process_time()
         try:
             result = yield
-        except TypeError as e:
-            if "on this GPU" in str(e):
+        except (TypeError, ValueError) as e:
+            if "on this GPU" in str(e) or (self.target == "sm_80" and TMA.match(str(e))):
                 pytest.skip(str(e))
             raise
         finally:
@@ -126,22 +131,31 @@ class OnMachine:
                     terminalreporter.write_line(f"{name}, not executed: {line}")
 
 
+def check_resources(*args, original=compiler.check_resources):
+    """A tile that the lesson has chosen must fit, one that the test has chosen need not."""
+    try:
+        original(*args)
+    except OutOfResources as e:
+        if _tiles._forced:
+            pytest.skip(f"the tile does not fit: {e}")
+        raise
+
+
 def reached(reports: list[machine.Report]) -> dict:
     """What the launches of a test have reached.
 
-    "kinds" are a kernel with a type of its tensors, or with a tile; "statements" are numbers that
-    stand for an opcode at a source line of a kernel; "compiled" are seconds by the hash of the PTX.
+    "kinds" are a kernel with the types of its tensors, or with a number of its tile; "statements"
+    are numbers that stand for an opcode at a source line of a kernel; "compiled" are the seconds
+    that it took to compile, by the hash of the PTX.
     """
     kinds, statements, compiled = set(), set(), {}
     for report in reports:
         compiled.setdefault(report.code, round(report.compiling, 3))
         types = sorted({kind for kind in report.types.values() if kind.startswith(("*", "tens"))})
-        tile = {
-            name: x for name, x in report.constants.items()
-            if name.startswith(("BLOCK", "SPLIT", "num_")) or isinstance(x, bool)
-        }  # fmt: skip
         kinds.add(f"{report.kernel}: {' '.join(types)}")
-        kinds.add(f"{report.kernel}: {' '.join(f'{name}={x}' for name, x in sorted(tile.items()))}")
+        for name, x in report.constants.items():
+            if name.startswith(("BLOCK", "SPLIT", "num_")) or isinstance(x, bool):
+                kinds.add(f"{report.kernel}: {name}={x}")
         for inst, executed in zip(report.instructions, report.executed, strict=True):
             if executed:
                 key = " ".join((report.kernel, *machine.statement(inst)))

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tilelab.perf.machine import arithmetic
+from tilelab.perf.machine.registers import arithmetic
 
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 

@@ -23,10 +23,12 @@ import numpy as np
 from tests.tools.ptx_fault_cases import Launch
 from tests.tools.ptx_fault_kinds import Fault
 from tests.tools.ptx_fault_reasons import changed, outside, planted, run, wrapped
-from tilelab.perf.machine import barriers, bulk_copies, core, wgmma
-from tilelab.perf.machine.async_copies import groups_of
-from tilelab.perf.machine.bulk_copies import READS
+from tilelab.perf.machine import barriers, core
+from tilelab.perf.machine.copies import bulk_copies
+from tilelab.perf.machine.copies.async_copies import groups_of
+from tilelab.perf.machine.copies.bulk_copies import READS
 from tilelab.perf.machine.ptx import Instruction
+from tilelab.perf.machine.tensor import wgmma
 
 NOW, BEGIN, END, END_OF_GROUP = range(4)  # moments of an access
 ORDERS = (("lockstep", 0), ("late", 0), ("random", 1))

@@ -15,9 +15,10 @@ import numpy as np
 
 from tests.tools.ptx_fault_cases import Launch
 from tests.tools.ptx_fault_kinds import NEW, Fault
-from tilelab.perf.machine import core, handlers, matrix_descriptors, wgmma
-from tilelab.perf.machine.async_copies import groups_of
+from tilelab.perf.machine import core, handlers
+from tilelab.perf.machine.copies.async_copies import groups_of
 from tilelab.perf.machine.ptx import Instruction, Vector
+from tilelab.perf.machine.tensor import matrix_descriptors, wgmma
 
 Wrapper = Callable[[Callable], Callable]  # of what a handler's builder returns
 

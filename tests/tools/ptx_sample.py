@@ -7,8 +7,8 @@
 
 The first test of a list is the one that reaches the most in each second of it, the next one that
 which adds the most to it, and so on: what comes first is worth the most. A test reaches *kinds* (a
-kernel with a type of tensors, or with a tile) and *statements* (an opcode at a source line of a
-kernel). A list ends when its time is spent, or when there is nothing to add.
+kernel with the types of its tensors, or with a number of its tile) and *statements* (an opcode at a
+source line of a kernel). A list ends when its time is spent, or when there is nothing to add.
 """
 
 import argparse
@@ -32,9 +32,8 @@ def chosen(tests: list[dict[str, Any]], seconds: float) -> tuple[list[str], Coun
     found, spent = [], 0.0
 
     def cost(test: dict) -> float:
-        return (
-            0.02 + test["seconds"] + sum(compiling[c] for c in test["compiled"].keys() - compiled)
-        )
+        new = test["compiled"].keys() - compiled
+        return 0.02 + test["seconds"] + sum(compiling[code] for code in new)
 
     def value(test: dict) -> float:
         kinds = KIND * len(set(test["kinds"]) - reached)

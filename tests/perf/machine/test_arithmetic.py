@@ -16,8 +16,8 @@ import pytest
 from tests.tools import ptx_scalar
 from tests.tools.ptx_call import call, one, registers
 from tests.tools.ptx_formats import FORMATS, PAIRS, encode, same, width
-from tilelab.perf.machine import arithmetic, functions
 from tilelab.perf.machine.errors import UnknownInstruction
+from tilelab.perf.machine.registers import arithmetic, functions
 
 MNEMONICS = sorted({op.partition(".")[0] for op in arithmetic.FUNCTIONS})
 EDGES = {  # of floats, as numbers

@@ -1,5 +1,7 @@
 """Branches, barriers, bounds and schedules, by small programs."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -188,3 +190,16 @@ def test_counts_of_sectors_and_wavefronts():
         body = body or f"mul.lo.u32 %r3, %r0, {size}; {op} [%r3], {value};"
         total = run(body, shared=8192, counting=True).counts.total
         assert (total["wavefronts"], total["wavefronts, ideal"]) == (wavefronts, ideal), op
+
+
+def first_program(schedule, seed=0):
+    """The program of a grid of 2x3 that comes first, of programs that fill the machine."""
+    with pytest.raises(MachineFault) as fault:
+        run("trap;", threads=1024, grid=(2, 3), schedule=schedule, seed=seed)
+    return tuple(map(int, re.search(r"program \((\d+), (\d+), 0\)", str(fault.value)).groups()))
+
+
+def test_programs_of_a_grid_come_in_any_order():
+    assert first_program("lockstep") == first_program("late") == (0, 0)
+    found = {first_program("random", seed) for seed in range(20)}
+    assert len(found) >= 4 and found <= {(x, y) for x in range(2) for y in range(3)}

@@ -11,7 +11,8 @@ import torch
 from tests.tools import ptx_scalar
 from tests.tools.ptx_call import call, one
 from tests.tools.ptx_formats import decode, encode, f32, is_nan, same, width
-from tilelab.perf.machine import arithmetic, rounding, types
+from tilelab.perf.machine import types
+from tilelab.perf.machine.registers import arithmetic, rounding
 
 INF, NAN = math.inf, math.nan
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from tests.tools.ptx_warps import Warps, registers
-from tilelab.perf.machine import tensor_cores
 from tilelab.perf.machine.errors import MachineFault, UnknownInstruction
+from tilelab.perf.machine.tensor import tensor_cores
 
 LANE = np.arange(32)
 G, T = LANE >> 2, LANE % 4

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from tilelab.perf.machine.tensor_maps import CHUNK, FIELDS, TensorMap, decode, tensor_map
+from tilelab.perf.machine.copies.tensor_maps import CHUNK, FIELDS, TensorMap, decode, tensor_map
 
 # PTX ISA 8.8, section 5.5.7: cell [line][place] is the 16-byte chunk of a 128-byte line of shared
 # memory that lies at this place, from an address that is a multiple of 1,024 bytes on.
@@ -26,14 +26,13 @@ SWIZZLED = {
 BF16, F32, U8 = 10, 7, 0  # element types of tensormap.replace
 
 
-def elementwise(memory, base, found, coordinates):
-    """A box, element by element, as bytes [elements, item]; None for those that do not exist."""
+def places_of(found, coordinates):
+    """The address of each element of a box, one by one; None for those that do not exist."""
     pitches = (found.item, *found.strides)
     for place in itertools.product(*(range(n) for n in found.box[::-1])):
         at = [c + p for c, p in zip(coordinates, place[::-1], strict=True)]
         if all(0 <= x < n for x, n in zip(at, found.shape, strict=True)):
-            begin = base + sum(x * pitch for x, pitch in zip(at, pitches, strict=True))
-            yield memory[begin : begin + found.item]
+            yield found.address + sum(x * pitch for x, pitch in zip(at, pitches, strict=True))
         else:
             yield None
 
@@ -74,32 +73,31 @@ def test_a_box_has_its_elements_and_zeros(kind, shape, box, places):
     for n in shape[:-1]:  # rows are padded to multiples of 16 bytes, and one more
         pitch = -(-pitch * n // 16) * 16 + 16
         strides.append(pitch)
-    memory = np.random.default_rng(0).integers(1, 255, 64 + pitch * shape[-1]).astype(np.uint8)
-    base = 16
+    rng = np.random.default_rng(0)
+    memory = rng.integers(1, 255, 64 + pitch * shape[-1]).astype(np.uint8)
     elements = [s // item for s in strides[::-1]] + [1]
-    found = tensor_map(base, shape[::-1], elements, box[::-1], kind, 0)
-    assert found == TensorMap(base, shape, tuple(strides), box, item, 0)
+    found = tensor_map(16, shape[::-1], elements, box[::-1], kind, 0)
+    assert found == TensorMap(16, shape, tuple(strides), box, item, 0)
     for coordinates in places:
-        part = found.part(coordinates)
-        got = found.gather(part, memory, part.address if part else 0)
-        wanted = list(elementwise(memory, base, found, coordinates))
-        rows = got.view(np.uint8).reshape(-1, item)
-        assert len(rows) == len(wanted)
-        for row, element in zip(rows, wanted, strict=True):
-            assert (row == (0 if element is None else element)).all()
-        assert (part is None) == all(element is None for element in wanted)
+        part, at = found.part(coordinates), list(places_of(found, coordinates))
+        begin = part.address if part else 0  # addresses are offsets into `memory` here
+        chunks = found.gather(part, memory, begin)
+        wanted = [bytes(item) if x is None else memory[x : x + item].tobytes() for x in at]
+        assert chunks.tobytes() == b"".join(wanted)
+        exist = [x for x in at if x is not None]
+        assert (part is None) == (not exist)
         if part is None:
             continue
         touched = np.concatenate([row + np.arange(part.shape[-1]) for row in part.rows()])
-        assert len(set(touched)) == touched.size == item * sum(x is not None for x in wanted)
-        # a store writes the same elements and nothing else
-        copy = memory.copy()
-        found.scatter(np.full(got.size, 7, CHUNK), part, copy, part.address)
-        changed = np.full(memory.size, False)
-        changed[touched] = True
-        pattern = np.full(got.size, 7, CHUNK).view(np.uint8).reshape(*got.shape, 16)[0]
-        assert (copy[~changed] == memory[~changed]).all()
-        assert set(copy[changed]) <= set(pattern)
+        assert sorted(touched) == sorted(x + i for x in exist for i in range(item))
+        # A store changes the same elements, and nothing else.
+        given = rng.integers(0, 255, chunks.nbytes).astype(np.uint8)
+        stored, wanted = memory.copy(), memory.copy()
+        found.scatter(given.view(CHUNK), part, stored, begin)
+        for x, element in zip(at, given.reshape(-1, item), strict=True):
+            if x is not None:
+                wanted[x : x + item] = element
+        assert (stored == wanted).all()
 
 
 def map_in_memory():

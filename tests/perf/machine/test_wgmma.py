@@ -13,8 +13,9 @@ import torch
 
 from tests.perf.machine.test_tensor_cores import SIZE, decode, encode, small
 from tests.tools.ptx_warps import HEAD, Warps, registers
-from tilelab.perf.machine import matrix_descriptors, ptx, wgmma, wgmma_fences
+from tilelab.perf.machine import ptx
 from tilelab.perf.machine.errors import MachineFault, UnknownInstruction
+from tilelab.perf.machine.tensor import matrix_descriptors, wgmma, wgmma_fences
 
 # PTX ISA 9.0, 9.7.15.5.1.2.1.3, "Canonical Layouts": CuTe layouts, strides in elements. The bytes
 # of the swizzle are those of the second column, whose Swizzle<b, 4, 3> follows from them.

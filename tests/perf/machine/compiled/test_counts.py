@@ -33,8 +33,9 @@ def test_traffic_of_a_product_is_what_the_prediction_says(name):
     written = M * N * 2
     moved = counts.get("TMA bytes", 0) + 32 * counts.get("sectors", 0)
     assert moved == read + written, counts
-    assert sum(n for k, n in counts.items() if k.startswith("instructions: ")) == (
-        counts["instructions"]
+    assert (
+        sum(n for k, n in counts.items() if k.startswith("instructions: "))
+        == (counts["instructions"])
     )
     # By line it is the same, and the line of the product has the tensor cores' instructions.
     assert sum(x.get("wavefronts", 0) for x in report.lines.values()) == counts.get("wavefronts", 0)

@@ -19,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from tests.tools.on_machine import OnMachine
 from tilelab import kernels
 from tilelab.__main__ import main
+from tilelab.kernels._tiles import use_tile
 from tilelab.perf import machine
 from tilelab.perf.errors import PerfError
 from tilelab.perf.machine import compiler
@@ -175,6 +176,7 @@ def wrong(change):
     "change, message",
     [
         (dict(target="sm_100"), "target must be sm_80 or sm_90, got 'sm_100'"),
+        (dict(seed=-1), "seed must be 0 or more, got -1"),
         (dict(schedule="quick"), "schedule must be one of lockstep, random, late, got 'quick'"),
         (dict(kernel=add_kernel.fn), "must be a function under @triton.jit"),
         (dict(grid=3), r"a grid is one to three integers, as \(4, 1\), got 3"),
@@ -358,6 +360,48 @@ def test_a_finding_fails_the_test_that_has_it(tensors):
     assert rows[1][0] == "1" and int(rows[1][4]) > 0 and rows[1][6] == "race_kernel"
 
 
+def refused(message):
+    raise ValueError(message)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_cannot_be_executed_is_skipped(target):
+    """With the reason: nothing to launch, another GPU's kernel, a forced tile that does not fit."""
+    x = torch.randn(300, 300).half()
+    big = dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=9)
+    tma = "the tma kernel of matmul cannot take these operands"
+
+    def product(tile):
+        with use_tile("matmul", tile):
+            kernels.matmul(x, x)
+
+    def skipped(test, *args):
+        plugin.reports.clear()
+        around = plugin.pytest_runtest_call(None)
+        next(around)
+        with pytest.raises(pytest.skip.Exception) as found:
+            try:
+                test(*args)
+            except BaseException as e:
+                around.throw(e)
+            around.send(None)
+        return str(found.value)
+
+    plugin = OnMachine(target, "random", 0)
+    plugin.pytest_sessionstart()
+    try:
+        assert skipped(lambda: None) == "launches no kernel"
+        assert "the tile does not fit: " in skipped(product, big)
+        assert skipped(refused, "a must be int8 on this GPU") == "a must be int8 on this GPU"
+        if target == "sm_80":
+            assert skipped(refused, tma) == tma
+        else:
+            with pytest.raises(ValueError):
+                skipped(refused, tma)
+    finally:
+        plugin.pytest_sessionfinish(types.SimpleNamespace(config=None))
+
+
 # --- tilelab run-ptx ------------------------------------------------------------------------------
 
 FILE = """
@@ -381,6 +425,12 @@ def right():
 def wrong():
     right()
     fill_kernel[(2,)](torch.zeros(50, device=DEVICE), 51, BLOCK=32)
+
+def on_meta():
+    fill_kernel[(2,)](torch.zeros(50, device="meta"), 50, BLOCK=32)
+
+def main(x):
+    right()
 
 if __name__ == "__main__":
     right()
@@ -416,9 +466,17 @@ def test_the_command_runs_a_function_and_names_a_fault(file, capsys):
     [
         (["nowhere.py"], "there is no file nowhere.py"),
         (["{}:left"], "fill.py has no function left"),
-        (["{}", "--target", "sm_75"], "target must be sm_80 or sm_90"),
+        (["{}:main"], "fill.py:main is called without arguments: missing a required argument: 'x'"),
+        (["{}:tl"], "fill.py has no function tl"),
+        (["{}:on_meta"], "x_ptr is on meta: the machine takes dense tensors on the CPU"),
+        (["{}", "--target", "sm_100"], "target must be sm_80 or sm_90, got 'sm_100'"),
+        (["{}", "--schedule", "quick"], "schedule must be one of lockstep, random, late, got"),
+        (["{}", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
+        (["{}", "--seed", "-1"], "seed must be 0 or more, got -1"),
+        (["{}", "--json", "nowhere/r.json"], "--json: there is no folder nowhere"),
     ],
 )
 def test_wrong_words(file, capsys, words, message):
     assert main(["run-ptx", *(word.format(file) for word in words)]) == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert message in said and said.startswith("error: ") and said.count("\n") == 1

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from tilelab.perf.machine import functions, rounding, types
-from tilelab.perf.machine.functions import BITS, SIGNED, UNSIGNED, Function
+from tilelab.perf.machine import types
+from tilelab.perf.machine.registers import functions, rounding
+from tilelab.perf.machine.registers.functions import BITS, SIGNED, UNSIGNED, Function
 
 ALL = f"{SIGNED} {UNSIGNED} {BITS} f32 f64"
 INTEGER_COMPARISONS = {

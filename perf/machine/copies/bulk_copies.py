@@ -17,7 +17,8 @@ store reads at wait_group.read, and writes at wait_group or when the CTA has end
 shared memory in between would change what is stored, and is reported as a race. So is a store of
 what st.shared wrote without a fence.proxy.async.
 
-The TMA is an agent of its own (races.py), for each mbarrier and for the stores of each warp.
+The TMA is several agents (races.py): one for the loads of each mbarrier, and for the stores of each
+warp one that reads and one that writes.
 
 A kernel can make its own map: it fills in the fields in shared memory, publishes them in global
 memory, and tells the TMA's cache of maps about it:
@@ -34,20 +35,20 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from tilelab.perf.machine import tensor_maps
-from tilelab.perf.machine.async_copies import (
+from tilelab.perf.machine.collectives import whole_warps
+from tilelab.perf.machine.copies import tensor_maps
+from tilelab.perf.machine.copies.async_copies import (
     Handler,
     build_commit,
     constant,
     groups_of,
     must_be_waited_for,
 )
-from tilelab.perf.machine.collectives import whole_warps
+from tilelab.perf.machine.copies.mbarriers import checked
+from tilelab.perf.machine.copies.tensor_maps import CHUNK, FIELDS, Part, TensorMap
 from tilelab.perf.machine.errors import UnknownInstruction
-from tilelab.perf.machine.mbarriers import checked
 from tilelab.perf.machine.memory import GAP, POISON
 from tilelab.perf.machine.ptx import Instruction, TensorAddress
-from tilelab.perf.machine.tensor_maps import CHUNK, FIELDS, Part, TensorMap
 
 if TYPE_CHECKING:
     from tilelab.perf.machine.core import Core, Unit
@@ -134,18 +135,18 @@ class Copies:
         end = box.shared + box.tensor_map.box_bytes
         self.core.shared.initialised[box.shared : end] = written
 
-    def note(self, unit: "Unit", box: Box, agent: int, time: int, loads: bool) -> None:
-        """Tell the race check what the copy touches."""
-        races, size, gid = self.core.races, box.tensor_map.box_bytes, int(unit.gid[box.lane])
-        shared = np.array([box.shared])
-        (races.write_as if loads else races.read_as)(
-            "shared", self.index, agent, time, gid, shared, size
-        )
-        if box.part is not None and loads:
-            races.read_as("global", self.index, agent, time, gid, self.pieces(box), 16)
+    def note(self, unit: "Unit", box: Box, space: str, agent: int, time: int, writes: bool) -> None:
+        """Tell the race check what an agent touches of a memory from now on."""
+        access = self.core.races.write_as if writes else self.core.races.read_as
+        offsets, size = np.array([box.shared]), box.tensor_map.box_bytes
+        if space == "global":
+            offsets, size = self.pieces(box), 16
+        access(space, self.index, agent, time, int(unit.gid[box.lane]), offsets, size)
 
     def pieces(self, box: Box) -> np.ndarray:
         """Offsets in global memory of the pieces of 16 bytes that a box touches."""
+        if box.part is None:
+            return np.empty(0, np.int64)
         rows = box.part.rows() - self.core.global_.base
         return (rows[:, None] + np.arange(0, box.part.shape[-1], 16)).ravel()
 
@@ -212,7 +213,8 @@ def _build_load(inst: Instruction, core: "Core") -> Handler:
         boxes, time = copies.boxes(unit, mask), races.tick()
         for box, offset in zip(boxes, offsets, strict=True):
             agent = races.agent("tma", offset % core.shared.stride)
-            copies.note(unit, box, agent, time, loads=True)
+            copies.note(unit, box, "shared", agent, time, writes=True)
+            copies.note(unit, box, "global", agent, time, writes=False)
             # The mbarrier is reached through the generic proxy: no fence after mbarrier.init.
             gid = int(unit.gid[box.lane])
             races.read_as(
@@ -235,7 +237,7 @@ def _build_load(inst: Instruction, core: "Core") -> Handler:
                 with checked(core, inst, unit, box.lane, offset) as bars:
                     bar = bars.at(offset)
                     bar.flying.remove(time)
-                    bar.land(found.box_bytes, races.merge)
+                    bar.land(found.box_bytes)
                     bars.store(offset)
 
         under_way.append(land)
@@ -274,18 +276,18 @@ def _build_store(inst: Instruction, core: "Core") -> Handler:
 
 def _start_store(copies: Copies, unit: "Unit", box: Box, time: int) -> None:
     """Put a store in a group of reads and in one of writes."""
-    core, races = copies.core, copies.core.races
-    warp, lanes = int(unit.thread[box.lane]) // 32, np.array([box.lane])
-    gid = int(unit.gid[box.lane])
-    agent, taken = races.agent("bulk store", warp), []
-    copies.note(unit, box, agent, time, loads=False)
+    races, taken, lanes = copies.core.races, [], np.array([box.lane])
+    gid, warp = int(unit.gid[box.lane]), int(unit.thread[box.lane]) // 32
+    reader, writer = races.agent(READS, warp), races.agent(WRITES, warp)
+    copies.note(unit, box, "shared", reader, time, writes=False)
 
     def read(_: np.ndarray) -> None:
         taken.append(copies.chunks(box)[box.order].copy())
-        races.learn(unit.gid[lanes], agent, time)
+        races.learn(unit.gid[lanes], reader, time)
 
     def write(_: np.ndarray) -> None:
-        copies.scatter(box, taken[0], agent, time, gid)
+        copies.scatter(box, taken[0], writer, time, gid)
+        races.learn(unit.gid[lanes], writer, time)
 
     groups_of(unit, READS).start(copies.inst, lanes, read)
     groups_of(unit, WRITES).start(copies.inst, lanes, write)
@@ -340,12 +342,10 @@ def build_publish(inst: Instruction, core: "Core") -> Handler:
 
     def publish(unit: "Unit", mask: np.ndarray | None) -> None:
         whole_warps(core, inst, unit, mask)
-        lanes = unit.lanes if mask is None else np.flatnonzero(mask)
+        # The first lane stands for the warp. PTX does not say whether the copy of all lanes comes
+        # after what it has filled in. Kernels of triton 3.6.0 have no bar.warp.sync in between.
+        lanes = (unit.lanes if mask is None else np.flatnonzero(mask))[::32]
         begins = core.shared.offsets(core, inst, unit, lanes, source(unit)[lanes], size)
-        # One lane fills in the fields, and all lanes copy together. PTX does not say whether that
-        # is an order, as bar.warp.sync is. Kernels of triton 3.6.0 have nothing in between.
-        races.barrier(unit.gid[lanes].reshape(-1, 32))
-        lanes, begins = lanes[::32], begins[::32]
         races.read("shared", index, unit.gid[lanes], begins, size)
         ends = core.global_.offsets(core, inst, unit, lanes, target(unit)[lanes], size)
         races.write("global", index, unit.gid[lanes], ends, size)

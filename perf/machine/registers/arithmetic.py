@@ -15,9 +15,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tilelab.perf.machine import comparisons, conversions, floats, functions, types
+from tilelab.perf.machine import types
 from tilelab.perf.machine.errors import UnknownInstruction
-from tilelab.perf.machine.functions import BITS, SIGNED, UNSIGNED, Function
+from tilelab.perf.machine.registers import comparisons, conversions, floats, functions
+from tilelab.perf.machine.registers.functions import BITS, SIGNED, UNSIGNED, Function
 
 U32, U64 = np.uint32, np.uint64
 DIGITS = np.arange(0, 16, 4, U32)  # where each begins in a number of four hexadecimal ones

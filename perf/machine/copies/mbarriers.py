@@ -10,9 +10,9 @@ bar.sync is a barrier for threads. Copies by the TMA are done by no thread, so t
                                                and again        1   bytes 0       phase 1
 
 When both are zero the *phase* is complete: the mbarrier moves on to the next phase, and counts the
-same number of arrivals again. Bytes (PTX: transactions, tx) may also arrive before they are
-announced; the count is negative then. A waiter names only the lowest bit of the phase it waits for,
-its *parity*, because an mbarrier is never more than one phase ahead of a waiter:
+same number of arrivals again. Bytes (PTX: transactions, tx) may also come before they are
+announced; the count is negative then. An mbarrier is never more than one phase ahead of those that
+wait. So a waiter names only the lowest bit of the phase that it waits for, its *parity*:
 
     phase            0         1         2         3
     try_wait 0    ...waits|passes    |waits...          passes while the phase is odd
@@ -26,10 +26,10 @@ each other but not these two. So a missing bar.sync behind init is found as a ra
 carry their state here as they do on a GPU, so a store over them is found at their next use.
 
 Whoever waits knows afterwards what those knew that arrived (release and acquire), and that the
-copies have landed. But memory can be reached through two *proxies*. What ld and st do is the
-generic proxy. TMA and wgmma read and write through the async proxy, past the caches and queues of
-the warps. A value that st wrote may not have come far enough for the TMA to find it.
-`fence.proxy.async` waits until it has. The way back needs no fence: the wait includes it.
+copies have landed. But there are two ways to memory, two *proxies*. ld and st go through the
+generic proxy. TMA and wgmma go through the async proxy, past the caches and queues of the warps. A
+value that st wrote may not have come far enough for the TMA to find it, and `fence.proxy.async`
+waits until it has. The way back needs no fence: the wait includes it.
 
 Sources: PTX ISA 8.8, sections 9.7.13.15 (mbarrier), 9.7.13.4 (fence) and 8.6 (proxies).
 """
@@ -72,8 +72,8 @@ class MBarrier:
         self.observed = True  # somebody has seen that the last phase is complete
         self.used = False  # something has been done with it
         self.flying: list[int] = []  # the times when copies began that have not landed
-        self.released: Any = None  # what those knew that arrived in this phase
-        self.completed: Any = None  # and in all phases before
+        self.released: Any = None  # what those knew that have arrived, in all phases
+        self.completed: Any = None  # the same, when the last phase was completed
         self.begun = self.known = 0  # when the last copy began; until when all have landed
 
     def arrive(self, count: int, released: Any, merge: Callable) -> None:
@@ -84,18 +84,18 @@ class MBarrier:
             raise Misuse(f"{count} arrivals at an mbarrier that waits for {self.pending} more")
         self.pending -= count
         self.released = merge(self.released, released)
-        self._move_on(merge)
+        self._move_on()
 
     def expect(self, size: int) -> None:
         """So many bytes more will land in this phase."""
         self.expected += size
         self._check_bytes()
 
-    def land(self, size: int, merge: Callable) -> None:
+    def land(self, size: int) -> None:
         """A copy has come."""
         self.landed += size
         self._check_bytes()
-        self._move_on(merge)
+        self._move_on()
 
     def passes(self, parity: np.ndarray) -> np.ndarray:
         """Whether the phase that was completed last has this parity."""
@@ -108,13 +108,12 @@ class MBarrier:
                 f"may differ by {MOST}"
             )
 
-    def _move_on(self, merge: Callable) -> None:
+    def _move_on(self) -> None:
         if self.pending or self.expected != self.landed:
             return
         self.phase += 1
         self.pending, self.expected, self.landed, self.observed = self.count, 0, 0, False
-        if self.released is not None:
-            self.completed = merge(self.completed, self.released)
+        self.completed = self.released
         self.known = min(self.flying) - 1 if self.flying else self.begun
 
     def word(self) -> int:
@@ -296,8 +295,9 @@ def _build_wait(inst: Instruction, core: "Core") -> Handler:
         for unit in core.units:
             waits = unit.state.get(("waits", index), np.empty(0))
             for offset in np.unique(waits[waits >= 0]).tolist():
-                bar, cta = mbarriers(core).objects[offset], core.first_cta + offset // stride
-                where = f"  CTA {cta}: the mbarrier at shared address {place(core, offset)}"
+                bar = mbarriers(core).objects[offset]
+                program = core.position(core.first_cta + offset // stride)
+                where = f"  program {program}: the mbarrier at shared address {place(core, offset)}"
                 found[offset] = f"{where} is {bar}"
         return list(found.values())
 

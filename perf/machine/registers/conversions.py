@@ -16,9 +16,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tilelab.perf.machine import functions, rounding, types
-from tilelab.perf.machine.floats import relued, saturated
-from tilelab.perf.machine.rounding import F16, F64, U16, U32
+from tilelab.perf.machine import types
+from tilelab.perf.machine.registers import functions, rounding
+from tilelab.perf.machine.registers.floats import relued, saturated
+from tilelab.perf.machine.registers.rounding import F16, F64, U16, U32
 
 INTEGERS = [f"{kind}{bits}" for kind in "us" for bits in (8, 16, 32, 64)]
 FLOATS = ("f16", "bf16", "f32", "f64")

@@ -21,8 +21,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tilelab.perf.machine import functions, rounding, types
-from tilelab.perf.machine.rounding import F32
+from tilelab.perf.machine import types
+from tilelab.perf.machine.registers import functions, rounding
+from tilelab.perf.machine.registers.rounding import F32
 
 # --- one operation on arrays ----------------------------------------------------------------------
 

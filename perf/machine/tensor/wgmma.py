@@ -44,10 +44,10 @@ import numpy as np
 
 from tilelab.perf.machine.collectives import whole_warps
 from tilelab.perf.machine.errors import UnknownInstruction
-from tilelab.perf.machine.matrix_descriptors import pieces
 from tilelab.perf.machine.memory import written
 from tilelab.perf.machine.ptx import Vector
-from tilelab.perf.machine.tensor_cores import (
+from tilelab.perf.machine.tensor.matrix_descriptors import pieces
+from tilelab.perf.machine.tensor.tensor_cores import (
     ACCUMULATORS,
     FORMATS,
     SHAPE,

@@ -1,0 +1,1 @@
+"""What an instruction computes from registers, and puts into one."""
