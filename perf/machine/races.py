@@ -21,7 +21,9 @@ not run in lockstep, and only a barrier orders the accesses of its lanes.
 
 Memory is seen through two *proxies*: ordinary loads and stores are the generic proxy; TMA and wgmma
 are the async proxy. What was written through the generic one may be read through the async one only
-after a fence.proxy.async. `fenced` is `known` with this fence in between.
+after a fence.proxy.async. What was written or read through it may be written through the async one
+only then: PTX orders accesses through two proxies by nothing else. `fenced` is `known` with this
+fence in between.
 
 Sources: PTX ISA, "Memory Consistency Model" and "Async proxy"; the method is FastTrack's (Flanagan
 and Freund, PLDI 2009), with one clock instead of one for each thread.
@@ -233,18 +235,8 @@ class Races:
         agent = np.repeat(np.broadcast_to(agent, offsets.size), each)
         self._after_writes(space, shadow, inst, gids, where, "asynchronous read")
         if proxy == "async":
-            writer = shadow.writer[where]
-            generic = (writer >= 0) & (writer < self.warps)
-            for copies in self._copies:
-                generic |= writer == copies
-            late = generic & (self.fenced[gids, writer] < shadow.write_time[where])
-            if space == "global":
-                late &= shadow.write_thread[where] // self.threads == self.cta_of(gids)
-            if late.any():
-                at = int(where[np.flatnonzero(late)[0]])
-                words = ("reads through the async proxy what was written through the generic one, "
-                         "with no fence.proxy.async between")  # fmt: skip
-                self._report("missing fence", inst, words, at * shadow.grain, shadow.write_by[at])
+            late = self._unfenced_writes(space, shadow, gids, where)
+            self._report_fence(shadow, inst, where, late, "reads", "written", shadow.write_by)
         shadow.note_reads_of(self, inst, agent, time, gids, where)
         if self.releases and space == "global":
             self.releases.note_reads(gids, where)
@@ -255,7 +247,7 @@ class Races:
     ) -> None:  # fmt: skip
         """An agent writes from `time` on, ordered after all that thread `knower` knows.
 
-        same[i]: as in `write`.
+        It writes through the async proxy. same[i]: as in `write`.
         """
         shadow = self.shadows[space]
         where, each = shadow.granules(offsets, size)
@@ -263,6 +255,11 @@ class Races:
         same = None if same is None else np.repeat(same, each)
         self._after_writes(space, shadow, inst, gids, where, "asynchronous write", same)
         self._after_reads(space, shadow, inst, gids, where)
+        if space == "shared":
+            late = self._unfenced_writes(space, shadow, gids, where)
+            self._report_fence(shadow, inst, where, late, "writes", "written", shadow.write_by)
+            late = shadow.reads_after(self.fenced[gids, : self.warps], where)
+            self._report_fence(shadow, inst, where, late, "writes", "read", shadow.read_by)
         shadow.note_writes(inst, agent, self.absolute(gids), where, time)
 
     def copy_as(
@@ -323,6 +320,29 @@ class Races:
             at = int(where[np.flatnonzero(unordered)[0]])
             words = f"write of {space} memory not ordered after an earlier read"
             self._report("race", inst, words, at * shadow.grain, shadow.read_by[at])
+
+    def _unfenced_writes(
+        self, space: str, shadow: Shadow, gids: np.ndarray, where: np.ndarray
+    ) -> np.ndarray:
+        """Granules that were last written through the generic proxy, with no fence since."""
+        writer = shadow.writer[where]
+        generic = (writer >= 0) & (writer < self.warps)
+        for copies in self._copies:
+            generic |= writer == copies
+        late = generic & (self.fenced[gids, writer] < shadow.write_time[where])
+        if space == "global":
+            late &= shadow.write_thread[where] // self.threads == self.cta_of(gids)
+        return late
+
+    def _report_fence(
+        self, shadow: Shadow, inst: int, where: np.ndarray, late: np.ndarray, does: str, was: str,
+        by: np.ndarray,
+    ) -> None:  # fmt: skip
+        if late.any():
+            at = int(where[np.flatnonzero(late)[0]])
+            words = (f"{does} through the async proxy what was {was} through the generic one, "
+                     "with no fence.proxy.async between")  # fmt: skip
+            self._report("missing fence", inst, words, at * shadow.grain, by[at])
 
     def _report(self, kind: str, inst: int, words: str, byte: int, other: int) -> None:
         named = self.instructions[other] if other >= 0 else None

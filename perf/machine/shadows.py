@@ -83,6 +83,10 @@ class SharedShadow(Shadow):
             unknown[:warps] &= self.read_thread[:, where] != gids
         return unknown.any(0)
 
+    def reads_after(self, times: np.ndarray, where: np.ndarray) -> np.ndarray:
+        """For each granule: some warp has read it after its time, of times[granule, warp]."""
+        return (self.read_time[: times.shape[1], where] > times.T).any(0)
+
 
 class GlobalShadow(Shadow):
     """Of global memory: the last reads by one thread, several of one CTA, or of several CTAs."""

@@ -1,15 +1,8 @@
-"""Why a wait, commit or barrier that is missing changes nothing: more of ptx_fault_reasons.py.
+"""Why a wait or a commit that is missing changes nothing: more of ptx_fault_reasons.py.
 
-    Flights     which bytes of shared memory an asynchronous operation touches while it is on its
-                way, who else touches them meanwhile, and at which wait it lands
-    Intervals   which bytes each thread touches between two barriers of its CTA
-
-Both are plain lists: no clock, and nothing of races.py but the calls that it gets.
-
-What a barrier has to order of an asynchronous operation is its beginning, after what other threads
-did before, and its end, where its thread has waited for it, before what they do next. All threads
-of a warpgroup wait for a wgmma that is theirs together: to its end the warpgroup is one thread. The
-end of a TMA load is left out: no barrier, but an mbarrier orders what comes behind it.
+`Flights` follows one run: which bytes of shared memory an asynchronous operation touches while it
+is on its way, who else touches them meanwhile, and at which wait it lands. It is a plain list: no
+clock, and nothing of races.py but the calls that it gets.
 """
 
 import functools
@@ -30,14 +23,16 @@ from tilelab.perf.machine.copies.bulk_copies import READS
 from tilelab.perf.machine.ptx import Instruction
 from tilelab.perf.machine.tensor import wgmma
 
-NOW, BEGIN, END, END_OF_GROUP = range(4)  # moments of an access
+# Moments of an access. An asynchronous operation begins and ends; a cp.async goes through the
+# generic proxy (COPY), the others through the async proxy. A wgmma ends for its whole warpgroup.
+NOW, BEGIN, BEGIN_COPY, END, END_OF_GROUP = range(5)
 ORDERS = (("lockstep", 0), ("late", 0), ("random", 1))
 
 
 def heard(machine: core.Core, tell: Callable) -> None:
     """Call tell(space, inst, gids, offsets, size, writes, moment) at each access.
 
-    The moment is NOW, or an asynchronous operation's BEGIN or END.
+    The moment is NOW, or an asynchronous operation's beginning or end.
     """
     races = machine.races
 
@@ -50,11 +45,12 @@ def heard(machine: core.Core, tell: Callable) -> None:
 
         def started(space, inst, agent, time, knower, offsets, size, *more, **named):
             gids = np.broadcast_to(knower, offsets.size)
-            tell(space, inst, gids, offsets, size, writes, BEGIN)
+            moment = NOW if named.get("proxy") == "generic" else BEGIN  # of an mbarrier
+            tell(space, inst, gids, offsets, size, writes, moment)
             return original(space, inst, agent, time, knower, offsets, size, *more, **named)
 
         def copied(inst, agents, time, gids, offsets, size):
-            tell("shared", inst, gids, offsets, size, writes, BEGIN)
+            tell("shared", inst, gids, offsets, size, writes, BEGIN_COPY)
             return original(inst, agents, time, gids, offsets, size)
 
         new = copied if name == "copy_as" else started if name.endswith("_as") else ordinary
@@ -246,151 +242,3 @@ def same_boxes(launch: Launch, fault: Fault, right: np.ndarray) -> str:
     if others or any(Flights(planted(launch, fault), *order).touched for order in ORDERS):
         return ""
     return "the other threads store the same boxes once more, before anybody changes them"
-
-
-# --- barriers -------------------------------------------------------------------------------------
-
-
-class Intervals(Flights):
-    """The accesses of one run and its barriers, in their order.
-
-    Attributes:
-        accesses: (space, inst, gids, offsets, size, writes, moment), in the order of the run.
-        meetings: (how many accesses came before, the barrier's instruction, gids).
-    """
-
-    def prepare(self) -> None:
-        self.accesses: list[tuple] = []
-        self.meetings: list[tuple[int, Instruction | None, np.ndarray]] = []
-        self.now: Instruction | None = None
-        races, machine = self.machine.races, self.machine
-        meet, begin = races.barrier, races.next_batch
-
-        def met(gids: np.ndarray) -> None:
-            self.meetings += [(len(self.accesses), self.now, np.sort(group)) for group in gids]
-            meet(gids)
-
-        def next_batch(first_cta: int) -> None:  # other CTAs take the same numbers
-            everybody = np.arange(machine.ctas * machine.threads).reshape(machine.ctas, -1)
-            self.meetings += [(len(self.accesses), None, group) for group in everybody]
-            begin(first_cta)
-
-        races.barrier, races.next_batch = met, next_batch
-
-    def tell(self, space, inst, gids, offsets, size, writes, moment) -> None:
-        access = space, inst, np.array(gids), np.array(offsets), size, writes, moment
-        self.accesses.append(access)
-
-    def barrier(self, inst: Instruction, machine: core.Core) -> Callable:
-        return functools.partial(self.meet, inst, BUILD_BARRIER(inst, machine))
-
-    def wrap(self, inst: Instruction, machine: core.Core, handler: Callable) -> Callable:
-        if inst.op.startswith("bar.warp"):
-            return functools.partial(self.meet, inst, handler)
-        return super().wrap(inst, machine, handler)
-
-    def meet(self, inst: Instruction, handler: Callable, unit: Any, mask: Any) -> None:
-        self.now = inst
-        handler(unit, mask)
-
-    def conflict(self, barrier: Instruction) -> bool:
-        """Do two of its threads touch one byte on both sides of this barrier, one of them writing?
-
-        A side reaches to the next barrier at which all of its threads meet.
-        """
-        for i, (at, inst, gids) in enumerate(self.meetings):
-            if inst is not barrier:
-                continue
-            earlier, later = range(i - 1, -1, -1), range(i + 1, len(self.meetings))
-            first, last = self._side(earlier, gids, 0), self._side(later, gids, len(self.accesses))
-            before = self._touched(self.accesses[first:at], gids, (NOW, END, END_OF_GROUP))
-            after = self._touched(self.accesses[at:last], gids, (NOW, BEGIN))
-            if any(
-                _conflict(before[space], after[space]) for space in before.keys() & after.keys()
-            ):
-                return True
-        return False
-
-    def _side(self, numbers: range, gids: np.ndarray, end: int) -> int:
-        for number in numbers:
-            at, _, group = self.meetings[number]
-            if group.size >= gids.size and np.isin(gids, group).all():
-                return at
-        return end
-
-    def _touched(
-        self, accesses: list[tuple], gids: np.ndarray, moments: tuple[int, ...]
-    ) -> dict[str, np.ndarray]:
-        """By space, rows of (granule, thread, writes) of these threads.
-
-        A granule is the smallest access of the kernel. A warpgroup is the thread -1 - its number.
-        """
-        rows: dict[str, list[np.ndarray]] = {}
-        for space, _, who, offsets, size, writes, moment in accesses:
-            if moment not in moments:
-                continue
-            mine = np.isin(who, gids)
-            if moment == END_OF_GROUP:
-                who = -1 - who // 128
-            if not mine.any():
-                continue
-            grain = self.machine.races.shadows[space].grain
-            each = max(1, size // grain)
-            table = np.empty((np.count_nonzero(mine) * each, 3), np.int64)
-            table[:, 0] = bytes_of(offsets[mine] // grain, each)
-            table[:, 1], table[:, 2] = np.repeat(who[mine], each), writes
-            rows.setdefault(space, []).append(table)
-        return {space: np.concatenate(tables) for space, tables in rows.items()}
-
-
-def _conflict(before: np.ndarray, after: np.ndarray) -> bool:
-    """Is a granule touched in both by different threads, and written in one of them?"""
-    return _by_two(before[before[:, 2] == 1], after) or _by_two(before, after[after[:, 2] == 1])
-
-
-def _by_two(x: np.ndarray, y: np.ndarray) -> bool:
-    """Is some granule of both touched by two different threads?"""
-    both = np.intersect1d(x[:, 0], y[:, 0])
-    if not both.size:
-        return False
-    for part in (x[x[:, 1] >= 0], x[x[:, 1] < 0]):
-        if part.size and _differ(part, y, both):
-            return True
-    return False
-
-
-def _differ(x: np.ndarray, y: np.ndarray, both: np.ndarray) -> bool:
-    x, y = (table[np.isin(table[:, 0], both)] for table in (x, y))
-    threads = y[:, 1] if x[:, 1].min(initial=0) >= 0 else -1 - y[:, 1] // 128
-    lowest, highest = {}, {}
-    size = both.size
-    for name, place, who in (("x", x[:, 0], x[:, 1]), ("y", y[:, 0], threads)):
-        at = np.searchsorted(both, place)
-        lowest[name], highest[name] = np.full(size, 2**40), np.full(size, -(2**40))
-        np.minimum.at(lowest[name], at, who)
-        np.maximum.at(highest[name], at, who)
-    touched = (highest["x"] > -(2**40)) & (highest["y"] > -(2**40))
-    one = (lowest["x"] == highest["x"]) & (lowest["y"] == highest["y"])
-    one &= lowest["x"] == lowest["y"]
-    return bool((touched & ~one).any())
-
-
-@functools.lru_cache(maxsize=1)
-def intervals(identity: int) -> Intervals:
-    """Those of the launch that was watched last."""
-    return Intervals(_LAUNCHES[identity], "lockstep", 0)
-
-
-_LAUNCHES: dict[int, Launch] = {}
-
-
-def nothing_to_order(launch: Launch, fault: Fault, right: np.ndarray) -> str:
-    """Do any two threads touch one byte on both sides of the barrier, one of them writing?"""
-    if fault.kind != "barrier removed":
-        return ""
-    _LAUNCHES.clear()
-    _LAUNCHES[id(launch)] = launch
-    seen = intervals(id(launch))
-    if seen.conflict(changed(launch, fault)):
-        return ""
-    return "no byte is touched on both sides of it by two threads, one of which writes"

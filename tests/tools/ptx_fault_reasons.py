@@ -276,6 +276,35 @@ def _garbage_copied(
     return copy
 
 
+def stores_nothing_used(launch: Launch, fault: Fault, right: np.ndarray) -> str:
+    """Does the result stay the same whatever the stmatrix stores there?"""
+    if fault.kind != "transposition" or not fault.change[-1].op.startswith("stmatrix"):
+        return ""
+    inst, rng = changed(launch, fault), np.random.default_rng(1)
+
+    def wrap(this: Instruction, machine: core.Core, handler: Callable) -> Callable:
+        if this is not inst:
+            return handler
+        write, places = machine.races.write, []
+
+        def noted(space: str, index: int, gids: Any, offsets: Any, size: int, *more: Any) -> None:
+            places.append((np.array(offsets), size))
+            write(space, index, gids, offsets, size, *more)
+
+        def store(unit: Any, mask: Any) -> None:
+            places.clear()
+            with mock.patch.object(machine.races, "write", noted):
+                handler(unit, mask)
+            for offsets, size in places:
+                at = (offsets.reshape(-1, 1) + np.arange(size)).ravel()
+                machine.shared.bytes[at] = GARBAGE[1][1](rng, at.size)
+
+        return store
+
+    unused = same(run(launch, wrap), right)
+    return "what is stored there reaches no result, whatever its bits" * unused
+
+
 def same_bytes_loaded(launch: Launch, fault: Fault, right: np.ndarray) -> str:
     """Does the load get the same bits from the other place?"""
     if fault.kind not in ("global address", "shared address") or not fault.change[-1].op.startswith(

@@ -8,12 +8,14 @@ of kernel (ptx_fault_cases.py) gets each kind of fault (ptx_fault_kinds.py), one
     python -m tests.tools.ptx_faults --list          what has been found so far
 
 A fault is *seen* if the machine stops at it, reports something, or computes other bits than without
-it: in lockstep, or with everything asynchronous as late as it may, or in a random order.
-Some changes are no fault in the problem at hand: a guard that is true for everybody, two barriers
-with nothing between them. For each of these a reason is looked for that a run can check
-(ptx_fault_reasons.py, ptx_fault_orders.py). A fault that is neither seen nor explained ends the
-tool with status 1: then the machine has a gap, or a reason is missing. So does a barrier, wait or
-commit whose lack is seen although plain lists of accesses find it needless: a false alarm.
+it: in lockstep, or with everything asynchronous as late as it may, or in a random order. Some
+changes are no fault in the problem at hand: a guard that is true for everybody, two barriers with
+nothing between them. For each of these a reason is looked for that a run can check
+(ptx_fault_reasons.py, ptx_fault_orders.py, ptx_fault_intervals.py).
+
+If a fault is neither seen nor explained, the tool ends with status 1: the machine has a gap, or a
+reason is missing. So it does if a barrier, fence, wait or commit is said to be missing where plain
+lists of accesses find it needless: that is a false alarm.
 
 Of kinds with many alike, such as an address in each of 64 loads, EACH are taken, evenly spread.
 Results are kept in tests/ptx_faults.json, so a run that was ended goes on.
@@ -35,6 +37,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tests.tools import ptx_fault_intervals as intervals
 from tests.tools import ptx_fault_orders as orders
 from tests.tools import ptx_fault_reasons as reasons
 from tests.tools.ptx_fault_cases import CASES, Launch, launches
@@ -56,10 +59,11 @@ MANY = (
 )  # fmt: skip
 REASONS: tuple[Callable[[Launch, Fault, np.ndarray], str], ...] = (
     reasons.nobody_comes, reasons.guard_is_true, reasons.whole_copies, reasons.stored_already,
-    reasons.same_pieces, reasons.same_bytes_loaded, reasons.never_used, orders.same_boxes,
-    orders.lands_elsewhere, orders.nothing_to_order,
+    reasons.same_pieces, reasons.same_bytes_loaded, reasons.never_used, reasons.stores_nothing_used,
+    orders.same_boxes, intervals.never_touched_again,
+    orders.lands_elsewhere, intervals.nothing_to_order, intervals.nothing_passes,
 )  # fmt: skip
-ORDER_REASONS = REASONS[-2:]  # these are held against what the machine says, both ways
+ORDER_REASONS = REASONS[-3:]  # these are held against what the machine says, both ways
 
 
 class Seen(Exception):
@@ -150,7 +154,7 @@ def examine(launch: Launch, each: Callable[[list[Fault]], list[Fault]] = chosen)
     Returns:
         By kind: how many there are, how many were planted, how they were seen, in which orders, and
         the reasons of those that were not. `unexplained` lists what is left; `disputed` what was
-        seen though a list of accesses (ptx_fault_orders.py) says that it changes nothing.
+        seen though a list of accesses says that it changes nothing.
     """
     right = untouched(launch)
     existing = faults(launch.program, launch.maps)

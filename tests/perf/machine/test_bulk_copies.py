@@ -118,6 +118,23 @@ FAULTS = [
 ]
 
 
+OLD = "st.shared.b32 [%r3], %r1;"
+FENCE = "fence.proxy.async.shared::cta;"
+TOUCHED = {"written": OLD, "read": f"{OLD} {FENCE} bar.sync 0; ld.shared.b32 %r14, [%r3];"}
+
+
+@schedules
+@pytest.mark.parametrize("how", TOUCHED)
+def test_a_load_over_what_threads_touched_needs_a_fence(how, schedule):
+    """PTX orders nothing between the two proxies, reads before a write included."""
+    for fence, found in (("", {"missing fence"}), (FENCE, set())):
+        barrier = "bar.sync 0; // after init"
+        run = run_tma(TMA.replace(barrier, f"{TOUCHED[how]} {fence} {barrier}"), schedule=schedule)
+        assert run.kinds == found
+        words = " ".join(message for _, message, *_ in run.core.findings)
+        assert not found or f"writes through the async proxy what was {how}" in words
+
+
 @pytest.mark.parametrize("line, found", FAULTS, ids=[line for line, _ in FAULTS])
 @schedules
 def test_a_missing_line_is_found(line, found, schedule):
