@@ -186,7 +186,7 @@ def examine(launch: Launch, each: Callable[[list[Fault]], list[Fault]] = chosen)
 
 
 def _words(launch: Launch, fault: Fault) -> str:
-    at = "a tensor map" if fault.maps else reasons.changed(launch, fault).where
+    at = "a tensor map" if fault.maps else reasons.changed(launch, fault).text
     return f"{fault.kind}: {fault.words}, at {at}"
 
 
