@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import triton
 
 from tests.tools.convolutions import integers
 from tests.tools.inputs import gradients
@@ -48,6 +49,8 @@ CALLS = {
     "conv2d, pool": lambda dtype: convolution(dtype, pool=True),
 }
 DTYPES = {"bfloat16": (torch.bfloat16, "ieee"), "tf32": (torch.float32, "tf32")}
+if triton.__version__.startswith("3.6."):  # leaves fences out: docs/verification.md
+    del DTYPES["tf32"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
