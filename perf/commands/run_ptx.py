@@ -27,6 +27,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from tilelab.perf.errors import PerfError
+from tilelab.perf.rows.results import write_whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"{len(reports)} launches, {findings} findings" + ", 1 fault" * (fault is not None))
     if args.json:
         data = {"launches": [report.as_dict() for report in reports], "fault": fault}
-        args.json.write_text(json.dumps(data, default=int) + "\n")
+        write_whole(args.json, (json.dumps(data, default=int) + "\n").encode())
     return int(bool(findings or fault))
 
 

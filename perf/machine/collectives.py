@@ -61,17 +61,12 @@ def build_shfl(inst: Instruction, core: "Core") -> Callable:
         segment, limit = (c >> 8) & 31, c & 31
         low, high = lane & segment, (lane & segment) | (limit & ~segment)
         if mode == "bfly":
-            source, ok = lane ^ (b & 31), None
-            ok = source <= high
+            source = lane ^ (b & 31)
         elif mode == "idx":
             source = low | (b & 31 & ~segment)
-            ok = source <= high
-        elif mode == "down":
-            source = lane + (b & 31)
-            ok = source <= high
         else:
-            source = lane - (b & 31)
-            ok = source >= high
+            source = lane + (b & 31) if mode == "down" else lane - (b & 31)
+        ok = source >= high if mode == "up" else source <= high
         source = np.where(ok, source, lane)
         values = np.broadcast_to(value(unit), unit.n)
         put(unit, values[unit.lanes - lane + source], mask)

@@ -1,5 +1,8 @@
 """What the machine says when it cannot go on."""
 
+from collections.abc import Callable
+from typing import Any
+
 from tilelab.perf.errors import PerfError
 
 
@@ -9,3 +12,12 @@ class UnknownInstruction(PerfError):
 
 class MachineFault(PerfError):
     """A kernel did what no GPU allows: out of bounds, not aligned, a deadlock, half a warp."""
+
+
+def refuse(what: str) -> Callable:
+    """A builder, for handlers.py, of instructions that the machine knows and does not execute."""
+
+    def build(inst: Any, core: Any) -> Callable:
+        raise UnknownInstruction(f"{inst.where}: {what} not supported")
+
+    return build

@@ -20,7 +20,7 @@ import numpy as np
 
 from tilelab.perf.machine import types
 from tilelab.perf.machine.errors import UnknownInstruction
-from tilelab.perf.machine.ptx import Instruction, Symbol, Vector
+from tilelab.perf.machine.ptx import Instruction, Operand, Symbol, Vector
 
 if TYPE_CHECKING:
     from tilelab.perf.machine.core import Core, Unit
@@ -116,7 +116,6 @@ class SharedMemory(Memory):
     def __init__(self, size: int, ctas: int) -> None:
         self.size, self.stride = size, -(-max(size, 16) // 1024) * 1024
         super().__init__("shared", self.stride * ctas)
-        self.base = 0
 
     def clear(self) -> None:
         """The next CTAs begin."""
@@ -182,6 +181,22 @@ def _items(operand: object) -> tuple:
     return operand.items if isinstance(operand, Vector) else (operand,)
 
 
+def _reach(
+    inst: Instruction, core: "Core", memory: Memory, operand: Operand, size: int
+) -> Callable:
+    """A function (unit, mask) that gives the lanes, and the checked offset that each accesses."""
+    address = core.address(operand)
+
+    def reach(unit: "Unit", mask: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        lanes, at = unit.lanes, address(unit)
+        if mask is not None:
+            lanes = np.flatnonzero(mask)
+            at = at[lanes]
+        return lanes, memory.offsets(core, inst, unit, lanes, at, size)
+
+    return reach
+
+
 def build_ld(inst: Instruction, core: "Core") -> Callable:
     """ld: each thread loads one element, or a vector of two or four."""
     if inst.parts[1].startswith("param"):
@@ -189,12 +204,10 @@ def build_ld(inst: Instruction, core: "Core") -> Callable:
     space, dtype, count = _shape(inst)
     memory, size = core.memories[space], dtype.itemsize * count
     puts = [core.write(item, dtype) for item in _items(inst.operands[0])]
-    address, index = core.address(inst.operands[1]), core.index(inst)
+    reach, index = _reach(inst, core, memory, inst.operands[1], size), core.index(inst)
 
     def load(unit: "Unit", mask: np.ndarray | None) -> None:
-        lanes = unit.lanes if mask is None else np.flatnonzero(mask)
-        at = address(unit)
-        offsets = memory.offsets(core, inst, unit, lanes, at if mask is None else at[lanes], size)
+        lanes, offsets = reach(unit, mask)
         core.races.read(space, index, unit.gid[lanes], offsets, size)
         if space == "shared":
             written(core, inst, offsets, size)
@@ -234,12 +247,10 @@ def build_st(inst: Instruction, core: "Core") -> Callable:
     space, dtype, count = _shape(inst)
     memory, size = core.memories[space], dtype.itemsize * count
     sources = [core.read(item, dtype) for item in _items(inst.operands[1])]
-    address, index = core.address(inst.operands[0]), core.index(inst)
+    reach, index = _reach(inst, core, memory, inst.operands[0], size), core.index(inst)
 
     def store(unit: "Unit", mask: np.ndarray | None) -> None:
-        lanes = unit.lanes if mask is None else np.flatnonzero(mask)
-        at = address(unit)
-        offsets = memory.offsets(core, inst, unit, lanes, at if mask is None else at[lanes], size)
+        lanes, offsets = reach(unit, mask)
         values = []
         for source in sources:
             value = np.broadcast_to(source(unit), unit.n)

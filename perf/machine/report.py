@@ -13,7 +13,7 @@ class Finding(NamedTuple):
     """Something that is wrong, and did not end the run.
 
     Attributes:
-        kind: "race", "missing fence.proxy.async", "uninitialised", ...
+        kind: "race", "missing fence", "uninitialised", ...
         message: what was done.
         where: the source line and the PTX line that did it.
         other: those of the access that it has trouble with; "" if there is none.

@@ -17,6 +17,8 @@ import pathlib
 from collections import Counter
 from typing import Any
 
+from tilelab.perf.rows.results import write_whole
+
 FOLDER = pathlib.Path(__file__).parents[1] / "ptx_sample"
 KIND = 50  # statements that are worth as much as a kind
 
@@ -64,7 +66,8 @@ def main(argv: list[str] | None = None) -> None:
         found, total = chosen(tests, args.seconds)
         every, all_of_them = chosen(tests, float("inf"))
         FOLDER.mkdir(exist_ok=True)
-        (FOLDER / f"{target}.txt").write_text("".join(f"{name}\n" for name in found))
+        text = "".join(f"{name}\n" for name in found)
+        write_whole(FOLDER / f"{target}.txt", text.encode())
         print(f"{target}: " + ", ".join(f"{n} of {all_of_them[what]} {what}"
                                         for what, n in total.items()))  # fmt: skip
 

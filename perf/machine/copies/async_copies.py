@@ -25,12 +25,12 @@ Source: PTX ISA 8.8, section 9.7.9.25.3.
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tilelab.perf.machine import memory
-from tilelab.perf.machine.errors import UnknownInstruction
+from tilelab.perf.machine.errors import UnknownInstruction, refuse
 from tilelab.perf.machine.ptx import Immediate, Instruction, Register
 
 if TYPE_CHECKING:
@@ -203,14 +203,8 @@ def must_be_waited_for(inst: Instruction, core: "Core", kind: str) -> None:
     core.endings.append(ending)
 
 
-def build_other(inst: Instruction, core: "Core") -> Any:
-    """What is left of cp."""
-    del core
-    raise UnknownInstruction(f"{inst.where}: this copy is not supported")
-
-
 HANDLERS = {
-    "cp": build_other,
+    "cp": refuse("this copy is"),
     "cp.async.ca": build_copy,
     "cp.async.cg": build_copy,
     "cp.async.commit_group": build_commit(("cp.async",)),

@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tilelab.perf.machine.errors import UnknownInstruction
+from tilelab.perf.machine.errors import UnknownInstruction, refuse
 from tilelab.perf.machine.ptx import Instruction, Pair, Register
 
 if TYPE_CHECKING:
@@ -375,25 +375,14 @@ def build_fence(inst: Instruction, core: "Core") -> Handler:
     return lambda unit, mask: None
 
 
-def build_cluster(inst: Instruction, core: "Core") -> Handler:
-    """Whatever several CTAs do together."""
-    del core
-    raise UnknownInstruction(f"{inst.where}: clusters of CTAs are not supported")
-
-
-def build_dependent(inst: Instruction, core: "Core") -> Handler:
-    """griddepcontrol: kernels that overlap with the one before."""
-    del core
-    raise UnknownInstruction(f"{inst.where}: programmatic dependent launch is not supported")
-
-
+CLUSTERS = refuse("clusters of CTAs are")  # whatever several CTAs do together
 HANDLERS = {
     "mbarrier": build_mbarrier,
     "elect": build_elect,
     "fence": build_fence,
     "membar": build_fence,
-    "mapa": build_cluster,
-    "getctarank": build_cluster,
-    "clusterlaunchcontrol": build_cluster,
-    "griddepcontrol": build_dependent,
+    "mapa": CLUSTERS,
+    "getctarank": CLUSTERS,
+    "clusterlaunchcontrol": CLUSTERS,
+    "griddepcontrol": refuse("programmatic dependent launch is"),
 }
