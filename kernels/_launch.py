@@ -73,12 +73,14 @@ class Device(NamedTuple):
         capability: the kind of GPU: 90 for sm_90 (Hopper), 0 for AMD's.
         sms: the number of its SMs.
         modelled: True if FLOPs and bytes predict its time, as for a GPU. A lesson may then choose a
-            tile by them. They do not predict the time of the interpreter.
+            kernel by them. They do not predict the time of the interpreter.
+        target: whose compiled tiles stand for it (_tile_facts.py): "sm_90", say. "" if none do.
     """
 
     capability: int
     sms: int
     modelled: bool = True
+    target: str = ""
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -93,6 +95,9 @@ class Device(NamedTuple):
         return ("pointer", "tma", "tma_ws") if self.capability == 90 else ("pointer", "tma")
 
 
+# GPUs by compute capability, and the target that was compiled for them, or for a GPU with the same
+# tensor cores and as much shared memory: sm_86 is like sm_89, and sm_103 like sm_100.
+COMPILED = {80: "sm_80", 86: "sm_89", 89: "sm_89", 90: "sm_90", 100: "sm_100", 103: "sm_100"}
 # The interpreter plays a Hopper GPU. It has two SMs, so a persistent kernel has several programs
 # with several tiles each.
 INTERPRETER = Device(90, sms=2, modelled=False)
@@ -113,7 +118,10 @@ def _properties(index: int) -> Device:
     gpu = torch.cuda.get_device_properties(index)
     capability = 0 if torch.version.hip else 10 * gpu.major + gpu.minor
     warn_of_missing_fences(triton.__version__, capability)
-    return Device(capability, sms=gpu.multi_processor_count)
+    target = COMPILED.get(capability, "")
+    if torch.version.hip:
+        target = "gfx942" if gpu.gcnArchName.startswith("gfx942") else ""
+    return Device(capability, sms=gpu.multi_processor_count, target=target)
 
 
 def warn_of_missing_fences(triton_version: str, capability: int) -> None:

@@ -47,6 +47,7 @@ import triton.language as tl
 from tilelab.kernels._checks import autocast, dot_precision
 from tilelab.kernels._geometry import as_pixels, check_conv2d, empty_channels_last, output_size
 from tilelab.kernels._launch import launch
+from tilelab.kernels._tile_facts import kind_of, moved_by, pointer_tile
 from tilelab.kernels._tiles import cdiv, choose_tile
 from tilelab.kernels.activation import activate, activated, kept_for, needs_z
 from tilelab.kernels.bias_relu import bias_activation, bias_activation_backward, bias_backward
@@ -104,6 +105,10 @@ TILES = [
     dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=4),
     # This is for few input channels: conv2d_flat_kernel needs registers for addresses and masks.
     dict(BLOCK_M=64, BLOCK_N=32, BLOCK_K=16, num_warps=4, num_stages=2),
+    # Four warps beat eight where their registers suffice (see matmul.py): each one reads less from
+    # shared memory for as many products.
+    dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3),
+    dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3),
 ]
 DEFAULT = {2: TILES[0], 4: TILES[1]}
 FLAT_DEFAULT = {2: TILES[6], 4: TILES[6]}
@@ -371,7 +376,11 @@ def _conv2d(
     plan = plan_for(x, weight, stride, padding, dilation, groups, precision)
     default, can = choices(
         plan, x, FLAT_DEFAULT if flat else DEFAULT, can,
-        lambda sms: fast_tile(plan, x.itemsize, sms),
+        lambda device: fast_tile(plan, x.itemsize, device),
+        lambda device: pointer_tile(
+            device, "conv2d_flat" if flat else "conv2d", kind_of(x.dtype, precision), M, K,
+            R * S * C if flat else C, 1 if flat else R * S, groups, moved_by(x, weight, y),
+        ),
     )  # fmt: skip
     tile = choose_tile(op, x.dtype, default, can, M=M, N=K, K=R * S * C if flat else C)
     # `choose_tile` takes a tile without a name for one of "pointer". With few channels that means

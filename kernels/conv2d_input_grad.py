@@ -49,6 +49,7 @@ import triton.language as tl
 from tilelab.kernels._checks import dot_precision
 from tilelab.kernels._geometry import as_pixels, empty_channels_last
 from tilelab.kernels._launch import launch
+from tilelab.kernels._tile_facts import kind_of, moved_by, pointer_tile
 from tilelab.kernels._tiles import cdiv, choose_tile
 from tilelab.kernels.bias_relu import bias_activation_backward
 from tilelab.kernels.conv2d_input_grad_tma import conv2d_input_grad_tma, fast_tile, plan_for
@@ -66,6 +67,9 @@ TILES = [
     dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=8, num_stages=3),
     # This one makes more programs, for small layers.
     dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=4),
+    # These have four warps, as in conv2d.py.
+    dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3),
+    dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3),
 ]
 DEFAULT = {2: TILES[0], 4: TILES[1]}
 
@@ -220,8 +224,12 @@ def conv2d_input_grad(
     K //= groups
     M = N * cdiv(H, stride[0]) * cdiv(W, stride[1])  # the number of pixels of the largest class
     default, kernels = choices(
-        plan, dy, DEFAULT, ("pointer",), lambda sms: fast_tile(plan, dy.itemsize, sms)
-    )
+        plan, dy, DEFAULT, ("pointer",), lambda device: fast_tile(plan, dy.itemsize, device),
+        lambda device: pointer_tile(
+            device, "conv2d_input_grad", kind_of(dy.dtype, precision), M, C, K,
+            R * S / math.prod(stride), groups * math.prod(stride), moved_by(dy, weight, dx),
+        ),
+    )  # fmt: skip
     tile = choose_tile("conv2d_input_grad", dy.dtype, default, kernels, M=M, N=C, K=K)
     # The tile says which kernel computes the call. This file's takes every GPU, dtype and stride.
     if "kernel" in tile:
@@ -266,7 +274,7 @@ def conv2d_input_grad_relu(
         (N, C, H, W), K = x.shape, dy.shape[1]
         M = N * cdiv(H, stride[0]) * cdiv(W, stride[1])
         default, kernels = choices(
-            plan, dy, DEFAULT, ("pointer",), lambda sms: fast_tile(plan, dy.itemsize, sms, True)
+            plan, dy, DEFAULT, ("pointer",), lambda device: fast_tile(plan, dy.itemsize, device, True)
         )
         tile = choose_tile("conv2d_input_grad_relu", dy.dtype, default, kernels, M=M, N=C, K=K)
         if "kernel" in tile:

@@ -37,16 +37,16 @@ Read first: conv2d_input_grad.py, conv2d_tma.py.
 """
 
 import functools
-import itertools
 import math
+from collections.abc import Iterable
 
 import torch
 import triton
 import triton.language as tl
 
-from tilelab.kernels._cost_model import busiest_sm
-from tilelab.kernels._launch import descriptor, device_of, launch
+from tilelab.kernels._launch import Device, descriptor, device_of, launch
 from tilelab.kernels._partial_sums import reduce_parts, sum_partials
+from tilelab.kernels._tile_facts import Work, fastest_tile
 from tilelab.kernels._tiles import cdiv, choose_tile, persistent
 from tilelab.kernels.conv2d_tma import (
     FAST_TILES,
@@ -291,43 +291,32 @@ def _taps_of_classes(taps: int, stride: int, dilation: int) -> list[int]:
 
 
 @functools.lru_cache(maxsize=4096)
-def fast_tile(plan: Plan, item: int, sms: int, relu: bool = False) -> dict:
-    """Return the tile and the number of parts with which the busiest SM should finish first.
-
-    The tile is one of FAST_TILES. _cost_model.py estimates the time of the busiest SM.
-    """
+def fast_tile(plan: Plan, item: int, device: Device, relu: bool = False) -> dict | None:
+    """Return the tile of FAST_TILES, and its parts, that is fastest by the model, if it has facts."""
     N, H, W, C = plan.size
     K, stride, dilation = plan.x[0][3], plan.geometry[:2], plan.geometry[4:]
     rows, columns = map(_taps_of_classes, plan.taps, stride, dilation)
     classes = [r * s for r in rows for s in columns]
+    moved = item * (math.prod(plan.x[0]) + math.prod(plan.w[0]) + math.prod(plan.size))
 
-    def clocks(tile: dict) -> float:
+    def work(tile: dict) -> Iterable[tuple[dict, Work, int]]:
         tn, th, tw = pixel_box(N, H // stride[0], W // stride[1], tile["BLOCK_M"])
         boxes = cdiv(N, tn) * cdiv(H // stride[0], th) * cdiv(W // stride[1], tw)
         tiles, blocks_k = boxes * cdiv(C, tile["BLOCK_N"]), cdiv(K, tile["BLOCK_K"])
-        if len(classes) == 1:
-            return busiest_sm(tile, tiles, classes[0] * blocks_k, N * H * W * C, item, sms)
-        total, (waves, rest) = 0.0, divmod(tiles, sms)
-        for t, taps in enumerate(classes):  # The classes of the last wave follow without a gap.
-            turns = waves + cdiv((t + 1) * rest, sms) - cdiv(t * rest, sms)
-            total += busiest_sm(tile, turns * sms, taps * blocks_k, 0, item, sms)
-        return total
+        # The classes follow each other without a gap, so a mean of their taps is as good.
+        steps = sum(classes) / len(classes) * blocks_k
+        its_work = Work(tiles * len(classes), steps, N * H * W * C, moved)
+        # A large tile does not fit into shared memory as a float32 partial result. Through a ReLU
+        # it does not fit with a float32 box of x either.
+        large = tile["BLOCK_M"] * tile["BLOCK_N"] > 128 * 128
+        for parts in (1, 2, 4, 8, 16):
+            one = parts == 1 and not (large and relu and item == 4)
+            several = len(classes) == 1 and not (relu or large) and parts * 4 <= steps
+            if one or (parts > 1 and several):
+                yield tile | dict(SPLIT_K=parts), its_work, parts
 
-    def fits(tile: dict) -> bool:
-        """Return whether shared memory has room for the tile, and the sum enough steps for parts.
-
-        A large tile does not fit as a float32 partial result. Through a ReLU it does not fit with
-        a float32 box of x either.
-        """
-        parts, large = tile["SPLIT_K"], tile["BLOCK_M"] * tile["BLOCK_N"] > 128 * 128
-        if parts == 1:
-            return not (large and relu and item == 4)
-        steps = classes[0] * cdiv(K, tile["BLOCK_K"])  # A part has at least four.
-        return len(classes) == 1 and not (relu or large) and parts * 4 <= steps
-
-    tiles = itertools.product(FAST_TILES[item], (1, 2, 4, 8, 16))
-    tiles = [tile | dict(SPLIT_K=parts) for tile, parts in tiles]
-    return min(filter(fits, tiles), key=clocks)
+    kind = "fp16" if item == 2 else "tf32"
+    return fastest_tile(device, "conv2d_input_grad", kind, work)
 
 
 UNFOLD_TILE = dict(BLOCK_M=256, num_warps=4)

@@ -37,17 +37,18 @@ space to depth for a first layer is Google's, of ResNet-50 in MLPerf Training 0.
 
 import functools
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from tilelab.kernels._cost_model import busiest_sm
 from tilelab.kernels._geometry import output_size
-from tilelab.kernels._launch import descriptor, device_of, launch
+from tilelab.kernels._launch import Device, descriptor, device_of, launch
 from tilelab.kernels._partial_sums import first_pass, reduce_parts
+from tilelab.kernels._tile_facts import Work, fastest_tile
 from tilelab.kernels._tiles import cdiv, choose_tile, persistent, tma_tile
 from tilelab.kernels.activation import activate
 
@@ -474,32 +475,40 @@ def pixel_box(N: int, P: int, Q: int, pixels: int, pool: bool = False) -> tuple[
 
 
 @functools.lru_cache(maxsize=4096)
-def fast_tile(plan: Plan, item: int, sms: int, pool: bool = False) -> dict:
-    """Return the one of FAST_TILES, with its parts, for which `busiest_sm` predicts the least."""
+def fast_tile(plan: Plan, item: int, device: Device, pool: bool = False) -> dict | None:
+    """Return the tile of FAST_TILES, and its parts, that is fastest by the model, if it has facts."""
     N, P, Q, K = plan.size
     (taps, _, span), _ = plan.w
+    possible = _possible(plan, item, pool)
+    moved = item * (math.prod(plan.x[0]) + math.prod(plan.w[0]) + math.prod(plan.size))
 
-    def clocks(tile: dict) -> float:
+    def work(tile: dict) -> Iterable[tuple[dict, Work, int]]:
         box = pixel_box(N, P, Q, tile["BLOCK_M"], pool)
         boxes = cdiv(N, box[0]) * cdiv(P, box[1]) * cdiv(Q, box[2])
         steps = taps * cdiv(span, tile["BLOCK_K"])
-        return busiest_sm(tile, boxes * cdiv(K, tile["BLOCK_N"]), steps, N * P * Q * K, item, sms)
+        its_work = Work(boxes * cdiv(K, tile["BLOCK_N"]), steps, N * P * Q * K, moved)
+        for variant in possible:
+            if variant | dict(SPLIT_K=1) == tile:
+                yield variant, its_work, variant["SPLIT_K"]
 
-    return min(_possible(plan, item, pool), key=clocks)
+    return fastest_tile(device, "conv2d", "fp16" if item == 2 else "tf32", work)
 
 
-def choices(plan, x, default: dict, kernels: tuple, fast: Callable[[int], dict]):
+def choices(
+    plan, x, default: dict, kernels: tuple, fast: Callable[[Device], dict | None],
+    pointers: Callable[[Device], dict | None] = lambda device: None,
+):  # fmt: skip
     """Return what `choose_tile` has to choose from: default tiles and the names of kernels.
 
-    Without a plan these are `default` and `kernels`. A plan, which may be a gradient's, adds "tma".
-    `fast` returns the tile of the plan for a GPU of so many SMs.
+    Without a plan these are for `kernels`. A plan, which may be a gradient's, adds "tma". `fast`
+    and `pointers` return the tile that the model finds fastest with TMA, and without.
     """
-    if plan is None:
-        return default, kernels
     device = device_of(x)
-    if device.modelled:
-        default = {x.itemsize: fast(device.sms)}
-    return default, (*kernels, "tma")
+    if plan is None:
+        tile = pointers(device)
+    else:
+        tile, kernels = fast(device), (*kernels, "tma")
+    return {x.itemsize: tile} if tile else default, kernels
 
 
 def _possible(plan: Plan, item: int, pool: bool = False) -> list[dict]:

@@ -47,6 +47,7 @@ import triton.language as tl
 from tilelab.kernels._checks import dot_precision
 from tilelab.kernels._launch import launch
 from tilelab.kernels._partial_sums import sum_partials
+from tilelab.kernels._tile_facts import kind_of, moved_by, pointer_tile
 from tilelab.kernels._tiles import cdiv, choose_tile, into_parts, part_count
 from tilelab.kernels.conv2d_tma import choices
 from tilelab.kernels.conv2d_weight_grad_tma import conv2d_weight_grad_tma, fast_tile, plan_for
@@ -68,6 +69,9 @@ TILES = [
     # contiguous along the pixels there, and Hopper's wgmma would have both turned on their way into
     # shared memory, where eight threads meet in each bank. With two warps there is no wgmma.
     dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=2, num_stages=3),
+    # These have four warps, as in conv2d.py.
+    dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3),
+    dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3),
 ]
 DEFAULT = {2: TILES[0], 4: TILES[1]}
 TF32_DEFAULT = {4: TILES[6]}
@@ -177,6 +181,11 @@ def conv2d_weight_grad_kernel(
             tl.store(db_ptrs, tl.sum(total, axis=1).to(db_ptr.dtype.element_ty), mask=mask_m)
 
 
+def _parts(tile, tiles, steps):
+    """Return into about how many parts the sum over all pixels is divided."""
+    return part_count(tiles, steps)
+
+
 def _weight_grad(x, dy, weight, stride, padding, dilation, groups, with_bias):
     """Return dweight, which lies in memory as weight does, and dbias, or None without bias."""
     dweight, dbias = torch.empty_like(weight), None
@@ -191,7 +200,11 @@ def _weight_grad(x, dy, weight, stride, padding, dilation, groups, with_bias):
     turned = precision == "tf32" and x.stride(1) == 1 and C % 4 == 0
     default, kernels = choices(
         plan, x, TF32_DEFAULT if turned else DEFAULT, ("pointer",),
-        lambda sms: fast_tile(plan, sms, with_bias),
+        lambda device: fast_tile(plan, device, with_bias),
+        lambda device: pointer_tile(
+            device, "conv2d_weight_grad", kind_of(x.dtype, precision), K, R * S * C, M, 1, groups,
+            moved_by(x, dy, dweight), _parts,
+        ),
     )  # fmt: skip
     tile = choose_tile("conv2d_weight_grad", x.dtype, default, kernels, K=M, M=K, N=R * S * C)
     # The tile says which kernel computes the call. This file's takes every GPU, dtype and stride.

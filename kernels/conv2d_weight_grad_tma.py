@@ -37,6 +37,8 @@ Read first: conv2d_weight_grad.py, conv2d_tma.py.
 """
 
 import functools
+import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -44,10 +46,10 @@ import triton
 import triton.language as tl
 
 from tilelab.kernels import conv2d_tma
-from tilelab.kernels._cost_model import busiest_sm
 from tilelab.kernels._geometry import even_stride
-from tilelab.kernels._launch import descriptor, device_of, launch
+from tilelab.kernels._launch import Device, descriptor, device_of, launch
 from tilelab.kernels._partial_sums import sum_partials
+from tilelab.kernels._tile_facts import Work, fastest_tile
 from tilelab.kernels._tiles import cdiv, persistent, tma_tile
 
 _fast = functools.partial(tma_tile, SPLIT_K=1)  # filters x columns x images
@@ -302,10 +304,6 @@ class Plan(NamedTuple):
 UNIT = 8  # TMA's strides are multiples of 16 bytes, which are 8 elements.
 FEW_IMAGES = 16  # With fewer, more than half of a step of 32 images would be zeros.
 FEW_CHANNELS = 64  # With fewer, x is seen as windows if that is possible.
-# These are estimates in clocks. A step waits STEP_CLOCKS for its loads; this decides between tiles
-# that are equal otherwise. Where no load begins a step ahead, each one takes LOAD_CLOCKS, and only
-# the other programs of the SM use that time.
-STEP_CLOCKS, LOAD_CLOCKS = 20, 1000
 PLAIN = (1, 1, 0, 0, 1, 1)  # With this stride, padding and dilation, tap (0, 0) reads pixel (p, q).
 
 
@@ -442,13 +440,11 @@ def pixels_inside(first: int, size: int, windows: int, stride: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def fast_tile(plan: Plan, sms: int, has_bias: bool = False) -> dict:
-    """Return the tile and the number of parts with which the busiest SM should finish first.
+def fast_tile(plan: Plan, device: Device, has_bias: bool = False) -> dict | None:
+    """Return the tile of FAST_TILES, and its parts, that is fastest by the model, if it has facts."""
+    moved = 2 * (math.prod(plan.image) + math.prod(plan.size))
 
-    The tile is one of FAST_TILES. _cost_model.py estimates the time of the busiest SM.
-    """
-    best = None
-    for tile in FAST_TILES[2]:
+    def work(tile: dict) -> Iterable[tuple[dict, Work, int]]:
         seen = as_neighbours(plan, tile)
         N, _, _, K = seen.size
         rows, span = seen.dw
@@ -456,21 +452,17 @@ def fast_tile(plan: Plan, sms: int, has_bias: bool = False) -> dict:
         blocks = cdiv(rows, box_r) * cdiv(span, box_c) + has_bias  # The sum of dy is one more.
         tiles = blocks * cdiv(K, tile["BLOCK_M"])
         steps = _pixels(seen) * cdiv(N, tile["BLOCK_K"])
+        # Several rows of taps pass through registers, and no load begins a step ahead.
+        its_work = Work(tiles, steps, K * rows * span, moved, ahead=box_r == 1)
         # Try numbers of parts that fill the GPU 1 to 8 times, and powers of two. A part has at
         # least eight steps.
-        counts = {turns * sms // tiles for turns in range(1, 9)} | {1 << i for i in range(11)}
+        counts = {turns * device.sms // tiles for turns in range(1, 9)}
+        counts |= {1 << i for i in range(11)}
         for parts in sorted(counts - {0}):
             if parts == 1 or parts * 8 <= steps:
-                tried = tile | dict(SPLIT_K=parts)
-                clocks = busiest_sm(tried, tiles, steps, K * rows * span, 2, sms)
-                turns = cdiv(tiles * parts, sms)
-                beside = max(1, min(turns, tile["PROGRAMS_PER_SM"]))  # programs that share an SM
-                # Several rows of taps pass through registers, and no load begins a step ahead.
-                waits = LOAD_CLOCKS // beside if box_r > 1 else STEP_CLOCKS
-                clocks += waits * turns * cdiv(steps, parts)
-                if best is None or clocks < best[0]:
-                    best = clocks, tried
-    return best[1]
+                yield tile | dict(SPLIT_K=parts), its_work, parts
+
+    return fastest_tile(device, "conv2d_weight_grad", "fp16", work)
 
 
 def _pixels(plan: Plan) -> int:

@@ -34,6 +34,8 @@ Read first: bias_relu.py. Sources: Triton's tutorial 03 for the grouped order of
 van de Geijn, Anatomy of High-Performance Matrix Multiplication (2008), for the blocking.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -46,10 +48,11 @@ from tilelab.kernels._checks import (
 )
 from tilelab.kernels._launch import device_of, launch
 from tilelab.kernels._partial_sums import first_pass, reduce_parts
+from tilelab.kernels._tile_facts import Work, fastest_tile, kind_of, layout_of
 from tilelab.kernels._tiles import cdiv, choose_tile, into_parts, part_count
 from tilelab.kernels.activation import activate, activated, check_activation, kept_for, needs_z
 from tilelab.kernels.bias_relu import bias_activation, bias_activation_backward, bias_backward
-from tilelab.kernels.matmul_tma import fast_tile, matmul_tma, tma_operands
+from tilelab.kernels.matmul_tma import matmul_tma, split_tiles, tma_operands
 
 
 def reference(a, b, bias=None, activation=None):
@@ -60,30 +63,46 @@ def reference(a, b, bias=None, activation=None):
 # A step is one iteration of the loop along K: it multiplies BLOCK_K columns of A by as many rows of
 # B. While one step multiplies, the next ones are loaded. `num_stages` is how many steps are under
 # way at once. Each needs room in shared memory, which is memory that a program's threads share.
+#
+# The comments say where a tile wins. They come from others' measurements of Triton's matmul on an
+# A100 and an H100 (docs/prediction.md): 27 to 29 tiles each, for 3,000 shapes. Four warps beat
+# eight at 128x128, a long step beats a short one, and 3 to 5 stages beat 2.
 TILES = [
-    # The default: three stages of both operands take 48 KiB, which every GPU since 2020 has.
-    dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, num_warps=8, num_stages=3),
+    # The default in 16-bit: four stages of both operands take 64 KiB.
+    dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, num_warps=4, num_stages=4),
     # The default in float32. Without TF32 there are no tensor cores for it, and each thread holds
-    # its rows and columns of a step in registers.
-    dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, GROUP_M=8, num_warps=8, num_stages=3),
-    # Large squares: this is the most reuse that the registers allow. For Hopper, matmul_tma.py has
-    # the same tile. In this kernel triton 3.6.0 makes each wgmma (Hopper's tensor-core instruction)
-    # wait for the one before, if B is transposed.
+    # its rows and columns of a step in registers. On an A100 it is 4% behind the best of 45 tiles.
+    dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, num_warps=4, num_stages=3),
+    # The most reuse that the registers allow. For Hopper, matmul_tma.py has the same tile. In this
+    # kernel triton 3.6.0 makes each wgmma (Hopper's tensor-core instruction) wait for the one
+    # before, if B is transposed.
     dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3),
-    # Deep K: fewer, longer steps hide the latency of loads behind more tensor-core work.
-    dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3),
-    # Small C: there are four times as many programs, so fewer SMs are idle than with 128x128.
-    dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, num_warps=4, num_stages=4),
+    # The best single tile of an A100: longer steps than the default's, and two programs an SM.
+    dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=4, num_stages=3),
+    # The best single tile of an H100, for large squares and deep K: one program an SM, and four
+    # steps of loads under way.
+    dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=4, num_stages=5),
+    # Medium C: with twice as many programs, the last wave idles less.
+    dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=4, num_stages=3),
+    dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=128, GROUP_M=8, num_warps=4, num_stages=4),
+    dict(BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3),
+    # Small C: four to eight times as many programs. With so few, nothing hides a load but the
+    # stages of their own.
+    dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3),
+    dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, GROUP_M=8, num_warps=4, num_stages=5),
+    dict(BLOCK_M=64, BLOCK_N=32, BLOCK_K=128, GROUP_M=8, num_warps=4, num_stages=5),
     # Few columns: the ten classes of a classifier fit into one tensor-core instruction.
     dict(BLOCK_M=128, BLOCK_N=16, BLOCK_K=64, GROUP_M=8, num_warps=4, num_stages=4),
+    # Tiny products, and float32 of few rows.
+    dict(BLOCK_M=16, BLOCK_N=32, BLOCK_K=32, GROUP_M=8, num_warps=2, num_stages=5),
     # The default in TF32. A wgmma takes four warps, and reads 32-bit operands only if they are
     # contiguous along K. Others are turned on their way into shared memory, 4 bytes at a time, and
     # eight threads of a warp meet in each bank (see `lay_by_rows`). With two warps Triton takes the
     # older mma instead, which has its operands in registers, where any order will do.
     dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, GROUP_M=8, num_warps=2, num_stages=3),
 ]
-DEFAULT = {2: TILES[0], 4: TILES[1]}  # by bytes per element
-TF32_DEFAULT = {4: TILES[6]}
+DEFAULT = {2: TILES[0], 4: TILES[1]}  # by bytes per element, where the model knows no GPU
+TF32_DEFAULT = {4: TILES[-1]}
 
 # The order of programs. Programs start in the order of their number. A wave is as many of them as
 # the GPU runs at once. If they went row by row, a wave would read one block row of A and all of B.
@@ -197,6 +216,35 @@ def matmul_kernel(
 SMALL, LONG = 2**15, 32
 
 
+def _parts(M, N, K, tile):
+    """Return into how many parts the pointer kernel divides K, and the size of a part."""
+    tiles, steps = cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"]), cdiv(K, tile["BLOCK_K"])
+    if M * N > SMALL or steps < LONG:
+        return K, 1
+    return into_parts(K, tile["BLOCK_K"], part_count(tiles, steps))
+
+
+@functools.lru_cache(maxsize=4096)
+def fast_tile(M, N, K, kind, item, layout, kernels, device):
+    """Return the tile that the model finds fastest, or None if it knows nothing of the device."""
+    moved = item * (M * K + K * N + M * N)
+
+    def work(tile):
+        kernel = tile.get("kernel", "pointer")
+        # No measurement has shown yet that "tma_ws" is faster: only a forced or tuned tile has it.
+        if kernel not in kernels or kernel == "tma_ws":
+            return
+        steps = cdiv(K, tile["BLOCK_K"])
+        if kernel == "pointer":
+            tiles = cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"])
+            yield tile, Work(tiles, steps, M * N, moved), _parts(M, N, K, tile)[1]
+        else:
+            for split, parts, tiles in split_tiles(tile, M, N, K):
+                yield split, Work(tiles, steps, M * N, moved), parts
+
+    return fastest_tile(device, "matmul", kind, work, layout)
+
+
 def matmul_into(c, a, b, bias, activation, precision, sums=None):
     """Launch c = act(a @ b + bias) for a row-major c [M, N], by the kernel of the chosen tile.
 
@@ -211,17 +259,17 @@ def matmul_into(c, a, b, bias, activation, precision, sums=None):
         # With K = 1 the compiled kernel has no loop along K. The compiler fails on "tma_ws" then,
         # because there is no loop to specialise (matmul_tma.py explains the kinds of kernels).
         kernels = device.kernels if K > 1 else device.kernels[:2]
-        if device.modelled:
-            default = {a.itemsize: fast_tile(M, N, K, a.itemsize, device.sms)}
+    if M and N and K:
+        kind, layout = kind_of(a.dtype, precision), layout_of(a.stride(), b.stride())
+        if tile := fast_tile(M, N, K, kind, a.itemsize, layout, kernels, device):
+            default = {a.itemsize: tile}
     tile = choose_tile("matmul", a.dtype, default, kernels, M=M, N=N, K=K)
     if "kernel" in tile:
         matmul_tma(operands, bias, activation, c, tile, precision)
         return
     tiles = cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"])
-    steps = cdiv(K, tile["BLOCK_K"])
-    part_size, parts, out, out_sums = K, 1, c, sums
-    if M * N <= SMALL and steps >= LONG:
-        part_size, parts = into_parts(K, tile["BLOCK_K"], part_count(tiles, steps))
+    part_size, parts = _parts(M, N, K, tile)
+    out, out_sums = c, sums
     if parts > 1:
         out = torch.empty(parts * M, N, dtype=torch.float32, device=c.device)
         if sums is not None:

@@ -34,12 +34,12 @@ al., Stream-K (2023), for split-K, and for why a grid should be whole waves.
 """
 
 import functools
+from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 
-from tilelab.kernels._cost_model import busiest_sm
 from tilelab.kernels._launch import descriptor, device_of, launch, tma_rows
 from tilelab.kernels._partial_sums import first_pass, reduce_parts
 from tilelab.kernels._tiles import cdiv, persistent, tma_tile
@@ -205,24 +205,16 @@ def tma_operands(a, b, precision):
     return rows_a, rows_b
 
 
-@functools.lru_cache(maxsize=4096)
-def fast_tile(M: int, N: int, K: int, item: int, sms: int) -> dict:
-    """Return the tile of FAST_TILES, with SPLIT_K, for which `busiest_sm` is shortest."""
+def split_tiles(tile: dict, M: int, N: int, K: int) -> Iterator[tuple[dict, int, int]]:
+    """Yield a tile of FAST_TILES with each number of parts that K can have.
 
-    def clocks(tile: dict) -> float:
-        tiles = cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"])
-        return busiest_sm(tile, tiles, cdiv(K, tile["BLOCK_K"]), M * N, item, sms)
-
-    tiles = [
-        tile | dict(SPLIT_K=parts)
-        for tile in FAST_TILES[item]
-        if tile["kernel"] == "tma"  # no measurement has shown yet that "tma_ws" is faster
-        for parts in (1, 2, 4, 8, 16, 32, 64, 128)
+    Yields (tile, parts, tiles of the result).
+    """
+    m, n, k = (tile[f"BLOCK_{x}"] for x in "MNK")
+    for parts in (1, 2, 4, 8, 16, 32, 64, 128):
         # Each part has at least four steps, and its tile in float32 fits into shared memory.
-        if parts == 1
-        or (parts * 4 * tile["BLOCK_K"] <= K and tile["BLOCK_M"] * tile["BLOCK_N"] <= 128 * 128)
-    ]
-    return min(tiles, key=clocks)
+        if parts == 1 or (parts * 4 * k <= K and m * n <= 128 * 128):
+            yield tile | dict(SPLIT_K=parts), parts, cdiv(M, m) * cdiv(N, n)
 
 
 def matmul_tma(operands, bias, activation, c, tile, precision):

@@ -37,8 +37,8 @@ import triton
 import triton.language as tl
 
 from tilelab.kernels._checks import DTYPES, check_device, check_shape, check_tensors
-from tilelab.kernels._cost_model import busiest_sm
-from tilelab.kernels._launch import descriptor, device_of, launch, tma_rows
+from tilelab.kernels._launch import Device, descriptor, device_of, launch, tma_rows
+from tilelab.kernels._tile_facts import Work, fastest_tile, kind_of
 from tilelab.kernels._tiles import cdiv, choose_tile, persistent, tma_tile
 from tilelab.kernels.activation import activate, activated, check_activation
 
@@ -259,19 +259,16 @@ def _operands(a, b, dtype):
 
 
 @functools.lru_cache(maxsize=4096)
-def fast_tile(M: int, N: int, K: int, sms: int) -> dict:
-    """Return the tile of FAST_TILES with which the busiest SM should be done first.
+def fast_tile(M: int, N: int, K: int, kind: str, kernels: tuple, device: Device) -> dict | None:
+    """Return the tile that the model finds fastest, or None if it knows nothing of the device."""
+    moved = M * K + K * N + 2 * M * N
 
-    The estimate is that of _cost_model.py, without parts and with one byte per element. A step
-    then takes half the clocks of a 16-bit step with the same BLOCK_K.
-    """
+    def work(tile):
+        if tile.get("kernel", "pointer") in kernels:
+            tiles = cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"])
+            yield tile, Work(tiles, cdiv(K, tile["BLOCK_K"]), M * N, moved), 1
 
-    def clocks(tile: dict) -> float:
-        tiles = cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"])
-        steps = cdiv(K, tile["BLOCK_K"])
-        return busiest_sm(tile | dict(SPLIT_K=1), tiles, steps, M * N, 1, sms)
-
-    return min(FAST_TILES[1], key=clocks)
+    return fastest_tile(device, "scaled_matmul", kind, work, "nt")
 
 
 def _scaled_matmul_tma(operands, scales, strides, bias, c, ends, tile):
@@ -309,8 +306,9 @@ def _scaled_matmul(
     operands = _operands(a, b, dtype) if len(device.kernels) > 1 else None
     if operands is not None:
         kernels = ("pointer", "tma")
-        if device.modelled:
-            default = {1: fast_tile(M, N, K, device.sms)}
+    if M and N and K:
+        if tile := fast_tile(M, N, K, kind_of(a.dtype, ""), kernels, device):
+            default = {1: tile}
     # A tensor-core instruction takes at least 32 bytes along K, so BLOCK_K is at least 32.
     tile = choose_tile("scaled_matmul", a.dtype, default, kernels, M=M, N=N, K=max(K, 32))
     scales = scale_a, scale_b

@@ -66,7 +66,7 @@ def device(target: str) -> _launch.Device:
     if target not in gpus.TARGETS:
         return _launch.ANY_GPU
     capability = int(target.removeprefix("sm_")) if target.startswith("sm_") else 0
-    return _launch.Device(capability, gpus.GPUS[gpus.TARGETS[target]].sms)
+    return _launch.Device(capability, gpus.GPUS[gpus.TARGETS[target]].sms, target=target)
 
 
 def unchecked() -> contextlib.AbstractContextManager:
@@ -255,6 +255,7 @@ def compile_job(w: Workload, tile: dict | None, target: str) -> dict:
             "programs": math.prod(t.main.grid),
             "threads": compiled.metadata.num_warps * compiled.metadata.target.warp_size,
             **work_of_boxes(t.tile_op, t.main),
+            **operand_runs(t, w.torch_dtype.itemsize),
         }
     return row | {"compile_s": time.perf_counter() - started}
 
@@ -270,6 +271,25 @@ def work_of_boxes(tile_op: TileOp, launch: _launch.Launch) -> dict[str, int]:
     tiles, steps, parts, rows = tile_op.boxes(given)
     step = 2 * rows * given["BLOCK_N"] * given["BLOCK_K"]
     return {"units": tiles * parts, "computed_flops": steps * step}
+
+
+def operand_runs(t: Trace, itemsize: int) -> dict[str, int]:
+    """ "run_a" and "run_b": contiguous bytes in memory of a row of each operand's tile.
+
+    Of products through pointers alone: TMA fetches 128 bytes and more.
+    """
+    names = dict(zip(("run_a", "run_b"), t.tile_op.strides, strict=False))
+    if t.main.kernel.__name__.endswith("_tma_kernel"):
+        return {}
+    given = dict(zip(t.main.kernel.arg_names, t.main.args, strict=False)) | t.main.meta
+    runs = {}
+    for name, along in names.items():
+        elements = 1
+        for stride, block in along.items():
+            if given.get(stride) == 1:
+                elements = min(given[block], t.choice.sizes[block.removeprefix("BLOCK_")])
+        runs[name] = elements * itemsize
+    return runs
 
 
 def annotated_loop(w: Workload, tile: dict | None, target: str) -> list[tuple[str, int, str]]:

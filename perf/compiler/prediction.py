@@ -1,41 +1,35 @@
-"""How long a tile should take, predicted from its compiled code. Measurements must confirm it.
+"""How long a tile should take, predicted from its compiled code.
 
-    time = max(compute, issue, L2, memory) + launches * 2.5 us
+A product is predicted by kernels/_cost_model.py, which explains its terms: products, instructions,
+L2, shared memory and latency on the busiest SM; memory and power of the whole GPU. This file takes
+the numbers that it asks for from a results row.
 
-    compute  FLOPs * padding / (peak * wave efficiency)
-    issue    instructions of the main loop, over all warps; an SM has four schedulers, and each
-             issues one instruction a clock. A depthwise convolution also counts the instructions
-             before its loop, which are as many as those of some steps of it.
-    L2       what the programs of a product read: (BLOCK_M + BLOCK_N) * BLOCK_K elements a step
-    memory   bytes that the launches read and write, each tensor once, over the bandwidth; at least
-             the bytes that the mathematics asks for
+Other kernels read, compute a little and write. Their model is the same with one step or few: what
+an SM issues and moves, one latency a step, and what a program costs besides. Little's law is in it:
+a program has no more under way than it loads at once, so few or small programs leave the memory
+idle. Before them all comes what the memory takes for all bytes; after them the launches.
 
-padding is the work that the tiles compute over the work that was asked for. A convolution by boxes
-of pixels counts all that its launch computes, packed channels and zeros between groups too. Without
-tensor cores the peak is that of FMAs (fused multiply-adds), which the instructions of the loop then
-have to feed.
-
-wave efficiency is programs / (SMs * ceil(programs / SMs)): the GPU is done when its busiest SM is,
-and that one has ceil(programs / SMs) programs. A persistent kernel has only as many programs as fit
-at once, so its tiles are counted instead. How many programs an SM has at a time does not change its
-rate, only how well it hides the latency of loads.
-
-The model knows nothing of latency: neither of loads that nothing hides in a short loop, nor of the
-first loads and the last stores of a program. So its time is usually a lower bound.
+Every prediction says how it is known. "held to measurements" means that others have measured the
+same kind of kernel on the same family of GPUs, and that `tilelab validate` holds the model to it.
+"by construction only" means that the same terms were put together for another kernel, and that
+nobody has measured whether they agree.
 """
 
 import math
 
-from tilelab.perf.compiler.occupancy import occupancy
+from tilelab.kernels import _cost_model as model
+from tilelab.perf.compiler.occupancy import Occupancy, occupancy
 from tilelab.perf.work.gpus import GPU, kind
 from tilelab.perf.work.operators import tile_op
 from tilelab.perf.work.search_space import TileOp
 
 LAUNCH_S = 2.5e-6  # assumed: from the end of one kernel to the start of the next, in a CUDA graph
-# Assumed: bytes that L2 hands to an SM in a clock. NVIDIA's A100 whitepaper states 5,120 bytes a
-# clock in all, for 108 SMs; AMD's CDNA3 comes to about as many for each of its compute units.
-L2_BYTES_PER_CLOCK = 48
-SCHEDULERS = 4  # of an SM, each of which issues one warp's instruction a clock
+HELD, CONSTRUCTED = "held to measurements", "by construction only"
+# What a term of the model is called as the limit of a kernel.
+BOUNDS = {
+    "tensor": "compute", "power": "power", "issue": "issue", "l2": "l2", "shared": "shared memory",
+    "latency": "latency", "memory": "memory",
+}  # fmt: skip
 
 
 def padding(sizes: dict[str, int], tile: dict[str, int]) -> float:
@@ -89,14 +83,20 @@ def itemsize(dtype: str) -> int:
     return {"float32": 4, "float8_e4m3fn": 1, "int8": 1}.get(dtype, 2)
 
 
-def predict(row: dict, gpu: GPU) -> dict:
+def predict(row: dict, gpu: GPU, launch_s: float = LAUNCH_S) -> dict:
     """The row fields that follow from a compiled tile's own (aot.py): occupancy, waves, time.
 
-    A whole training step has no tile, and only its bytes and launches count.
+    A whole training step has no tile, and only its bytes, FLOPs and launches count.
+
+    Args:
+        row: what is known of one call; bytes and FLOPs are totals.
+        gpu: on which it runs.
+        launch_s: seconds that one launch costs.
     """
     if row.get("tile") is None:
-        peak = gpu.peak(kind(row["dtype"], row["precision"]))
-        return _times(row, {"memory": _memory(row, gpu), "compute": row["flops"] / peak})
+        peak = gpu.ceiling * gpu.peak(kind(row["dtype"], row["precision"]))
+        terms = {"memory": _memory(row, gpu), "power": row["flops"] / peak}
+        return _summed(row, terms, terms, launch_s) | {"known": CONSTRUCTED}
 
     fits = occupancy(gpu.target, row["threads"], row["registers"], row["shared"])
     pieces = _pieces(row)
@@ -110,48 +110,109 @@ def predict(row: dict, gpu: GPU) -> dict:
     }
     if fits.blocks == 0:
         return found
-    times = {"memory": _memory(row, gpu)}
-    work = row["flops"] * found["padding"]
-    unit = kind(row["dtype"], row["precision"]) if row.get("tensor_core") else "fp32"
-    peak = gpu.peak(unit) or gpu.peak("fp32")
-    times["compute"] = work / (peak * found["wave_efficiency"])
-    clocks = gpu.sms * gpu.clock_mhz * 1e6
-    tile = row["tile"]
-    if "BLOCK_K" in tile or tile.get("kernel") == "direct":  # a product, added up step by step
-        tile = {"BLOCK_M": 1, "BLOCK_N": 1, "BLOCK_K": 1} | tile
-        work /= found["wave_efficiency"]
-        step = step_flops(tile_op(row), tile)
-        loaded = (tile["BLOCK_M"] + tile["BLOCK_N"]) * tile["BLOCK_K"] * itemsize(row["dtype"])
-        times["l2"] = work / step * loaded / (L2_BYTES_PER_CLOCK * clocks)
-        if tile.get("kernel") == "direct":  # its loop may be unrolled: what an iteration multiplies
-            step = 2 * row["threads"] * (row.get("loop_mix") or {}).get("float", 0)
-        if row.get("loop_instructions") and step:
-            instructions = row["loop_instructions"] * loop_warps(tile)
-            times["issue"] = work / step * instructions / (SCHEDULERS * clocks)
-    elif "PATCH_P" in tile:
-        loop = row.get("loop_instructions") or 0
-        steps = padding(row["sizes"], tile) * math.prod(row["sizes"].values())
-        steps /= tile["BLOCK_M"] * tile["BLOCK_N"]
-        issued = (row["instructions"] - loop) * row["programs"] + loop * steps
-        issued *= tile["num_warps"] / found["wave_efficiency"]
-        times["issue"] = issued / (SCHEDULERS * clocks)
-    return found | _times(row, times)
+    if "BLOCK_K" in row["tile"] or row["tile"].get("kernel") == "direct":
+        terms, inside = _product(row, gpu, fits, pieces)
+    else:
+        terms, inside = _stream(row, gpu, fits)
+    return found | _summed(row, terms, inside, launch_s) | {"known": known(row, gpu)}
+
+
+def known(row: dict, gpu: GPU) -> str:
+    """How a prediction is known: HELD or CONSTRUCTED.
+
+    The measurements are of matmul through pointers, in 16-bit, and in TF32 on sm_80.
+    """
+    held = {"sm_80": ("fp16", "bf16", "tf32")}.get(gpu.target, ("fp16", "bf16"))
+    pointers = row.get("tile_op", row["op"]) == "matmul" and "kernel" not in row["tile"]
+    measured = gpu.target in ("sm_80", "sm_89", "sm_90")
+    fits = pointers and measured and kind(row["dtype"], row["precision"]) in held
+    return HELD if fits else CONSTRUCTED
+
+
+def unit(tensor_core: str | None) -> str:
+    """Which of the model's units a tensor-core instruction is; "fma" without one."""
+    if not tensor_core:
+        return "fma"
+    if tensor_core.startswith("UTC"):
+        return "tcgen05"
+    return "wgmma" if "GMMA" in tensor_core else "mma"
+
+
+def processor(gpu: GPU, arithmetic: str) -> model.GPU:
+    """A GPU as the model knows it, for one kind of arithmetic."""
+    rate = gpu.rate.get(arithmetic) or gpu.rate["fp32"]
+    # What FMAs (fused multiply-adds) reach has no published ceiling below their peak.
+    share = 1 if arithmetic == "fp32" else gpu.ceiling
+    peak = gpu.peak(arithmetic) or gpu.peak("fp32")
+    return model.GPU(gpu.sms, gpu.fma_clock_mhz * 1e6, rate, gpu.bandwidth, share * peak)
+
+
+def _product(row: dict, gpu: GPU, fits: Occupancy, pieces: int) -> tuple[dict, dict]:
+    """Seconds of each limit of the whole GPU, and clocks of each term of a step."""
+    tile = {"BLOCK_K": 1} | row["tile"]
+    item, by = itemsize(row["dtype"]), tile.get("kernel", "pointer")
+    step = step_flops(tile_op(row), tile)
+    steps = row["flops"] * _padding(row) / (pieces * step)
+    instructions = row.get("loop_instructions") or 0
+    if by == "direct":  # its loop may be unrolled: an iteration multiplies as often as it has FMAs
+        multiplied = 2 * row["threads"] * (row.get("loop_mix") or {}).get("float", 0)
+        instructions *= step / multiplied if multiplied else 0
+    loop = model.Loop(
+        tile["BLOCK_M"], step // (2 * tile["BLOCK_M"] * tile["BLOCK_K"]), tile["BLOCK_K"], item,
+        loop_warps(tile), tile["num_stages"], instructions, unit(row.get("tensor_core")),
+        fits.blocks, row.get("run_a", 128), row.get("run_b", 128), by,
+        bool(tile.get("PROGRAMS_PER_SM")),
+    )  # fmt: skip
+    arithmetic = kind(row["dtype"], row["precision"]) if row.get("tensor_core") else "fp32"
+    target = processor(gpu, arithmetic)
+    terms = model.product_terms(loop, target, pieces, steps, max(row["moved"], row["bytes"]))
+    beside = min(fits.blocks, math.ceil(pieces / gpu.sms))
+    inside = model.step_of(loop, target).beside(beside)
+    inside["latency"] = max(inside["latency"], (model.AROUND + model.LATENCY) / max(steps, 1))
+    return terms, inside
+
+
+def _stream(row: dict, gpu: GPU, fits: Occupancy) -> tuple[dict, dict]:
+    """The same of a kernel that is no product: each program loads, computes and stores."""
+    tile, programs = row["tile"], row["programs"]
+    blocks = math.prod(size for name, size in tile.items() if name.startswith("BLOCK_"))
+    elements = padding(row["sizes"], tile) * math.prod(row["sizes"].values())
+    trips = max(elements / (blocks * programs), 1)
+    loop = row.get("loop_instructions") or 0
+    issued = (row.get("instructions") or 0) - loop + loop * trips
+    busy = {
+        "issue": issued * tile["num_warps"] / model.SCHEDULERS,
+        "l2": max(row["moved"], row["bytes"]) / programs / model.L2_BYTES,
+    }
+
+    def clocks(beside: int) -> float:
+        waiting = trips * model.LATENCY + busy["l2"]
+        return model.together(*(beside * t for t in busy.values()), waiting) + model.AROUND
+
+    full, rest = divmod(programs, gpu.sms * fits.blocks)
+    taken = full * clocks(fits.blocks) + (clocks(math.ceil(rest / gpu.sms)) if rest else 0)
+    beside = min(fits.blocks, math.ceil(programs / gpu.sms))
+    inside = {name: beside * value for name, value in busy.items()}
+    inside["latency"] = trips * model.LATENCY + model.AROUND
+    return {"sms": taken / (gpu.fma_clock_mhz * 1e6), "memory": _memory(row, gpu)}, inside
 
 
 def _memory(row: dict, gpu: GPU) -> float:
     # Tensors that are updated in place are moved twice: an optimizer's minimum knows, `moved` not.
-    return max(row["moved"], row["bytes"]) / gpu.bandwidth
+    return max(row["moved"], row["bytes"]) / (model.MEMORY_SHARE * gpu.bandwidth)
 
 
-def _times(row: dict, times: dict[str, float]) -> dict:
-    bound = max(times, key=times.get)
-    launching = LAUNCH_S * row["launches"]
-    seconds = times[bound] + launching
+def _summed(row: dict, terms: dict, inside: dict, launch_s: float) -> dict:
+    """The fields of a prediction. Within the SMs, the longest term of a step is the bound."""
+    busy, launching = model.together(*terms.values()), launch_s * row["launches"]
+    limit = max(terms, key=terms.get)
+    limit = max(inside, key=inside.get) if limit == "sms" else limit
+    seconds = busy + launching
     return {
         "predicted_s": seconds,
         "predicted_tflops": row["flops"] / seconds / 1e12,
         "predicted_gbps": row["bytes"] / seconds / 1e9,
-        "bound": "launch" if launching > times[bound] else bound,
+        "bound": "launch" if launching > busy else BOUNDS[limit],
     }
 
 

@@ -23,10 +23,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from tilelab.kernels import _cost_model as model
 from tilelab.perf.compiler.prediction import (
-    L2_BYTES_PER_CLOCK,
     LAUNCH_S,
-    SCHEDULERS,
     itemsize,
     loop_warps,
     step_flops,
@@ -75,6 +74,7 @@ TITLES = {  # code: the cause, as a heading of the tiles that it is true of
     "unexplained": "slower for no reason that these numbers show",
 }
 
+INSIDE = ("compute", "power", "issue", "l2", "shared memory", "latency")  # limits of the SMs
 LINES = 24  # source lines that are shown
 MEMORY = {
     "sectors": "sectors of global memory (32 bytes)",
@@ -258,7 +258,7 @@ def _padding(row: Row, best: Row, gpu: GPU | None) -> Cause | None:
 
 def _if_it_binds(code: str, words: str, row: Row, gpu: GPU | None, ratio: float) -> Cause | None:
     """A cause that makes computing slower, unless the tile is predicted to wait for memory."""
-    factor = _modelled(row, gpu, ratio, ("compute", "issue", "l2"))
+    factor = _modelled(row, gpu, ratio, INSIDE)
     return Cause(code, words, factor) if factor > 1.01 or not row.get("predicted_s") else None
 
 
@@ -463,8 +463,8 @@ def _sentences(row: Row, gpu: GPU) -> Iterator[str]:
         waits_for = {
             "compute": "the tensor cores' rate (or the FMA units')",
             "memory": "device memory",
-            "l2": f"L2, at {L2_BYTES_PER_CLOCK} bytes a clock and SM: larger tiles read less",
-            "issue": f"issuing the loop's instructions, {SCHEDULERS} a clock and SM",
+            "l2": f"L2, at {model.L2_BYTES} bytes a clock and SM: larger tiles read less",
+            "issue": f"issuing the loop's instructions, {model.SCHEDULERS} a clock and SM",
             "launch": "launching",
         }[row["bound"]]
         time = f"{time_text(row['predicted_s'])}, {number_text(speed(row))} {unit(row['op'])}"

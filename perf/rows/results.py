@@ -42,7 +42,10 @@ class Field(NamedTuple):
 
 MODES = ("fwd", "dgrad", "wgrad", "bwd", "fwdbwd", "step")
 STAGES = ("compile", "screen", "final")
-BOUNDS = ("compute", "memory", "l2", "issue", "launch")
+BOUNDS = (
+    "compute", "power", "memory", "l2", "shared memory", "issue", "latency", "launch",
+)  # fmt: skip
+KNOWN = ("held to measurements", "by construction only")
 STATUSES = ("ok", "wrong", "error", "pruned", "skipped", "predicted")
 
 HEADER = {
@@ -129,6 +132,9 @@ ROW = {
     "padding": Field("float", "work in whole tiles, over the work asked for: 1 or more"),
     "bound": Field(BOUNDS, "what the prediction says it waits for (perf/compiler/prediction.py)"),
     "predicted_s": Field("float", "s a call, predicted"),
+    "known": Field(
+        KNOWN, "whether others' measurements of such kernels on such GPUs confirm the prediction"
+    ),
     "predicted_tflops": Field("float", "10^12 FLOPs a second, predicted"),
     "predicted_gbps": Field("float", "10^9 bytes a second, predicted: bytes / predicted_s"),
     # what was measured

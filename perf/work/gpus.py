@@ -38,6 +38,11 @@ class GPU(NamedTuple):
     rate: Mapping[str, int]
     bandwidth: float  # of its memory, bytes/s
     l2: int  # bytes of the last cache before memory, which a cold measurement has to overflow
+    # The most that the best libraries are known to reach of the tensor cores' peak: a GPU that
+    # works hard lowers its clock, to stay within its power. Best published bf16 or fp16 matmul over
+    # the peak: stas00/ml-engineering, "Maximum Achievable Matmul FLOPS"; for the RTX 4090
+    # zzc0721/torch-performance-test-data.
+    ceiling: float
     source: str  # the vendor's documents and their addresses
 
     def peak(self, kind: str) -> float | None:
@@ -62,6 +67,7 @@ _GPUS = [
         rate=dict(bf16=2048, fp16=2048, tf32=1024, int8=4096, fp32=128),
         bandwidth=2.039e12,
         l2=40 * MIB,
+        ceiling=0.87,  # 271 TFLOP/s
         source="NVIDIA A100 Tensor Core GPU datasheet, "
         "https://www.nvidia.com/en-us/data-center/a100/; "
         "NVIDIA A100 Tensor Core GPU Architecture (white paper), https://images.nvidia.com/"
@@ -78,6 +84,7 @@ _GPUS = [
         rate=HOPPER,
         bandwidth=3.35e12,
         l2=50 * MIB,
+        ceiling=0.80,  # 795 TFLOP/s
         source="NVIDIA H100 Tensor Core GPU datasheet, "
         "https://www.nvidia.com/en-us/data-center/h100/; "
         "NVIDIA H100 Tensor Core GPU Architecture (white paper), "
@@ -94,6 +101,7 @@ _GPUS = [
         rate=HOPPER,
         bandwidth=4.8e12,
         l2=50 * MIB,
+        ceiling=0.80,  # 797 TFLOP/s
         source="NVIDIA H200 Tensor Core GPU datasheet, https://www.nvidia.com/en-us/data-center/h200/",
     ),
     GPU(
@@ -107,6 +115,7 @@ _GPUS = [
         rate=dict(bf16=8192, fp16=8192, tf32=4096, fp8=16384, int8=16384, fp32=256),
         bandwidth=8e12,
         l2=126 * MIB,
+        ceiling=0.77,  # 1,745 TFLOP/s
         source="NVIDIA HGX platform, specifications of HGX B200 (eight GPUs, with sparsity), "
         "https://www.nvidia.com/en-us/data-center/hgx/; NVIDIA Blackwell Tuning Guide (L2), "
         "https://docs.nvidia.com/cuda/blackwell-tuning-guide/",
@@ -122,6 +131,7 @@ _GPUS = [
         rate=dict(bf16=2048, fp16=2048, tf32=1024, fp8=4096, int8=4096, fp32=256),
         bandwidth=5.3e12,
         l2=256 * MIB,  # the Infinity Cache, which all share; each of the eight dies has 4 MiB of L2
+        ceiling=0.51,  # 668 TFLOP/s
         source="AMD Instinct MI300X Accelerator data sheet, https://www.amd.com/content/dam/amd/en/"
         "documents/instinct-tech-docs/data-sheets/amd-instinct-mi300x-data-sheet.pdf",
     ),
@@ -136,6 +146,7 @@ _GPUS = [
         rate=dict(bf16=512, fp16=512, tf32=256, fp8=1024, int8=2048, fp32=256),
         bandwidth=1.008e12,
         l2=72 * MIB,
+        ceiling=1.0,  # 165 to 173 TFLOP/s
         source="NVIDIA Ada GPU Architecture (white paper, version 2), https://images.nvidia.com/"
         "aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf",
     ),

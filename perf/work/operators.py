@@ -106,35 +106,62 @@ class Operator(NamedTuple):
 # --- kernels whose tile is swept, as far as several modes have them ------------------------------
 
 _CONV_BY_TMA = search_space.fast_convolutions
-MATMUL = TileOp("matmul", search_space.PRODUCT | {"GROUP_M": (8,)}, search_space.fast_products)
-SCALED_MATMUL = TileOp(
-    "scaled_matmul",
-    search_space.PRODUCT | {"BLOCK_K": (64, 128, 256), "GROUP_M": (8,)},
-    search_space.fast_products,
+_A_AND_B = (
+    {"stride_ak": "BLOCK_K", "stride_am": "BLOCK_M"},
+    {"stride_bk": "BLOCK_K", "stride_bn": "BLOCK_N"},
 )
-CONV = TileOp("conv2d", search_space.PRODUCT, _CONV_BY_TMA, lambda given: boxes.forward(given))
+_PIXELS_AND_FILTERS = (
+    {"stride_xc": "BLOCK_K", "stride_xw": "BLOCK_M"},
+    {"stride_wc": "BLOCK_K", "stride_wk": "BLOCK_N"},
+)
+MATMUL = TileOp(
+    "matmul", search_space.PRODUCT | {"GROUP_M": (8,)}, search_space.fast_products,
+    strides=_A_AND_B,
+)  # fmt: skip
+SCALED_MATMUL = MATMUL._replace(
+    name="scaled_matmul",
+    axes=search_space.PRODUCT | {"BLOCK_K": (64, 128, 256), "GROUP_M": (8,)},
+)
+CONV = TileOp(
+    "conv2d", search_space.PRODUCT, _CONV_BY_TMA, lambda given: boxes.forward(given),
+    strides=_PIXELS_AND_FILTERS,
+)  # fmt: skip
 CONV_FLAT = TileOp(
     "conv2d_flat",
     search_space.FLAT,
     functools.partial(_CONV_BY_TMA, split=False),
     lambda given: boxes.forward(given),
+    strides=_PIXELS_AND_FILTERS,
 )
 CONV_GROUPED = CONV._replace(
     name="conv2d_grouped", fast=functools.partial(_CONV_BY_TMA, filters=(64,), split=False)
 )
 CONV_DEPTHWISE = TileOp("conv2d_depthwise", search_space.DEPTHWISE)
 CONV_DGRAD = TileOp(
-    "conv2d_input_grad", search_space.PRODUCT, _CONV_BY_TMA, lambda given: boxes.input_grad(given)
-)
+    "conv2d_input_grad", search_space.PRODUCT, _CONV_BY_TMA, lambda given: boxes.input_grad(given),
+    strides=(
+        {"stride_dyk": "BLOCK_K", "stride_dyq": "BLOCK_M"},
+        {"stride_wk": "BLOCK_K", "stride_wc": "BLOCK_N"},
+    ),
+)  # fmt: skip
 CONV_WGRAD = TileOp(
     "conv2d_weight_grad", search_space.PRODUCT, search_space.fast_weight_gradients,
     lambda given: boxes.weight_grad(given),
+    strides=(
+        {"stride_dyk": "BLOCK_M", "stride_dyq": "BLOCK_K"},
+        {"stride_xc": "BLOCK_N", "stride_xw": "BLOCK_K"},
+    ),
 )  # fmt: skip
 FUSED = TileOp(
-    "conv2d_relu_pool", search_space.FUSED, boxes=lambda given: boxes.forward(given), pooled=True
+    "conv2d_relu_pool", search_space.FUSED, boxes=lambda given: boxes.forward(given), pooled=True,
+    strides=_PIXELS_AND_FILTERS,
+)  # fmt: skip
+FUSED_DGRAD = FUSED._replace(
+    name="conv2d_relu_pool_input_grad", boxes=None, strides=CONV_DGRAD.strides
 )
-FUSED_DGRAD = FUSED._replace(name="conv2d_relu_pool_input_grad", boxes=None)
-FUSED_WGRAD = FUSED._replace(name="conv2d_relu_pool_weight_grad", boxes=None)
+FUSED_WGRAD = FUSED._replace(
+    name="conv2d_relu_pool_weight_grad", boxes=None, strides=CONV_WGRAD.strides
+)
 SOFTMAX = TileOp("softmax", search_space.SOFTMAX, few_columns=search_space.FEW_COLUMNS)
 SOFTMAX_BWD = SOFTMAX._replace(name="softmax_backward")
 CROSS_ENTROPY = SOFTMAX._replace(name="cross_entropy")

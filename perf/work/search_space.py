@@ -10,7 +10,7 @@ PRODUCT = dict(
     BLOCK_N=(64, 128, 256),
     BLOCK_K=(32, 64, 128),
     num_warps=(4, 8),
-    num_stages=(2, 3, 4),
+    num_stages=(3, 4, 5),
 )
 FLAT = dict(
     BLOCK_M=(64, 128, 256), BLOCK_N=(32, 64, 128), BLOCK_K=(16, 32, 64), num_warps=(4, 8),
@@ -62,6 +62,9 @@ class TileOp(NamedTuple):
     boxes: Callable[[dict], tuple[int, int, int, int]] | None = None
     pooled: bool = False  # the kernel through pointers adds up four outputs for each that it stores
     few_columns: dict[str, tuple[int, ...]] = {}  # axes that differ where there are 64 columns
+    # Of a product through pointers, for A and for B: the block that lies along a stride. If that is
+    # 1, so many elements are contiguous.
+    strides: tuple[dict[str, str], ...] = ()
 
 
 def fast_products(sizes: dict[str, int], itemsize: int) -> Iterator[dict]:
