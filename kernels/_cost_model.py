@@ -216,9 +216,7 @@ def busy_clocks(loop: Loop, step: Step, gpu: GPU, tiles: int, steps: float) -> f
     return full * turn(loop.resident, False) + turn(cdiv(rest, gpu.sms), True)
 
 
-def product_terms(
-    loop: Loop, gpu: GPU, tiles: int, steps: float, moved: float
-) -> dict[str, float]:
+def product_terms(loop: Loop, gpu: GPU, tiles: int, steps: float, moved: float) -> dict[str, float]:
     """Return the seconds that the SMs, the memory and the power limit each take for a product.
 
     Args:

@@ -1,9 +1,9 @@
 """Which of a lesson's tiles is fastest for one call, by the model and what the compiler has found.
 
-tile_facts/<target>.json has, for each tile of the lessons' lists, what Triton made of it: registers,
-shared memory, instructions of its main loop, and how many programs fit on an SM. The model of
-_cost_model.py turns these into a time for the sizes at hand. `make tile-facts` writes the files; a
-test compiles some tiles again and compares.
+tile_facts/<target>.json has, for each tile of the lessons' lists, what Triton made of it:
+registers, shared memory, instructions of its main loop, and how many programs fit on an SM. The
+model of _cost_model.py turns these into a time for the sizes at hand. `make tile-facts` writes the
+files; a test compiles some tiles again and compares.
 
 The model takes 20 to 40 us a tile. So each lesson remembers its answers, and a shape that it has
 seen costs as much as looking into a dict.
@@ -150,7 +150,9 @@ def pointer_tile(
         device: the GPU.
         op: whose tiles.
         kind: of arithmetic.
-        M, N, K: what BLOCK_M, BLOCK_N and BLOCK_K divide.
+        M: the extent that BLOCK_M divides.
+        N: that BLOCK_N divides.
+        K: that BLOCK_K divides.
         taps: how often a tile goes through K.
         times: how many such products there are: one for each group, for example.
         moved: bytes of the operands and the result.

@@ -274,7 +274,11 @@ def conv2d_input_grad_relu(
         (N, C, H, W), K = x.shape, dy.shape[1]
         M = N * cdiv(H, stride[0]) * cdiv(W, stride[1])
         default, kernels = choices(
-            plan, dy, DEFAULT, ("pointer",), lambda device: fast_tile(plan, dy.itemsize, device, True)
+            plan,
+            dy,
+            DEFAULT,
+            ("pointer",),
+            lambda device: fast_tile(plan, dy.itemsize, device, True),
         )
         tile = choose_tile("conv2d_input_grad_relu", dy.dtype, default, kernels, M=M, N=C, K=K)
         if "kernel" in tile:

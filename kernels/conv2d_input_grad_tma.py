@@ -292,7 +292,7 @@ def _taps_of_classes(taps: int, stride: int, dilation: int) -> list[int]:
 
 @functools.lru_cache(maxsize=4096)
 def fast_tile(plan: Plan, item: int, device: Device, relu: bool = False) -> dict | None:
-    """Return the tile of FAST_TILES, and its parts, that is fastest by the model, if it has facts."""
+    """Return the tile of FAST_TILES, with its parts, that is fastest by the model."""
     N, H, W, C = plan.size
     K, stride, dilation = plan.x[0][3], plan.geometry[:2], plan.geometry[4:]
     rows, columns = map(_taps_of_classes, plan.taps, stride, dilation)

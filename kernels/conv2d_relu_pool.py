@@ -158,7 +158,11 @@ def _conv2d_relu_pool(
     precision = dot_precision(x.dtype, torch.backends.cudnn.conv)
     plan = plan_for(x, weight, (1, 1), padding, (1, 1), 1, precision, pool=True)
     default, can = choices(
-        plan, x, DEFAULT, ("pointer",), lambda device: fast_tile(plan, x.itemsize, device, pool=True)
+        plan,
+        x,
+        DEFAULT,
+        ("pointer",),
+        lambda device: fast_tile(plan, x.itemsize, device, pool=True),
     )
     tile = choose_tile("conv2d_relu_pool", x.dtype, default, can, M=M, N=K, K=patch)
     if "kernel" in tile:  # It names "tma": the kernel of conv2d_tma.py, with a pool at its end.

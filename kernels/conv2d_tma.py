@@ -476,7 +476,7 @@ def pixel_box(N: int, P: int, Q: int, pixels: int, pool: bool = False) -> tuple[
 
 @functools.lru_cache(maxsize=4096)
 def fast_tile(plan: Plan, item: int, device: Device, pool: bool = False) -> dict | None:
-    """Return the tile of FAST_TILES, and its parts, that is fastest by the model, if it has facts."""
+    """Return the tile of FAST_TILES, with its parts, that is fastest by the model."""
     N, P, Q, K = plan.size
     (taps, _, span), _ = plan.w
     possible = _possible(plan, item, pool)

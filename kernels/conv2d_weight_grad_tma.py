@@ -441,7 +441,7 @@ def pixels_inside(first: int, size: int, windows: int, stride: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def fast_tile(plan: Plan, device: Device, has_bias: bool = False) -> dict | None:
-    """Return the tile of FAST_TILES, and its parts, that is fastest by the model, if it has facts."""
+    """Return the tile of FAST_TILES, with its parts, that is fastest by the model."""
     moved = 2 * (math.prod(plan.image) + math.prod(plan.size))
 
     def work(tile: dict) -> Iterable[tuple[dict, Work, int]]:

@@ -274,7 +274,7 @@ def work_of_boxes(tile_op: TileOp, launch: _launch.Launch) -> dict[str, int]:
 
 
 def operand_runs(t: Trace, itemsize: int) -> dict[str, int]:
-    """ "run_a" and "run_b": contiguous bytes in memory of a row of each operand's tile.
+    """How many bytes of a row of each operand's tile are contiguous: "run_a" and "run_b".
 
     Of products through pointers alone: TMA fetches 128 bytes and more.
     """

@@ -21,66 +21,22 @@ from tilelab.kernels import _cost_model as model
 from tilelab.perf.compiler.occupancy import Occupancy, occupancy
 from tilelab.perf.work.gpus import GPU, kind
 from tilelab.perf.work.operators import tile_op
-from tilelab.perf.work.search_space import TileOp
+from tilelab.perf.work.tile_work import (
+    LAUNCH_S,
+    itemsize,
+    loop_warps,
+    padding,
+    padding_of,
+    pieces_of,
+    step_flops,
+)
 
-LAUNCH_S = 2.5e-6  # assumed: from the end of one kernel to the start of the next, in a CUDA graph
 HELD, CONSTRUCTED = "held to measurements", "by construction only"
 # What a term of the model is called as the limit of a kernel.
 BOUNDS = {
     "tensor": "compute", "power": "power", "issue": "issue", "l2": "l2", "shared": "shared memory",
     "latency": "latency", "memory": "memory",
 }  # fmt: skip
-
-
-def padding(sizes: dict[str, int], tile: dict[str, int]) -> float:
-    """What the tiles cover over what there is: at least 1."""
-    covered = 1.0
-    for name, size in sizes.items():
-        block = tile.get(f"BLOCK_{name}")
-        if block and size:
-            covered *= math.ceil(size / block) * block / size
-    return covered
-
-
-def loop_warps(tile: dict) -> int:
-    """How many warps run the main loop: with warp specialisation two groups of `num_warps`."""
-    return tile["num_warps"] * (2 if tile.get("kernel") == "tma_ws" else 1)
-
-
-def _pieces(row: dict) -> int:
-    """Pieces of equal work that programs are given: one each, unless they are persistent."""
-    tile = row["tile"]
-    if not tile.get("PROGRAMS_PER_SM"):
-        return row["programs"]
-    if "units" in row:
-        return row["units"]
-    blocks = [math.ceil(row["sizes"][k] / tile[f"BLOCK_{k}"]) for k in ("M", "N")]
-    return math.prod(blocks) * tile.get("SPLIT_K", 1)
-
-
-def _padding(row: dict) -> float:
-    """FLOPs that the launch computes over those of the mathematics."""
-    if "computed_flops" in row:
-        return row["computed_flops"] / row["flops"]
-    if not tile_op(row).pooled:
-        return padding(row["sizes"], row["tile"])
-    # The fused block's filter is padded: four places of one patch, seen as one filter.
-    R, S = row["shape"]["R"], row["shape"]["S"]
-    return padding(row["sizes"], row["tile"]) * ((R + 1) * (S + 1) / (R * S))
-
-
-def step_flops(tile_op: TileOp, tile: dict[str, int]) -> int:
-    """FLOPs of one step of a product's main loop.
-
-    The fused block has four accumulators, but for the kernel whose BLOCK_M counts what is pooled.
-    """
-    accumulators = 4 if tile_op.pooled and "kernel" not in tile else 1
-    return 2 * tile["BLOCK_M"] * tile["BLOCK_N"] * tile["BLOCK_K"] * accumulators
-
-
-def itemsize(dtype: str) -> int:
-    """Bytes of an element. A row has its dtype by name, and is read without torch."""
-    return {"float32": 4, "float8_e4m3fn": 1, "int8": 1}.get(dtype, 2)
 
 
 def predict(row: dict, gpu: GPU, launch_s: float = LAUNCH_S) -> dict:
@@ -99,14 +55,14 @@ def predict(row: dict, gpu: GPU, launch_s: float = LAUNCH_S) -> dict:
         return _summed(row, terms, terms, launch_s) | {"known": CONSTRUCTED}
 
     fits = occupancy(gpu.target, row["threads"], row["registers"], row["shared"])
-    pieces = _pieces(row)
+    pieces = pieces_of(row)
     found = {
         "occupancy": fits.fraction,
         "blocks_per_sm": fits.blocks,
         "limit": fits.limit,
         "waves": row["programs"] / (gpu.sms * max(fits.blocks, 1)),
         "wave_efficiency": pieces / (gpu.sms * math.ceil(pieces / gpu.sms)),
-        "padding": _padding(row),
+        "padding": padding_of(row),
     }
     if fits.blocks == 0:
         return found
@@ -151,16 +107,15 @@ def _product(row: dict, gpu: GPU, fits: Occupancy, pieces: int) -> tuple[dict, d
     """Seconds of each limit of the whole GPU, and clocks of each term of a step."""
     tile = {"BLOCK_K": 1} | row["tile"]
     item, by = itemsize(row["dtype"]), tile.get("kernel", "pointer")
+    if by == "direct":  # a step multiplies one number by one; the compiler unrolls some of them
+        unrolled = 2 * row["threads"] * (row.get("loop_mix") or {}).get("float", 0)
+        tile["BLOCK_K"] = max(unrolled / (2 * tile["BLOCK_M"] * tile["BLOCK_N"]), 1)
     step = step_flops(tile_op(row), tile)
-    steps = row["flops"] * _padding(row) / (pieces * step)
-    instructions = row.get("loop_instructions") or 0
-    if by == "direct":  # its loop may be unrolled: an iteration multiplies as often as it has FMAs
-        multiplied = 2 * row["threads"] * (row.get("loop_mix") or {}).get("float", 0)
-        instructions *= step / multiplied if multiplied else 0
+    steps = row["flops"] * padding_of(row) / (pieces * step)
     loop = model.Loop(
-        tile["BLOCK_M"], step // (2 * tile["BLOCK_M"] * tile["BLOCK_K"]), tile["BLOCK_K"], item,
-        loop_warps(tile), tile["num_stages"], instructions, unit(row.get("tensor_core")),
-        fits.blocks, row.get("run_a", 128), row.get("run_b", 128), by,
+        tile["BLOCK_M"], step / (2 * tile["BLOCK_M"] * tile["BLOCK_K"]), tile["BLOCK_K"], item,
+        loop_warps(tile), tile["num_stages"], row.get("loop_instructions") or 0,
+        unit(row.get("tensor_core")), fits.blocks, row.get("run_a", 128), row.get("run_b", 128), by,
         bool(tile.get("PROGRAMS_PER_SM")),
     )  # fmt: skip
     arithmetic = kind(row["dtype"], row["precision"]) if row.get("tensor_core") else "fp32"

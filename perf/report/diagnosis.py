@@ -23,14 +23,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from tilelab.kernels import _cost_model as model
-from tilelab.perf.compiler.prediction import (
-    LAUNCH_S,
-    itemsize,
-    loop_warps,
-    step_flops,
-    tile_op,
-)
 from tilelab.perf.rows.ranking import (
     NAMES,
     Row,
@@ -49,7 +41,8 @@ from tilelab.perf.rows.ranking import (
 )
 from tilelab.perf.work import gpus
 from tilelab.perf.work.gpus import GPU
-from tilelab.perf.work.operators import is_product
+from tilelab.perf.work.operators import is_product, tile_op
+from tilelab.perf.work.tile_work import LAUNCH_S, itemsize, loop_warps, step_flops
 
 TIE = 0.01  # a tile within 1% of the winner lost nothing that needs an explanation
 LESS = 0.9  # below nine tenths of the winner's value a share counts as less
@@ -462,13 +455,17 @@ def _sentences(row: Row, gpu: GPU) -> Iterator[str]:
     if row.get("predicted_s"):
         waits_for = {
             "compute": "the tensor cores' rate (or the FMA units')",
+            "power": "the clock that its power leaves it, at the tensor cores' best known speed",
             "memory": "device memory",
-            "l2": f"L2, at {model.L2_BYTES} bytes a clock and SM: larger tiles read less",
-            "issue": f"issuing the loop's instructions, {model.SCHEDULERS} a clock and SM",
+            "l2": "L2: larger tiles read less",
+            "issue": "issuing the loop's instructions",
+            "shared memory": "shared memory: larger tiles read and write less of it",
+            "latency": "loads under way, of which more stages or more programs an SM hide more",
             "launch": "launching",
         }[row["bound"]]
         time = f"{time_text(row['predicted_s'])}, {number_text(speed(row))} {unit(row['op'])}"
-        yield f"Predicted, not measured: {time}; what it waits for is {waits_for}."
+        known = f" ({row['known']})" if row.get("known") else ""
+        yield f"Predicted, not measured{known}: {time}; what it waits for is {waits_for}."
 
 
 def _work(row: Row, gpu: GPU) -> Iterator[str]:
