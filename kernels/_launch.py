@@ -74,13 +74,11 @@ class Device(NamedTuple):
         sms: the number of its SMs.
         modelled: True if FLOPs and bytes predict its time, as for a GPU. A lesson may then choose a
             kernel by them. They do not predict the time of the interpreter.
-        target: whose compiled tiles stand for it (_tile_facts.py): "sm_90", say. "" if none do.
     """
 
     capability: int
     sms: int
     modelled: bool = True
-    target: str = ""
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -94,10 +92,20 @@ class Device(NamedTuple):
             return ("pointer",)
         return ("pointer", "tma", "tma_ws") if self.capability == 90 else ("pointer", "tma")
 
+    @property
+    def target(self) -> str:
+        """The target whose compiled tiles stand for it (_tile_facts.py); "" if none do."""
+        return COMPILED.get(self.capability, "") if self.modelled else ""
 
-# GPUs by compute capability, and the target that was compiled for them, or for a GPU with the same
-# tensor cores and as much shared memory: sm_86 is like sm_89, and sm_103 like sm_100.
-COMPILED = {80: "sm_80", 86: "sm_89", 89: "sm_89", 90: "sm_90", 100: "sm_100", 103: "sm_100"}
+
+# What was compiled for a kind of GPU, or for one with the same tensor cores and as much shared
+# memory: sm_86 is like sm_89, and sm_103 like sm_100. MI300 stands for all of AMD's.
+COMPILED = {
+    80: "sm_80", 86: "sm_89", 87: "sm_80", 89: "sm_89", 90: "sm_90", 100: "sm_100", 103: "sm_100",
+    0: "gfx942",
+}  # fmt: skip
+
+
 # The interpreter plays a Hopper GPU. It has two SMs, so a persistent kernel has several programs
 # with several tiles each.
 INTERPRETER = Device(90, sms=2, modelled=False)
@@ -118,10 +126,7 @@ def _properties(index: int) -> Device:
     gpu = torch.cuda.get_device_properties(index)
     capability = 0 if torch.version.hip else 10 * gpu.major + gpu.minor
     warn_of_missing_fences(triton.__version__, capability)
-    target = COMPILED.get(capability, "")
-    if torch.version.hip:
-        target = "gfx942" if gpu.gcnArchName.startswith("gfx942") else ""
-    return Device(capability, sms=gpu.multi_processor_count, target=target)
+    return Device(capability, sms=gpu.multi_processor_count)
 
 
 def warn_of_missing_fences(triton_version: str, capability: int) -> None:

@@ -66,7 +66,7 @@ def device(target: str) -> _launch.Device:
     if target not in gpus.TARGETS:
         return _launch.ANY_GPU
     capability = int(target.removeprefix("sm_")) if target.startswith("sm_") else 0
-    return _launch.Device(capability, gpus.GPUS[gpus.TARGETS[target]].sms, target=target)
+    return _launch.Device(capability, gpus.GPUS[gpus.TARGETS[target]].sms)
 
 
 def unchecked() -> contextlib.AbstractContextManager:
