@@ -62,8 +62,14 @@ TILES = [
     dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, GROUP_M=8, num_warps=4, num_stages=4),
     # Few rows, as with one token at a time: the weights' columns stream through.
     dict(BLOCK_M=16, BLOCK_N=128, BLOCK_K=128, GROUP_M=8, num_warps=4, num_stages=4),
+    # The default on Hopper for int8 that is not contiguous along K. Four warps would use wgmma, and
+    # have it turned on its way into shared memory: byte by byte, and eight threads meet in each
+    # bank. Two warps use the older mma. Its operands are turned in registers. (In float8 the older
+    # mma computes in float16, at half the rate.)
+    dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, num_warps=2, num_stages=3),
 ]
 DEFAULT = {1: TILES[0]}  # by bytes per element
+TURNED_DEFAULT = {1: TILES[5]}
 
 _fast = functools.partial(tma_tile, GROUP_M=8)
 
@@ -311,6 +317,8 @@ def _scaled_matmul(
         kernels = ("pointer", "tma")
         if device.modelled:
             default = {1: fast_tile(M, N, K, device.sms)}
+    elif device.capability == 90 and a.dtype == torch.int8 and (a.stride(1), b.stride(0)) != (1, 1):
+        default = TURNED_DEFAULT
     # A tensor-core instruction takes at least 32 bytes along K, so BLOCK_K is at least 32.
     tile = choose_tile("scaled_matmul", a.dtype, default, kernels, M=M, N=N, K=max(K, 32))
     scales = scale_a, scale_b
