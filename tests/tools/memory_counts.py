@@ -3,6 +3,7 @@
     python -m tests.tools.memory_counts                    the launches that have no counts yet
     python -m tests.tools.memory_counts --again pool       those whose name contains "pool", anew
     python -m tests.tools.memory_counts --list 1.5         those that take 1.5 times the ideal
+    python -m tests.tools.tables                           the tables of docs/memory.md and others
 
 The calls are CALLS of compile_cases.py. perf/machine executes one program of each launch, for sm_80
 and sm_90, and counts the sectors of global memory and the wavefronts of shared memory: see
@@ -10,7 +11,7 @@ perf/machine/counts.py. The values in the tensors are zeros: no count depends on
 
 The counts are in tests/memory_counts.json, by the keys of compile_facts.py: after a change of a
 kernel or of a tile the tool counts its launches again, and drops the old ones. It writes after each
-launch, so a run that was ended goes on. tests/tools/tables.py makes the tables of docs/memory.md.
+launch, so a run that was ended goes on. A launch of MUCH times the ideal needs a reason in CAUSES.
 
 The exit status is 1 if the machine finds something wrong, or cannot execute a launch.
 """
@@ -21,6 +22,7 @@ import multiprocessing
 import os
 import pathlib
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from tqdm import tqdm
@@ -28,6 +30,7 @@ from tqdm import tqdm
 from tests.tools import compile_cases, compile_facts
 from tilelab.kernels import _launch
 from tilelab.perf.compiler import aot
+from tilelab.perf.rows.ranking import markdown_table
 from tilelab.perf.rows.results import write_whole
 
 # isort: split
@@ -42,6 +45,34 @@ COUNTED = {  # the fields of a row, by the names of perf/machine/counts.py
     "wavefronts, ideal": "wavefronts, ideal", "TMA bytes": "TMA bytes", "waits": "waits",
 }  # fmt: skip
 IDEALS = ("sectors", "wavefronts")
+MUCH = 1.5  # times the ideal
+# Why a launch takes MUCH more: paragraphs of docs/memory.md, by what is counted, by the line of the
+# source that takes the most, and by words of the launch's title. The first that fits is taken.
+CAUSES: dict[str, tuple[tuple[str, str, str], ...]] = {
+    "wavefronts": (
+        ("store in float32 by TMA", ".store([", ""),
+        ("summed and multiplied", "+ 0.0", ""),
+        ("summed and multiplied", "conv2d_relu_pool_grad.py", "weight_grad"),
+        ("laid by rows", "tl.sum(b[:, :, None]", ""),
+        ("scalar loads", "", "sm_90 conv2d, few channels, float32"),
+        ("scalar loads", "", "sm_90 conv2d, few channels, by pointers, float32"),
+        ("scalar loads", "", "sm_90 matmul, one column, float32"),
+        ("turned", "w3 = tl.load", ""),
+        ("turned", "wt = tl.load", "tf32"),
+    ),
+    "sectors": (
+        ("last chunk", "optim.py", ""),
+        ("two loads a thread", "part_ptr", ""),
+        ("two loads a thread", "pool.py: ", ""),
+        ("two loads a thread", "step.py", ""),
+        ("taps apart", "conv2d_depthwise.py", ""),
+        ("taps apart", "wt = tl.load", ""),
+        ("taps apart", "conv2d_tma.py: w = tl.load", ""),
+        ("one element", "cross_entropy.py: x_t", ""),
+        ("turned", "w3 = tl.load", ""),
+        ("few neighbours", "tl.load", ""),
+    ),
+}
 Row = dict[str, Any]
 
 
@@ -70,8 +101,68 @@ def worst(row: Row) -> float:
     return max(ratio(row, name) or 1.0 for name in IDEALS)
 
 
+def cause(row: Row, name: str) -> str:
+    """Why a launch takes more than the ideal; "" if CAUSES has no reason."""
+    for words, line, launch in CAUSES[name]:
+        if line in row["at"][name] and launch in title(row):
+            return words
+    return ""
+
+
 def title(row: Row) -> str:
     return f"{row['target']} {row['call']}, {row['type']}: {row['kernel']}"
+
+
+# --- the tables -----------------------------------------------------------------------------------
+
+
+def tables(rows: list[Row] | None = None) -> dict[str, str]:
+    """What stands out, and everything; in Markdown, by name."""
+    rows = read()["launches"] if rows is None else rows
+    found = {f"much {name}": much(rows, name) for name in IDEALS}
+    return found | {f"all of {t}": everything(r for r in rows if r["target"] == t) for t in TARGETS}
+
+
+def much(rows: list[Row], name: str) -> str:
+    """The launches that take MUCH more, both targets in one line."""
+    lines: dict[tuple, dict[str, Row]] = {}
+    for row in sorted(rows, key=lambda row: -(ratio(row, name) or 0)):
+        if (ratio(row, name) or 0) >= MUCH:
+            what = (row["call"], row["type"], row["kernel"], row["tile"], cause(row, name))
+            lines.setdefault(what, {}).setdefault(row["target"], row)
+    cells = [
+        (
+            *(f"`{word}`" for word in what[:4]),
+            *(f"{ratio(by[t], name):.2f}" if t in by else "–" for t in TARGETS),
+            what[4],
+        )
+        for what, by in lines.items()
+    ]
+    return markdown_table(("call", "type", "kernel", "tile", *TARGETS, "why"), cells)
+
+
+def everything(rows: Iterable[Row]) -> str:
+    """Every launch, in the order of the calls."""
+    head = (
+        "call", "type", "kernel", "tile", "instructions", "requests", "sectors a request",
+        "sectors", "x ideal", "wavefronts", "x ideal", "TMA bytes", "waits",
+    )  # fmt: skip
+    lines = []
+    for row in rows:
+        times = {name: f"{x:.2f}" if (x := ratio(row, name)) else "" for name in IDEALS}
+        each = f"{row['sectors'] / row['requests']:.1f}" if row["requests"] else ""
+        lines.append((
+            *(row["call"], row["type"], f"`{row['kernel']}`", f"`{row['tile']}`"),
+            *(_number(row["instructions"]), _number(row["requests"]), each),
+            *(_number(row["sectors"]), times["sectors"]),
+            *(_number(row["wavefronts"]), times["wavefronts"]),
+            *(_number(row["TMA bytes"]), _number(row["waits"])),
+        ))  # fmt: skip
+    return markdown_table(head, lines)
+
+
+def _number(n: int) -> str:
+    return f"{n:,}" if n else ""
 
 
 # --- in a process that compiles -------------------------------------------------------------------
