@@ -52,24 +52,26 @@ CAUSES: dict[str, tuple[tuple[str, str, str], ...]] = {
     "wavefronts": (
         ("store in float32 by TMA", ".store([", ""),
         ("summed and multiplied", "+ 0.0", ""),
+        ("read across its rows", "x = tl.load", "tf32"),
         ("summed and multiplied", "conv2d_relu_pool_grad.py", "weight_grad"),
         ("laid by rows", "tl.sum(b[:, :, None]", ""),
         ("scalar loads", "", "sm_90 conv2d, few channels, float32"),
         ("scalar loads", "", "sm_90 conv2d, few channels, by pointers, float32"),
         ("scalar loads", "", "sm_90 matmul, one column, float32"),
-        ("turned", "w3 = tl.load", ""),
-        ("turned", "wt = tl.load", "tf32"),
+        ("read across its rows", "w3 = tl.load", "sm_80"),
+        ("turned for wgmma", "w3 = tl.load", "sm_90"),
+        ("turned for wgmma", "wt = tl.load", "sm_90"),
     ),
     "sectors": (
-        ("last chunk", "optim.py", ""),
+        ("masked", "optim.py", ""),
+        ("masked", "step.py", ""),
         ("two loads a thread", "part_ptr", ""),
-        ("two loads a thread", "pool.py: ", ""),
-        ("two loads a thread", "step.py", ""),
-        ("taps apart", "conv2d_depthwise.py", ""),
-        ("taps apart", "wt = tl.load", ""),
-        ("taps apart", "conv2d_tma.py: w = tl.load", ""),
+        ("two loads a thread", "", " max_pool2d"),
+        ("weights apart", "conv2d_depthwise.py: tap", ""),
+        ("weights apart", "wt = tl.load", ""),
+        ("weights apart", "conv2d_tma.py: w = tl.load", ""),
         ("one element", "cross_entropy.py: x_t", ""),
-        ("turned", "w3 = tl.load", ""),
+        ("turned for wgmma", "", "sm_90 conv2d_relu_pool, few channels, tf32"),
         ("few neighbours", "tl.load", ""),
     ),
 }
@@ -259,8 +261,7 @@ def main() -> int:
             if "failed" in row or worst(row) >= args.list:
                 print(describe(row))
         return 0
-    # This process may be an interpreter: those that it starts compile.
-    os.environ |= aot.ENVIRONMENT
+    os.environ |= aot.ENVIRONMENT  # this process may interpret, those that it starts compile
     with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
         wanted = [row for found in pool.map(_rows, TARGETS) for row in found]
         known = {row["key"]: row for row in file["launches"] if "failed" not in row}

@@ -133,10 +133,8 @@ def test_cp_async_counts_what_it_reads_and_writes():
     counts = Run(LENGTH + COPY, numbers(64, 4), numbers(64, 4), counting=True).core.counts
     by_end = {inst_of(counts, i).rpartition("0x")[2]: found for i, found in counts.of.items()}
     read = {"requests": 2, "bytes": 1024, "sectors": 32, "sectors, ideal": 32}
-    assert by_end["10, 16"] == read | {
-        "wavefronts": 8,
-        "wavefronts, ideal": 8,
-    }  # a quarter of a warp each
+    # A wavefront is what a quarter of a warp writes.
+    assert by_end["10, 16"] == read | {"wavefronts": 8, "wavefronts, ideal": 8}
     # 4 bytes of every 16: four lanes meet in each bank. They do where nothing is read, too.
     assert by_end["4, 4"]["wavefronts"] == 8 and by_end["4, 4"]["wavefronts, ideal"] == 2
     assert by_end["4, 0"] == {"wavefronts": 8, "wavefronts, ideal": 2}
