@@ -139,12 +139,19 @@ def fastest_tile(
     return best
 
 
+# Tiles were compiled for channels that every load finds whole. Others need masks and narrower
+# loads, and with them registers that the facts know nothing of.
+WHOLE = 16
+
+
 @functools.lru_cache(maxsize=4096)
 def pointer_tile(
     device: Device, op: str, kind: str, M: int, N: int, K: int, taps: float, times: int, moved: int,
-    parts: Callable[[dict, int, int], int] = lambda tile, tiles, steps: 1,
+    channels: int = 0, parts: Callable[[dict, int, int], int] = lambda tile, tiles, steps: 1,
 ) -> dict | None:  # fmt: skip
     """Return the fastest tile of a convolution's kernel that loads through pointers.
+
+    Return None if there are no facts for such tensors.
 
     Args:
         device: the GPU.
@@ -156,8 +163,11 @@ def pointer_tile(
         taps: how often a tile goes through K.
         times: how many such products there are: one for each group, for example.
         moved: bytes of the operands and the result.
+        channels: a divisor of the channels in and out; 1 if those of a pixel do not lie together.
         parts: returns the number of parts of the sum, of a tile, all tiles and their steps.
     """
+    if channels % WHOLE:
+        return None
 
     def work(tile: dict) -> Iterable[tuple[dict, Work, int]]:
         if "kernel" not in tile:
@@ -171,6 +181,11 @@ def pointer_tile(
 def moved_by(*tensors: torch.Tensor) -> int:
     """Return the bytes of some tensors."""
     return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def whole_channels(x: torch.Tensor, *channels: int) -> int:
+    """Return the greatest divisor of all channels of a group, or 1 if x is not channels_last."""
+    return math.gcd(*channels) if x.stride(1) == 1 else 1
 
 
 def kind_of(dtype: torch.dtype, precision: str) -> str:

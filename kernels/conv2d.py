@@ -47,7 +47,7 @@ import triton.language as tl
 from tilelab.kernels._checks import autocast, dot_precision
 from tilelab.kernels._geometry import as_pixels, check_conv2d, empty_channels_last, output_size
 from tilelab.kernels._launch import launch
-from tilelab.kernels._tile_facts import kind_of, moved_by, pointer_tile
+from tilelab.kernels._tile_facts import kind_of, moved_by, pointer_tile, whole_channels
 from tilelab.kernels._tiles import cdiv, choose_tile
 from tilelab.kernels.activation import activate, activated, kept_for, needs_z
 from tilelab.kernels.bias_relu import bias_activation, bias_activation_backward, bias_backward
@@ -380,6 +380,7 @@ def _conv2d(
         lambda device: pointer_tile(
             device, "conv2d_flat" if flat else "conv2d", kind_of(x.dtype, precision), M, K,
             R * S * C if flat else C, 1 if flat else R * S, groups, moved_by(x, weight, y),
+            0 if flat else whole_channels(x, C, K),
         ),
     )  # fmt: skip
     tile = choose_tile(op, x.dtype, default, can, M=M, N=K, K=R * S * C if flat else C)

@@ -49,7 +49,7 @@ import triton.language as tl
 from tilelab.kernels._checks import dot_precision
 from tilelab.kernels._geometry import as_pixels, empty_channels_last
 from tilelab.kernels._launch import launch
-from tilelab.kernels._tile_facts import kind_of, moved_by, pointer_tile
+from tilelab.kernels._tile_facts import kind_of, moved_by, pointer_tile, whole_channels
 from tilelab.kernels._tiles import cdiv, choose_tile
 from tilelab.kernels.bias_relu import bias_activation_backward
 from tilelab.kernels.conv2d_input_grad_tma import conv2d_input_grad_tma, fast_tile, plan_for
@@ -228,6 +228,7 @@ def conv2d_input_grad(
         lambda device: pointer_tile(
             device, "conv2d_input_grad", kind_of(dy.dtype, precision), M, C, K,
             R * S / math.prod(stride), groups * math.prod(stride), moved_by(dy, weight, dx),
+            whole_channels(dy, C, K),
         ),
     )  # fmt: skip
     tile = choose_tile("conv2d_input_grad", dy.dtype, default, kernels, M=M, N=C, K=K)

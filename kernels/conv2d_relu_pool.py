@@ -48,6 +48,7 @@ from tilelab.kernels._launch import launch
 from tilelab.kernels._tiles import cdiv, choose_tile
 from tilelab.kernels.conv2d_relu_pool_grad import conv2d_relu_pool_backward
 from tilelab.kernels.conv2d_tma import choices, conv2d_tma, fast_tile, first_of_largest, plan_for
+from tilelab.kernels.matmul import lay_by_rows, wants_rows
 
 
 def reference(x, weight, bias=None, padding=0):
@@ -73,7 +74,7 @@ def conv2d_relu_pool_kernel(
     stride_xn, stride_xc, stride_xh, stride_xw, stride_wk, stride_wc, stride_wr, stride_ws,
     stride_bias, stride_yn, stride_yk, stride_yp, stride_yq,
     R: tl.constexpr, S: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
-    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, BY_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program computes BLOCK_M windows x BLOCK_N channels of y [N, K, P, Q], and the places."""
@@ -121,6 +122,8 @@ def conv2d_relu_pool_kernel(
         w1 = tl.load(w1_ptr + w_offs, mask=(top & right)[:, None], other=0.0)
         w2 = tl.load(w2_ptr + w_offs, mask=(bottom & left)[:, None], other=0.0)
         w3 = tl.load(w3_ptr + w_offs, mask=(bottom & right)[:, None], other=0.0)
+        if BY_ROWS:  # against bank conflicts, see matmul.py
+            w0, w1, w2, w3 = lay_by_rows(w0), lay_by_rows(w1), lay_by_rows(w2), lay_by_rows(w3)
         acc0 = tl.dot(x, w0, acc0, input_precision=PRECISION)
         acc1 = tl.dot(x, w1, acc1, input_precision=PRECISION)
         acc2 = tl.dot(x, w2, acc2, input_precision=PRECISION)
@@ -173,7 +176,8 @@ def _conv2d_relu_pool(
         (cdiv(M, tile["BLOCK_M"]) * cdiv(K, tile["BLOCK_N"]),),
         x, weight, bias, y, place, N, C, H, W, K, P, Q, *x.stride(), *weight.stride(),
         0 if bias is None else bias.stride(0), *y.stride(), R, S, *padding,
-        HAS_BIAS=bias is not None, PRECISION=precision, **tile,
+        HAS_BIAS=bias is not None, PRECISION=precision,
+        BY_ROWS=wants_rows(weight[:, :, 0, 0].t(), precision), **tile,
     )  # fmt: skip
     return y, place
 

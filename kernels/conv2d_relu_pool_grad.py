@@ -53,16 +53,25 @@ from tilelab.kernels.conv2d_weight_grad import conv2d_weight_grad
 
 TILES = [
     # These two are for dx, in 16-bit and in float32. The accumulator has 4 * BLOCK_N columns, and
-    # with four warps it would spill. In float32 a step is half as deep.
+    # with four warps it may spill. In float32 a step is half as deep.
     dict(BLOCK_M=64, BLOCK_N=16, BLOCK_K=32, num_warps=8, num_stages=2),
     dict(BLOCK_M=64, BLOCK_N=16, BLOCK_K=16, num_warps=8, num_stages=2),
     # These two are for dweight, in 16-bit and in float32. Four accumulators of 64x32 take 64
     # registers of each thread.
     dict(BLOCK_M=64, BLOCK_N=32, BLOCK_K=32, num_warps=4, num_stages=3),
     dict(BLOCK_M=32, BLOCK_N=16, BLOCK_K=16, num_warps=8, num_stages=2),
+    # These two are for dx on tensor cores, in 16-bit and in TF32. Each warp reads all columns of
+    # the weights from shared memory, so four warps read half as much as eight. It needs channels
+    # that a load can take four at a time, or masks and addresses fill the registers.
+    dict(BLOCK_M=64, BLOCK_N=16, BLOCK_K=32, num_warps=4, num_stages=2),
+    dict(BLOCK_M=64, BLOCK_N=16, BLOCK_K=16, num_warps=4, num_stages=2),
+    # This one is for dweight in TF32. A warp has four times as much to multiply for what it loads.
+    dict(BLOCK_M=64, BLOCK_N=32, BLOCK_K=16, num_warps=4, num_stages=2),
 ]
 INPUT_DEFAULT = {2: TILES[0], 4: TILES[1]}
 WEIGHT_DEFAULT = {2: TILES[2], 4: TILES[3]}
+INPUT_FOURS_DEFAULT = {2: TILES[4], 4: TILES[5]}
+WEIGHT_TF32_DEFAULT = {4: TILES[6]}
 
 UNPOOL_TILES = [
     # This is the default in 16-bit. A thread has 16 channels, so their places are 16 bytes too.
@@ -334,13 +343,17 @@ def _input_grad(dy, place, weight, input_size, padding):
     (N, C, H, W), (_, _, R, S), (_, K, P, Q) = input_size, weight.shape, dy.shape
     quads = [(extent + 2 * pad + 1) // 2 for extent, pad in zip((H, W), padding, strict=True)]
     M = N * quads[0] * quads[1]
-    tile = choose_tile("conv2d_relu_pool_input_grad", dy.dtype, INPUT_DEFAULT, M=M, N=C, K=K)
+    precision = dot_precision(dy.dtype, torch.backends.cudnn.conv)
+    tensor_cores = dy.itemsize == 2 or precision == "tf32"
+    fours = tensor_cores and C % 4 == 0 and weight.stride(1) == 1
+    default = INPUT_FOURS_DEFAULT if fours else INPUT_DEFAULT
+    tile = choose_tile("conv2d_relu_pool_input_grad", dy.dtype, default, M=M, N=C, K=K)
     launch(
         conv2d_relu_pool_input_grad_kernel,
         (cdiv(M, tile["BLOCK_M"]) * cdiv(C, tile["BLOCK_N"]),),
         dy, place, weight, dx, N, C, H, W, K, P, Q, *quads,
         *dy.stride(), *place.stride(), *weight.stride(), *dx.stride(), R, S, *padding,
-        PRECISION=dot_precision(dy.dtype, torch.backends.cudnn.conv), **tile,
+        PRECISION=precision, **tile,
     )  # fmt: skip
     return dx
 
@@ -351,7 +364,9 @@ def _weight_grad(x, dy, place, weight, padding):
     (N, C, H, W), (_, _, R, S), (_, K, P, Q) = x.shape, weight.shape, dy.shape
     M = N * P * Q
     patch = (R + 1) * (S + 1) * C
-    tile = choose_tile("conv2d_relu_pool_weight_grad", x.dtype, WEIGHT_DEFAULT, K=M, M=K, N=patch)
+    precision = dot_precision(x.dtype, torch.backends.cudnn.conv)
+    default = WEIGHT_TF32_DEFAULT if precision == "tf32" else WEIGHT_DEFAULT
+    tile = choose_tile("conv2d_relu_pool_weight_grad", x.dtype, default, K=M, M=K, N=patch)
     blocks = cdiv(K, tile["BLOCK_M"]) * cdiv(patch, tile["BLOCK_N"])
     steps = cdiv(M, tile["BLOCK_K"])
     part_windows, parts = into_parts(M, tile["BLOCK_K"], part_count(blocks, steps))
@@ -362,7 +377,7 @@ def _weight_grad(x, dy, place, weight, padding):
         conv2d_relu_pool_weight_grad_kernel, (blocks, parts),
         x, dy, place, partials, bias_partials, N, C, H, W, K, P, Q, part_windows, size,
         *x.stride(), *dy.stride(), *place.stride(), *dweight.stride(), R, S, *padding,
-        PRECISION=dot_precision(x.dtype, torch.backends.cudnn.conv), **tile,
+        PRECISION=precision, **tile,
     )  # fmt: skip
     sum_partials(partials, dweight, bias_partials, dbias)
     return dweight, dbias

@@ -47,7 +47,7 @@ import triton.language as tl
 from tilelab.kernels._checks import dot_precision
 from tilelab.kernels._launch import launch
 from tilelab.kernels._partial_sums import sum_partials
-from tilelab.kernels._tile_facts import kind_of, moved_by, pointer_tile
+from tilelab.kernels._tile_facts import kind_of, moved_by, pointer_tile, whole_channels
 from tilelab.kernels._tiles import cdiv, choose_tile, into_parts, part_count
 from tilelab.kernels.conv2d_tma import choices
 from tilelab.kernels.conv2d_weight_grad_tma import conv2d_weight_grad_tma, fast_tile, plan_for
@@ -69,12 +69,15 @@ TILES = [
     # contiguous along the pixels there, and Hopper's wgmma would have both turned on their way into
     # shared memory, where eight threads meet in each bank. With two warps there is no wgmma.
     dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=2, num_stages=3),
+    # The same where a load cannot take four channels, as in a first layer. Masks and addresses take
+    # more registers there, so there are half as many columns.
+    dict(BLOCK_M=64, BLOCK_N=32, BLOCK_K=16, num_warps=2, num_stages=3),
     # These have four warps, as in conv2d.py.
     dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3),
     dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3),
 ]
 DEFAULT = {2: TILES[0], 4: TILES[1]}
-TF32_DEFAULT = {4: TILES[6]}
+TF32_DEFAULT, TF32_FEW_DEFAULT = {4: TILES[6]}, {4: TILES[7]}
 
 
 # In one dimension, the kernel lays one row over the other, shifted by the tap. It multiplies where
@@ -196,14 +199,15 @@ def _weight_grad(x, dy, weight, stride, padding, dilation, groups, with_bias):
     M = N * P * Q
     plan = plan_for(x, dy, (R, S), stride, padding, dilation, groups)
     precision = dot_precision(x.dtype, torch.backends.cudnn.conv)
-    # A load takes four channels. Where it cannot, two warps have too few registers for the masks.
-    turned = precision == "tf32" and x.stride(1) == 1 and C % 4 == 0
+    default = DEFAULT
+    if precision == "tf32" and x.stride(1) == 1:
+        default = TF32_FEW_DEFAULT if C % 4 else TF32_DEFAULT
     default, kernels = choices(
-        plan, x, TF32_DEFAULT if turned else DEFAULT, ("pointer",),
+        plan, x, default, ("pointer",),
         lambda device: fast_tile(plan, device, with_bias),
         lambda device: pointer_tile(
             device, "conv2d_weight_grad", kind_of(x.dtype, precision), K, R * S * C, M, 1, groups,
-            moved_by(x, dy, dweight), _parts,
+            moved_by(x, dy, dweight), whole_channels(x, C, K), _parts,
         ),
     )  # fmt: skip
     tile = choose_tile("conv2d_weight_grad", x.dtype, default, kernels, K=M, M=K, N=R * S * C)

@@ -38,7 +38,7 @@ import triton.language as tl
 
 from tilelab.kernels._checks import DTYPES, check_device, check_shape, check_tensors
 from tilelab.kernels._launch import Device, descriptor, device_of, launch, tma_rows
-from tilelab.kernels._tile_facts import Work, fastest_tile, kind_of
+from tilelab.kernels._tile_facts import Work, fastest_tile, kind_of, layout_of
 from tilelab.kernels._tiles import cdiv, choose_tile, persistent, tma_tile
 from tilelab.kernels.activation import activate, activated, check_activation
 
@@ -62,8 +62,14 @@ TILES = [
     dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, GROUP_M=8, num_warps=4, num_stages=4),
     # Few rows, as with one token at a time: the weights' columns stream through.
     dict(BLOCK_M=16, BLOCK_N=128, BLOCK_K=128, GROUP_M=8, num_warps=4, num_stages=4),
+    # The default on Hopper for int8 that is not contiguous along K. Four warps would use wgmma, and
+    # have it turned on its way into shared memory: byte by byte, and eight threads meet in each
+    # bank. Two warps use the older mma. Its operands are turned in registers. (In float8 the older
+    # mma computes in float16, at half the rate.)
+    dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, num_warps=2, num_stages=3),
 ]
 DEFAULT = {1: TILES[0]}  # by bytes per element
+TURNED_DEFAULT = {1: TILES[5]}
 
 _fast = functools.partial(tma_tile, GROUP_M=8)
 
@@ -306,9 +312,11 @@ def _scaled_matmul(
     operands = _operands(a, b, dtype) if len(device.kernels) > 1 else None
     if operands is not None:
         kernels = ("pointer", "tma")
-    if M and N and K:
-        if tile := fast_tile(M, N, K, kind_of(a.dtype, ""), kernels, device):
+    if layout_of(a.stride(), b.stride()) == "nt":  # others are turned on their way
+        if M and N and K and (tile := fast_tile(M, N, K, kind_of(a.dtype, ""), kernels, device)):
             default = {1: tile}
+    elif device.capability == 90 and a.dtype == torch.int8:
+        default = TURNED_DEFAULT
     # A tensor-core instruction takes at least 32 bytes along K, so BLOCK_K is at least 32.
     tile = choose_tile("scaled_matmul", a.dtype, default, kernels, M=M, N=N, K=max(K, 32))
     scales = scale_a, scale_b

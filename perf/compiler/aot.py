@@ -318,12 +318,16 @@ def executed(w: Workload, tile: dict | None, target: str) -> dict:
     if target not in machine.TARGETS:
         return {"failed": f"the machine executes {' and '.join(machine.TARGETS)} only"}
     workloads.set_precision(w.precision)
-    main = trace(w, tile, target, seed=0).main
-    size = sum(t.untyped_storage().nbytes() for t in _launch.tensors_of(main.args))
+    return executed_launch(trace(w, tile, target, seed=0).main, target)
+
+
+def executed_launch(launch: _launch.Launch, target: str) -> dict:
+    """What one program of a recorded launch does, as `executed`."""
+    size = sum(t.untyped_storage().nbytes() for t in _launch.tensors_of(launch.args))
     if size > MOST_BYTES:
         return {"failed": f"its tensors have {size / 1e9:.1f} GB, too many to execute it here"}
     with machine.executing(target, programs=1) as reports:
-        main.kernel[main.grid](*main.args, **main.meta)
+        launch.kernel[launch.grid](*launch.args, **launch.meta)
     return reports[0].as_dict()
 
 

@@ -9,7 +9,8 @@ A warp's access is one *request*. What it costs depends on where its 32 addresse
                     of one bank take two wavefronts (a bank conflict)
 
     8 bytes a lane are served to half a warp at a time, 16 bytes to a quarter; ldmatrix and stmatrix
-    to the 8 rows of a matrix. Ideal is one wavefront for each of these turns.
+    to the 8 rows of a matrix. Ideal is one wavefront for each of these turns. cp.async has both
+    kinds: it reads sectors, and writes shared memory as a store of as many bytes would.
 
 Sources: CUDA C++ Programming Guide, "Shared Memory" of the compute capabilities; Nsight Compute's
 "Memory Tables".
@@ -31,7 +32,7 @@ class Counts:
 
     Keys: "requests" and "bytes" of an access; of global memory "sectors" and "sectors, ideal"; of
     shared memory "wavefronts" and "wavefronts, ideal"; "TMA bytes"; "waits", lanes that had to wait
-    at an mbarrier.
+    at an mbarrier. The requests and bytes of cp.async are those to global memory.
     """
 
     def __init__(self, core: "Core") -> None:
@@ -57,8 +58,15 @@ class Counts:
             found["sectors"] += _touched(warp, offsets, size, 32)[0].size
             bytes_ = np.bincount(_touched(warp, offsets, size, 1)[0])
             found["sectors, ideal"] += int((-(-bytes_ // 32)).sum())
-            return
-        phase = warp * 4 + lanes % 32 * max(size, 4) // 128
+        else:
+            self.wavefronts(inst, lanes, offsets, size)
+
+    def wavefronts(
+        self, inst: Instruction, lanes: np.ndarray, offsets: np.ndarray, size: int
+    ) -> None:
+        """Only what shared memory has to do: cp.async is a request to global memory as well."""
+        found = self.of[self.core.index(inst)]
+        phase = lanes // 32 * 4 + lanes % 32 * max(size, 4) // 128
         owner, word = _touched(phase, offsets, size, 4)
         found["wavefronts, ideal"] += _distinct(phase).size
         found["wavefronts"] += int(_most(owner, word % 32))
@@ -83,7 +91,7 @@ class Counts:
             executed = int(self.core.executed[i])
             total["instructions"] += executed
             total[f"instructions: {kind(inst)}"] += executed
-            space = "shared " if "wavefronts" in self.of.get(i, {}) else "global "
+            space = "global " if "sectors" in self.of.get(i, {}) else "shared "
             for name, amount in self.of.get(i, {}).items():
                 total[(space if name in ("requests", "bytes") else "") + name] += amount
         return +total

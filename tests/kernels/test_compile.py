@@ -21,7 +21,7 @@ import warnings
 import pytest
 import triton
 
-from tests.tools import compile_bars, compile_cases, compile_facts
+from tests.tools import compile_bars, compile_cases, compile_facts, memory_counts
 from tests.tools.compile_facts import COMMAND, difference, of_part, read, rows_of
 
 pytestmark = pytest.mark.interpreter("it compiles in processes of its own")
@@ -114,6 +114,24 @@ def test_every_fact_is_of_a_launch(target, worker):
     keys = {row["key"] for row in worker.launches(target)}
     orphans = read(target).keys() - keys
     assert not orphans, f"{len(orphans)} facts that no case asks for: {COMMAND}"
+
+
+@pytest.mark.parametrize("target", memory_counts.TARGETS)
+def test_every_default_launch_has_counts(target, worker):
+    """Those of docs/memory.md, which the machine makes by executing one program of each."""
+    file = memory_counts.read()
+    if file["triton"] != triton.__version__:
+        pytest.skip(f"the counts are those of triton {file['triton']}")
+    rows = [row for row in file["launches"] if row["target"] == target]
+    wrong = [memory_counts.describe(row) for row in rows if "failed" in row or "findings" in row]
+    assert not wrong, "\n".join(wrong)
+    counted = {row["key"] for row in rows}
+    wanted = {
+        row["key"]
+        for row in worker.launches(target)
+        if row["group"] == "default" and row["case"] in compile_cases.CALLS
+    }
+    assert counted == wanted, f"{len(counted ^ wanted)} differ: python -m tests.tools.memory_counts"
 
 
 # --- the cases ------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""README.md, docs/numbers.md and docs/verification.md say what the committed results say."""
+"""README.md and three pages of docs/ say what the committed results say."""
 
 import importlib
 import json

@@ -1,4 +1,4 @@
-"""Makes the tables of README.md and of two pages of docs/ from committed results.
+"""Makes the tables of README.md and of three pages of docs/ from committed results.
 
 `python -m tests.tools.tables` prints them; tests/perf/test_tables.py holds the pages to them.
 """
@@ -10,7 +10,7 @@ import types
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tests.tools import opinions
+from tests.tools import memory_counts, opinions
 from tilelab.perf.clock.host_overhead import ROOT
 from tilelab.perf.commands.training_step import totals
 from tilelab.perf.report import history
@@ -53,6 +53,7 @@ def tables() -> dict[str, dict[str, str]]:
         "README.md": {"summary": summary(rows, entries, STEP, runs)},
         "docs/numbers.md": numbers,
         "docs/verification.md": opinions.tables(),
+        "docs/memory.md": memory_counts.tables(),
     }
 
 

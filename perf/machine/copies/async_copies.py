@@ -175,6 +175,7 @@ def build_copy(inst: Instruction, core: "Core") -> Handler:
         core.races.copy_as(index, agents, time, gids, to, size)
         if core.counting:
             core.counts.access(inst, "global", unit, lanes[asked], begins, size)
+            core.counts.wavefronts(inst, lanes, to, size)  # zeros are written, too
         places[to // size] = POISON[size]
         known[to // size] = NOTHING[size]
 

@@ -129,10 +129,17 @@ def test_until_it_has_landed_a_copy_leaves_nans(schedule):
     assert (run.y[:, 0] == -1).all() and run.kinds == {"race", "uninitialised"}
 
 
-def test_cp_async_counts_what_it_reads():
+def test_cp_async_counts_what_it_reads_and_writes():
     counts = Run(LENGTH + COPY, numbers(64, 4), numbers(64, 4), counting=True).core.counts
-    first = next(i for i, inst in counts.of.items() if inst_of(counts, i).endswith("0x10, 16"))
-    assert counts.of[first] == {"requests": 2, "bytes": 1024, "sectors": 32, "sectors, ideal": 32}
+    by_end = {inst_of(counts, i).rpartition("0x")[2]: found for i, found in counts.of.items()}
+    read = {"requests": 2, "bytes": 1024, "sectors": 32, "sectors, ideal": 32}
+    # A wavefront is what a quarter of a warp writes.
+    assert by_end["10, 16"] == read | {"wavefronts": 8, "wavefronts, ideal": 8}
+    # 4 bytes of every 16: four lanes meet in each bank. They do where nothing is read, too.
+    assert by_end["4, 4"]["wavefronts"] == 8 and by_end["4, 4"]["wavefronts, ideal"] == 2
+    assert by_end["4, 0"] == {"wavefronts": 8, "wavefronts, ideal": 2}
+    # What it reads counts as global, what it writes as wavefronts alone.
+    assert counts.total["global requests"] >= 6 and counts.total["shared requests"] == 4
 
 
 def test_a_copy_over_what_others_still_read_is_a_race():
