@@ -373,7 +373,7 @@ def _conv2d(
         plan, x, FLAT_DEFAULT if flat else DEFAULT, can,
         lambda sms: fast_tile(plan, x.itemsize, sms),
     )  # fmt: skip
-    tile = choose_tile(op, x.dtype, default, can, M=M, N=K, K=R * S * C if flat else C)
+    tile = choose_tile(op, x, default, can, M=M, N=K, K=R * S * C if flat else C)
     # `choose_tile` takes a tile without a name for one of "pointer". With few channels that means
     # conv2d_flat_kernel, which takes the place of conv2d_kernel there.
     rung = tile.get("kernel", "flat" if flat else "pointer")

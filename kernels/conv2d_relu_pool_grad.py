@@ -301,7 +301,7 @@ def _unpool_tile(dy, channels):
     # The interpreter is not modelled. Its time is that of its operations, and FUSED has the fewest.
     wide = min(channels, K) >= WIDE and device_of(dy).modelled
     default = UNPOOL_DEFAULT if wide else dict.fromkeys(UNPOOL_DEFAULT, FUSED)
-    return choose_tile("unpool", dy.dtype, default, ("pointer", "unpool"), M=N * P * Q, N=K)
+    return choose_tile("unpool", dy, default, ("pointer", "unpool"), M=N * P * Q, N=K)
 
 
 def _unpool(dy, place, size, bias, tile):
@@ -334,7 +334,7 @@ def _input_grad(dy, place, weight, input_size, padding):
     (N, C, H, W), (_, _, R, S), (_, K, P, Q) = input_size, weight.shape, dy.shape
     quads = [(extent + 2 * pad + 1) // 2 for extent, pad in zip((H, W), padding, strict=True)]
     M = N * quads[0] * quads[1]
-    tile = choose_tile("conv2d_relu_pool_input_grad", dy.dtype, INPUT_DEFAULT, M=M, N=C, K=K)
+    tile = choose_tile("conv2d_relu_pool_input_grad", dy, INPUT_DEFAULT, M=M, N=C, K=K)
     launch(
         conv2d_relu_pool_input_grad_kernel,
         (cdiv(M, tile["BLOCK_M"]) * cdiv(C, tile["BLOCK_N"]),),
@@ -351,7 +351,7 @@ def _weight_grad(x, dy, place, weight, padding):
     (N, C, H, W), (_, _, R, S), (_, K, P, Q) = x.shape, weight.shape, dy.shape
     M = N * P * Q
     patch = (R + 1) * (S + 1) * C
-    tile = choose_tile("conv2d_relu_pool_weight_grad", x.dtype, WEIGHT_DEFAULT, K=M, M=K, N=patch)
+    tile = choose_tile("conv2d_relu_pool_weight_grad", x, WEIGHT_DEFAULT, K=M, M=K, N=patch)
     blocks = cdiv(K, tile["BLOCK_M"]) * cdiv(patch, tile["BLOCK_N"])
     steps = cdiv(M, tile["BLOCK_K"])
     part_windows, parts = into_parts(M, tile["BLOCK_K"], part_count(blocks, steps))

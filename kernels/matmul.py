@@ -213,7 +213,7 @@ def matmul_into(c, a, b, bias, activation, precision, sums=None):
         kernels = device.kernels if K > 1 else device.kernels[:2]
         if device.modelled:
             default = {a.itemsize: fast_tile(M, N, K, a.itemsize, device.sms)}
-    tile = choose_tile("matmul", a.dtype, default, kernels, M=M, N=N, K=K)
+    tile = choose_tile("matmul", a, default, kernels, M=M, N=N, K=K)
     if "kernel" in tile:
         matmul_tma(operands, bias, activation, c, tile, precision)
         return
