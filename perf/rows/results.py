@@ -13,13 +13,14 @@ The tables HEADER and ROW are the schema: what is checked when a line is written
 README.md prints. README.md also says what becomes of a file that was killed, resumed or damaged.
 """
 
+import contextlib
 import fcntl
 import gzip
 import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -441,6 +442,35 @@ def _get(header: dict, name: str) -> Any:
     for part in name.split("."):
         header = (header or {}).get(part)
     return header
+
+
+LOCK_S = 60  # to merge rows into a file takes milliseconds
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Within this context no other process is in one of the same file: to read, merge, replace it.
+
+    The lock is a file of its own, `.<name>.lock` beside it, because a file that is replaced cannot
+    be locked itself.
+
+    Raises:
+        PerfError: if another process holds it for a minute, or if it cannot be made.
+    """
+    import filelock  # reading results needs nothing but perf
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=LOCK_S)
+        lock.acquire()
+    except filelock.Timeout:
+        raise PerfError(f"another process has been writing {path} for {LOCK_S} s") from None
+    except OSError as error:
+        raise PerfError(f"cannot write {path}: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_whole(path: Path, content: bytes) -> None:
