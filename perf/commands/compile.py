@@ -106,7 +106,7 @@ def compile_all(
     for i, w in enumerate(work):
         print("\n" + table(found[results.workload(w._asdict())], args.top))
         if taken:
-            print(chosen_text(taken[i]))
+            print(chosen_text(taken[i], gpu))
     print(f"\n{len(rows)} tiles in {path}")
     skipped = sum(row["status"] == "skipped" for row in rows)
     if skipped:
@@ -147,14 +147,15 @@ def chosen(
     return answers
 
 
-def chosen_text(taken: dict) -> str:
+def chosen_text(taken: dict, gpu: gpus.GPU) -> str:
     """What `aot.choose` has found, for a terminal: each tile, and why it is that."""
     lines = []
     for choice in taken["choices"]:
         about = f"{choice['op']} {choice['dtype']}, {ranking.shape_text(choice['sizes'])}"
         lines.append(f"  {about}: {ranking.tile_text(choice['tile'])}")
         lines += [f"    {line}" for line in choice["why"]]
-    return "\n".join(["the tile that a call takes there, and why:", *lines])
+    many = "tile" if len(taken["choices"]) == 1 else "tiles"
+    return "\n".join([f"the {many} that a call takes on the {gpu.title}, and why:", *lines])
 
 
 Job = tuple[Workload, dict]  # a tile to do, as the fields of its row
@@ -314,7 +315,7 @@ def _explain(work: list[Workload], args: argparse.Namespace, asked: list[gpus.GP
             row = finish(row | compilers.submit("compile", w, tile, gpu.target).result(), gpu)
             print(diagnosis.describe_tile(row, gpu))
             if taken:
-                print(f"\n{chosen_text(taken[0])}")
+                print(f"\n{chosen_text(taken[0], gpu)}")
             if not row.get("failed"):
                 loop = compilers.submit("annotate", w, tile, gpu.target).result()
                 print(diagnosis.annotate(loop))

@@ -401,7 +401,7 @@ def _table_text(table: Table, tiles: int) -> str:
         for verdict in verdicts[:tiles]:
             gap = "     –" if verdict.gap is None else f"{verdict.gap:.2f}x".rjust(6)
             tile = tile_label(verdict.row)
-            lines.append(f"    {gap}  {tile:<22} {cut(verdict.words, 160)}")
+            lines.append(f"    {gap}  {tile:<22} {cut(verdict.words, 150)}")
         if len(verdicts) > tiles:
             lines.append(f"      and {len(verdicts) - tiles} more")
     return "\n".join(lines)
