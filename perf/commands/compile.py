@@ -97,7 +97,7 @@ def compile_all(
         taken = chosen(work, args, compilers, gpu.target, table_name(gpu))
         jobs, rows = missing(work, args, compilers, writer, gpu.target, taken=taken)
         left = None if until is None else until - time.monotonic()
-        print(f"{len(jobs)} tiles to compile, in {compilers.workers} processes")
+        print(f"to compile: {len(jobs)}, in {compilers.workers} processes at once")
         for row in compile_rows(jobs, gpu.target, gpu, compilers, left):
             row["status"] = "predicted" if row["status"] == "ok" else row["status"]
             writer.write(stored(row))
@@ -107,7 +107,7 @@ def compile_all(
         print("\n" + table(found[results.workload(w._asdict())], args.top))
         if taken:
             print(chosen_text(taken[i], gpu))
-    print(f"\n{len(rows)} tiles in {path}")
+    print(f"\n{len(rows)} {'tile' if len(rows) == 1 else 'tiles'} in {path}")
     skipped = sum(row["status"] == "skipped" for row in rows)
     if skipped:
         print(skipped_text(skipped, args.budget))
@@ -155,7 +155,10 @@ def chosen_text(taken: dict, gpu: gpus.GPU) -> str:
         lines.append(f"  {about}: {ranking.tile_text(choice['tile'])}")
         lines += [f"    {line}" for line in choice["why"]]
     many = "tile" if len(taken["choices"]) == 1 else "tiles"
-    return "\n".join([f"the {many} that a call takes on the {gpu.title}, and why:", *lines])
+    head = f"the {many} that a call takes on the {gpu.title}, and why"
+    if taken["untuned"]:
+        head += f" (nothing is tuned: there is no kernels/tuned/{taken['untuned']})"
+    return "\n".join([f"{head}:", *lines])
 
 
 Job = tuple[Workload, dict]  # a tile to do, as the fields of its row

@@ -182,8 +182,9 @@ def choose(w: Workload, target: str, gpu: str) -> dict:
 
     "tile" is that of the work itself (None where it has none of its own). "choices" are all in
     their order: packing and the sums of parts choose, too. Each is {"op", "dtype", "sizes", "tile",
-    "kernels", "why"}. The tuned table of the GPU is read, if it has one.
+    "why"}. The tuned table of the GPU is read; "untuned" is its name if there is none.
     """
+    table = _tiles.tuned_path(gpu) if gpu else None
     workloads.set_precision(w.precision)
     events = _recorded(w, None, device(target)._replace(name=gpu))
     own, found, choices = {tile_op.name for tile_op in w.about.tile_ops}, None, []
@@ -194,32 +195,34 @@ def choose(w: Workload, target: str, gpu: str) -> dict:
             found = event.tile
         choice = dict(
             op=event.op, dtype=str(event.dtype).removeprefix("torch."), sizes=event.sizes,
-            tile=event.tile, kernels=event.kernels, why=_why(event, _launch_of(events[i:]), gpu),
+            tile=event.tile, why=_why(event, _launch_of(events[i:]), table),
         )  # fmt: skip
         if choice not in choices:
             choices.append(choice)
-    return {"tile": found, "choices": choices}
+    untuned = None if table is None or table.exists() else table.name
+    return {"tile": found, "choices": choices, "untuned": untuned}
 
 
-def _why(choice: _launch.Choice, launch: _launch.Launch | None, gpu: str) -> list[str]:
+def _why(
+    choice: _launch.Choice, launch: _launch.Launch | None, table: pathlib.Path | None
+) -> list[str]:
     """By which rule of kernels/_tiles.py a tile was chosen, in words."""
-    table, base = _tiles.tuned_path(gpu).name if gpu else "", choice.default
+    base = choice.default
     if choice.entry is not None:
         base, sizes = choice.entry["tile"], choice.entry["sizes"]
         far = _tiles.octaves(choice.sizes, sizes)
         nearest = " ".join(f"{k}={size}" for k, size in sizes.items())
         words = "these sizes" if far == 0 else f"{nearest}, the nearest ({far:.1f} octaves away)"
-        lines = [f"tuned: the fastest tile of a sweep for {words}, in kernels/tuned/{table}"]
+        lines = [f"tuned: the fastest tile of a sweep for {words}, in kernels/tuned/{table.name}"]
     else:
         if str(base.get("kernel")).startswith("tma"):
             rule = "the tile of FAST_TILES with which the busiest SM should be done first"
             lines = [f"modelled: {rule} (kernels/_cost_model.py)"]
         else:
             lines = [f"default: {_constant(base, launch)}"]
-        if table and _tiles.tuned_path(gpu).exists():
-            lines.append(f"kernels/tuned/{table} has no tile of {choice.op} that can do this call")
-        elif table:
-            lines.append(f"nothing is tuned: there is no kernels/tuned/{table}")
+        if table is not None and table.exists():
+            where = f"kernels/tuned/{table.name}"
+            lines.append(f"{where} has no tile of {choice.op} that can do this call")
     fitted = [f"{k} {base[k]} -> {v}" for k, v in choice.tile.items() if base.get(k, v) != v]
     if fitted:
         lines.append(f"fitted to the sizes: {', '.join(fitted)}")

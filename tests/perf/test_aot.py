@@ -250,7 +250,7 @@ sys.stdin.read()
 
 
 PTXAS = """#!/bin/sh
-case "$*" in *--version*) echo "Cuda compilation tools, release 12.8, V12.8.93";; *) sleep 600;; esac
+case "$*" in *--version*) echo "Cuda compilation tools, release 12.8, V12.8.93";; *) sleep 600; true;; esac
 """
 
 
@@ -270,16 +270,17 @@ def test_no_worker_outlives_a_parent_that_is_killed(tmp_path):
     ptxas = tmp_path / "ptxas"
     ptxas.write_text(PTXAS)
     ptxas.chmod(0o755)
+    names = "TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"
     parent = subprocess.Popen(
         [sys.executable, "-c", PARENT], cwd=pathlib.Path(__file__).parents[2], text=True,
-        env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_PTXAS_PATH": str(ptxas)},
+        env=os.environ | {name: str(ptxas) for name in names} | {"TRITON_CACHE_DIR": str(tmp_path)},
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
     deadline = time.monotonic() + 120
     with parent:
         worker = int(parent.stdout.readline())
         while len(alive(worker)) < 3:  # the worker, the script, and what this waits for
-            assert time.monotonic() < deadline
+            assert time.monotonic() < deadline, "it does not wait for the assembler"
             time.sleep(0.02)
         parent.kill()
     deadline = time.monotonic() + 20

@@ -181,10 +181,10 @@ def test_which_tile_a_call_takes_and_why(tilelab, tmp_path):
     assert row["default"] and row["tile"] == dict(BLOCK_M=4, BLOCK_N=1024, num_warps=2)
     assert "4x1024 w2 (default)" in out and "GB/s" in out and "TFLOP/s" not in out
     for line in (
-        "the tile that a call takes on the NVIDIA A100 80GB SXM, and why:",
+        "the tile that a call takes on the NVIDIA A100 80GB SXM, and why (nothing is tuned: there "
+        "is no kernels/tuned/nvidia-a100-sxm4-80gb.json):",
         "softmax bfloat16, M=64 N=1000: 4x1024 w2",
         "default: TILES[3] = IN_REGISTERS[3] of kernels/softmax.py",
-        "nothing is tuned: there is no kernels/tuned/nvidia-a100-sxm4-80gb.json",
     ):
         assert line in out
 
@@ -222,7 +222,9 @@ def test_a_tile_is_tuned_modelled_or_a_default(monkeypatch, tmp_path):
     _tiles.forget_tuned()
 
     def why(gpu, M, target="sm_90", N=1024):
-        (choice,) = reasons("matmul", target, gpu, dict(M=M, N=N, K=1024))["choices"]
+        found = reasons("matmul", target, gpu, dict(M=M, N=N, K=1024))
+        assert (found["untuned"] is None) == (gpu == "NVIDIA H200")
+        (choice,) = found["choices"]
         return choice["tile"], " | ".join(choice["why"])
 
     found, words = why("NVIDIA H200", 1024)
@@ -232,7 +234,6 @@ def test_a_tile_is_tuned_modelled_or_a_default(monkeypatch, tmp_path):
     assert "M=1024 N=1024 K=1024, the nearest (5.4 octaves away)" in words
     found, words = why("NVIDIA H100 80GB HBM3", 4096)
     assert found["kernel"] == "tma" and words.startswith("modelled: ")
-    assert "there is no kernels/tuned/nvidia-h100-80gb-hbm3.json" in words
     assert "of the kernels pointer, tma, tma_ws" in words
     assert why("NVIDIA A100-SXM4-80GB", 4096, "sm_80")[1].startswith("default: ")
     (choice,) = reasons("softmax", "sm_90", "NVIDIA H200")["choices"]
