@@ -250,7 +250,10 @@ sys.stdin.read()
 
 
 PTXAS = """#!/bin/sh
-case "$*" in *--version*) echo "Cuda compilation tools, release 12.8, V12.8.93";; *) sleep 600; true;; esac
+case "$*" in
+*--version*) echo "Cuda compilation tools, release 12.8, V12.8.93" ;;
+*) sleep 600; true ;;
+esac
 """
 
 
