@@ -100,17 +100,19 @@ def compile_all(
         print(f"to compile: {len(jobs)}, in {compilers.workers} processes at once")
         for row in compile_rows(jobs, gpu.target, gpu, compilers, left):
             row["status"] = "predicted" if row["status"] == "ok" else row["status"]
-            writer.write(stored(row))
             rows.append(row)
+            if row["status"] != "skipped":
+                writer.write(stored(row))
+        skipped = [row for row in rows if row["status"] == "skipped"]
+        writer.write_all(map(stored, skipped))
     found = by_work(rows)
     for i, w in enumerate(work):
         print("\n" + table(found[results.workload(w._asdict())], args.top))
         if taken:
             print(chosen_text(taken[i], gpu))
     print(f"\n{len(rows)} {'tile' if len(rows) == 1 else 'tiles'} in {path}")
-    skipped = sum(row["status"] == "skipped" for row in rows)
     if skipped:
-        print(skipped_text(skipped, args.budget))
+        print(skipped_text(len(skipped), args.budget))
 
 
 def skipped_text(count: int, budget: float) -> str:

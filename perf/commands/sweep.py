@@ -158,17 +158,18 @@ class Sweep:
             left = self.began + COMPILE_SHARE * self.budget - self.device.now()
         for row in compile_rows(jobs, target, self.model, self.compilers, left):
             rows.append(row)
-            if row["status"] != "ok":
-                self.skipped += row["status"] == "skipped"
+            if row["status"] not in ("ok", "skipped"):
                 self.writer.write(stored(row))
+        self._write_skipped([row for row in rows if row["status"] == "skipped"])
         return rows
 
     def _skip(self, rows: list[dict], reason: str) -> None:
-        for row in rows:
-            if "median_s" not in row and row.get("status", "ok") == "ok":
-                row = row | {"status": "skipped", "reason": reason}
-                self.skipped += 1
-                self.writer.write(stored(row))
+        late = [r for r in rows if "median_s" not in r and r.get("status", "ok") == "ok"]
+        self._write_skipped([row | {"status": "skipped", "reason": reason} for row in late])
+
+    def _write_skipped(self, rows: list[dict]) -> None:
+        self.skipped += len(rows)
+        self.writer.write_all(map(stored, rows))
 
     # --- measure ---------------------------------------------------------------------------------
 
