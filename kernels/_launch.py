@@ -74,11 +74,13 @@ class Device(NamedTuple):
         sms: the number of its SMs.
         modelled: True if FLOPs and bytes predict its time, as for a GPU. A lesson may then choose a
             kernel by them. They do not predict the time of the interpreter.
+        name: its name in torch, whose tuned tiles a recorded call takes; "" if it takes none.
     """
 
     capability: int
     sms: int
     modelled: bool = True
+    name: str = ""
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -119,6 +121,18 @@ def device_of(x: torch.Tensor) -> Device:
     if _pretended is not None:
         return _pretended
     return INTERPRETER if INTERPRET else _properties(x.get_device())
+
+
+def gpu_name(x: torch.Tensor) -> str:
+    """Return the name of the GPU whose tuned tiles a call with argument `x` takes; "" is none."""
+    if _pretended is not None:
+        return _pretended.name
+    return "" if INTERPRET else _name(x.get_device())
+
+
+@functools.cache
+def _name(index: int) -> str:
+    return torch.cuda.get_device_name(index)
 
 
 @functools.cache
@@ -182,13 +196,19 @@ def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
 
 
 class Choice(NamedTuple):
-    """A recorded call of `choose_tile`: its arguments, and the tile that it returned."""
+    """A recorded call of `choose_tile`: its arguments, and the tile that it returned.
+
+    `default` is the lesson's tile, not yet fitted to the sizes. `entry` is that of the tuned table,
+    if the tile is from there.
+    """
 
     op: str
     dtype: torch.dtype
     sizes: dict[str, int]
     tile: dict[str, Any]
     kernels: tuple[str, ...]
+    default: dict[str, Any]
+    entry: dict[str, Any] | None
 
 
 class Launch(NamedTuple):
@@ -220,8 +240,8 @@ def note_choice(*choice: Any) -> None:
 def instead(execute: Callable[[Launch], None], device: Device) -> Iterator[None]:
     """Within this context `execute` gets the launches, and kernels are chosen for `device`.
 
-    Tiles are the forced ones (`use_tile`), or the defaults for `device`. The tuned tables are not
-    read. The tensors are on the CPU.
+    Tiles are the forced ones (`use_tile`), or those that a call on `device` would take. The tensors
+    are on the CPU.
     """
     global _execute, _pretended
     before = _execute, _pretended

@@ -104,7 +104,7 @@ def sum_partials(
     size, parts = out.numel(), partials.shape[0]
     few = parts <= 8  # the compiler keeps several of so few loads in flight
     default = FEW_ROWS if few else FEW_COLUMNS if size <= 4096 else MANY_OF_BOTH
-    tile = choose_tile("sum_partials", partials.dtype, {4: default}, N=size)
+    tile = choose_tile("sum_partials", partials, {4: default}, N=size)
     block_s = 1 if few else max(1, SUM_ELEMENTS // tile["BLOCK_N"])
     block_s = min(block_s, triton.next_power_of_2(parts))
     more_size, more_parts = (0, 0) if more is None else (more_out.numel(), more.shape[0])
@@ -162,7 +162,7 @@ def reduce_parts(partials, bias, activation, c, M, N, rows, parts, row_partials=
     The memory of c is a row-major [M, N]; c itself can have more dimensions. If `sums` [M] is
     given, the launch also adds up row_partials [parts, M] into it.
     """
-    tile = choose_tile("matmul_reduce", c.dtype, {c.itemsize: REDUCE_TILE}, M=M, N=N)
+    tile = choose_tile("matmul_reduce", c, {c.itemsize: REDUCE_TILE}, M=M, N=N)
     launch(
         matmul_reduce_kernel, (cdiv(M, tile["BLOCK_M"]), cdiv(N, tile["BLOCK_N"])),
         partials, bias, c, row_partials, sums, M, N, rows, 0 if bias is None else bias.stride(0),

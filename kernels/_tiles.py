@@ -52,7 +52,7 @@ def use_tile(op: str, tile: dict) -> Iterator[None]:
 
 def choose_tile(
     op: str,
-    dtype: torch.dtype,
+    x: torch.Tensor,
     default: dict[int, dict],
     kernels: tuple[str, ...] = ("pointer",),
     **sizes: int,
@@ -64,7 +64,7 @@ def choose_tile(
 
     Args:
         op: the operator's name in the tuned tables.
-        dtype: the dtype of the operands.
+        x: an operand: the tile is for its dtype, and for the GPU that it is on.
         default: the file's default tiles, by bytes per element.
         kernels: the kernels that can do this call. A tile without "kernel" is for "pointer".
         sizes: the size of each dimension that has a block, for example `M=` for BLOCK_M; the
@@ -75,17 +75,18 @@ def choose_tile(
     Raises:
         ValueError: the kernel of the forced tile cannot do this call.
     """
+    base, entry = default[x.dtype.itemsize], None
     if op in _forced:
         tile = _forced[op]
         if tile.get("kernel", "pointer") not in kernels:
             raise ValueError(f"the {tile['kernel']} kernel of {op} cannot take these operands")
     else:
-        tile = default[dtype.itemsize]
-        if _launch.on_gpu():
-            tile = _nearest(op, dtype, sizes, kernels) or tile
+        if gpu := _launch.gpu_name(x):
+            entry = _nearest(_tuned, gpu, op, short_name(x.dtype), tuple(sizes.items()), kernels)
+        tile = entry["tile"] if entry else base
         if "kernel" not in tile:
             tile = _fitted(_launch.INTERPRET, tuple(tile.items()), tuple(sizes.items())).copy()
-    _launch.note_choice(op, dtype, sizes, tile, kernels)
+    _launch.note_choice(op, x.dtype, sizes, tile, kernels, base, entry)
     return tile
 
 
@@ -160,51 +161,43 @@ def _large_blocks(blocks: dict[str, int]) -> dict[str, int]:
     return blocks
 
 
-def _nearest(
-    op: str, dtype: torch.dtype, sizes: dict[str, int], kernels: tuple[str, ...]
-) -> dict | None:
-    """Return the tuned tile of the nearest shape, or None if this GPU is not tuned for `op`."""
-    device = torch.cuda.current_device()
-    return _nearest_tile(_tuned, device, op, short_name(dtype), tuple(sizes.items()), kernels)
-
-
 @functools.lru_cache(maxsize=4096)  # a comparison with 200 shapes takes 0.2 ms
-def _nearest_tile(
-    tuned: Callable[[int], dict],
-    device: int,
+def _nearest(
+    tuned: Callable[[str], dict],
+    gpu: str,
     op: str,
     dtype: str,
     sizes: tuple,
     kernels: tuple[str, ...],
 ) -> dict | None:
-    """Return the nearest shape's tile: distances are octaves, added over all dimensions.
+    """Return the entry of the nearest shape, or None if this GPU is not tuned for `op`.
 
     If several are equally near, the first one is taken.
     """
     names = dict(sizes).keys()  # the table may be older, and name other sizes
     entries = [
         e
-        for e in tuned(device).get((op, dtype), [])
+        for e in tuned(gpu).get((op, dtype), [])
         if e["sizes"].keys() == names and e["tile"].get("kernel", "pointer") in kernels
     ]
+    return min(entries, key=lambda e: octaves(dict(sizes), e["sizes"]), default=None)
 
-    def octaves(entry: dict) -> float:
-        shape = entry["sizes"]
-        return sum(abs(math.log2(max(size, 1) / max(shape[k], 1))) for k, size in sizes)
 
-    return min(entries, key=octaves)["tile"] if entries else None
+def octaves(sizes: dict[str, int], others: dict[str, int]) -> float:
+    """Return the distance of two shapes: an octave is a factor of two in one dimension."""
+    return sum(abs(math.log2(max(size, 1) / max(others[k], 1))) for k, size in sizes.items())
 
 
 @functools.cache
-def _tuned(device: int) -> dict[tuple[str, str], list[dict]]:
+def _tuned(gpu: str) -> dict[tuple[str, str], list[dict]]:
     """Return the tuned table of this GPU, by op and dtype. It is empty if the GPU is not tuned."""
-    return read_tuned(tuned_path(torch.cuda.get_device_name(device)))
+    return read_tuned(tuned_path(gpu))
 
 
 def forget_tuned() -> None:
     """Forget the tuned tables. The next call reads their files again."""
     _tuned.cache_clear()
-    _nearest_tile.cache_clear()
+    _nearest.cache_clear()
 
 
 def tuned_path(gpu: str, folder: pathlib.Path | None = None) -> pathlib.Path:

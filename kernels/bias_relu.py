@@ -161,7 +161,7 @@ def _bias_activation(x: torch.Tensor, bias: torch.Tensor | None, activation: str
     y = torch.empty_like(x)
     D0, D1, D2, N, *strides = as_rows(1, x, y)
     M = D0 * D1 * D2
-    tile = choose_tile("bias_relu", x.dtype, DEFAULT, M=M, N=N)
+    tile = choose_tile("bias_relu", x, DEFAULT, M=M, N=N)
     grid = (cdiv(M, tile["BLOCK_M"]), cdiv(N, tile["BLOCK_N"]))
     launch(
         bias_activation_kernel, grid,
@@ -186,7 +186,7 @@ def _backward(dy, kept, bias, activation) -> tuple[torch.Tensor, torch.Tensor]:
     D0, D1, D2, N, *strides = as_rows(1, dy, dx)
     M = D0 * D1 * D2
     db = torch.empty(N, dtype=dy.dtype, device=dy.device)
-    tile = choose_tile("bias_relu_backward", dy.dtype, DEFAULT, M=M, N=N)
+    tile = choose_tile("bias_relu_backward", dy, DEFAULT, M=M, N=N)
     columns = cdiv(N, tile["BLOCK_N"])
     part_rows, parts = into_parts(M, tile["BLOCK_M"], max(1, PROGRAMS // max(columns, 1)))
     partials = db

@@ -383,7 +383,7 @@ def _conv2d(
             0 if flat else whole_channels(x, C, K),
         ),
     )  # fmt: skip
-    tile = choose_tile(op, x.dtype, default, can, M=M, N=K, K=R * S * C if flat else C)
+    tile = choose_tile(op, x, default, can, M=M, N=K, K=R * S * C if flat else C)
     # `choose_tile` takes a tile without a name for one of "pointer". With few channels that means
     # conv2d_flat_kernel, which takes the place of conv2d_kernel there.
     rung = tile.get("kernel", "flat" if flat else "pointer")

@@ -203,7 +203,7 @@ def conv2d_depthwise(x, weight, bias, y, stride, padding, dilation, activation) 
     """
     (N, C, H, W), (_, _, R, S), (_, _, P, Q) = x.shape, weight.shape, y.shape
     default = _default(C, R * S)
-    tile = choose_tile("conv2d_depthwise", x.dtype, default, M=N * P * Q, N=C).copy()
+    tile = choose_tile("conv2d_depthwise", x, default, M=N * P * Q, N=C).copy()
     patch_p, patch_q, rows = (tile.pop(key) for key in ("PATCH_P", "PATCH_Q", "ROWS"))
     block = max(1, tile.pop("BLOCK_M") // (patch_p * patch_q))
     # Outputs share inputs only if the filter is not dilated and the windows overlap.

@@ -231,7 +231,7 @@ def conv2d_input_grad(
             whole_channels(dy, C, K),
         ),
     )  # fmt: skip
-    tile = choose_tile("conv2d_input_grad", dy.dtype, default, kernels, M=M, N=C, K=K)
+    tile = choose_tile("conv2d_input_grad", dy, default, kernels, M=M, N=C, K=K)
     # The tile says which kernel computes the call. This file's takes every GPU, dtype and stride.
     if "kernel" in tile:
         conv2d_input_grad_tma(plan, dy, weight, None, dx, None, tile, precision, padding)
@@ -281,7 +281,7 @@ def conv2d_input_grad_relu(
             ("pointer",),
             lambda device: fast_tile(plan, dy.itemsize, device, True),
         )
-        tile = choose_tile("conv2d_input_grad_relu", dy.dtype, default, kernels, M=M, N=C, K=K)
+        tile = choose_tile("conv2d_input_grad_relu", dy, default, kernels, M=M, N=C, K=K)
         if "kernel" in tile:
             dz, dbias = torch.empty_like(x), dy.new_empty(C)
             conv2d_input_grad_tma(plan, dy, weight, x, dz, dbias, tile, precision, padding)

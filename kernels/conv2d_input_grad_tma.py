@@ -325,7 +325,7 @@ UNFOLD_TILE = dict(BLOCK_M=256, num_warps=4)
 def _unfold(plan, folded, dx, padding):
     """Compute dx [N, C, H, W] from its folded form."""
     (N, C, H, W), (_, rows, columns, depth) = dx.shape, plan.size
-    tile = choose_tile("conv2d_unfold", dx.dtype, {dx.itemsize: UNFOLD_TILE}, M=N * H * W)
+    tile = choose_tile("conv2d_unfold", dx, {dx.itemsize: UNFOLD_TILE}, M=N * H * W)
     launch(
         conv2d_unfold_kernel, (cdiv(N * H * W, tile["BLOCK_M"]),),
         folded, dx, N, C, H, W, rows, columns, depth, *dx.stride(), *plan.fold, *padding,

@@ -167,7 +167,7 @@ def _conv2d_relu_pool(
         ("pointer",),
         lambda device: fast_tile(plan, x.itemsize, device, pool=True),
     )
-    tile = choose_tile("conv2d_relu_pool", x.dtype, default, can, M=M, N=K, K=patch)
+    tile = choose_tile("conv2d_relu_pool", x, default, can, M=M, N=K, K=patch)
     if "kernel" in tile:  # It names "tma": the kernel of conv2d_tma.py, with a pool at its end.
         conv2d_tma(plan, x, weight, bias, "relu", y, tile, precision, padding, place)
         return y, place

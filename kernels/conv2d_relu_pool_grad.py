@@ -310,7 +310,7 @@ def _unpool_tile(dy, channels):
     # The interpreter is not modelled. Its time is that of its operations, and FUSED has the fewest.
     wide = min(channels, K) >= WIDE and device_of(dy).modelled
     default = UNPOOL_DEFAULT if wide else dict.fromkeys(UNPOOL_DEFAULT, FUSED)
-    return choose_tile("unpool", dy.dtype, default, ("pointer", "unpool"), M=N * P * Q, N=K)
+    return choose_tile("unpool", dy, default, ("pointer", "unpool"), M=N * P * Q, N=K)
 
 
 def _unpool(dy, place, size, bias, tile):
@@ -347,7 +347,7 @@ def _input_grad(dy, place, weight, input_size, padding):
     tensor_cores = dy.itemsize == 2 or precision == "tf32"
     fours = tensor_cores and C % 4 == 0 and weight.stride(1) == 1
     default = INPUT_FOURS_DEFAULT if fours else INPUT_DEFAULT
-    tile = choose_tile("conv2d_relu_pool_input_grad", dy.dtype, default, M=M, N=C, K=K)
+    tile = choose_tile("conv2d_relu_pool_input_grad", dy, default, M=M, N=C, K=K)
     launch(
         conv2d_relu_pool_input_grad_kernel,
         (cdiv(M, tile["BLOCK_M"]) * cdiv(C, tile["BLOCK_N"]),),
@@ -366,7 +366,7 @@ def _weight_grad(x, dy, place, weight, padding):
     patch = (R + 1) * (S + 1) * C
     precision = dot_precision(x.dtype, torch.backends.cudnn.conv)
     default = WEIGHT_TF32_DEFAULT if precision == "tf32" else WEIGHT_DEFAULT
-    tile = choose_tile("conv2d_relu_pool_weight_grad", x.dtype, default, K=M, M=K, N=patch)
+    tile = choose_tile("conv2d_relu_pool_weight_grad", x, default, K=M, M=K, N=patch)
     blocks = cdiv(K, tile["BLOCK_M"]) * cdiv(patch, tile["BLOCK_N"])
     steps = cdiv(M, tile["BLOCK_K"])
     part_windows, parts = into_parts(M, tile["BLOCK_K"], part_count(blocks, steps))

@@ -536,7 +536,7 @@ def packed_image(plan, x, padding):
     out = torch.empty(size, dtype=x.dtype, device=x.device)
     _, rows, columns, depth = size
     pixels = size[0] * rows * columns
-    tile = dict(choose_tile("conv2d_pack", x.dtype, {x.itemsize: PACK_TILE}, M=pixels, N=depth))
+    tile = dict(choose_tile("conv2d_pack", x, {x.itemsize: PACK_TILE}, M=pixels, N=depth))
     # One program packs all channels of a pixel, whatever the tile says. If there are many, it packs
     # fewer pixels.
     elements = 4 * tile["BLOCK_M"] * tile["BLOCK_N"]
@@ -559,7 +559,7 @@ def packed_filter(plan: Plan, size: tuple, weight: torch.Tensor) -> torch.Tensor
     out = torch.empty(K, taps, depth, dtype=weight.dtype, device=weight.device)
     rows = K * taps
     tile = choose_tile(
-        "conv2d_pack_filter", weight.dtype, {weight.itemsize: PACK_FILTER_TILE}, M=rows, N=depth
+        "conv2d_pack_filter", weight, {weight.itemsize: PACK_FILTER_TILE}, M=rows, N=depth
     )
     block, span = plan.grouped or (1, C)
     launch(

@@ -210,7 +210,7 @@ def _weight_grad(x, dy, weight, stride, padding, dilation, groups, with_bias):
             moved_by(x, dy, dweight), whole_channels(x, C, K), _parts,
         ),
     )  # fmt: skip
-    tile = choose_tile("conv2d_weight_grad", x.dtype, default, kernels, K=M, M=K, N=R * S * C)
+    tile = choose_tile("conv2d_weight_grad", x, default, kernels, K=M, M=K, N=R * S * C)
     # The tile says which kernel computes the call. This file's takes every GPU, dtype and stride.
     if "kernel" in tile:
         conv2d_weight_grad_tma(plan, x, dy, dweight, dbias, tile, padding)

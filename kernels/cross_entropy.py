@@ -274,7 +274,7 @@ def _cross_entropy(
     D0, D1, D2, N, *strides = as_rows(dim, logits, target.unsqueeze(dim))
     M = D0 * D1 * D2
     kept = losses.new_empty((2, M) if needs_grad else 0, dtype=torch.float32)
-    tile = row_tile("cross_entropy", logits.dtype, M, N, strides[3])
+    tile = row_tile("cross_entropy", logits, M, N, strides[3])
     online = N > tile["BLOCK_N"]
     launch(
         cross_entropy_online_kernel if online else cross_entropy_kernel,
@@ -314,7 +314,7 @@ def _cross_entropy_backward(
     dx, dim = torch.empty_like(logits), _class_dim(logits)
     D0, D1, D2, N, *strides = as_rows(dim, logits, target.unsqueeze(dim), g.unsqueeze(dim), dx)
     M = D0 * D1 * D2
-    tile = row_tile("cross_entropy_backward", logits.dtype, M, N, strides[3])
+    tile = row_tile("cross_entropy_backward", logits, M, N, strides[3])
     launch(
         cross_entropy_backward_kernel, (cdiv(M, tile["BLOCK_M"]), cdiv(N, tile["BLOCK_N"])),
         logits, target, g, kept, dx, M, N, D1, D2, ignore_index, label_smoothing, *strides,

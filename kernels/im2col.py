@@ -162,7 +162,7 @@ def _im2col(
     N, C, H, W = x.shape
     P, Q = output_size(x.shape[2:], kernel_size, stride, padding, dilation)
     M, J = columns.shape
-    tile = choose_tile("im2col", x.dtype, DEFAULT, M=M, N=J)
+    tile = choose_tile("im2col", x, DEFAULT, M=M, N=J)
     launch(
         im2col_kernel, (cdiv(M, tile["BLOCK_M"]), cdiv(J, tile["BLOCK_N"])),
         x, columns, N, C // groups, H, W, P, Q, J, *x.stride(), *columns.stride(),
@@ -195,7 +195,7 @@ def _col2im(
     N, C, H, W = size
     P, Q = output_size(size[2:], kernel_size, stride, padding, dilation)
     M = N * H * W
-    tile = choose_tile("col2im", columns.dtype, DEFAULT, M=M, N=C)
+    tile = choose_tile("col2im", columns, DEFAULT, M=M, N=C)
     launch(
         col2im_kernel, (cdiv(M, tile["BLOCK_M"]), cdiv(C, tile["BLOCK_N"])),
         columns, x, N, C // groups, H, W, P, Q, C, *x.stride(), *columns.stride(),

@@ -263,7 +263,7 @@ def matmul_into(c, a, b, bias, activation, precision, sums=None):
         kind, layout = kind_of(a.dtype, precision), layout_of(a.stride(), b.stride())
         if tile := fast_tile(M, N, K, kind, a.itemsize, layout, kernels, device):
             default = {a.itemsize: tile}
-    tile = choose_tile("matmul", a.dtype, default, kernels, M=M, N=N, K=K)
+    tile = choose_tile("matmul", a, default, kernels, M=M, N=N, K=K)
     if "kernel" in tile:
         matmul_tma(operands, bias, activation, c, tile, precision)
         return

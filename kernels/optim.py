@@ -367,7 +367,7 @@ def _update(kernel: Any, rows: list[tuple[torch.Tensor, ...]], *scalars: Any, **
     first, grad, copy, *_ = rows[0]
     tensors = [t for row in rows for t in row]
     typical = min(max(sizes), 4 * sum(sizes) // len(sizes))  # If most are small, so are chunks.
-    tile = choose_tile(kernel.__name__.removesuffix("_kernel"), first.dtype, DEFAULT, M=typical)
+    tile = choose_tile(kernel.__name__.removesuffix("_kernel"), first, DEFAULT, M=typical)
     aligned = all(t.data_ptr() % 16 == 0 for row in rows for t in row[:5])  # not the counter
     addresses: Any = tensors
     if _capturing(first.device):

@@ -218,7 +218,7 @@ def _max_pool2d(
     y, taps = _empty_outputs(x, window, stride, padding, save_taps)
     (N, C, H, W), (P, Q) = x.shape, y.shape[2:]
     M = N * P * Q
-    tile = choose_tile("max_pool2d", x.dtype, DEFAULT, M=M, N=C)
+    tile = choose_tile("max_pool2d", x, DEFAULT, M=M, N=C)
     grid = (cdiv(M, tile["BLOCK_M"]), cdiv(C, tile["BLOCK_N"]))
     launch(
         max_pool2d_kernel, grid, x, y, taps, M, C, H, W, P, Q, *x.stride(),
@@ -249,7 +249,7 @@ def _max_pool2d_backward(
     (step_h, step_w), (pad_h, pad_w) = stride, padding
     A, B = cdiv(H + pad_h, step_h), cdiv(W + pad_w, step_w)
     M = N * A * B
-    tile = choose_tile("max_pool2d_backward", dy.dtype, DEFAULT, M=M, N=C)
+    tile = choose_tile("max_pool2d_backward", dy, DEFAULT, M=M, N=C)
     grid = (cdiv(M, tile["BLOCK_M"]), cdiv(C, tile["BLOCK_N"]))
     launch(
         max_pool2d_backward_kernel, grid, dy, taps, dx, M, A, B, C, H, W, P, Q, *dy.stride(),

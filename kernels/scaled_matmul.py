@@ -318,7 +318,7 @@ def _scaled_matmul(
     elif device.capability == 90 and a.dtype == torch.int8:
         default = TURNED_DEFAULT
     # A tensor-core instruction takes at least 32 bytes along K, so BLOCK_K is at least 32.
-    tile = choose_tile("scaled_matmul", a.dtype, default, kernels, M=M, N=N, K=max(K, 32))
+    tile = choose_tile("scaled_matmul", a, default, kernels, M=M, N=N, K=max(K, 32))
     scales = scale_a, scale_b
     strides = (
         scale_a.stride(0) if scale_a.dim() else 0,

@@ -94,12 +94,12 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
-def row_tile(op: str, dtype: torch.dtype, M: int, N: int, stride_n: int) -> dict:
-    """Return the tile for M rows of N elements. Neighbours in a row are `stride_n` apart."""
+def row_tile(op: str, x: torch.Tensor, M: int, N: int, stride_n: int) -> dict:
+    """Return the tile for M rows of N elements of x. Neighbours in a row are `stride_n` apart."""
     default = STRIDED
     if stride_n == 1:  # Take the first tile that holds a whole row.
         default = next((tile for tile in IN_REGISTERS if N <= tile["BLOCK_N"]), ONLINE)
-    return choose_tile(op, dtype, {dtype.itemsize: default}, M=M, N=N)
+    return choose_tile(op, x, {x.itemsize: default}, M=M, N=N)
 
 
 def group(x: torch.Tensor, tile: dict, stride_n: int) -> dict:
@@ -247,7 +247,7 @@ def _softmax(x: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
     y = torch.empty_like(x, dtype=dtype)
     D0, D1, D2, N, *strides = as_rows(dim, x, y)
     M = D0 * D1 * D2
-    tile = row_tile("softmax", x.dtype, M, N, strides[3])
+    tile = row_tile("softmax", x, M, N, strides[3])
     online = N > tile["BLOCK_N"]
     more = group(x, tile, strides[3]) | UNFUSED if online else {}
     launch(
@@ -269,7 +269,7 @@ def _softmax_backward(
     dx = torch.empty_like(y, dtype=dtype)
     D0, D1, D2, N, *strides = as_rows(dim, dy, y, dx)
     M = D0 * D1 * D2
-    tile = row_tile("softmax_backward", y.dtype, M, N, strides[7])
+    tile = row_tile("softmax_backward", y, M, N, strides[7])
     online = N > tile["BLOCK_N"]
     kernel = softmax_backward_online_kernel if online else softmax_backward_kernel
     launch(

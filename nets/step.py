@@ -305,7 +305,7 @@ class TrainStep:
         N, _, H, W = x.shape
 
         def work() -> None:
-            tile = choose_tile("batch", x.dtype, {2: BATCH_TILE, 4: BATCH_TILE}, M=x.numel())
+            tile = choose_tile("batch", x, {2: BATCH_TILE, 4: BATCH_TILE}, M=x.numel())
             launch(
                 batch_kernel, (cdiv(x.numel(), tile["BLOCK_M"]),),
                 self.images, self.labels, self.order, self.moves, self.rates, self.number,

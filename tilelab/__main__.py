@@ -61,6 +61,8 @@ def build_parser(*needed: str) -> Parser:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; return the exit status: 2 for wrong input, 130 for Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
+    if hasattr(sys.stdout, "reconfigure"):  # a file or a pipe gets each line when it is printed
+        sys.stdout.reconfigure(line_buffering=True)
     named = next((word for word in argv if not word.startswith("-")), "")
     try:
         parser = build_parser(named)

@@ -4,11 +4,11 @@
 """
 
 import argparse
+import math
 import pathlib
 from collections.abc import Iterable
 from typing import Any
 
-from tilelab.kernels import _tiles
 from tilelab.perf.errors import Help, PerfError
 from tilelab.perf.work import search_space, shapes
 from tilelab.perf.work.operators import OPERATORS
@@ -44,10 +44,16 @@ def add_arguments(parser: argparse.ArgumentParser, command: str, top: int) -> No
         choices=("all", "lesson", "default"),
         default="all",
         help="lesson: only those that the kernel's file lists; "
-        "default: only the one that a call takes here, tuned or not (default: all)",
+        "default: only the one that a call takes on that GPU, tuned or not (default: all)",
     )
     parser.add_argument(
         "--workers", type=positive, help="processes that compile (default: one for each core)"
+    )
+    parser.add_argument(
+        "--budget",
+        type=seconds,
+        metavar="SECONDS",
+        help="for everything together; what it leaves out is skipped, and --resume does it later",
     )
     parser.add_argument("--note", default="", help="kept in the results file")
     parser.add_argument("--out", type=pathlib.Path, help=f"folder (default: runs/{command})")
@@ -66,10 +72,23 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def seconds(text: str) -> float:
+    """A time budget, from the command line."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number of seconds, got {text!r}")
+    return value
+
+
 def workloads(args: argparse.Namespace) -> list[Workload]:
     """What the arguments name; a PerfError if that is unknown or nothing, Help if they ask."""
     if args.shapes == "help":
         raise Help(shapes.describe())
+    if args.tiles == "default" and args.axis:
+        raise PerfError("--tiles default is one tile: -a has nothing to choose from")
     ops = list(OPERATORS) if args.ops == ["all"] else args.ops
     parse_axes(args.axis)  # an error in them comes first
     dtypes = args.dtype.split(",")
@@ -141,16 +160,12 @@ def tiles(described: dict, w: Workload, axes: list[str], which: str = "all") -> 
     """The tiles to try for what `aot.describe` has described: the default first.
 
     [None] where the work has no tile of its own, as a whole training step. `axes` is what `-a`
-    says, and `which` what `--tiles` says: "default" is the one tile that a call of `w` takes here,
-    of the tuned table, which `described` does not know, or the lesson's default.
+    says, and `which` what `--tiles` says, "all" or "lesson".
     """
     if described["tile_op"] is None:
         return [None]
     (tile_op,) = (t for t in w.about.tile_ops if t.name == described["tile_op"])
     sizes, kernels = described["sizes"], tuple(described["kernels"])
-    if which == "default":
-        lesson = {w.torch_dtype.itemsize: described["tile"]}
-        return [_tiles.choose_tile(tile_op.name, w.torch_dtype, lesson, kernels, **sizes)]
     chosen = search_space.tiles(
         tile_op, sizes, [described["tile"], *described["lesson"]], parse_axes(axes),
         () if which == "lesson" else kernels, described["itemsize"],

@@ -8,21 +8,24 @@ and sm_90 it also executes one program (perf/machine) and counts what compiling 
 
 import argparse
 import concurrent.futures
+import contextlib
 import itertools
 import pathlib
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
-from tqdm import tqdm
-
+from tilelab.kernels import _tiles
 from tilelab.nets.files import numbered
 from tilelab.perf.commands import arguments, provenance
+from tilelab.perf.commands.progress import Progress
 from tilelab.perf.compiler import aot
 from tilelab.perf.compiler.prediction import predict, refused
 from tilelab.perf.errors import PerfError
 from tilelab.perf.report import diagnosis
 from tilelab.perf.rows import ranking, results
 from tilelab.perf.work import gpus
+from tilelab.perf.work.operators import is_product
 from tilelab.perf.work.workloads import Workload
 
 
@@ -48,9 +51,13 @@ def run(args: argparse.Namespace) -> int:
     if args.explain:
         return _explain(work, args, chosen)
     folder = out_folder(args, "compile")
+    began = time.monotonic()
     with aot.Compilers(args.workers) as compilers:
-        for gpu in chosen:
-            compile_all(work, gpu, compilers, folder / f"{label(gpu)}.jsonl", args)
+        for i, gpu in enumerate(chosen):
+            share = None
+            if args.budget:
+                share = (began + args.budget - time.monotonic()) / (len(chosen) - i)
+            compile_all(work, gpu, compilers, folder / f"{label(gpu)}.jsonl", args, share)
     return 0
 
 
@@ -77,25 +84,83 @@ def label(gpu: gpus.GPU) -> str:
 
 def compile_all(
     work: list[Workload], gpu: gpus.GPU, compilers: aot.Compilers, path: pathlib.Path,
-    args: argparse.Namespace,
+    args: argparse.Namespace, seconds: float | None = None,
 ) -> None:  # fmt: skip
-    """Compile every tile of all work for one GPU into a results file; print what came of it."""
-    if args.tiles == "default":
-        raise PerfError("--tiles default needs the GPU whose tuned table it is about")
+    """Compile every tile of all work for one GPU into a results file; print what came of it.
+
+    What `seconds` do not suffice for is skipped.
+    """
+    until = None if seconds is None else time.monotonic() + seconds
     fields = {"gpu": f"{label(gpu)} (compiled)", "target": gpu.target}
     print(f"{gpu.target}: compiled, not run; times are predictions for the {gpu.title}")
     with results.Writer(path, provenance.header(fields, False, args)) as writer:
-        jobs, rows = missing(work, args, compilers, writer, gpu.target)
-        with tqdm(total=len(jobs), unit="tile", desc=gpu.target, disable=None) as bar:
-            for row in compile_rows(jobs, gpu.target, gpu, compilers):
-                row["status"] = "predicted" if row["status"] == "ok" else row["status"]
+        taken = chosen(work, args, compilers, gpu.target, table_name(gpu))
+        jobs, rows = missing(work, args, compilers, writer, gpu.target, taken=taken)
+        left = None if until is None else until - time.monotonic()
+        print(f"to compile: {len(jobs)}, in {compilers.workers} processes at once")
+        for row in compile_rows(jobs, gpu.target, gpu, compilers, left):
+            row["status"] = "predicted" if row["status"] == "ok" else row["status"]
+            rows.append(row)
+            if row["status"] != "skipped":
                 writer.write(stored(row))
-                rows.append(row)
-                bar.update()
+        skipped = [row for row in rows if row["status"] == "skipped"]
+        writer.write_all(map(stored, skipped))
     found = by_work(rows)
-    for w in work:
+    for i, w in enumerate(work):
         print("\n" + table(found[results.workload(w._asdict())], args.top))
-    print(f"\n{len(rows)} tiles in {path}")
+        if taken:
+            print(chosen_text(taken[i], gpu))
+    print(f"\n{len(rows)} {'tile' if len(rows) == 1 else 'tiles'} in {path}")
+    if skipped:
+        print(skipped_text(len(skipped), args.budget))
+
+
+def skipped_text(count: int, budget: float) -> str:
+    """What is said of tiles that got no time."""
+    return (
+        f"skipped: {count} {'tile' if count == 1 else 'tiles'}, because the time budget of "
+        f"{budget:g} s ran out; --resume goes on with them"
+    )
+
+
+def table_name(gpu: gpus.GPU) -> str:
+    """What torch calls this GPU: of several names the one that has a tuned table."""
+    names = gpu.device_names
+    return next((name for name in names if _tiles.tuned_path(name).exists()), names[0])
+
+
+def chosen(
+    work: list[Workload], args: argparse.Namespace, compilers: aot.Compilers, target: str, gpu: str
+) -> list[dict] | None:
+    """For `--tiles default`, the tiles that each call takes on the GPU of this name, and why.
+
+    Otherwise None. The target is "" where kernels are interpreted: then it is this process that
+    chooses.
+    """
+    if args.tiles != "default":
+        return None
+    if not target:
+        return [aot.choose(w, "", "") for w in work]
+    asked = [compilers.submit("choose", w, target, gpu) for w in work]
+    answers = [future.result() for future in asked]
+    for w, answer in zip(work, answers, strict=True):
+        if answer.get("failed"):
+            raise PerfError(f"{w.op} {w.mode} {w.name}: {answer['failed']}")
+    return answers
+
+
+def chosen_text(taken: dict, gpu: gpus.GPU) -> str:
+    """What `aot.choose` has found, for a terminal: each tile, and why it is that."""
+    lines = []
+    for choice in taken["choices"]:
+        about = f"{choice['op']} {choice['dtype']}, {ranking.shape_text(choice['sizes'])}"
+        lines.append(f"  {about}: {ranking.tile_text(choice['tile'])}")
+        lines += [f"    {line}" for line in choice["why"]]
+    many = "tile" if len(taken["choices"]) == 1 else "tiles"
+    head = f"the {many} that a call takes on the {gpu.title}, and why"
+    if taken["untuned"]:
+        head += f" (nothing is tuned: there is no kernels/tuned/{taken['untuned']})"
+    return "\n".join([f"{head}:", *lines])
 
 
 Job = tuple[Workload, dict]  # a tile to do, as the fields of its row
@@ -104,21 +169,24 @@ Job = tuple[Workload, dict]  # a tile to do, as the fields of its row
 def missing(
     work: list[Workload], args: argparse.Namespace, compilers: aot.Compilers,
     writer: results.Writer, target: str, attempts: Sequence[dict] = ({"stage": "compile"},),
+    taken: list[dict] | None = None,
 ) -> tuple[list[Job], list[dict]]:  # fmt: skip
     """The tiles still to do, one of each workload in turn; and the rows that the file has already.
 
     So a sweep that is cut short has tried as many tiles of each workload. A tile is done if it has
     a row of one of these attempts: a stage, or a stage and a cache. The target is "" where kernels
-    are interpreted.
+    are interpreted. `taken` are the only tiles to do, of each workload one (see `chosen`).
     """
     asked = [compilers.submit("describe", w, target) for w in work]
     lists, done = [], []
-    for w, future in zip(work, asked, strict=True):
+    progress = Progress("listing tiles", len(work), "problem", leave=False)
+    for i, (w, future) in enumerate(progress.over(list(zip(work, asked, strict=True)))):
         described = future.result()
         if described.get("failed"):
             raise PerfError(f"{w.op} {w.mode} {w.name}: {described['failed']}")
         base, jobs = arguments.identity(w, aot.source_hash(w.op)), []
-        for tile in arguments.tiles(described, w, args.axis, args.tiles):
+        which = arguments.tiles(described, w, args.axis, args.tiles)
+        for tile in which if taken is None else [taken[i]["tile"]]:
             fields = base | {"impl": "tilelab", "tile": tile}
             fields["default"] = tile == described.get("tile")
             fields["lesson"] = tile in described.get("lesson", ())  # to sort by; not stored
@@ -131,16 +199,22 @@ def missing(
 
 
 def compile_rows(
-    jobs: Iterable[Job], target: str, gpu: gpus.GPU | None, compilers: aot.Compilers
-) -> Iterator[dict]:
+    jobs: Sequence[Job], target: str, gpu: gpus.GPU | None, compilers: aot.Compilers,
+    seconds: float | None = None,
+) -> Iterator[dict]:  # fmt: skip
     """Compile, and yield rows as they are ready: status ok, pruned (with the reason) or error.
 
-    What is left when the caller stops asking is not compiled.
+    What is not ready after so many seconds comes last, with the status skipped.
     """
     waiting = {compilers.submit("compile", w, row["tile"], target): row for w, row in jobs}
     try:
-        for future in concurrent.futures.as_completed(list(waiting)):
-            yield finish(waiting.pop(future) | future.result(), gpu)
+        with Progress(target, len(jobs)) as progress, contextlib.suppress(TimeoutError):
+            for future in concurrent.futures.as_completed(list(waiting), seconds):
+                progress.update()
+                yield finish(waiting.pop(future) | future.result(), gpu)
+        late = {"stage": "compile", "status": "skipped"}
+        for row in list(waiting.values()):
+            yield row | late | {"reason": "not compiled: the time budget ran out"}
     finally:
         for future in waiting:
             future.cancel()
@@ -171,7 +245,7 @@ def by_work(rows: Iterable[dict]) -> dict[tuple, list[dict]]:
 
 
 COLUMNS = {  # of the table: heading, and how a row fills it
-    "tile": lambda r: ranking.tile_text(r["tile"]),
+    "tile": ranking.tile_label,
     "registers": lambda r: r.get("registers"),
     "spills": lambda r: r.get("spills"),
     "shared": lambda r: r.get("shared"),
@@ -182,13 +256,17 @@ COLUMNS = {  # of the table: heading, and how a row fills it
     "waves": lambda r: f"{r['waves']:.2f}",
     "padding": lambda r: f"{r['padding']:.2f}",
     "µs": lambda r: f"{r['predicted_s'] * 1e6:.1f}",
-    "TFLOP/s": lambda r: f"{r['predicted_tflops']:.0f}",
+    "TFLOP/s": lambda r: ranking.number_text(r["predicted_tflops"]),
+    "GB/s": lambda r: ranking.number_text(r["predicted_gbps"]),
     "bound": lambda r: r.get("bound", ""),
 }
 
 
 def table(rows: list[dict], top: int) -> str:
-    """The fastest tiles of one workload as predicted, and how many were not worth running."""
+    """The fastest tiles of one workload as predicted, the default, and what was not worth running.
+
+    A product has its speed in TFLOP/s, and in GB/s if memory is what it waits for; others in GB/s.
+    """
     first = rows[0]
     good = [row for row in rows if row["status"] in ("ok", "predicted")]
     good.sort(key=lambda row: row["predicted_s"])
@@ -199,9 +277,14 @@ def table(rows: list[dict], top: int) -> str:
             return f"{title}: {first['reason']}"
         row = good[0]
         return f"{title}: {ranking.time_text(row['predicted_s'])}, {row['launches']} launches"
-    cells = [list(COLUMNS)]
-    for row in good[:top]:
-        found = (fill(row) for fill in COLUMNS.values())
+    columns = dict(COLUMNS)
+    if not is_product(first["op"]):
+        del columns["TFLOP/s"]
+    elif not good or good[0].get("bound") != "memory":
+        del columns["GB/s"]
+    cells = [list(columns)]
+    for row in good[:top] + [row for row in good[top:] if row.get("default")]:
+        found = (fill(row) for fill in columns.values())
         cells.append(["" if value is None else str(value) for value in found])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [title]
@@ -215,22 +298,29 @@ def table(rows: list[dict], top: int) -> str:
             spills = row["reason"].startswith("spills")
             refusals["spills registers" if spills else row["reason"]] += 1
     lines += [f"not worth running: {n} x {what}" for what, n in refusals.items()]
+    skipped = sum(row["status"] == "skipped" for row in rows)
+    lines += [f"skipped, the time budget ran out: {skipped}"] if skipped else []
     return "\n".join(lines)
 
 
-def _explain(work: list[Workload], args: argparse.Namespace, chosen: list[gpus.GPU]) -> int:
+def _explain(work: list[Workload], args: argparse.Namespace, asked: list[gpus.GPU]) -> int:
     w = work[0]
+    if not args.axis:
+        args.tiles = "default"
     with aot.Compilers(1) as compilers:
-        for gpu in chosen:
+        for gpu in asked:
+            taken = chosen([w], args, compilers, gpu.target, table_name(gpu))
             described = compilers.submit("describe", w, gpu.target).result()
             if described.get("failed"):
                 raise PerfError(described["failed"])
-            tile = arguments.tiles(described, w, args.axis)[0]
+            tile = taken[0]["tile"] if taken else arguments.tiles(described, w, args.axis)[0]
             if tile is None:
                 raise PerfError(f"{w.op} has no tile of its own to explain")
             row = arguments.identity(w, aot.source_hash(w.op)) | {"impl": "tilelab", "tile": tile}
             row = finish(row | compilers.submit("compile", w, tile, gpu.target).result(), gpu)
             print(diagnosis.describe_tile(row, gpu))
+            if taken:
+                print(f"\n{chosen_text(taken[0], gpu)}")
             if not row.get("failed"):
                 loop = compilers.submit("annotate", w, tile, gpu.target).result()
                 print(diagnosis.annotate(loop))

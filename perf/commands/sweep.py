@@ -16,14 +16,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from tilelab.kernels import _tiles
 from tilelab.perf.clock import devices, timing
 from tilelab.perf.clock.correctness import Gate
 from tilelab.perf.commands import arguments, provenance
 from tilelab.perf.commands import compile as compiling
-from tilelab.perf.commands.compile import by_work, compile_rows, missing, stored
+from tilelab.perf.commands.compile import by_work, chosen, compile_rows, missing, stored
+from tilelab.perf.commands.progress import Progress
 from tilelab.perf.compiler import aot
 from tilelab.perf.errors import PerfError
 from tilelab.perf.report import diagnosis, tuned_table
@@ -44,7 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peers", default="torch", help=f"all, none, or of {', '.join(PEERS)} (default: torch)"
     )
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="for everything together")
     parser.add_argument(
         "--save-tuned", action="store_true", help="let the kernels use the winners from now on"
     )
@@ -64,10 +62,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Sweep what the arguments say. Returns the exit status."""
-    if args.budget is not None and not args.budget > 0:
-        raise PerfError(f"--budget must be positive, got {args.budget:g}")
-    if args.tiles == "default" and args.axis:
-        raise PerfError("--tiles default is one tile: -a has nothing to choose from")
     work = arguments.workloads(args)
     peers(args.peers)  # an error in them comes first
     device = devices.current_device()
@@ -81,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
             print("No GPU here: tiles are compiled and predicted, not timed (tilelab compile).")
             gpu = gpus.find(args.target)
             path = folder / f"{compiling.label(gpu)}.jsonl"
-            compiling.compile_all(work, gpu, compilers, path, args)
+            compiling.compile_all(work, gpu, compilers, path, args, args.budget)
         else:
             path = folder / "results.jsonl"
             with results.Writer(path, provenance.header(device.header(), True, args)) as writer:
@@ -122,11 +116,16 @@ class Sweep:
         self.peers = peers(args.peers)
         self.rng = random.Random(args.seed)
         self.budget, self.began = args.budget or math.inf, device.now()
+        self.skipped = 0  # tiles that the budget has left out
 
     def run(self) -> None:
         """Do it all; what is finished is in the file whenever this ends."""
         compiled = by_work(self._compile())
-        with self.device.stream(), workloads.cudnn_benchmark(True):
+        with (
+            self.device.stream(),
+            workloads.cudnn_benchmark(True),
+            Progress("timing", len(self.work), "problem") as progress,
+        ):
             for i, w in enumerate(self.work):
                 mine = compiled.get(results.workload(w._asdict()), [])
                 left = self.began + self.budget - self.device.now()
@@ -135,6 +134,9 @@ class Sweep:
                     continue
                 workloads.set_precision(w.precision)
                 self._measure(w, mine, left / (len(self.work) - i))
+                progress.update()
+        if self.skipped:
+            print(compiling.skipped_text(self.skipped, self.args.budget))
 
     # --- compile ---------------------------------------------------------------------------------
 
@@ -145,31 +147,29 @@ class Sweep:
         attempts = [{"stage": "screen", "cache": cache} for cache in caches]
         attempts.append({"stage": "compile"})
         target = self.device.target
+        taken = chosen(self.work, self.args, self.compilers, target or "", self.device.name)
         jobs, rows = missing(
-            self.work, self.args, self.compilers, self.writer, target or "", attempts
+            self.work, self.args, self.compilers, self.writer, target or "", attempts, taken
         )
         if target is None:  # the interpreter: nothing to compile for
             return rows + [fields | {"stage": "compile", "status": "ok"} for _, fields in jobs]
-        done = set()
-        with tqdm(total=len(jobs), unit="tile", desc="compile", disable=None) as bar:
-            for row in compile_rows(jobs, target, self.model, self.compilers):
-                bar.update()
-                rows.append(row)
-                done.add(results.key(row))
-                if row["status"] != "ok":
-                    self.writer.write(stored(row))
-                if self.device.now() > self.began + COMPILE_SHARE * self.budget:
-                    break
-        late = [fields | {"stage": "compile"} for _, fields in jobs]
-        late = [row for row in late if results.key(row) not in done]
-        self._skip(late, "not compiled: the time budget ran out")
+        left = None
+        if self.args.budget:
+            left = self.began + COMPILE_SHARE * self.budget - self.device.now()
+        for row in compile_rows(jobs, target, self.model, self.compilers, left):
+            rows.append(row)
+            if row["status"] not in ("ok", "skipped"):
+                self.writer.write(stored(row))
+        self._write_skipped([row for row in rows if row["status"] == "skipped"])
         return rows
 
     def _skip(self, rows: list[dict], reason: str) -> None:
-        for row in rows:
-            if "median_s" not in row and row.get("status", "ok") == "ok":
-                row = row | {"status": "skipped", "reason": reason}
-                self.writer.write(stored(row))
+        late = [r for r in rows if "median_s" not in r and r.get("status", "ok") == "ok"]
+        self._write_skipped([row | {"status": "skipped", "reason": reason} for row in late])
+
+    def _write_skipped(self, rows: list[dict]) -> None:
+        self.skipped += len(rows)
+        self.writer.write_all(map(stored, rows))
 
     # --- measure ---------------------------------------------------------------------------------
 
@@ -224,7 +224,7 @@ class Sweep:
         # In case the time is not enough: the default first, the lesson's tiles, what looks best.
         todo.sort(key=lambda r: (not r["default"], not r.get("lesson"), r.get("predicted_s", 0.0)))
         checked, warm = None, False
-        for i, row in enumerate(tqdm(todo, unit="tile", desc=name, disable=None, leave=False)):
+        for i, row in enumerate(Progress(name, len(todo), leave=False).over(todo)):
             if self.device.now() > until:
                 self._skip(todo[i:], "not timed: the time budget ran out")
                 break

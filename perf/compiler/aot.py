@@ -7,7 +7,9 @@ compiled code is what a real GPU would run, and a sweep on one finds it in Trito
 
 A process is either interpreter or compiler (kernels/_launch.py), so the compiler runs in worker
 processes. `python -m tilelab.perf.compiler.aot` reads one job a line and answers with one line.
-Workers run side by side, and a worker that crashes loses only its own job.
+Workers run side by side, and a worker that crashes loses only its own job. A worker ends, in the
+middle of a job too, as soon as its stdin is closed: so none outlives the process that asked, even
+if that is killed.
 """
 
 import ast
@@ -21,6 +23,8 @@ import json
 import math
 import os
 import pathlib
+import queue
+import signal
 import subprocess
 import sys
 import tempfile
@@ -102,20 +106,28 @@ def trace(w: Workload, tile: dict | None, target: str = "", seed: int | None = N
 
     The inputs are empty, or have the values of a seed.
     """
-    with _launch.record(device(target)):
-        call = workloads.prepare(w, "tilelab", "cpu", seed)
-    with contextlib.ExitStack() as stack:
-        if tile is not None:
-            for tile_op in w.about.tile_ops:
-                stack.enter_context(_tiles.use_tile(tile_op.name, tile))
-        events = stack.enter_context(_launch.record(device(target)))
-        call()
+    events = _recorded(w, tile, device(target), seed)
     launches = [event for event in events if isinstance(event, _launch.Launch)]
     by_name = {tile_op.name: tile_op for tile_op in w.about.tile_ops}
     for i, event in enumerate(events):
         if isinstance(event, _launch.Choice) and event.op in by_name:
             return Trace(launches, _launch_of(events[i:]), event, by_name[event.op])
     return Trace(launches)
+
+
+def _recorded(
+    w: Workload, tile: dict | None, on: _launch.Device, seed: int | None = None
+) -> list[_launch.Choice | _launch.Launch]:
+    """The choices and launches of one call of `w`."""
+    with _launch.record(on):
+        call = workloads.prepare(w, "tilelab", "cpu", seed)
+    with contextlib.ExitStack() as stack:
+        if tile is not None:
+            for tile_op in w.about.tile_ops:
+                stack.enter_context(_tiles.use_tile(tile_op.name, tile))
+        events = stack.enter_context(_launch.record(on))
+        call()
+    return events
 
 
 def _launch_of(events: list) -> _launch.Launch | None:
@@ -145,6 +157,7 @@ def describe(w: Workload, target: str = "") -> dict:
 
     {"tile_op": None} for work that has no tile of its own. "kernels" are those that can do it.
     """
+    workloads.set_precision(w.precision)
     t = trace(w, None, target)
     if t.main is None:
         return {"tile_op": None}
@@ -162,6 +175,82 @@ def describe(w: Workload, target: str = "") -> dict:
         "kernels": kinds,
         "itemsize": itemsize,
     }
+
+
+def choose(w: Workload, target: str, gpu: str) -> dict:
+    """The tiles that a call of `w` takes on a GPU of this target and name in torch, and why.
+
+    "tile" is that of the work itself (None where it has none of its own). "choices" are all in
+    their order: packing and the sums of parts choose, too. Each is {"op", "dtype", "sizes", "tile",
+    "why"}. The tuned table of the GPU is read; "untuned" is its name if there is none.
+    """
+    table = _tiles.tuned_path(gpu) if gpu else None
+    workloads.set_precision(w.precision)
+    events = _recorded(w, None, device(target)._replace(name=gpu))
+    own, found, choices = {tile_op.name for tile_op in w.about.tile_ops}, None, []
+    for i, event in enumerate(events):
+        if not isinstance(event, _launch.Choice):
+            continue
+        if found is None and event.op in own:
+            found = event.tile
+        choice = dict(
+            op=event.op, dtype=str(event.dtype).removeprefix("torch."), sizes=event.sizes,
+            tile=event.tile, why=_why(event, _launch_of(events[i:]), table),
+        )  # fmt: skip
+        if choice not in choices:
+            choices.append(choice)
+    untuned = None if table is None or table.exists() else table.name
+    return {"tile": found, "choices": choices, "untuned": untuned}
+
+
+def _why(
+    choice: _launch.Choice, launch: _launch.Launch | None, table: pathlib.Path | None
+) -> list[str]:
+    """By which rule of kernels/_tiles.py a tile was chosen, in words."""
+    base = choice.default
+    if choice.entry is not None:
+        base, sizes = choice.entry["tile"], choice.entry["sizes"]
+        far = _tiles.octaves(choice.sizes, sizes)
+        nearest = " ".join(f"{k}={size}" for k, size in sizes.items())
+        words = "these sizes" if far == 0 else f"{nearest}, the nearest ({far:.1f} octaves away)"
+        lines = [f"tuned: the fastest tile of a sweep for {words}, in kernels/tuned/{table.name}"]
+    else:
+        if str(base.get("kernel")).startswith("tma"):
+            rule = "the tile of FAST_TILES with which the busiest SM should be done first"
+            lines = [f"modelled: {rule} (kernels/_cost_model.py)"]
+        else:
+            lines = [f"default: {_constant(base, launch)}"]
+        if table is not None and table.exists():
+            where = f"kernels/tuned/{table.name}"
+            lines.append(f"{where} has no tile of {choice.op} that can do this call")
+    fitted = [f"{k} {base[k]} -> {v}" for k, v in choice.tile.items() if base.get(k, v) != v]
+    if fitted:
+        lines.append(f"fitted to the sizes: {', '.join(fitted)}")
+    if len(choice.kernels) > 1:
+        lines.append(f"of the kernels {', '.join(choice.kernels)}")
+    return lines
+
+
+def _constant(tile: dict, launch: _launch.Launch | None) -> str:
+    """Under which names a lesson has this tile: "DEFAULT[2] = TILES[2] of kernels/matmul.py"."""
+    lessons = sorted(name for name in sys.modules if name.startswith(("tilelab.k", "tilelab.n")))
+    if launch is not None:  # where its kernel is, before others
+        lessons.insert(0, launch.kernel.fn.__module__)
+    for lesson in lessons:
+        names = []
+        for name, value in vars(sys.modules[lesson]).items():
+            if not name.isupper():
+                continue
+            if isinstance(value, list | tuple):
+                value = dict(enumerate(value))
+            if value is tile:
+                names.append(name)
+            elif isinstance(value, dict):
+                names += [f"{name}[{key!r}]" for key, item in value.items() if item is tile]
+        if names:
+            file = lesson.removeprefix("tilelab.").replace(".", "/")
+            return f"{' = '.join(names)} of {file}.py"
+    return "a tile that the lesson makes for these sizes"
 
 
 def lesson_tiles(tile_op: str, module: str, itemsize: int) -> tuple[list, list, list]:
@@ -352,7 +441,7 @@ class Compilers:
     def __exit__(self, *_: Any) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
         for process in self._processes:
-            process.kill()
+            _kill(process)
             process.wait()
         self._threads.shutdown(wait=True)
 
@@ -364,7 +453,7 @@ class Compilers:
         process = getattr(self._local, "process", None)
         if process is None or process.poll() is not None:
             process = self._local.process = self._start()
-        watchdog = threading.Timer(TIMEOUT_S, process.kill)
+        watchdog = threading.Timer(TIMEOUT_S, _kill, [process])
         watchdog.start()
         try:
             process.stdin.write(json.dumps(job) + "\n")
@@ -386,11 +475,17 @@ class Compilers:
         process = subprocess.Popen(
             [sys.executable, "-m", "tilelab.perf.compiler.aot"], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=log, text=True, cwd=pathlib.Path(__file__).parents[2],
-            env=os.environ | ENVIRONMENT,
+            env=os.environ | ENVIRONMENT, start_new_session=True,
         )  # fmt: skip
         process.log = log
         self._processes.append(process)
         return process
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """Kill a worker and what it has started, ptxas for example: all that is in its session."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 @functools.cache
@@ -421,15 +516,17 @@ def source_hash(op: str) -> str:
 
 
 def _serve() -> None:
-    """Answer jobs until stdin ends. What the compiler prints goes to stderr."""
+    """Answer jobs until stdin is closed. What the compiler prints goes to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    asked: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=[asked], daemon=True).start()
     jobs = {
-        "describe": describe, "compile": compile_job, "annotate": annotated_loop,
+        "describe": describe, "choose": choose, "compile": compile_job, "annotate": annotated_loop,
         "execute": executed,
     }  # fmt: skip
-    for line in sys.stdin:
-        what, w, *more = json.loads(line)
+    while True:
+        what, w, *more = json.loads(asked.get())
         try:
             answer = jobs[what](Workload(*w), *more)
         except PerfError as e:
@@ -438,6 +535,19 @@ def _serve() -> None:
             answer = {"failed": f"{type(e).__name__}: {e}"[:500]}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
+
+
+def _listen(asked: queue.SimpleQueue) -> None:
+    """Hand on the jobs. The end of stdin ends this process and all that it has started.
+
+    The operating system closes a pipe however its other end dies. This thread notices it while the
+    main thread compiles, because Triton's passes release the interpreter's lock.
+    """
+    for line in sys.stdin:
+        asked.put(line)
+    if os.getsid(0) == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from tilelab.perf.rows.ranking import (
     number_text,
     seconds,
     speed,
+    tile_label,
     tile_text,
     time_text,
     unit,
@@ -299,9 +300,11 @@ COSTLY = (_occupancy, _waves, _padding, _loop, _traffic)  # in the order of the 
 
 def _unexplained(row: Row, best: Row) -> str:
     """What is left to say: how far the prediction goes, and in what the tiles differ."""
-    words = "these numbers do not say why"
+    words = []
     if row.get("median_s") and row.get("predicted_s") and best.get("predicted_s"):
-        words += f"; predicted: {row['predicted_s'] / best['predicted_s']:.2f}x the winner's time"
+        words.append(
+            f"predicted: {row['predicted_s'] / best['predicted_s']:.2f}x the winner's time"
+        )
     mine, other = row.get("tile") or {}, best.get("tile") or {}
     differ = [
         f"{name} {mine[name]} instead of {other[name]}"
@@ -311,7 +314,8 @@ def _unexplained(row: Row, best: Row) -> str:
     for field in ("tensor_core", "operands", "tma", "registers"):
         if None not in (a := row.get(field), b := best.get(field)) and a != b:
             differ.append(f"{field.replace('_', ' ')} {a} instead of {b}")
-    return words + ("; it has " + ", ".join(differ) if differ else "")
+    words += ["it has " + ", ".join(differ)] if differ else []
+    return "; ".join(words) or "these numbers do not say why"
 
 
 # -- tables --------------------------------------------------------------------------------------
@@ -364,7 +368,10 @@ def _shown_gap(row: Row, best: Row) -> float | None:
 
 
 def format_table(tables: Sequence[Table], tiles: int = 3) -> str:
-    """The verdicts as text for a terminal, grouped by cause; of each the fastest tiles, so many."""
+    """The verdicts as text for a terminal, grouped by cause; of each the fastest tiles, so many.
+
+    Of tiles as fast as the winner there is nothing to explain: they are only named.
+    """
     return "\n\n".join(_table_text(t, tiles) for t in tables if t.workload.tiles)
 
 
@@ -376,15 +383,30 @@ def _table_text(table: Table, tiles: int) -> str:
         lines.append(f"  best of {_tiles(len(workload.tiles))}: {_result(best)}{origin}")
     else:
         lines.append(f"  none of {_tiles(len(workload.tiles))} has a time")
+    lines += _default_text(table)
     for code, verdicts in table.groups:
+        if code == "tie":
+            names = ", ".join(tile_label(v.row) for v in verdicts[:tiles])
+            more = f" and {len(verdicts) - tiles} more" if len(verdicts) > tiles else ""
+            lines.append(f"  {_tiles(len(verdicts))}: {TITLES[code]}: {names}{more}")
+            continue
         lines.append(f"  {_tiles(len(verdicts))}: {TITLES[code]}{_range(verdicts)}")
         for verdict in verdicts[:tiles]:
             gap = "     –" if verdict.gap is None else f"{verdict.gap:.2f}x".rjust(6)
-            tile = tile_text(verdict.row["tile"])
-            lines.append(f"    {gap}  {tile:<22} {cut(verdict.words, 160)}")
+            tile = tile_label(verdict.row)
+            lines.append(f"    {gap}  {tile:<22} {cut(verdict.words, 150)}")
         if len(verdicts) > tiles:
             lines.append(f"      and {len(verdicts) - tiles} more")
     return "\n".join(lines)
+
+
+def _default_text(table: Table) -> list[str]:
+    """A line on the tile that a call takes where nothing is tuned, unless it is the best."""
+    for v in table.verdicts:
+        if v.row.get("default") and v.code != "best":
+            times = "" if v.gap is None else f"{v.gap:.2f}x the winner's time: "
+            return [f"  the default tile: {tile_text(v.row['tile'])}, {times}{TITLES[v.code]}"]
+    return []
 
 
 def _tiles(count: int) -> str:
@@ -400,7 +422,7 @@ def _range(verdicts: Sequence[Verdict]) -> str:
 
 
 def _result(row: Row) -> str:
-    return f"{tile_text(row['tile'])}, {number_text(speed(row))} {unit(row['op'])}"
+    return f"{tile_label(row)}, {number_text(speed(row))} {unit(row['op'])}"
 
 
 def leaderboard_text(rows: Iterable[Row], most: int = 5) -> str:

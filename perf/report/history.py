@@ -128,12 +128,13 @@ def append(path: Path, new: Iterable[Entry]) -> int:
 
     The file is written whole: it is as before or complete, whenever this is interrupted.
     """
-    old = read(path)
-    known = {_identity(entry) for entry in old}
-    added = list({_identity(e): e for e in new if _identity(e) not in known}.values())
-    if added:
-        lines = (json.dumps(entry) + "\n" for entry in (*old, *added))
-        results.write_whole(path, "".join(lines).encode())
+    with results.locked(path):
+        old = read(path)
+        known = {_identity(entry) for entry in old}
+        added = list({_identity(e): e for e in new if _identity(e) not in known}.values())
+        if added:
+            lines = (json.dumps(entry) + "\n" for entry in (*old, *added))
+            results.write_whole(path, "".join(lines).encode())
     return len(added)
 
 

@@ -33,6 +33,7 @@ from tilelab.perf.rows.ranking import (
     seconds,
     speed,
     speedups,
+    tile_label,
     tile_text,
     unit,
 )
@@ -239,7 +240,7 @@ COLUMNS: dict[str, tuple[Fill, str]] = {  # title: its value (None: empty), and 
     "dtype": (lambda w, row: dtype_text(w.dtype, w.precision), ""),
     "shape": (lambda w, row: w.name, ""),
     "implementation": (lambda w, row: NAMES[row["impl"]], ""),
-    "tile": (lambda w, row: tile_text(row.get("tile")), ""),
+    "tile": (lambda w, row: tile_label(row), ""),
     "stage": (lambda w, row: row["stage"], ""),
     "status": (_status, ""),
     "time (µs)": (_field("median_s", 1e-6), ",.4g"),

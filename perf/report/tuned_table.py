@@ -16,7 +16,7 @@ from typing import Any
 
 from tilelab.perf.errors import PerfError
 from tilelab.perf.rows.ranking import has_result, rank, seconds
-from tilelab.perf.rows.results import write_whole
+from tilelab.perf.rows.results import locked, write_whole
 from tilelab.perf.work.operators import OPERATORS
 
 NOTE = "written by perf/report/tuned_table.py from the rows of a sweep; read by kernels/_tiles.py"
@@ -46,8 +46,9 @@ def save(rows: Iterable[dict], folder: pathlib.Path | None = None) -> pathlib.Pa
     triton = importlib.metadata.version("triton")
     new = [_entry(row, triton) for row in _winners(usable)]
     try:
-        old = [entry for entries in _tiles.read_tuned(path).values() for entry in entries]
-        _write(path, gpu, _merged(old, new))
+        with locked(path):  # or two sweeps that end together would lose entries of each other
+            old = [entry for entries in _tiles.read_tuned(path).values() for entry in entries]
+            _write(path, gpu, _merged(old, new))
     except (ValueError, OSError) as error:
         raise PerfError(f"the tuned table was not saved: {error}") from error
     _tiles.forget_tuned()

@@ -247,7 +247,7 @@ def _entrant(row: Row, best: Row | None) -> Entrant:
         ratio = f"{times:.2f}x" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
     share = row.get("peak_share")
     return Entrant(
-        row, NAMES[row["impl"]], tile_text(row.get("tile")), time_text(seconds(row)),
+        row, NAMES[row["impl"]], tile_label(row), time_text(seconds(row)),
         f"{number_text(speed(row))} {unit(row['op'])}", interval,
         "" if share is None else f"{share:.0%}", ratio,
     )  # fmt: skip
@@ -269,6 +269,11 @@ def tile_text(tile: dict[str, int] | None) -> str:
     known = {"kernel", *blocks, *SHORT, *SHORT_UNLESS_1}
     words += [f"{k}={v}" for k, v in tile.items() if k not in known]
     return " ".join(words)
+
+
+def tile_label(row: Row) -> str:
+    """A row's tile in short. It says so if a call takes this tile where nothing is tuned."""
+    return tile_text(row.get("tile")) + (" (default)" if row.get("default") else "")
 
 
 def block_names(tile: dict[str, int]) -> list[str]:

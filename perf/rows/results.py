@@ -13,13 +13,14 @@ The tables HEADER and ROW are the schema: what is checked when a line is written
 README.md prints. README.md also says what becomes of a file that was killed, resumed or damaged.
 """
 
+import contextlib
 import fcntl
 import gzip
 import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -342,7 +343,7 @@ class Writer:
         try:
             self._lock()
             self._resume(header, note)
-            self._append({**header, "kind": "header", "schema": SCHEMA}, HEADER)
+            self._write(self._encoded({**header, "kind": "header", "schema": SCHEMA}, HEADER))
         except BaseException:
             self.close()
             raise
@@ -354,7 +355,14 @@ class Writer:
             PerfError: for an unknown field or a wrong type, or if the file cannot be written. The
                 file is then as it was before.
         """
-        self._append({**row, "kind": "row"}, ROW)
+        self.write_all([row])
+
+    def write_all(self, rows: Iterable[dict]) -> None:
+        """Append rows that are known together, in one write: all of them or, if it fails, none.
+
+        A write waits for the disk, for milliseconds: with thousands of rows that counts.
+        """
+        self._write(b"".join(self._encoded({**row, "kind": "row"}, ROW) for row in rows))
 
     def find(self, row: dict, source: str | None = None) -> dict | None:
         """Return the row that the file had for this attempt (of this source), or None."""
@@ -407,7 +415,8 @@ class Writer:
                     "belong in one file, choose another"
                 )
 
-    def _append(self, line: dict, fields: dict[str, Field]) -> None:
+    def _encoded(self, line: dict, fields: dict[str, Field]) -> bytes:
+        """Return a line of the file, or raise what is wrong with it."""
         line = {"kind": line["kind"], **line}
         unknown = sorted(line.keys() - fields.keys() - set(ATTACHED))
         if unknown:
@@ -418,7 +427,7 @@ class Writer:
         problem = _problem(line, fields)
         if problem:
             raise PerfError(f"a result that does not fit the schema: {problem}")
-        self._write(json.dumps(line).encode() + b"\n")
+        return json.dumps(line).encode() + b"\n"
 
     def _write(self, data: bytes) -> None:
         """Append all of the data or, if that fails, nothing."""
@@ -447,6 +456,35 @@ def _get(header: dict, name: str) -> Any:
     for part in name.split("."):
         header = (header or {}).get(part)
     return header
+
+
+LOCK_S = 60  # to merge rows into a file takes milliseconds
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Within this context no other process is in one of the same file: to read, merge, replace it.
+
+    The lock is a file of its own, `.<name>.lock` beside it, because a file that is replaced cannot
+    be locked itself.
+
+    Raises:
+        PerfError: if another process holds it for a minute, or if it cannot be made.
+    """
+    import filelock  # reading results needs nothing but perf
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=LOCK_S)
+        lock.acquire()
+    except filelock.Timeout:
+        raise PerfError(f"another process has been writing {path} for {LOCK_S} s") from None
+    except OSError as error:
+        raise PerfError(f"cannot write {path}: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -25,7 +25,6 @@ from tilelab.kernels._launch import launch, refuse_broken_versions, warn_of_miss
 from tilelab.kernels._partial_sums import sum_partials
 from tilelab.kernels._rows import as_rows
 from tilelab.kernels._tiles import (
-    choose_tile,
     part_count,
     persistent,
     read_tuned,
@@ -265,9 +264,13 @@ def gpu(monkeypatch):
     """choose_tile as on a GPU, which has been tuned as the returned table says."""
     table = {}
     monkeypatch.setattr(_launch, "INTERPRET", False)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(_tiles, "_tuned", lambda device: table)
+    monkeypatch.setattr(_launch, "_name", lambda index: "Some GPU")
+    monkeypatch.setattr(_tiles, "_tuned", lambda gpu: table)
     return table
+
+
+def choose_tile(op, dtype, *more, **sizes):
+    return _tiles.choose_tile(op, torch.empty(0, dtype=dtype), *more, **sizes)
 
 
 @pytest.mark.parametrize(
@@ -363,7 +366,7 @@ def test_a_damaged_table_is_one_clear_line(content, message, tmp_path):
 
 
 def test_looking_a_tile_up_again(gpu, monkeypatch):
-    """It is kept by op, dtype, device and sizes, until the tables are forgotten or exchanged."""
+    """It is kept by op, dtype, GPU and sizes, until the tables are forgotten or exchanged."""
 
     def tile(M=64, dtype=torch.float16, op="matmul"):
         return choose_tile(op, dtype, DEFAULT, M=M, N=64, K=64)
@@ -377,20 +380,58 @@ def test_looking_a_tile_up_again(gpu, monkeypatch):
     assert tile()["num_warps"] == 1 and TILE["num_warps"] == 4
     assert tile(dtype=torch.bfloat16)["num_warps"] == tile(op="conv2d")["num_warps"] == 4
     assert tile(M=16)["BLOCK_M"] == 16 and tile()["BLOCK_M"] == 64
-    monkeypatch.setattr(_tiles, "_tuned", lambda device: table(num_warps=2 + device))
-    assert tile()["num_warps"] == 2
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 6)
+    monkeypatch.setattr(_tiles, "_tuned", lambda gpu: table(num_warps=len(gpu)))
     assert tile()["num_warps"] == 8
+    monkeypatch.setattr(_launch, "_name", lambda index: "A GPU of 16 char")
+    assert tile()["num_warps"] == 16
     with use_tile("matmul", TILE):
         assert tile() is TILE
-    assert tile()["num_warps"] == 8
+    assert tile()["num_warps"] == 16
+
+
+def test_a_call_takes_the_tuned_tiles_of_the_gpu_that_its_operands_are_on(monkeypatch):
+    """Not those of the current device: a process may call on cuda:1 and never make it current."""
+
+    class On(torch.Tensor):
+        """A tensor that says it is on the GPU of this index."""
+
+        index = 0
+
+        def get_device(self):
+            return self.index
+
+    tables = {
+        name: {("matmul", "float16"): [ENTRY | dict(tile=TILE | dict(num_warps=warps))]}
+        for name, warps in (("GPU zero", 1), ("GPU one", 2))
+    }
+    names = list(tables)
+    monkeypatch.setattr(_launch, "INTERPRET", False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[device])
+    monkeypatch.setattr(_tiles, "_tuned", tables.get)
+    _launch._name.cache_clear()
+    for index, warps in ((1, 2), (0, 1), (1, 2)):
+        x = torch.empty(0, dtype=torch.float16).as_subclass(On)
+        x.index = index
+        tile = _tiles.choose_tile("matmul", x, DEFAULT, M=64, N=64, K=64)
+        assert tile["num_warps"] == warps
+    _launch._name.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_call_on_the_second_gpu_takes_its_tuned_tiles(monkeypatch):
+    asked = []
+    monkeypatch.setattr(_launch, "_name", lambda index: asked.append(index) or "none")
+    x = torch.ones(64, 64, device="cuda:1", dtype=torch.float16)
+    assert torch.cuda.current_device() == 0
+    assert torch.equal(kernels.matmul(x, x), x @ x) and set(asked) == {1}
 
 
 def test_forget_tuned(monkeypatch, tmp_path):
     path = tmp_path / "some-gpu.json"
     monkeypatch.setattr(_launch, "INTERPRET", False)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    monkeypatch.setattr(_launch, "_name", lambda index: "Some GPU")
     monkeypatch.setattr(_tiles, "tuned_path", lambda name: tuned_path(name, tmp_path))
     for warps in (1, 2):
         _tiles.forget_tuned()

@@ -108,12 +108,13 @@ def test_the_tuned_table_may_name_either_kernel(monkeypatch, tmp_path):
     path = tmp_path / "gpu.json"
     path.write_text(json.dumps(dict(tiles=entries)))
     monkeypatch.setattr(_launch, "INTERPRET", False)
-    monkeypatch.setattr(_tiles, "_tuned", lambda device: _tiles.read_tuned(path))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(_launch, "_name", lambda index: "gpu")
+    monkeypatch.setattr(_tiles, "_tuned", lambda gpu: _tiles.read_tuned(path))
 
     def tile(kernels):
         default = {2: TILES[0]}
-        return _tiles.choose_tile("matmul", torch.bfloat16, default, kernels, M=64, N=128, K=64)
+        x = torch.empty(0, dtype=torch.bfloat16)
+        return _tiles.choose_tile("matmul", x, default, kernels, M=64, N=128, K=64)
 
     assert tile(("pointer", "tma", "tma_ws")) == fast
     assert tile(("pointer",))["BLOCK_N"] == min(128, portable["BLOCK_N"])

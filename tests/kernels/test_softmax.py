@@ -23,7 +23,7 @@ from tests.tools.inputs import (
 from tests.tools.poison import poison
 from tests.tools.row_kernels import BOTH, both_kernels
 from tests.tools.tolerance import assert_close
-from tilelab.kernels import _launch, _tiles, softmax
+from tilelab.kernels import _launch, softmax
 from tilelab.kernels._rows import as_rows
 from tilelab.kernels.softmax import reference
 
@@ -152,9 +152,10 @@ GPU_TILES = {
 @pytest.mark.parametrize("shape, dim, blocks", GPU_TILES.values(), ids=GPU_TILES)
 def test_tiles_chosen_on_a_gpu(shape, dim, blocks, monkeypatch):
     monkeypatch.setattr(_launch, "INTERPRET", False)
-    monkeypatch.setattr(_tiles, "_nearest", lambda *_: None)  # nothing tuned
-    D0, D1, D2, N, *strides = as_rows(dim, torch.empty(shape, device="meta"))
-    tile = module.row_tile("softmax", torch.float32, D0 * D1 * D2, N, strides[3])
+    monkeypatch.setattr(_launch, "_name", lambda index: "")  # nothing tuned
+    x = torch.empty(shape, device="meta")
+    D0, D1, D2, N, *strides = as_rows(dim, x)
+    tile = module.row_tile("softmax", x, D0 * D1 * D2, N, strides[3])
     assert {k: tile[k] for k in blocks} == blocks
 
 

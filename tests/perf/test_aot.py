@@ -1,9 +1,13 @@
 """Compiling for GPUs that are not here: the right kernels, and workers that may die."""
 
+import contextlib
 import importlib
 import os
 import pathlib
 import shutil
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -231,6 +235,61 @@ def test_a_worker_that_dies_takes_one_job_along(compilers):
     assert {"CUDA_VISIBLE_DEVICES=", "HIP_VISIBLE_DEVICES="} <= set(seen)
     stuck = compilers.submit("wrong job", list(MATMUL), "").result()
     assert "KeyError" in stuck["failed"]
+
+
+PARENT = """
+import sys
+from tests.perf.test_aot import MATMUL, TILE
+from tilelab.perf.compiler import aot
+pool = aot.Compilers(1)
+pool.submit("describe", MATMUL, "").result()
+pool.submit("compile", MATMUL, TILE, "sm_90")
+print(pool._processes[0].pid, flush=True)
+sys.stdin.read()
+"""
+
+
+PTXAS = """#!/bin/sh
+case "$*" in
+*--version*) echo "Cuda compilation tools, release 12.8, V12.8.93" ;;
+*) sleep 600; true ;;
+esac
+"""
+
+
+def alive(session):
+    """The processes of a session."""
+    found = []
+    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            fields = path.read_text().rpartition(")")[2].split()
+            found += [path.parent.name] if fields[0] != "Z" and int(fields[3]) == session else []
+    return found
+
+
+@pytest.mark.slow
+def test_no_worker_outlives_a_parent_that_is_killed(tmp_path):
+    """Killed with SIGKILL, while the worker waits for an assembler that takes ten minutes."""
+    ptxas = tmp_path / "ptxas"
+    ptxas.write_text(PTXAS)
+    ptxas.chmod(0o755)
+    names = "TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT], cwd=pathlib.Path(__file__).parents[2], text=True,
+        env=os.environ | {name: str(ptxas) for name in names} | {"TRITON_CACHE_DIR": str(tmp_path)},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    with parent:
+        worker = int(parent.stdout.readline())
+        while len(alive(worker)) < 3:  # the worker, the script, and what this waits for
+            assert time.monotonic() < deadline, "it does not wait for the assembler"
+            time.sleep(0.02)
+        parent.kill()
+    deadline = time.monotonic() + 20
+    while alive(worker):
+        assert time.monotonic() < deadline, "it compiles for nobody"
+        time.sleep(0.02)
 
 
 def test_bytes_of_views_that_begin_at_the_same_address():

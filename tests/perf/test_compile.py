@@ -1,18 +1,26 @@
 """`tilelab compile`, from the command line to the file: tables, resuming, words."""
 
+import concurrent.futures
 import contextlib
 import importlib
+import json
+import re
+import time
 
 import pytest
 
 from tests.perf.test_prediction import product
 from tests.perf.test_sweep import FakeCompilers
 from tilelab.__main__ import main
+from tilelab.kernels import _launch, _tiles
 from tilelab.perf.commands import compile as compiling
 from tilelab.perf.commands import provenance, sweep
+from tilelab.perf.compiler import aot
 from tilelab.perf.report import diagnosis
 from tilelab.perf.rows import ranking, results
-from tilelab.perf.work import gpus
+from tilelab.perf.work import gpus, shapes
+from tilelab.perf.work.operators import OPERATORS
+from tilelab.perf.work.workloads import Workload
 
 H200 = gpus.GPUS["h200"]
 
@@ -161,5 +169,131 @@ def test_the_lessons_tiles_alone(tilelab, tmp_path):
     lesson = importlib.import_module("tilelab.kernels.optim").TILES
     assert {row["tile"]["BLOCK_M"] for row in rows} <= {16} | {t["BLOCK_M"] for t in lesson}
     assert 1 < len(rows) <= 1 + len(lesson)
-    status, _, error = tilelab("compile", "sgd", "--tiles", "default")
-    assert status == 2 and "needs the GPU whose tuned table" in error
+
+
+@pytest.mark.slow
+def test_which_tile_a_call_takes_and_why(tilelab, tmp_path):
+    """One command, for a GPU that is not here."""
+    words = ["compile", "softmax", "--shapes", "m=64,n=1000", "--tiles", "default", "-t", "a100"]
+    status, out, error = tilelab(*words)
+    assert status == 0, error
+    (row,) = results.read(tmp_path / "runs" / "compile" / "sm_80.jsonl").rows
+    assert row["default"] and row["tile"] == dict(BLOCK_M=4, BLOCK_N=1024, num_warps=2)
+    assert "4x1024 w2 (default)" in out and "GB/s" in out and "TFLOP/s" not in out
+    for line in (
+        "the tile that a call takes on the NVIDIA A100 80GB SXM, and why (nothing is tuned: there "
+        "is no kernels/tuned/nvidia-a100-sxm4-80gb.json):",
+        "softmax bfloat16, M=64 N=1000: 4x1024 w2",
+        "default: TILES[3] = IN_REGISTERS[3] of kernels/softmax.py",
+    ):
+        assert line in out
+
+
+def reasons(op, target, gpu, shape=None, **more):
+    """What `aot.choose` says of the first shape (of a small set), as a GPU would."""
+    sizes = shape or shapes.shapes(op, "tiny")[0].sizes
+    about = dict(mode="fwd", dtype="bfloat16", precision="ieee") | more
+    w = Workload(op, about["mode"], about["dtype"], about["precision"], sizes, "x")
+    return aot.choose(w, target, gpu)
+
+
+@pytest.mark.parametrize("target", gpus.TARGETS)
+def test_every_operator_says_why_it_gets_its_tiles(monkeypatch, target):
+    monkeypatch.setattr(_launch, "INTERPRET", False)
+    for op, operator in OPERATORS.items():
+        for mode, about in operator.modes.items():
+            dtype = "float16" if "fp16" in operator.dtypes else "int8"
+            found = reasons(op, target, "NVIDIA H200", mode=mode, dtype=dtype)
+            assert found["choices"] and (found["tile"] is None) == (not about.tile_ops), (op, mode)
+            for choice in found["choices"]:
+                first = choice["why"][0]
+                assert first.startswith("modelled: ") or re.match(
+                    r"default: .*[A-Z_]+.* of (kernels|nets)/\w+\.py$", first
+                ), (op, mode, choice)
+
+
+def test_a_tile_is_tuned_modelled_or_a_default(monkeypatch, tmp_path):
+    real = _tiles.tuned_path
+    monkeypatch.setattr(_launch, "INTERPRET", False)
+    monkeypatch.setattr(_tiles, "tuned_path", lambda name, folder=None: real(name, tmp_path))
+    tile = dict(BLOCK_M=64, BLOCK_N=256, BLOCK_K=32, GROUP_M=8, num_warps=4, num_stages=3)
+    entry = dict(op="matmul", dtype="bfloat16", sizes=dict(M=1024, N=1024, K=1024), tile=tile)
+    (tmp_path / "nvidia-h200.json").write_text(json.dumps({"tiles": [entry]}))
+    _tiles.forget_tuned()
+
+    def why(gpu, M, target="sm_90", N=1024):
+        found = reasons("matmul", target, gpu, dict(M=M, N=N, K=1024))
+        assert (found["untuned"] is None) == (gpu == "NVIDIA H200")
+        (choice,) = found["choices"]
+        return choice["tile"], " | ".join(choice["why"])
+
+    found, words = why("NVIDIA H200", 1024)
+    assert found == tile and "a sweep for these sizes, in kernels/tuned/nvidia-h200.json" in words
+    found, words = why("NVIDIA H200", 4096, N=100)
+    assert found == tile | dict(BLOCK_N=128) and "fitted to the sizes: BLOCK_N 256 -> 128" in words
+    assert "M=1024 N=1024 K=1024, the nearest (5.4 octaves away)" in words
+    found, words = why("NVIDIA H100 80GB HBM3", 4096)
+    assert found["kernel"] == "tma" and words.startswith("modelled: ")
+    assert "of the kernels pointer, tma, tma_ws" in words
+    assert why("NVIDIA A100-SXM4-80GB", 4096, "sm_80")[1].startswith("default: ")
+    (choice,) = reasons("softmax", "sm_90", "NVIDIA H200")["choices"]
+    assert "kernels/tuned/nvidia-h200.json has no tile of softmax that can do" in choice["why"][1]
+    _tiles.forget_tuned()
+
+
+def test_tf32_products_are_listed_with_the_kernels_that_tf32_has(monkeypatch):
+    """Whatever precision the last job of this worker had."""
+    monkeypatch.setattr(_launch, "INTERPRET", False)
+    shape = shapes.shapes("conv2d", "n=32,c=64,h=28,k=64,r=3")[0].sizes
+    for precision in ("tf32", "ieee", "tf32"):
+        w = Workload("conv2d", "fwd", "float32", precision, shape, "x")
+        assert ("tma" in aot.describe(w, "sm_90")["kernels"]) == (precision == "tf32")
+
+
+class Slow(FakeCompilers):
+    """Compilers that never come to an end with what they compile."""
+
+    def submit(self, what, w, *more):
+        return super().submit(what, w, *more) if what == "describe" else concurrent.futures.Future()
+
+
+@pytest.mark.parametrize("command", ["sweep", "compile"])
+def test_a_budget_holds_without_a_gpu(tilelab, tmp_path, monkeypatch, command):
+    words = [command, "matmul", "--shapes", "m=48,n=40,k=64", "-a", "BLOCK_M=16,32"]
+    words += ["-a", "BLOCK_N=16", "-a", "num_warps=4", "-a", "num_stages=3", "-a", "BLOCK_K=32"]
+    words += ["--no-plots"] if command == "sweep" else []
+    monkeypatch.setattr(compiling.aot, "Compilers", lambda workers: contextlib.nullcontext(Slow()))
+    began = time.monotonic()
+    status, out, error = tilelab(*words, "--budget", "0.5")
+    assert status == 0, error
+    assert time.monotonic() - began < 10
+    rows = results.read(tmp_path / "runs" / command / "sm_90.jsonl").rows
+    assert len(rows) >= 2 and {row["status"] for row in rows} == {"skipped"}
+    assert {row["reason"] for row in rows} == {"not compiled: the time budget ran out"}
+    said = f"skipped: {len(rows)} tiles, because the time budget of 0.5 s ran out; --resume goes on"
+    assert said in out
+    fake = contextlib.nullcontext(FakeCompilers())
+    monkeypatch.setattr(compiling.aot, "Compilers", lambda workers: fake)
+    status, out, error = tilelab(*words, "--resume")
+    assert status == 0 and "skipped" not in out, error
+    rows = results.read(tmp_path / "runs" / command / "sm_90.jsonl").rows
+    assert {row["status"] for row in rows} == {"predicted"}
+
+
+def test_a_table_has_the_speed_that_counts_and_the_default():
+    def text(op, top=1, **more):
+        tiles = [dict(BLOCK_M=m, BLOCK_N=64, num_warps=4) for m in (64, 32, 16)]
+        rows = [
+            compiling.finish(compiled(), H200)
+            | dict(op=op, tile=tile, default=i == 2, predicted_s=1e-6 * (i + 1)) | more
+            for i, tile in enumerate(tiles)
+        ]  # fmt: skip
+        return compiling.table(rows, top)
+
+    assert "GB/s" in text("softmax") and "TFLOP/s" not in text("softmax")
+    assert "TFLOP/s" in text("matmul") and "GB/s" not in text("matmul")
+    both = text("conv2d", bound="memory")  # a depthwise layer, say
+    assert "TFLOP/s" in both and "GB/s" in both
+    assert [line.split("  ")[0] for line in text("softmax").splitlines()[2:]] == [
+        "64x64 w4", "16x64 w4 (default)",
+    ]  # fmt: skip

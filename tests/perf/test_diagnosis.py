@@ -209,16 +209,43 @@ def test_every_tile_of_every_workload_is_in_the_table(rows):
 
 def test_the_text_groups_and_cuts(rows):
     text = diagnosis.format_table(diagnosis.table(rows)[:1], tiles=2)
-    title, best, *groups = text.splitlines()
+    title, best, default, *groups = text.splitlines()
+    assert default.startswith("  the default tile: 128x128x32 w8 s3 g8, ")
+    assert re.search(r", \d\.\d\dx the winner's time: [a-z]", default)
+    assert text.count(" (default)") <= 1
     assert title == f"matmul fwd, bfloat16, square 512, on {perf_rows.GPU}"
     assert re.fullmatch(r"  best of \d+ tiles: \d+x\d+x\d+ w\d s\d g8, [\d.,]+ TFLOP/s", best)
     heads = [re.match(r"  (\d+) tiles?: ", line) for line in groups]
     counts = [int(head[1]) for head in heads if head]
     assert len(counts) > 3 and counts == sorted(counts, reverse=True)
+    ties = sum(int(line.split()[0]) for line in groups if ": as fast as the winner: " in line)
     shown = sum(line.startswith("    ") and "and" != line.split()[0] for line in groups)
     hidden = sum(int(line.split()[1]) for line in groups if line.startswith("      and "))
-    assert shown <= 2 * len(counts) and shown + hidden == sum(counts)
+    assert shown <= 2 * len(counts) and shown + hidden == sum(counts) - ties
     assert max(map(len, text.splitlines())) < 200
+
+
+def test_ties_are_named_without_reasons_and_the_default_is_marked():
+    rows = [row(default=False)]
+    rows += [row(tile=OTHER | dict(GROUP_M=g), median_s=120.5e-6, default=g == 4) for g in range(9)]
+    text = diagnosis.format_table(diagnosis.table(rows), tiles=2)
+    assert text.splitlines()[1:] == [
+        "  best of 10 tiles: 128x256x64 w8 s3 g8, 1,145 TFLOP/s",
+        "  the default tile: 128x256x64 w8 s4 g4, 1.00x the winner's time: as fast as the winner",
+        "  9 tiles: as fast as the winner: 128x256x64 w8 s4 g0, 128x256x64 w8 s4 g1 and 7 more",
+    ]
+    best = diagnosis.format_table(diagnosis.table([row(default=True)]))
+    assert best.endswith("best of 1 tile: 128x256x64 w8 s3 g8 (default), 1,145 TFLOP/s")
+    assert "w8 s4 g4 (default)" in diagnosis.leaderboard_text(rows, most=9)
+    lost = diagnosis.format_table(diagnosis.table([row(), loser(default=True, spills=64)]))
+    assert "1.50x the winner's time: registers spilled to memory" in lost
+
+
+def test_what_nobody_can_explain_is_said_once():
+    rows = [row(), *(loser(tile=OTHER | dict(GROUP_M=g)) for g in range(3))]
+    text = diagnosis.format_table(diagnosis.table(rows))
+    assert text.count("do not say why") == 0 and text.count("no reason that these numbers") == 1
+    assert text.count("predicted: 1.00x the winner's time; it has ") == 3
 
 
 def test_a_workload_without_a_time_has_a_table():

@@ -30,7 +30,7 @@ def plain():
 before, ops = plain(), ("matmul", "conv2d")
 found = dict(checks=check_costs(20, *ops), calls=host.call_costs(2))
 found["yardstick"] = max(before, plain())
-_tiles._nearest_tile = _tiles._nearest_tile.__wrapped__  # a look-up with no cache
+_tiles._nearest = _tiles._nearest.__wrapped__  # a look-up with no cache
 found["uncached"] = check_costs(2, "matmul")
 print(json.dumps(found))
 """

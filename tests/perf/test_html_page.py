@@ -157,7 +157,7 @@ def test_every_tile_and_peer_is_in_the_table(files, page):
     values = [dict(zip(html_page.COLUMNS, line, strict=True)) for line in lines]
     (line,) = [
         v for v in values
-        if v["tile"].text == ranking.tile_text(best["tile"])
+        if v["tile"].text == ranking.tile_label(best)
         and v["shape"].text == best["shape_name"]
     ]  # fmt: skip
     assert line["time (µs)"].value == pytest.approx(best["median_s"] * 1e6)

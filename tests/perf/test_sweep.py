@@ -23,6 +23,7 @@ from tilelab import kernels
 from tilelab.kernels import _launch, _tiles
 from tilelab.perf.clock.correctness import Gate
 from tilelab.perf.commands import arguments, provenance, sweep
+from tilelab.perf.commands.compile import chosen
 from tilelab.perf.compiler import aot
 from tilelab.perf.errors import PerfError
 from tilelab.perf.rows import results
@@ -35,6 +36,8 @@ SHAPE = "m=48,n=40,k=64"
 class FakeCompilers:
     """What the compiler processes answer, made up here: a sweep of tiny sizes takes no seconds."""
 
+    workers = 1
+
     def __init__(self, spilling=(), failing=()):
         self.spilling, self.failing, self.jobs = spilling, failing, []
 
@@ -45,6 +48,9 @@ class FakeCompilers:
             if described["tile_op"]:
                 described["tile"] = described["lesson"][0]  # not the interpreter's own
             future.set_result(described)
+            return future
+        if what == "choose":
+            future.set_result(aot.choose(w, *more))
             return future
         tile, _ = more
         self.jobs.append(tile)
@@ -352,7 +358,6 @@ def test_energy(tmp_path):
 
 
 def test_only_the_tile_that_a_call_takes(tmp_path, monkeypatch):
-    monkeypatch.setattr(_tiles, "_nearest", lambda *_: None)  # a table of the GPU that is here
     args = parsed("matmul", "sgd", "--shapes", "tiny", "--tiles", "default")
     work, device = arguments.workloads(args), FakeDevice(1e-3, noise=0.002)
     path = tmp_path / "r.jsonl"
@@ -371,17 +376,26 @@ def test_only_the_tile_that_a_call_takes(tmp_path, monkeypatch):
 
 
 def test_the_tile_that_a_call_takes_is_the_tuned_one(monkeypatch):
-    (w,) = arguments.workloads(parsed("matmul", "--shapes", SHAPE))
-    tuned = dict(BLOCK_M=16, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, num_warps=4, num_stages=4)
-    lesson = aot.describe(w)["lesson"][0]
-    fitted = lesson | dict(BLOCK_M=64, BLOCK_N=64)  # of 48 rows and 40 columns
-    described = dict(tile_op="matmul", tile=lesson, sizes=dict(w.shape), kernels=["pointer"])
+    """Of the GPU that the sweep is on, as a call there would be fitted."""
     monkeypatch.setattr(_launch, "INTERPRET", False)
-    monkeypatch.setattr(_tiles, "_nearest", lambda *_: None)
-    assert arguments.tiles(described, w, [], "default") == [fitted]
-    monkeypatch.setattr(_tiles, "_nearest", lambda *_: tuned)
-    assert arguments.tiles(described, w, [], "default") == [tuned | dict(BLOCK_N=64)]
-    assert arguments.tiles({"tile_op": None}, w, [], "default") == [None]
+    args = parsed("matmul", "--shapes", SHAPE, "--tiles", "default")
+    work = arguments.workloads(args)
+
+    def tile():
+        (taken,) = chosen(work, args, FakeCompilers(), "sm_80", "NVIDIA H200")
+        return taken["tile"]
+
+    tuned = dict(BLOCK_M=16, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, num_warps=4, num_stages=4)
+    entry = dict(op="matmul", dtype="bfloat16", sizes=dict(work[0].shape), tile=tuned)
+    table = {}
+    monkeypatch.setattr(_tiles, "_tuned", lambda gpu: table if gpu == "NVIDIA H200" else {})
+    assert tile() == aot.describe(work[0], "sm_80")["tile"]
+    table["matmul", "bfloat16"] = [entry]
+    _tiles._nearest.cache_clear()
+    assert tile() == tuned | dict(BLOCK_N=64)  # of 40 columns
+    args.tiles = "all"
+    assert chosen(work, args, FakeCompilers(), "sm_80", "NVIDIA H200") is None
+    _tiles._nearest.cache_clear()
 
 
 def test_hot_and_cold(tmp_path):
@@ -437,8 +451,14 @@ def test_killed_in_the_middle_a_sweep_loses_at_most_one_row(tmp_path):
     while not path.exists() or path.read_bytes().count(b"\n") < 8:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
+    children = pathlib.Path(f"/proc/{process.pid}/task").glob("*/children")
+    workers = [int(pid) for file in children for pid in file.read_text().split()]
+    assert workers
+    os.kill(process.pid, signal.SIGKILL)
     process.wait()
+    while any(pathlib.Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < deadline, "workers that outlive their sweep"
+        time.sleep(0.05)
     before = path.read_bytes()
     whole = [json.loads(line) for line in before.splitlines() if line.endswith(b"}")]
     assert len(before.splitlines()) - len(whole) <= 1
@@ -463,14 +483,15 @@ def test_killed_in_the_middle_a_sweep_loses_at_most_one_row(tmp_path):
         (["sweep", "matmul", "--shapes", "resnet51"], "resnet51"),
         (["sweep", "matmul", "-a", "BLOCK_M=100"], "powers of two"),
         (["sweep", "matmul", "--peers", "cudnn", "--dry-run"], "unknown peer 'cudnn'"),
-        (["sweep", "matmul", "--budget", "-3"], "--budget must be positive"),
+        (["sweep", "matmul", "--budget", "-3"], "must be a positive number of seconds, got '-3'"),
+        (["compile", "matmul", "--budget", "1m"], "must be a positive number of seconds, got '1m'"),
         (["sweep", "softmax", "--mode", "dgrad"], "softmax has no mode dgrad"),
         (["sweep", "scaled_matmul"], "scaled_matmul has no mode fwd in bf16 (fp8, int8)"),
         (["sweep", "matmul", "--resume", "--out", "nowhere"], "nothing to resume"),
         (["sweep", "matmul", "--tiles", "default", "-a", "BLOCK_M=64"], "is one tile"),
-        (["sweep", "matmul", "--tiles", "default"], "needs the GPU whose tuned table"),
+        (["compile", "matmul", "--tiles", "default", "-a", "BLOCK_M=64"], "is one tile"),
         (["sweep", "matmul", "--save-tuned"], "saves what a GPU has measured"),
-        (["sweep", "matmul", "--budget", "nan"], "--budget must be positive"),
+        (["sweep", "matmul", "--budget", "nan"], "must be a positive number of seconds"),
         (["sweep", "matmul", "--shapes", ""], "unknown set of shapes ''"),
         (["sweep", "matmul", "--top", "0"], "must be a positive number, got '0'"),
         (["compile", "matmul", "--workers", "-1"], "must be a positive number, got '-1'"),

@@ -2,7 +2,9 @@
 
 import importlib.metadata
 import json
+import multiprocessing
 import os
+import time
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch
 from tilelab.kernels import _launch, _tiles
 from tilelab.perf.errors import PerfError
 from tilelab.perf.report import tuned_table
+from tilelab.perf.rows import results
 
 GPU = "NVIDIA H200"
 DEFAULT = {2: dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4)}
@@ -41,8 +44,7 @@ def gpu(monkeypatch, tmp_path):
     """choose_tile as on a tuned H200, whose tables are in a folder of the test's own."""
     real = _tiles.tuned_path
     monkeypatch.setattr(_launch, "INTERPRET", False)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
+    monkeypatch.setattr(_launch, "_name", lambda index: GPU)
     monkeypatch.setattr(_tiles, "tuned_path", lambda name, folder=None: real(name, tmp_path))
     _tiles.forget_tuned()
     yield tmp_path
@@ -75,7 +77,8 @@ def test_the_loop_is_closed(gpu):
     """A call gets the tile that the sweep found, and after the next sweep the better one."""
 
     def block(M):
-        return _tiles.choose_tile("matmul", torch.bfloat16, DEFAULT, M=M, N=4096, K=4096)
+        x = torch.empty(0, dtype=torch.bfloat16)
+        return _tiles.choose_tile("matmul", x, DEFAULT, M=M, N=4096, K=4096)
 
     assert block(4096) == DEFAULT[2]
     path = tuned_table.save([row(128), row(256, seconds=0.9e-3), row(16, seconds=2e-3)])
@@ -175,4 +178,49 @@ def test_the_table_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(PerfError, match="cannot write .*no space left"):
         tuned_table.save([row(32)], tmp_path)
-    assert path.read_text() == before and list(tmp_path.iterdir()) == [path]
+    lock = tmp_path / ".nvidia-h200.json.lock"
+    assert path.read_text() == before and set(tmp_path.iterdir()) == {path, lock}
+
+
+def save_many(folder, begin, op):
+    """One process of a test: saves entries of its own, one by one."""
+    begin.wait()
+    for M in range(1, 31):
+        tuned_table.save([row(M=M, op=op, tile_op=op)], folder)
+
+
+def test_two_processes_lose_no_entries_of_each_other(tmp_path):
+    """Each reads the table, merges and replaces it: without a lock the later one wins."""
+    context = multiprocessing.get_context("fork")
+    begin = context.Barrier(2)
+    workers = [
+        context.Process(target=save_many, args=(tmp_path, begin, op)) for op in ("matmul", "conv2d")
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    found = sorted((e["op"], e["sizes"]["M"]) for e in entries(tmp_path / "nvidia-h200.json"))
+    assert found == [(op, M) for op in ("conv2d", "matmul") for M in range(1, 31)]
+
+
+def test_a_lock_that_nobody_gives_back_is_one_clear_line(tmp_path, monkeypatch):
+    path = tmp_path / "nvidia-h200.json"
+    monkeypatch.setattr(results, "LOCK_S", 0.1)
+    context = multiprocessing.get_context("fork")
+    held = context.Event()
+    holder = context.Process(target=hold, args=(path, held))
+    holder.start()
+    assert held.wait(30)
+    with pytest.raises(PerfError, match="another process has been writing .*nvidia-h200.json"):
+        tuned_table.save([row()], tmp_path)
+    holder.kill()  # and who is killed holds no lock
+    holder.join()
+    assert entries(tuned_table.save([row()], tmp_path))
+
+
+def hold(path, held):
+    with results.locked(path):
+        held.set()
+        time.sleep(60)

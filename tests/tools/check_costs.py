@@ -6,7 +6,7 @@ from unittest import mock
 
 import torch
 
-from tilelab.kernels import _tiles
+from tilelab.kernels import _launch, _tiles
 from tilelab.perf.clock.host_overhead import (
     TARGET,
     least_microseconds,
@@ -41,16 +41,16 @@ def check_costs(rounds: int, *ops: str) -> dict[str, float]:
             costs = least_microseconds(checks, rounds)
     tables, look_ups = {}, {}
     for w in work:
-        op, dtype, sizes, tile, kernels = aot.trace(w, None, TARGET).choice
+        op, dtype, sizes, tile, kernels, *_ = aot.trace(w, None, TARGET).choice
         tables[op, w.dtype] = [
             dict(sizes={k: 2 ** ((i + 5 * j) % 15) + i for j, k in enumerate(sizes)}, tile=tile)
             for i in range(TUNED)
         ]
-        default = {dtype.itemsize: tile}
-        look_ups[w.op] = functools.partial(_tiles.choose_tile, op, dtype, default, kernels, **sizes)
+        x, default = torch.empty(0, dtype=dtype), {dtype.itemsize: tile}
+        look_ups[w.op] = functools.partial(_tiles.choose_tile, op, x, default, kernels, **sizes)
     with (
-        mock.patch.object(torch.cuda, "current_device", lambda: 0),
-        mock.patch.object(_tiles, "_tuned", lambda device: tables),
+        mock.patch.object(_launch, "_name", lambda index: "a GPU"),
+        mock.patch.object(_tiles, "_tuned", lambda gpu: tables),
     ):
         for op, cost in least_microseconds(look_ups, rounds).items():
             costs[op] += cost
