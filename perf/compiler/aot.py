@@ -27,6 +27,7 @@ import tempfile
 import threading
 import time
 import types
+from collections.abc import Callable
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -97,13 +98,16 @@ class Trace(NamedTuple):
         }
 
 
-def trace(w: Workload, tile: dict | None, target: str = "", seed: int | None = None) -> Trace:
+def trace(
+    w: Workload, tile: dict | None, target: str = "", seed: int | None = None, layout: str = ""
+) -> Trace:
     """What `w` launches with this tile (None: the default). Nothing is launched or compiled.
 
-    The inputs are empty, or have the values of a seed.
+    The inputs are empty, or have the values of a seed. With a layout `w` is a product, and its
+    operands are empty and lie so (see perf/rows/lists.py).
     """
     with _launch.record(device(target)):
-        call = workloads.prepare(w, "tilelab", "cpu", seed)
+        call = _product(w, layout) if layout else workloads.prepare(w, "tilelab", "cpu", seed)
     with contextlib.ExitStack() as stack:
         if tile is not None:
             for tile_op in w.about.tile_ops:
@@ -116,6 +120,21 @@ def trace(w: Workload, tile: dict | None, target: str = "", seed: int | None = N
         if isinstance(event, _launch.Choice) and event.op in by_name:
             return Trace(launches, _launch_of(events[i:]), event, by_name[event.op])
     return Trace(launches)
+
+
+def _product(w: Workload, layout: str) -> Callable[[], torch.Tensor]:
+    """A @ B of empty operands, each in rows ("n") or in columns ("t").
+
+    The modes of matmul have "nn", "nt" and "tn", but not "tt".
+    """
+    M, N, K = (w.shape[name] for name in "MNK")
+
+    def operand(rows: int, columns: int, order: str) -> torch.Tensor:
+        shape = (rows, columns) if order == "n" else (columns, rows)
+        x = torch.empty(shape, dtype=w.torch_dtype)
+        return x if order == "n" else x.t()
+
+    return functools.partial(kernels.matmul, operand(M, K, layout[0]), operand(K, N, layout[1]))
 
 
 def _launch_of(events: list) -> _launch.Launch | None:
@@ -233,11 +252,14 @@ def _reader() -> str:
     return hashlib.sha256(pathlib.Path(machine_code.__file__).read_bytes()).hexdigest()[:12]
 
 
-def compile_job(w: Workload, tile: dict | None, target: str) -> dict:
-    """Trace and compile one call; return the row fields that follow, with "failed" if it fails."""
+def compile_job(w: Workload, tile: dict | None, target: str, layout: str = "") -> dict:
+    """Trace and compile one call; return the row fields that follow, with "failed" if it fails.
+
+    `layout` is that of `trace`.
+    """
     started = time.perf_counter()
     workloads.set_precision(w.precision)
-    t = trace(w, tile, target)
+    t = trace(w, tile, target, layout=layout)
     row = t.about
     compile_for(target)
     for launch in t.launches:

@@ -89,14 +89,14 @@ def itemsize(dtype: str) -> int:
     return {"float32": 4, "float8_e4m3fn": 1, "int8": 1}.get(dtype, 2)
 
 
-def predict(row: dict, gpu: GPU) -> dict:
+def predict(row: dict, gpu: GPU, launch_s: float = LAUNCH_S) -> dict:
     """The row fields that follow from a compiled tile's own (aot.py): occupancy, waves, time.
 
     A whole training step has no tile, and only its bytes and launches count.
     """
     if row.get("tile") is None:
         peak = gpu.peak(kind(row["dtype"], row["precision"]))
-        return _times(row, {"memory": _memory(row, gpu), "compute": row["flops"] / peak})
+        return _times(row, {"memory": _memory(row, gpu), "compute": row["flops"] / peak}, launch_s)
 
     fits = occupancy(gpu.target, row["threads"], row["registers"], row["shared"])
     pieces = _pieces(row)
@@ -135,7 +135,7 @@ def predict(row: dict, gpu: GPU) -> dict:
         issued = (row["instructions"] - loop) * row["programs"] + loop * steps
         issued *= tile["num_warps"] / found["wave_efficiency"]
         times["issue"] = issued / (SCHEDULERS * clocks)
-    return found | _times(row, times)
+    return found | _times(row, times, launch_s)
 
 
 def _memory(row: dict, gpu: GPU) -> float:
@@ -143,9 +143,9 @@ def _memory(row: dict, gpu: GPU) -> float:
     return max(row["moved"], row["bytes"]) / gpu.bandwidth
 
 
-def _times(row: dict, times: dict[str, float]) -> dict:
+def _times(row: dict, times: dict[str, float], launch_s: float) -> dict:
     bound = max(times, key=times.get)
-    launching = LAUNCH_S * row["launches"]
+    launching = launch_s * row["launches"]
     seconds = times[bound] + launching
     return {
         "predicted_s": seconds,

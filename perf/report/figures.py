@@ -121,17 +121,26 @@ def frame(
 
     There is room for a legend of one line between title and axes: see `legend`.
     """
+    warning = "" if all(w.measured for w in shown) else "predicted, not measured"
+    text = "\n".join(filter(None, (note, provenance(shown))))
+    return blank(theme, title, height, text, warning, head, **subplots)
+
+
+def blank(
+    theme: Theme, title: str, height: float, note: str, warning: str = "", head: float = HEAD,
+    **subplots,
+) -> tuple[Figure, np.ndarray]:  # fmt: skip
+    """What `frame` is, of anything: with a note below, and maybe a warning beside the title."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06, rect=(0, 0, 1, 1 - head / height))
     place = {"va": "top", "transform": figure.dpi_scale_trans}
     top = height - 0.12
-    title = cut(title, 80 if all(w.measured for w in shown) else 56)
+    title = cut(title, 56 if warning else 80)
     figure.text(0.1, top, title, ha="left", fontsize=12.5, weight="bold", **place)
-    if not all(w.measured for w in shown):
+    if warning:
         words = {"fontsize": 10.5, "weight": "bold", "color": theme.bad}
-        figure.text(WIDTH - 0.1, top, "predicted, not measured", ha="right", **words, **place)
-    text = "\n".join(filter(None, (note, provenance(shown))))
-    figure.supxlabel(text, x=0.012, ha="left", fontsize=7.5, color=theme.grey)
+        figure.text(WIDTH - 0.1, top, warning, ha="right", **words, **place)
+    figure.supxlabel(note, x=0.012, ha="left", fontsize=7.5, color=theme.grey)
     return figure, figure.subplots(squeeze=False, **subplots)
 
 
@@ -193,7 +202,7 @@ def _varying(shown: Sequence[Workload]) -> list[str]:
     return [key for key in keys if len({w.shape.get(key) for w in shown}) > 1]
 
 
-def _log_ticks(ax: Axes) -> None:
+def log_ticks(ax: Axes) -> None:
     """Plain numbers on both logarithmic axes, also where they span less than a decade."""
     for axis, (low, high) in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):
         span = math.log10(high / low)
@@ -470,7 +479,7 @@ def roofline(shown: list[Workload], theme: Theme = LIGHT) -> Figure:
                 markeredgewidth=0.5)  # fmt: skip
     ax.set(xscale="log", yscale="log", xlabel="arithmetic intensity (FLOP/byte)", ylabel="TFLOP/s")
     _roofs(ax, shown[0], theme)
-    _log_ticks(ax)
+    log_ticks(ax)
     ax.grid(which="major")
     keys = [
         _key(MARKERS[i % 12], theme.series[i % 7], f"{op} {mode}")
@@ -543,7 +552,7 @@ def predicted(shown: list[Workload], theme: Theme = LIGHT) -> Figure:
         xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel="measured (µs)",
         ylabel="predicted (µs)",
     )  # fmt: skip
-    _log_ticks(ax)
+    log_ticks(ax)
     ax.grid()
     columns = 1 if len(groups) <= 10 else 2
     ax.legend(loc="upper left", title="median error", title_fontsize=9, alignment="left",

@@ -39,6 +39,7 @@ class GPU(NamedTuple):
     bandwidth: float  # of its memory, bytes/s
     l2: int  # bytes of the last cache before memory, which a cold measurement has to overflow
     source: str  # the vendor's documents and their addresses
+    ceiling: float = 1.0  # share of the peak that the best libraries reach
 
     def peak(self, kind: str) -> float | None:
         """FLOP/s (int8: operations/s) of a kind at most; None if the GPU lacks it."""
