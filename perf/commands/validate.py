@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.files and not BENCHMARK.exists():
         raise PerfError("the public benchmark is in a checkout only: name a FILE")
     found = lists.read(args.files or [BENCHMARK])
-    known = facts.read(FACTS) if FACTS.exists() else facts.Facts()
+    known = _known()
     held = hold(found, rows_of(found, known, args.workers))
     summary = agreement.rounded(agreement.summary(held))
     print("Times are predicted from compiled code, and held to measurements of others or yours.\n")
@@ -84,6 +84,17 @@ def run(args: argparse.Namespace) -> int:
         written += report.save(held, note(held), folder)
     print(*written, sep="\n")
     return 0
+
+
+def _known() -> facts.Facts:
+    """The committed facts, if they are of this triton and this kernel."""
+    if not FACTS.exists():
+        return facts.Facts()
+    header, known = facts.read(FACTS)
+    if header == facts.today():
+        return known
+    print("The committed facts are of another triton or kernel, so every tile is compiled.")
+    return facts.Facts()
 
 
 def rows_of(

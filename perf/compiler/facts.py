@@ -7,7 +7,7 @@ a fact. It is compiled once, at one typical size. bfloat16 is looked up as float
 the same instructions but for the names of the types.
 
 A facts file is gzipped lines of JSON: a header with triton's version and the hash of the kernel,
-then one fact a line. If either is not that of today, nothing in the file counts.
+then one fact a line.
 """
 
 import concurrent.futures
@@ -95,9 +95,10 @@ class Facts(dict[Key, Row]):
         runs = (item * min(tile[f"BLOCK_{name}"], shape[name]) for name in along)
         return self[key_of(each, tile)] | {
             "op": w.op, "mode": w.mode, "dtype": w.dtype, "precision": w.precision,
-            "shape": shape, "sizes": shape, "tile_op": "matmul", "tile": tile | {"GROUP_M": GROUP_M},
-            "flops": w.flops, "bytes": w.bytes, "moved": w.bytes, "launches": 1,
-            "programs": math.prod(blocks), **dict(zip(("run_a", "run_b"), runs, strict=True)),
+            "shape": shape, "sizes": shape, "tile_op": "matmul",
+            "tile": tile | {"GROUP_M": GROUP_M}, "flops": w.flops, "bytes": w.bytes,
+            "moved": w.bytes, "launches": 1, "programs": math.prod(blocks),
+            **dict(zip(("run_a", "run_b"), runs, strict=True)),
         }  # fmt: skip
 
 
@@ -116,17 +117,17 @@ def _tile(key: Key) -> dict[str, int]:
     return dict(zip(BLOCKS, key.tile, strict=True)) | {"GROUP_M": GROUP_M}
 
 
-def read(path: Path, header: dict[str, str] | None = None) -> Facts:
-    """Return the facts of a file, if its header is this one (default: today's); else none."""
+def read(path: Path) -> tuple[dict[str, str], Facts]:
+    """Return the header of a file and its facts. They count if the header is that of `today`."""
     try:
-        first, *lines = map(json.loads, results.content_of(path).splitlines())
+        header, *lines = map(json.loads, results.content_of(path).splitlines())
         facts = Facts()
         for line in lines:
             key = line.pop("key")
             facts[Key(*key[:-1], tuple(key[-1]))] = line
     except (ValueError, KeyError, TypeError) as error:
         raise PerfError(f"{path} is not a file of compiled facts") from error
-    return facts if first == (header or today()) else Facts()
+    return header, facts
 
 
 def write(path: Path, facts: Facts) -> None:

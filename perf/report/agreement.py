@@ -4,7 +4,7 @@ Figures are drawn as those of figures.py are: within `figures.style`, for light 
 """
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from tilelab.perf.report import figures, plot
 from tilelab.perf.report.figures import DARK, LIGHT, Theme
-from tilelab.perf.rows import results
+from tilelab.perf.rows import ranking, results
 from tilelab.perf.rows.agreement import (
     NEAR,
-    REGIMES,
     Held,
     Regret,
     by_label,
@@ -78,9 +78,8 @@ def _library(label: str, about: dict[str, Any]) -> str:
     if speeds["fixed"] is not None:
         words.append(f"the fixed tile ({fixed}) {speeds['fixed']:.2f}x")
     words.append(f"the best tile {speeds['best']:.2f}x")
-    return (
-        f"{label}, speed over the vendor's library in {speeds['lists']} lists: {', '.join(words)}"
-    )
+    words = ", ".join(words)
+    return f"{label}, speed over the vendor's library in {speeds['lists']} lists: {words}"
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
@@ -97,6 +96,9 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
 # -- figures ---------------------------------------------------------------------------------------
 
 
+TIMES = ("measured", "predicted")  # of a list: across, and up
+
+
 def scatter(held: Sequence[Held], note: str, theme: Theme = LIGHT) -> Figure:
     """Predicted over measured time of every tile, a panel for each GPU."""
     groups = by_label(held)
@@ -104,38 +106,35 @@ def scatter(held: Sequence[Held], note: str, theme: Theme = LIGHT) -> Figure:
     title = f"Predicted against measured: {level(ratios)['within_20']:.0%} of "
     title += f"{len(ratios):,} tiles within {NEAR:.0%}"
     figure, axes = _panels(groups, theme, title, f"The band is ±{NEAR:.0%}. {note}")
-    times = np.concatenate([t for each in held for t in (each.measured, each.predicted)]) * 1e6
+    times = np.concatenate([getattr(each, name) for each in held for name in TIMES])
     ends = np.array([times.min() / 1.4, times.max() * 1.4])
     for ax, (label, mine) in zip(axes, groups.items(), strict=True):
         about = level(np.concatenate([each.ratios for each in mine]))
         ax.fill_between(ends, (1 - NEAR) * ends, (1 + NEAR) * ends, color=theme.grey, alpha=0.25,
                         linewidth=0)  # fmt: skip
         ax.plot(ends, ends, color=theme.ink, linewidth=1)
-        for at, (name, pick) in enumerate(_PICKS.items()):
-            points = [1e6 * np.concatenate([t[pick(each)] for each, t in pairs]) for pairs in (
-                [(each, each.measured) for each in mine], [(each, each.predicted) for each in mine],
-            )]  # fmt: skip
-            ax.plot(
-                *points, linestyle="none", marker="os"[at], markersize=(2.4, 4.5)[at],
-                color=theme.series[at], alpha=(0.5, 1)[at], markeredgewidth=(0, 0.5)[at],
-                markeredgecolor=theme.background, label=name, rasterized=True,
-            )  # fmt: skip
-        ax.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel="measured (µs)")
-        ax.set_title(
-            f"{label}: median ratio {about['median']:.2f}, {about['within_20']:.0%} in band"
-        )
+        every = [np.concatenate([getattr(each, name) for each in mine]) for name in TIMES]
+        best = np.concatenate([each.regrets == 0 for each in mine])
+        style = {"linestyle": "none", "rasterized": True}
+        ax.plot(*every, marker="o", markersize=2.4, color=theme.series[0], alpha=0.5,
+                markeredgewidth=0, label="a tile", **style)  # fmt: skip
+        ax.plot(*(times[best] for times in every), marker="s", markersize=4.5,
+                color=theme.series[1], markeredgewidth=0.5, markeredgecolor=theme.background,
+                label="the fastest tile of a list", **style)  # fmt: skip
+        ax.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel=TIMES[0])
+        words = f"median ratio {about['median']:.2f}, {about['within_20']:.0%} in the band"
+        ax.set_title(f"{label}: {words}", fontsize=9)
         ax.set_box_aspect(1)
-        figures.log_ticks(ax)
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_locator(LogLocator(numticks=12))
+            axis.set_major_formatter(FuncFormatter(lambda t, _: ranking.time_text(t)))
+            axis.set_minor_locator(NullLocator())
         ax.grid()
-    axes[0].set_ylabel("predicted (µs)")
+    for ax in axes[::2]:
+        ax.set_ylabel(TIMES[1])
     figures.legend(figure, axes[0].get_legend_handles_labels()[0])
     return figure
 
-
-_PICKS: dict[str, Callable[[Held], np.ndarray]] = {
-    "a tile": lambda each: np.ones(len(each.measured), dtype=bool),
-    "the fastest tile of a list": lambda each: each.regrets == 0,
-}
 
 CURVES = {  # name of the way to choose: words, index of the colour, and line
     "model": ("the predicted tile", 0, "-"),
@@ -159,12 +158,12 @@ def curves(held: Sequence[Held], note: str, theme: Theme = LIGHT) -> Figure:
                 words, colour, line = CURVES[name]
                 _step(ax, regret, color=theme.series[colour], linestyle=line, label=words,
                       linewidth=2.4 if name == "model" else 1.8)  # fmt: skip
-        ax.set_title(
-            f"{label}, {len(mine)} lists" + (f"; fixed: {fixed}" if fixed else ""), fontsize=9
-        )
+        words = f"; the one best tile: {fixed}" if fixed else ""
+        ax.set_title(f"{label}, {len(mine)} lists{words}", fontsize=9)
         ax.set(xlim=(0, 100 * MOST), ylim=(0, 102), xlabel="regret, at most (%)")
         ax.grid()
-    axes[0].set_ylabel("lists (%)")
+    for ax in axes[::2]:
+        ax.set_ylabel("lists (%)")
     figures.legend(figure, axes[0].get_legend_handles_labels()[0])
     return figure
 

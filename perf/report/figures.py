@@ -202,7 +202,7 @@ def _varying(shown: Sequence[Workload]) -> list[str]:
     return [key for key in keys if len({w.shape.get(key) for w in shown}) > 1]
 
 
-def log_ticks(ax: Axes) -> None:
+def _log_ticks(ax: Axes) -> None:
     """Plain numbers on both logarithmic axes, also where they span less than a decade."""
     for axis, (low, high) in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):
         span = math.log10(high / low)
@@ -479,7 +479,7 @@ def roofline(shown: list[Workload], theme: Theme = LIGHT) -> Figure:
                 markeredgewidth=0.5)  # fmt: skip
     ax.set(xscale="log", yscale="log", xlabel="arithmetic intensity (FLOP/byte)", ylabel="TFLOP/s")
     _roofs(ax, shown[0], theme)
-    log_ticks(ax)
+    _log_ticks(ax)
     ax.grid(which="major")
     keys = [
         _key(MARKERS[i % 12], theme.series[i % 7], f"{op} {mode}")
@@ -552,7 +552,7 @@ def predicted(shown: list[Workload], theme: Theme = LIGHT) -> Figure:
         xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel="measured (µs)",
         ylabel="predicted (µs)",
     )  # fmt: skip
-    log_ticks(ax)
+    _log_ticks(ax)
     ax.grid()
     columns = 1 if len(groups) <= 10 else 2
     ax.legend(loc="upper left", title="median error", title_fontsize=9, alignment="left",

@@ -177,15 +177,14 @@ def library(held: Sequence[Held], fixed: str | None) -> dict[str, Any] | None:
         return None
     found: dict[str, Any] = {"lists": len(mine)}
     for name, chosen in ways.items():
-        speeds = [
-            h.list.library_s / stats.geomean(t) for h in mine if len(t := h.measured[chosen(h)])
-        ]
+        times = [(h.list.library_s, h.measured[chosen(h)]) for h in mine]
+        speeds = [theirs / stats.geomean(ours) for theirs, ours in times if len(ours)]
         found[name] = stats.geomean(speeds) if speeds else None
     return found
 
 
 def tile_kinds(held: Sequence[Held]) -> dict[str, np.ndarray]:
-    """Return predicted / measured by what tiles are like: their size, stages, and programs an SM."""
+    """Return predicted / measured by kind of tile: its size, its stages, its programs an SM."""
     ratios = np.concatenate([each.ratios for each in held])
     tiles = [tile for each in held for tile in each.list.tiles]
     area = np.array([tile.get("BLOCK_M", 1) * tile.get("BLOCK_N", 1) for tile in tiles])

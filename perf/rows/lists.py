@@ -128,9 +128,8 @@ def parse(path: str | Path, content: bytes) -> list[TileList]:
         if card is not None and card not in cards:
             raise PerfError(f"{place}: no line says what is special about the card {card!r}")
         label = f"{line['gpu']}, {card}" if card and several[line["gpu"]] > 1 else line["gpu"]
-        found.append(
-            _list(path, place, line, label, cards[card] if card else gpus.find(line["gpu"]))
-        )
+        gpu = cards[card] if card else _gpu(place, line)
+        found.append(_list(path, place, line, label, gpu))
     return found
 
 
@@ -139,7 +138,14 @@ def _card(place: str, line: dict) -> gpus.GPU:
     if unknown:
         raise PerfError(f"{place}: a card has no field {', '.join(unknown)}")
     own = {name: _positive(place, name, line[name]) for name in OVERRIDES if name in line}
-    return gpus.find(line["gpu"])._replace(**own)
+    return _gpu(place, line)._replace(**own)
+
+
+def _gpu(place: str, line: dict) -> gpus.GPU:
+    try:
+        return gpus.find(line["gpu"])
+    except PerfError as error:
+        raise PerfError(f"{place}: {error}") from None
 
 
 def _list(path: str | Path, place: str, line: dict, label: str, gpu: gpus.GPU) -> TileList:
