@@ -35,7 +35,7 @@ from tilelab.perf.work.workloads import Workload
 OF_THE_SIZE = (
     "tile_op", "sizes", "launches", "moved", "programs", "run_a", "run_b", "kernel", "compile_s",
 )  # fmt: skip
-GROUP_M = 8  # lists do not name it; Inductor's template has 8, too
+GROUP = {"GROUP_M": 8}  # lists do not name it; Inductor's template has 8, too
 
 
 class Key(NamedTuple):
@@ -96,7 +96,7 @@ class Facts(dict[Key, Row]):
         return self[key_of(each, tile)] | {
             "op": w.op, "mode": w.mode, "dtype": w.dtype, "precision": w.precision,
             "shape": shape, "sizes": shape, "tile_op": "matmul",
-            "tile": tile | {"GROUP_M": GROUP_M}, "flops": w.flops, "bytes": w.bytes,
+            "tile": tile | GROUP, "flops": w.flops, "bytes": w.bytes,
             "moved": w.bytes, "launches": 1, "programs": math.prod(blocks),
             **dict(zip(("run_a", "run_b"), runs, strict=True)),
         }  # fmt: skip
@@ -114,7 +114,7 @@ def compiled(jobs: dict[Any, tuple], workers: int | None) -> Iterator[tuple[Any,
 
 
 def _tile(key: Key) -> dict[str, int]:
-    return dict(zip(BLOCKS, key.tile, strict=True)) | {"GROUP_M": GROUP_M}
+    return dict(zip(BLOCKS, key.tile, strict=True)) | GROUP
 
 
 def read(path: Path) -> tuple[dict[str, str], Facts]:
@@ -125,7 +125,9 @@ def read(path: Path) -> tuple[dict[str, str], Facts]:
         for line in lines:
             key = line.pop("key")
             facts[Key(*key[:-1], tuple(key[-1]))] = line
-    except (ValueError, KeyError, TypeError) as error:
+        if header.keys() != today().keys():
+            raise KeyError
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PerfError(f"{path} is not a file of compiled facts") from error
     return header, facts
 
