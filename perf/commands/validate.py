@@ -63,13 +63,15 @@ def run(args: argparse.Namespace) -> int:
         raise PerfError("--update is about the public benchmark: it takes no FILE, --out or --json")
     if args.json and not args.json.parent.is_dir():  # said before the work, not after it
         raise PerfError(f"--json: there is no folder {args.json.parent}")
+    if args.out and args.out.exists() and not args.out.is_dir():
+        raise PerfError(f"--out: {args.out} is not a folder")
     if not args.files and not BENCHMARK.exists():
         raise PerfError("the public benchmark is in a checkout only: name a FILE")
     found = lists.read(args.files or [BENCHMARK])
     known = _known()
     held = hold(found, rows_of(found, known, args.workers))
     summary = agreement.rounded(agreement.summary(held))
-    print("Times are predicted from compiled code, and held to measurements of others or yours.\n")
+    print("Predicted from compiled code, beside measured times. Nothing was timed here.\n")
     print(report.text(summary))
     text = (json.dumps(summary, indent=1) + "\n").encode()
     written = []

@@ -78,7 +78,7 @@ class Facts(dict[Key, Row]):
         """Compile what the lists need and is not there."""
         keys = dict.fromkeys(key_of(each, tile) for each in lists for tile in each.tiles)
         jobs = {
-            key: (typical(key), _tile(key), key.target, key.layout)
+            key: (typical(key), tile_of(key), key.target, key.layout)
             for key in keys
             if key not in self
         }
@@ -113,7 +113,8 @@ def compiled(jobs: dict[Any, tuple], workers: int | None) -> Iterator[tuple[Any,
             yield waiting[future], future.result()
 
 
-def _tile(key: Key) -> dict[str, int]:
+def tile_of(key: Key) -> dict[str, int]:
+    """Return the tile of a key, as it is forced on a call."""
     return dict(zip(BLOCKS, key.tile, strict=True)) | GROUP
 
 

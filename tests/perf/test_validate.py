@@ -205,6 +205,7 @@ def test_one_error_from_the_command_line(tmp_path, capsys):
     path.write_text(json.dumps(LINE | dict(tiles=LINE["tiles"][:1])))
     assert "no list of two measured tiles" in error(path)
     assert "--update is about the public benchmark" in error("--update", path)
+    assert "lists.jsonl is not a folder" in error("--out", path)
     assert "--json: there is no folder" in error("--json", tmp_path / "no" / "s.json")
     header = perf_rows.header() | dict(gpu="NVIDIA A10")
     perf_rows.write(path, header, *perf_rows.workload(perf_rows.matmul(512), count=3))
@@ -403,14 +404,18 @@ def test_the_committed_facts_are_of_this_kernel():
 
 def test_the_committed_summary_is_of_this_model(summary):
     committed = json.loads(validate.SUMMARY.read_text())
-    assert _close(summary, committed), "run: tilelab validate --update, and look at what changed"
+    changed = differences(summary, committed)
+    assert not changed, "look at what changed, then run: tilelab validate --update"
 
 
-def _close(a, b):
-    """Alike but for the last digit, which may be rounded either way."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_close(a[key], b[key]) for key in a)
-    return a == b if not isinstance(a, float) else a == pytest.approx(b, abs=1.1e-3)
+def differences(new, old, name=""):
+    """What differs by more than the last digit, which may be rounded either way."""
+    if isinstance(new, dict) and isinstance(old, dict):
+        pairs = {key: (new.get(key), old.get(key)) for key in new | old}
+        return [d for key, pair in pairs.items() for d in differences(*pair, f"{name} {key}")]
+    numbers = isinstance(new, float) and isinstance(old, float)
+    same = abs(new - old) < 1.1e-3 if numbers else new == old
+    return [] if same else [f"{name}: {old} -> {new}"]
 
 
 @pytest.mark.parametrize("label", ["A100", "H100"])
@@ -421,15 +426,3 @@ def test_the_prediction_holds(label, summary):
     assert found["within_20"] >= 0.85
     assert found["rank_correlation"] >= 0.95
     assert found["regret_model"]["mean"] < found["regret_fixed"]["mean"] / 2
-
-
-def test_a_fact_can_be_compiled_again(benchmark):
-    """The whole way, of the smallest tile in the layout that no mode of matmul has."""
-    header, committed = facts.read(validate.FACTS)
-    if header["triton"] != facts.today()["triton"]:
-        pytest.skip(f"the facts are of triton {header['triton']}")
-    each = next(h.list for h in benchmark if h.list.layout == "tt")
-    small = min(each.tiles, key=lambda t: t["BLOCK_M"] * t["BLOCK_N"] * t["BLOCK_K"])
-    known = facts.Facts()
-    known.complete([each._replace(tiles=[small])], workers=1)
-    assert known == {key: committed[key] for key in known} and len(known) == 1
