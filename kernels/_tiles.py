@@ -5,7 +5,8 @@ is fast, and the same call always has the same tile. It takes the first of these
 
     1. the tile that `use_tile` forces
     2. the tile that a sweep on this GPU has found to be fastest (tuned/<gpu>.json)
-    3. the default tile of the kernel's file
+    3. of a product's tiles, the one that a model predicts to be fastest (_tile_facts.py)
+    4. the default tile of the kernel's file
 
 In the interpreter there are no tuned tiles, and blocks are larger.
 """

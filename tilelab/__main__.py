@@ -17,6 +17,7 @@ COMMANDS = {
     "plot": ("perf.report.plot", "draw results files"),
     "report": ("perf.report.html_page", "make one HTML page of results files"),
     "compare": ("perf.report.compare", "say what became faster or slower between two files"),
+    "validate": ("perf.commands.validate", "hold the prediction to measured times"),
     "log": ("perf.report.history", "keep a line for each set of shapes of results files"),
     "step": (
         "perf.commands.training_step",

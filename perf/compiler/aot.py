@@ -31,13 +31,14 @@ import tempfile
 import threading
 import time
 import types
+from collections.abc import Callable
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 
 from tilelab import kernels  # before triton: it decides between interpreter and compiler
-from tilelab.kernels import _launch, _tiles
+from tilelab.kernels import _launch, _tile_facts, _tiles
 
 # isort: split
 import triton
@@ -101,12 +102,15 @@ class Trace(NamedTuple):
         }
 
 
-def trace(w: Workload, tile: dict | None, target: str = "", seed: int | None = None) -> Trace:
+def trace(
+    w: Workload, tile: dict | None, target: str = "", seed: int | None = None, layout: str = ""
+) -> Trace:
     """What `w` launches with this tile (None: the default). Nothing is launched or compiled.
 
-    The inputs are empty, or have the values of a seed.
+    The inputs are empty, or have the values of a seed. With a layout `w` is a product, and its
+    operands are empty and lie so (see perf/rows/lists.py).
     """
-    events = _recorded(w, tile, device(target), seed)
+    events = _recorded(w, tile, device(target), seed, layout)
     launches = [event for event in events if isinstance(event, _launch.Launch)]
     by_name = {tile_op.name: tile_op for tile_op in w.about.tile_ops}
     for i, event in enumerate(events):
@@ -116,11 +120,11 @@ def trace(w: Workload, tile: dict | None, target: str = "", seed: int | None = N
 
 
 def _recorded(
-    w: Workload, tile: dict | None, on: _launch.Device, seed: int | None = None
+    w: Workload, tile: dict | None, on: _launch.Device, seed: int | None = None, layout: str = ""
 ) -> list[_launch.Choice | _launch.Launch]:
     """The choices and launches of one call of `w`."""
     with _launch.record(on):
-        call = workloads.prepare(w, "tilelab", "cpu", seed)
+        call = _product(w, layout) if layout else workloads.prepare(w, "tilelab", "cpu", seed)
     with contextlib.ExitStack() as stack:
         if tile is not None:
             for tile_op in w.about.tile_ops:
@@ -128,6 +132,21 @@ def _recorded(
         events = stack.enter_context(_launch.record(on))
         call()
     return events
+
+
+def _product(w: Workload, layout: str) -> Callable[[], torch.Tensor]:
+    """A @ B of empty operands, each in rows ("n") or in columns ("t").
+
+    The modes of matmul have "nn", "nt" and "tn", but not "tt".
+    """
+    M, N, K = (w.shape[name] for name in "MNK")
+
+    def operand(rows: int, columns: int, order: str) -> torch.Tensor:
+        shape = (rows, columns) if order == "n" else (columns, rows)
+        x = torch.empty(shape, dtype=w.torch_dtype)
+        return x if order == "n" else x.t()
+
+    return functools.partial(kernels.matmul, operand(M, K, layout[0]), operand(K, N, layout[1]))
 
 
 def _launch_of(events: list) -> _launch.Launch | None:
@@ -195,7 +214,7 @@ def choose(w: Workload, target: str, gpu: str) -> dict:
             found = event.tile
         choice = dict(
             op=event.op, dtype=str(event.dtype).removeprefix("torch."), sizes=event.sizes,
-            tile=event.tile, why=_why(event, _launch_of(events[i:]), table),
+            tile=event.tile, why=_why(event, _launch_of(events[i:]), table, target),
         )  # fmt: skip
         if choice not in choices:
             choices.append(choice)
@@ -204,7 +223,7 @@ def choose(w: Workload, target: str, gpu: str) -> dict:
 
 
 def _why(
-    choice: _launch.Choice, launch: _launch.Launch | None, table: pathlib.Path | None
+    choice: _launch.Choice, launch: _launch.Launch | None, table: pathlib.Path | None, target: str
 ) -> list[str]:
     """By which rule of kernels/_tiles.py a tile was chosen, in words."""
     base = choice.default
@@ -215,9 +234,9 @@ def _why(
         words = "these sizes" if far == 0 else f"{nearest}, the nearest ({far:.1f} octaves away)"
         lines = [f"tuned: the fastest tile of a sweep for {words}, in kernels/tuned/{table.name}"]
     else:
-        if str(base.get("kernel")).startswith("tma"):
-            rule = "the tile of FAST_TILES with which the busiest SM should be done first"
-            lines = [f"modelled: {rule} (kernels/_cost_model.py)"]
+        if _tile_facts.has(target, choice.op, base):
+            rule = "predicted to be the fastest of the lesson's tiles that can do this call"
+            lines = [f"modelled: {rule} (kernels/_tile_facts.py)"]
         else:
             lines = [f"default: {_constant(base, launch)}"]
         if table is not None and table.exists():
@@ -322,11 +341,14 @@ def _reader() -> str:
     return hashlib.sha256(pathlib.Path(machine_code.__file__).read_bytes()).hexdigest()[:12]
 
 
-def compile_job(w: Workload, tile: dict | None, target: str) -> dict:
-    """Trace and compile one call; return the row fields that follow, with "failed" if it fails."""
+def compile_job(w: Workload, tile: dict | None, target: str, layout: str = "") -> dict:
+    """Trace and compile one call; return the row fields that follow, with "failed" if it fails.
+
+    `layout` is that of `trace`.
+    """
     started = time.perf_counter()
     workloads.set_precision(w.precision)
-    t = trace(w, tile, target)
+    t = trace(w, tile, target, layout=layout)
     row = t.about
     compile_for(target)
     for launch in t.launches:

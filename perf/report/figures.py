@@ -121,17 +121,26 @@ def frame(
 
     There is room for a legend of one line between title and axes: see `legend`.
     """
+    warning = "" if all(w.measured for w in shown) else "predicted, not measured"
+    text = "\n".join(filter(None, (note, provenance(shown))))
+    return blank(theme, title, height, text, warning, head, **subplots)
+
+
+def blank(
+    theme: Theme, title: str, height: float, note: str, warning: str = "", head: float = HEAD,
+    **subplots,
+) -> tuple[Figure, np.ndarray]:  # fmt: skip
+    """What `frame` is, of anything: with a note below, and maybe a warning beside the title."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06, rect=(0, 0, 1, 1 - head / height))
     place = {"va": "top", "transform": figure.dpi_scale_trans}
     top = height - 0.12
-    title = cut(title, 80 if all(w.measured for w in shown) else 56)
+    title = cut(title, 56 if warning else 80)
     figure.text(0.1, top, title, ha="left", fontsize=12.5, weight="bold", **place)
-    if not all(w.measured for w in shown):
+    if warning:
         words = {"fontsize": 10.5, "weight": "bold", "color": theme.bad}
-        figure.text(WIDTH - 0.1, top, "predicted, not measured", ha="right", **words, **place)
-    text = "\n".join(filter(None, (note, provenance(shown))))
-    figure.supxlabel(text, x=0.012, ha="left", fontsize=7.5, color=theme.grey)
+        figure.text(WIDTH - 0.1, top, warning, ha="right", **words, **place)
+    figure.supxlabel(note, x=0.012, ha="left", fontsize=7.5, color=theme.grey)
     return figure, figure.subplots(squeeze=False, **subplots)
 
 

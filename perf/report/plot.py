@@ -133,7 +133,7 @@ def render(page: Page, theme: Theme, form: str) -> bytes:
             figure.savefig(buffer, format="svg", metadata={"Date": None})
             return _compact(buffer.getvalue().decode()).encode()
         figure.savefig(buffer, format="png", dpi=DPI)
-    return _smaller(buffer)
+    return smaller(buffer)
 
 
 def _compact(svg: str) -> str:
@@ -147,7 +147,7 @@ def _compact(svg: str) -> str:
     return re.sub(r"\s*\n\s*", " ", svg).replace("> <", "><")
 
 
-def _smaller(png: io.BytesIO) -> bytes:
+def smaller(png: io.BytesIO) -> bytes:
     """The same picture with a palette: a figure has few colours, and a third of the bytes then."""
     buffer = io.BytesIO()
     image = Image.open(png).convert("RGB").quantize(256, dither=Image.Dither.NONE)

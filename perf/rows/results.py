@@ -207,7 +207,7 @@ def read(*paths: str | Path, note: Callable[[str], Any] = print) -> Results:
     """
     headers, rows = [], []
     for path in paths:
-        lines, _, torn = _parse(path, _content(path))
+        lines, _, torn = _parse(path, content_of(path))
         if torn:
             note(f"{path}: left out the unfinished last line, {len(torn)} bytes of a killed run")
         for line in lines:
@@ -250,7 +250,8 @@ def _newest(rows: list[dict]) -> tuple[list[dict], Counter]:
     return kept, names[0] - names[1]
 
 
-def _content(path: str | Path) -> bytes:
+def content_of(path: str | Path) -> bytes:
+    """Return what a file holds, unpacked if its name ends with .gz."""
     try:
         content = Path(path).read_bytes()
         return gzip.decompress(content) if Path(path).suffix == ".gz" else content
@@ -390,7 +391,7 @@ class Writer:
 
     def _resume(self, header: dict, note: Callable[[str], Any]) -> None:
         """Check what the file holds, cut off a torn line, and remember the rows."""
-        lines, length, torn = _parse(self.path, _content(self.path))
+        lines, length, torn = _parse(self.path, content_of(self.path))
         self.rows: list[dict] = []
         self._done: dict[tuple, dict] = {}
         about = {}

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from tilelab.kernels import _launch
-from tilelab.perf.commands import arguments
-from tilelab.perf.compiler import aot
+from tilelab.perf.commands import arguments, validate
+from tilelab.perf.compiler import aot, facts
 from tilelab.perf.work import operators, shapes, workloads
 from tilelab.perf.work.gpus import TARGETS
 from tilelab.perf.work.operators import OPERATORS
@@ -315,3 +315,15 @@ def test_source_hash_is_of_what_a_kernel_is_made_of(monkeypatch, tmp_path):
     aot.source_hash.cache_clear()
     assert [op for op in before if aot.source_hash(op) != before[op]] == list(users)
     aot.source_hash.cache_clear()
+
+
+def test_a_product_in_the_layout_that_no_mode_has(compilers):
+    """It compiles, and to what the facts of the public measurements say."""
+    header, committed = facts.read(validate.FACTS)
+    key = next(k for k in sorted(committed) if k.layout == "tt" and k.tile[:3] == (16, 32, 16))
+    job = facts.typical(key), facts.tile_of(key), key.target, key.layout
+    answer = compilers.submit("compile", *job).result()
+    assert answer["kernel"] == "matmul_kernel" and answer["tensor_core"]
+    if header == facts.today():
+        fact = committed[key]
+        assert {name: answer[name] for name in fact} == fact

@@ -25,10 +25,10 @@ os.environ["TRITON_INTERPRET"] = "0"
 import torch
 from tqdm import tqdm
 
-from tests.tools import compile_facts
 from tilelab import kernels
 from tilelab.kernels import _launch, _tile_facts, _tiles
 from tilelab.perf.compiler import aot, occupancy, prediction
+from tilelab.perf.compiler.kernel_source import source_hash
 from tilelab.perf.rows import results
 from tilelab.perf.work import gpus
 
@@ -143,7 +143,7 @@ def fact(case, target):
     assert choices, case
     main = aot._launch_of(events[events.index(choices[0]) :])
     aot.compile_for(target)
-    hashed = main.kernel.__name__, compile_facts.source_hash(main.kernel)[:12]
+    hashed = main.kernel.__name__, source_hash(main.kernel)[:12]
     try:
         compiled = aot.compile_launch(main)
     except Exception as e:
