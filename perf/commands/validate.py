@@ -14,13 +14,16 @@ seconds for each tile of each layout.
 """
 
 import argparse
+import importlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from tilelab.kernels import _tile_facts
 from tilelab.perf.commands import arguments
 from tilelab.perf.compiler import aot, facts
 from tilelab.perf.compiler.prediction import LAUNCH_S, predict
@@ -32,6 +35,7 @@ from tilelab.perf.rows.lists import TileList
 from tilelab.perf.rows.ranking import Row
 from tilelab.perf.work.workloads import Workload
 
+_matmul = importlib.import_module("tilelab.kernels.matmul")  # a function of that name hides it
 PUBLIC = Path(__file__).parents[1] / "results" / "public"
 BENCHMARK, FACTS, SUMMARY = (
     PUBLIC / name for name in ("matmul.jsonl", "facts.jsonl.gz", "summary.json")
@@ -145,7 +149,7 @@ def hold(
             )
             per_sm = [mine[i]["programs"] / each.gpu.sms for i in kept]
             arrays = (some.seconds, [times[i] for i in kept], per_sm)
-            held.append(Held(some, *map(np.array, arrays)))
+            held.append(Held(some, *map(np.array, arrays), taken(some)))
     if lost:
         note(f"left out {len(lost)} tiles, the first because it {lost[0]}")
     if older:
@@ -153,6 +157,20 @@ def hold(
     if not held:
         raise PerfError("no list has two tiles that can be predicted")
     return held
+
+
+def taken(each: TileList) -> np.ndarray:
+    """Which tile a call through pointers takes on an untuned GPU of this kind, in bools."""
+    tile = None
+    if each.op == "matmul" and each.layout:
+        M, N, K = (each.shape[name] for name in "MNK")
+        dtype = getattr(torch, each.dtype)
+        device = aot.device(each.gpu.target)._replace(sms=each.gpu.sms)
+        kind = _tile_facts.kind_of(dtype, each.precision)
+        of_shape = M, N, K, kind, dtype.itemsize, each.layout, ("pointer",), device
+        tile = _matmul.fast_tile(*of_shape)
+    same = (tile is not None and its.items() <= tile.items() for its in each.tiles)
+    return np.array(list(same))
 
 
 def _predicted(row: Row, each: TileList) -> float | str:

@@ -29,13 +29,14 @@ from tilelab.perf.rows.agreement import (
 
 LEVEL_COLUMNS = ("tiles", "median", "p10", "p90", "in 20%")
 COLUMNS = (
-    "lists", *LEVEL_COLUMNS, "rank", "≤5%", "≤10%", "≤25%", "regret", "fixed", "random",
+    "lists", *LEVEL_COLUMNS, "rank", "≤5%", "≤10%", "≤25%", "regret", "call", "fixed", "random",
 )  # fmt: skip
 MEANING = """\
 tiles, median, p10, p90, in 20%: predicted / measured time of each tile, and the share within 20%
 rank: Spearman's correlation of predicted and measured times in a list, the median of the lists
 ≤5%, ≤10%, ≤25%: the share of lists in which the predicted tile takes so much longer than the best
-regret: how much longer on average; fixed: the one best tile for all lists; random: any tile"""
+regret: how much longer on average; call: the tile that a call takes, in the lists that have it
+fixed: the one best tile for all lists; random: any tile"""
 
 
 # -- tables ----------------------------------------------------------------------------------------
@@ -62,7 +63,7 @@ def _level(about: dict[str, Any]) -> tuple[str, ...]:
 
 def _cells(about: dict[str, Any]) -> tuple[str, ...]:
     rank, model = about["rank_correlation"], about["regret_model"]
-    means = (about[f"regret_{name}"] for name in ("model", "fixed", "random"))
+    means = (about[f"regret_{name}"] for name in ("model", "call", "fixed", "random"))
     return (
         str(about["lists"]), *_level(about), "–" if rank is None else f"{rank:.2f}",
         *(f"{model[name]:.0%}" for name in ("within_5", "within_10", "within_25")),
@@ -75,6 +76,8 @@ def _library(label: str, about: dict[str, Any]) -> str:
     if speeds is None:
         return ""
     words = [f"the predicted tile {speeds['model']:.2f}x"]
+    if speeds["call"] is not None:
+        words.append(f"the tile of a call {speeds['call']:.2f}x")
     if speeds["fixed"] is not None:
         words.append(f"the fixed tile ({fixed}) {speeds['fixed']:.2f}x")
     words.append(f"the best tile {speeds['best']:.2f}x")
@@ -138,6 +141,7 @@ def scatter(held: Sequence[Held], note: str, theme: Theme = LIGHT) -> Figure:
 
 CURVES = {  # name of the way to choose: words, index of the colour, and line
     "model": ("the predicted tile", 0, "-"),
+    "call": ("the tile that a call takes, where it was measured", 2, (0, (3, 1))),
     "fixed": ("the one best tile for all", 4, (0, (5, 2))),
     "random": ("a random tile", 6, (0, (1, 1.5))),
 }

@@ -44,12 +44,15 @@ class Held(NamedTuple):
         list: its tiles are those that could be predicted.
         measured, predicted: seconds of each tile.
         per_sm: programs of each tile over the GPU's SMs.
+        taken: which of them is the tile that a call takes on an untuned GPU of this kind, as a row
+            of bools: none if its tile is not among them.
     """
 
     list: TileList
     measured: np.ndarray
     predicted: np.ndarray
     per_sm: np.ndarray
+    taken: np.ndarray
 
     @property
     def ratios(self) -> np.ndarray:
@@ -148,15 +151,17 @@ def order(held: Sequence[Held], fixed: str | None) -> dict[str, Any]:
     found = {"lists": len(held), "rank_correlation": float(np.median(rhos)) if rhos else None}
     for name, regret in regrets(held, fixed).items():
         found[f"regret_{name}"] = regret and {
-            "mean": regret.mean, **{f"within_{100 * x:.0f}": regret.share(x) for x in LIMITS}
+            "mean": regret.mean, **{f"within_{100 * x:.0f}": regret.share(x) for x in LIMITS},
+            "most": float(regret.values.max()), "lists": round(float(regret.weights.sum())),
         }  # fmt: skip
     return found
 
 
 def regrets(held: Sequence[Held], fixed: str | None) -> dict[str, Regret | None]:
-    """Return the regret of the model's pick, of the fixed tile and of a random one."""
+    """Return the regret of the model's pick, a call's tile, the fixed tile and a random one."""
     return {
         "model": regret_of(held, lambda each: each.picked),
+        "call": regret_of(held, lambda each: each.taken),
         "fixed": regret_of(held, is_tile(fixed)),
         "random": regret_of(held, lambda each: np.ones(len(each.measured), dtype=bool)),
     }
@@ -169,6 +174,7 @@ def library(held: Sequence[Held], fixed: str | None) -> dict[str, Any] | None:
     """
     ways = {
         "model": lambda each: each.picked,
+        "call": lambda each: each.taken,
         "fixed": is_tile(fixed),
         "best": lambda each: each.regrets == 0,
     }
