@@ -17,10 +17,11 @@ from tests.tools.ptx_fault_cases import Launch
 from tests.tools.ptx_fault_kinds import NEW, Fault
 from tilelab.perf.machine import core, handlers
 from tilelab.perf.machine.copies.async_copies import groups_of
-from tilelab.perf.machine.ptx import Instruction, Vector
+from tilelab.perf.machine.ptx import Instruction, Register, Vector
 from tilelab.perf.machine.tensor import matrix_descriptors, wgmma
 
 Wrapper = Callable[[Callable], Callable]  # of what a handler's builder returns
+BEFORE = Register("%before")  # holds the outcome of a comparison as it was
 
 
 def planted(launch: Launch, fault: Fault) -> Launch:
@@ -334,6 +335,88 @@ def same_bytes_loaded(launch: Launch, fault: Fault, right: np.ndarray) -> str:
 
     run(planted(launch, fault), wrap)
     return "" if other else "both places hold the same bytes"
+
+
+def same_outcome(launch: Launch, fault: Fault, right: np.ndarray) -> str:
+    """Has the changed comparison the outcome that it had, for all who come?"""
+    if fault.kind not in ("comparison off by one", "ring index"):
+        return ""
+    inst, differs = changed(launch, fault), 0
+    before = inst._replace(operands=(BEFORE, *inst.operands[1:]))
+
+    def look(this: Instruction, machine: core.Core) -> Callable:
+        outcomes = [machine.read(x, np.dtype(bool)) for x in (BEFORE, inst.operands[0])]
+
+        def watched(unit: Any, mask: Any) -> None:
+            nonlocal differs
+            old, now = (outcome(unit)[lanes_of(unit, mask)] for outcome in outcomes)
+            differs += np.count_nonzero(old != now)
+
+        return watched
+
+    _looked_at(launch, fault, (*fault.change[:-1], before, fault.change[-1]), look)
+    return "" if differs else "the comparison has the same outcome for all who come"
+
+
+def any_outcome(launch: Launch, fault: Fault, right: np.ndarray) -> str:
+    """Does the result stay the same whatever the outcome: true, false, or drawn by lot?
+
+    So it is where a division has a short way for small numbers beside the long one for all.
+    """
+    if fault.kind != "comparison off by one":
+        return ""
+    inst, rng = changed(launch, fault), np.random.default_rng(1)
+
+    def outcomes(make: Callable) -> Callable:
+        def force(this: Instruction, machine: core.Core) -> Callable:
+            put = machine.write(inst.operands[0], np.dtype(bool))
+            return lambda unit, mask: put(unit, make(unit.n), mask)
+
+        return force
+
+    for make in (
+        lambda n: np.ones(n, bool),
+        lambda n: np.zeros(n, bool),
+        lambda n: rng.random(n) < 0.5,
+    ):
+        if not same(_looked_at(launch, fault, (inst,), outcomes(make)), right):
+            return ""
+    return "the result is the same whatever the outcome of the comparison"
+
+
+def _looked_at(launch: Launch, fault: Fault, change: tuple, look: Callable) -> core.Core:
+    """Run with `change` in place of the fault's, and behind it what `look` builds."""
+    inst, find = changed(launch, fault), handlers.find
+    more = fault._replace(change=(*change, inst._replace(op="look", operands=())))
+    program = more.plant(launch.program)
+    program = program._replace(registers=program.registers | {BEFORE.name: "pred"})
+    with mock.patch.object(handlers, "find", lambda op: look if op == "look" else find(op)):
+        machine = launch._replace(program=program).core()
+    return machine.run()
+
+
+def no_byte_copied(launch: Launch, fault: Fault, right: np.ndarray) -> str:
+    """cp.async from another address: does it copy any byte, or fill with zeros alone?"""
+    if fault.kind != "global address" or not fault.change[-1].op.startswith("cp.async.c"):
+        return ""
+    new, sizes = fault.change[-1], 0
+    if len(new.operands) < 4:
+        return ""
+
+    def wrap(this: Instruction, machine: core.Core, handler: Callable) -> Callable:
+        if this is not new:
+            return handler
+        length = machine.read(new.operands[3], np.dtype("u4"))
+
+        def watched(unit: Any, mask: Any) -> None:
+            nonlocal sizes
+            sizes += np.count_nonzero(np.broadcast_to(length(unit), unit.n)[lanes_of(unit, mask)])
+            handler(unit, mask)
+
+        return watched
+
+    run(planted(launch, fault), wrap)
+    return "" if sizes else "no byte is copied: all are filled with zeros"
 
 
 def same_pieces(launch: Launch, fault: Fault, right: np.ndarray) -> str:
