@@ -22,14 +22,25 @@ from tilelab.perf.machine.copies import mbarriers
 from tilelab.perf.machine.copies.mbarriers import MBarrier
 from tilelab.perf.machine.ptx import Instruction, Program, names_of
 
+_KEPT: list[Any] = []  # the last launch, and what its runs have shown
+
+
+def untouched(launch: Launch, follow: Callable) -> list[Any]:
+    """follow(launch, schedule, seed) in every order; kept until another launch comes."""
+    if not _KEPT or _KEPT[0] is not launch:
+        _KEPT[:] = launch, {}
+    if follow not in _KEPT[1]:
+        _KEPT[1][follow] = [follow(launch, *order) for order in ORDERS]
+    return _KEPT[1][follow]
+
 
 def only_they_meet(launch: Launch, fault: Fault, right: np.ndarray) -> str:
     """A barrier of another number: do the same threads meet, all at this instruction?"""
     if fault.kind != "barrier of another number":
         return ""
-    for order in ORDERS:
-        before, after = (meetings(x, *order) for x in (launch, planted(launch, fault)))
-        index = launch.core().index(changed(launch, fault))
+    index = launch.core().index(changed(launch, fault))
+    for order, before in zip(ORDERS, untouched(launch, meetings), strict=True):
+        after = meetings(planted(launch, fault), *order)
         if before != after or any(index in who and who != (index,) for _, who, _ in before):
             return ""
     return "the same threads meet there, and nobody else comes to a barrier of this number"
@@ -241,15 +252,17 @@ class Holding(core.Core):
             self.least[id(block[0])] = min(held, self.least.get(id(block[0]), held))
 
 
+def least_held(launch: Launch, schedule: str, seed: int) -> dict[int, int]:
+    """`Holding.least` of a run."""
+    return launch.core(Holding, schedule=schedule, seed=seed).run().least
+
+
 def enough_registers(launch: Launch, fault: Fault, right: np.ndarray) -> str:
     """setmaxnreg: where warps hold fewer registers without it, do all values find room?"""
     if fault.kind != "setmaxnreg removed":
         return ""
-    for schedule, seed in ORDERS:
-        before, after = (
-            x.core(Holding, schedule=schedule, seed=seed).run().least
-            for x in (launch, planted(launch, fault))
-        )
+    for order, before in zip(ORDERS, untouched(launch, least_held), strict=True):
+        after = least_held(planted(launch, fault), *order)
         for block, alive in zip(launch.program.blocks, most_alive(launch.program), strict=True):
             held = after.get(id(block[0]), 0) if block else 0
             if 0 < held < before.get(id(block[0]), held) and held < alive:
