@@ -203,11 +203,13 @@ def _differ(x: np.ndarray, y: np.ndarray, both: np.ndarray) -> bool:
     return bool((touched & ~one).any())
 
 
-def intervals_of(launch: Launch) -> Intervals:
-    """Those of a launch; the last one is kept."""
+def intervals_of(launch: Launch, schedule: str = "lockstep") -> Intervals:
+    """Those of a launch; kept until another launch comes."""
     if not _KEPT or _KEPT[0] is not launch:
-        _KEPT[:] = launch, Intervals(launch, "lockstep", 0)
-    return _KEPT[1]
+        _KEPT[:] = launch, {}
+    if schedule not in _KEPT[1]:
+        _KEPT[1][schedule] = Intervals(launch, schedule, 0)
+    return _KEPT[1][schedule]
 
 
 _KEPT: list[Any] = []
@@ -217,13 +219,18 @@ def nothing_to_order(launch: Launch, fault: Fault, right: np.ndarray) -> str:
     """Do any two threads touch one byte on both sides of the barrier, one of them writing?
 
     A barrier to which threads come from several instructions is needed: without one of these, who
-    waits at the others waits for ever, or meets those that come to the next.
+    waits at the others waits for ever, or meets those that come to the next. Where elect.sync
+    chooses a thread, it is the first lane of a warp in lockstep, and the last when late: two runs.
     """
     if fault.kind != "barrier removed":
         return ""
-    seen, barrier = intervals_of(launch), changed(launch, fault)
-    if seen.machine.index(barrier) in seen.mixed or seen.conflict(barrier):
-        return ""
+    barrier, elects = changed(launch, fault), False
+    for block in launch.program.blocks:
+        elects |= any(inst.op.startswith("elect") for inst in block)
+    for schedule in ("lockstep", "late")[: 1 + elects]:
+        seen = intervals_of(launch, schedule)
+        if seen.machine.index(barrier) in seen.mixed or seen.conflict(barrier):
+            return ""
     return "no byte is touched on both sides of it by two threads, one of which writes"
 
 

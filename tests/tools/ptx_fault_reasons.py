@@ -384,6 +384,38 @@ def any_outcome(launch: Launch, fault: Fault, right: np.ndarray) -> str:
     return "the result is the same whatever the outcome of the comparison"
 
 
+def any_lane(launch: Launch, fault: Fault, right: np.ndarray) -> str:
+    """Does the comparison choose one lane of a warp, and may it be any lane of this warp?
+
+    So it is where one thread starts a copy for all: thread 1 does it as well as thread 0.
+    """
+    if fault.kind != "comparison off by one":
+        return ""
+    inst, rng, several = changed(launch, fault), np.random.default_rng(1), 0
+
+    def draw(this: Instruction, machine: core.Core) -> Callable:
+        outcome = machine.read(inst.operands[0], np.dtype(bool))
+        put = machine.write(inst.operands[0], np.dtype(bool))
+
+        def drawn(unit: Any, mask: Any) -> None:
+            nonlocal several
+            one = np.zeros(unit.n, bool)
+            here = np.isin(unit.lanes, lanes_of(unit, mask))
+            chosen = np.flatnonzero(outcome(unit) & here)
+            several += np.unique(unit.cta[chosen]).size != chosen.size
+            for lane in chosen:
+                warp = lane // 32 * 32 + np.arange(32)
+                one[rng.choice(warp[here[warp]])] = True
+            put(unit, one, mask)
+
+        return drawn
+
+    for _ in range(3):
+        if not same(_looked_at(launch, fault, (inst,), draw), right) or several:
+            return ""
+    return "it chooses one lane of a warp, and any lane does"
+
+
 def _looked_at(launch: Launch, fault: Fault, change: tuple, look: Callable) -> core.Core:
     """Run with `change` in place of the fault's, and behind it what `look` builds."""
     inst, find = changed(launch, fault), handlers.find

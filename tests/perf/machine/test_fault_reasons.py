@@ -111,6 +111,14 @@ def test_a_comparison_may_change_where_its_outcome_does_not():
         ]
 
 
+def test_one_lane_of_a_warp_may_stand_for_another():
+    kind = "comparison off by one"
+    first = "setp.eq.u32 %p3, %r0, 0; @%p3 st.global.b32 [%rd0], 7;"
+    own = f"setp.eq.u32 %p3, %r0, 0; mov.b32 %r9, 7; @%p3 {END}"
+    half = "setp.lt.u32 %p3, %r0, 16; @%p3 st.global.b32 [%rd0], 7;"
+    assert [holds(reasons.any_lane, kind, x, 4) for x in (first, own, half)] == [True, False, False]
+
+
 @pytest.mark.parametrize("size", [0, 4])
 def test_a_copy_of_no_byte_may_come_from_anywhere(size):
     body = f"""
