@@ -15,7 +15,7 @@ import numpy as np
 
 from tests.tools.ptx_fault_cases import Launch
 from tests.tools.ptx_fault_kinds import NEW, Fault
-from tilelab.perf.machine import core, handlers
+from tilelab.perf.machine import core, handlers, types
 from tilelab.perf.machine.copies.async_copies import groups_of
 from tilelab.perf.machine.ptx import Instruction, Register, Vector
 from tilelab.perf.machine.tensor import matrix_descriptors, wgmma
@@ -384,6 +384,35 @@ def any_outcome(launch: Launch, fault: Fault, right: np.ndarray) -> str:
     return "the result is the same whatever the outcome of the comparison"
 
 
+def any_value(launch: Launch, fault: Fault, right: np.ndarray) -> str:
+    """Where the outcome is another one, may the number that is compared be any other near by?
+
+    So it is with what a mask puts in place of a number that does not exist.
+    """
+    if fault.kind != "comparison off by one":
+        return ""
+    inst, rng = changed(launch, fault), np.random.default_rng(1)
+    dtype = types.of(inst.parts[-1])
+    before = inst._replace(operands=(BEFORE, *inst.operands[1:]))
+
+    def draw(this: Instruction, machine: core.Core) -> Callable:
+        outcomes = [machine.read(x, np.dtype(bool)) for x in (BEFORE, inst.operands[0])]
+        bound, put = machine.read(inst.operands[2], dtype), machine.write(inst.operands[1], dtype)
+
+        def drawn(unit: Any, mask: Any) -> None:
+            here = np.ones(unit.n, bool) if mask is None else mask
+            near = bound(unit) + rng.integers(-8, 9, unit.n).astype(dtype)
+            put(unit, near, here & (outcomes[0](unit) != outcomes[1](unit)))
+
+        return drawn
+
+    change = (*fault.change[:-1], before, fault.change[-1])
+    for _ in range(3):
+        if not same(_looked_at(launch, fault, change, draw, (inst,)), right):
+            return ""
+    return "where the outcome is another one, the number compared reaches no result"
+
+
 def any_lane(launch: Launch, fault: Fault, right: np.ndarray) -> str:
     """Does the comparison choose one lane of a warp, and may it be any lane of this warp?
 
@@ -416,10 +445,12 @@ def any_lane(launch: Launch, fault: Fault, right: np.ndarray) -> str:
     return "it chooses one lane of a warp, and any lane does"
 
 
-def _looked_at(launch: Launch, fault: Fault, change: tuple, look: Callable) -> core.Core:
-    """Run with `change` in place of the fault's, and behind it what `look` builds."""
+def _looked_at(
+    launch: Launch, fault: Fault, change: tuple, look: Callable, after: tuple = ()
+) -> core.Core:
+    """Run with `change` in place of the fault's, then what `look` builds, then `after`."""
     inst, find = changed(launch, fault), handlers.find
-    more = fault._replace(change=(*change, inst._replace(op="look", operands=())))
+    more = fault._replace(change=(*change, inst._replace(op="look", operands=()), *after))
     program = more.plant(launch.program)
     program = program._replace(registers=program.registers | {BEFORE.name: "pred"})
     with mock.patch.object(handlers, "find", lambda op: look if op == "look" else find(op)):

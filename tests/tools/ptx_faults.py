@@ -62,6 +62,7 @@ REASONS: tuple[Callable[[Launch, Fault, np.ndarray], str], ...] = (
     reasons.nobody_comes, reasons.guard_is_true, reasons.whole_copies, reasons.stored_already,
     reasons.same_pieces, reasons.same_bytes_loaded, reasons.never_used, reasons.stores_nothing_used,
     reasons.no_byte_copied, reasons.same_outcome, reasons.any_outcome, reasons.any_lane,
+    reasons.any_value,
     orders.same_boxes, intervals.never_touched_again,
     meetings.only_they_meet, meetings.never_asked, meetings.known_already,
     meetings.enough_registers,
