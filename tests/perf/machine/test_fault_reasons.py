@@ -121,7 +121,8 @@ def test_one_lane_of_a_warp_may_stand_for_another():
 
 def test_a_number_that_is_not_stored_may_be_any_other():
     kind = "comparison off by one"
-    body = "mov.b32 %r5, %r0; setp.lt.u32 %p3, %r5, 20; selp.b32 %r9, 7, 0, %p3; setp.ne.u32 %p4, %r0, {};"
+    body = "mov.b32 %r5, %r0; setp.lt.u32 %p3, %r5, 20; selp.b32 %r9, 7, 0, %p3;"
+    body += "setp.ne.u32 %p4, %r0, {};"
     # thread 20 alone is let in by one more; the second program stores what it has
     others, all_of_them = (body.format(n) + f"@%p4 {END}" for n in (20, 64))
     found = [holds(reasons.any_value, kind, x, 4) for x in (others, all_of_them)]
