@@ -6,7 +6,9 @@
 
 What threads did before a barrier is ordered before what any of them does behind it. With warp
 specialisation the warps that only start copies need few registers: setmaxnreg.dec gives some back
-to the CTA's pool, and setmaxnreg.inc of the others waits until the pool has enough for them.
+to the CTA's pool, and setmaxnreg.inc of the others waits until the pool has enough for them. PTX
+has as many registers as it likes, and ptxas moves values to memory (it spills) where a warp holds
+fewer. But what one instruction names has to be there at once, and the machine looks at that.
 """
 
 from collections.abc import Callable
@@ -14,15 +16,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from tilelab.perf.machine import types
 from tilelab.perf.machine.collectives import whole_warps
 from tilelab.perf.machine.errors import UnknownInstruction
-from tilelab.perf.machine.ptx import Instruction
+from tilelab.perf.machine.ptx import Instruction, Program, names_of
 from tilelab.perf.machine.units import FREE, WAITS, Unit
 
 if TYPE_CHECKING:
     from tilelab.perf.machine.core import Core
 
 U32 = np.dtype(np.uint32)
+MOST = 16  # barriers of a CTA
 
 
 class Barrier:
@@ -58,7 +62,12 @@ def build(inst: Instruction, core: "Core") -> Callable:
         for key in np.unique(numbers.astype(np.int64) << 32 | ctas):
             cta, at = int(key & 0xFFFFFFFF), int(key >> 32)
             mine = (ctas == cta) & (numbers == at)
+            if at >= MOST:
+                core.fail(inst, unit, lanes[mine], f"barrier {at}: a CTA has 0 to {MOST - 1}")
             expected = None if counts is None else int(counts[mine][0])
+            if expected is not None and (expected % 32 or not expected):
+                core.fail(inst, unit, lanes[mine], f"a barrier of {expected} threads: it has to "
+                          "be a multiple of 32")  # fmt: skip
             barrier = core.barriers.setdefault((cta, at), Barrier(inst, expected))
             if barrier.expected != expected:
                 core.fail(inst, unit, lanes[mine], f"barrier {at} expects {expected} threads here "
@@ -142,3 +151,39 @@ def _grant(core: "Core") -> None:
             held[cta, warp] = wanted
             unit.doing[lane : lane + 32] = FREE
             unit.able = True
+
+
+def crowded(program: Program) -> dict[int, tuple[Instruction, int]]:
+    """The blocks in which one instruction names more registers than some warp may hold.
+
+    Returns:
+        By block: the instruction that names most, and how many of 32 bits these are.
+    """
+    limits = [i.operands[0].value for b in program.blocks for i in b if i.op.startswith("setmaxnr")]
+    found = {}
+    for number, block in enumerate(program.blocks if limits else ()):
+        counts = [_named(inst, program.registers) for inst in block]
+        if counts and max(counts) > min(limits):
+            most = counts.index(max(counts))
+            found[number] = block[most], counts[most]
+    return found
+
+
+def _named(inst: Instruction, registers: dict[str, str]) -> int:
+    """How many registers of 32 bits an instruction names; predicates are kept elsewhere."""
+    names = {name for operand in inst.operands for name in names_of(operand)} & registers.keys()
+    kinds = [registers[name] for name in names if registers[name] != "pred"]
+    return -(-sum(types.of(kind).itemsize for kind in kinds) // 4)
+
+
+def check_registers(
+    core: "Core", most: tuple[Instruction, int], unit: Unit, mask: np.ndarray | None
+) -> None:
+    """Fail if a warp holds fewer registers than an instruction ahead of it names."""
+    inst, needed = most
+    lanes = (unit.lanes if mask is None else np.flatnonzero(mask))[::32]
+    held = core.registers.held[unit.cta[lanes], unit.thread[lanes] // 32]
+    if (held < needed).any():
+        short = int(np.flatnonzero(held < needed)[0])
+        core.fail(inst, unit, lanes[short], f"needs {needed} registers of a thread at once, and "
+                  f"its warp holds {held[short]}")  # fmt: skip

@@ -109,6 +109,7 @@ class Core:
             for inst, why in wgmma_fences.unfenced(program):
                 self.report("missing wgmma.fence", inst, why)
         self.explanations: list[Callable[[], list[str]]] = []  # called at a deadlock
+        self.crowded = barriers.crowded(program)
         self._leavers = [self._leaver(i) for i in range(len(program.blocks))]
         self._functions = [blocks.compile_block(block, self) for block in program.blocks]
 
@@ -119,7 +120,8 @@ class Core:
             return sum(inst.op.startswith(prefixes) for inst in self.instructions)
 
         copying = (count("cp.async") > 0) + (count("cp.async.bulk") > 0)  # each for every warp
-        return copying * self.warps + self.warps // 4 + count("mbarrier.init") + 1
+        made = count("mbarrier.init") + count("tensormap.cp_fenceproxy")
+        return copying * self.warps + self.warps // 4 + made
 
     # --- what handlers use ------------------------------------------------------------------------
 
@@ -334,6 +336,8 @@ class Core:
         if number >= len(self.program.blocks):  # behind the end
             raise UnknownInstruction(f"{self.program.name} runs past its last instruction")
         block = self.program.blocks[number]
+        if number in self.crowded:
+            barriers.check_registers(self, self.crowded[number], unit, mask)
         self._functions[number](unit, mask)
         self._count(block, unit, mask)
         if self._leavers[number] is not None:

@@ -71,6 +71,20 @@ class Pair(NamedTuple):
 Operand = Register | Immediate | Symbol | Address | Vector | TensorAddress | Pair
 
 
+def names_of(operand: Operand) -> Iterator[str]:
+    """The registers of an operand."""
+    if isinstance(operand, Register):
+        yield operand.name
+    elif isinstance(operand, Address):
+        yield from names_of(operand.base)
+    elif isinstance(operand, TensorAddress):
+        for part in (operand.base, *operand.coordinates):
+            yield from names_of(part)
+    elif isinstance(operand, (Vector, Pair)):
+        for item in operand.items if isinstance(operand, Vector) else operand:
+            yield from names_of(item)
+
+
 class Instruction(NamedTuple):
     """One instruction.
 
@@ -132,6 +146,15 @@ class Program(NamedTuple):
     blocks: list[list[Instruction]]
     labels: dict[str, int]
     max_registers: int
+
+    def successors(self, number: int) -> list[int]:
+        """The blocks that may run behind one."""
+        last = self.blocks[number][-1] if self.blocks[number] else None
+        follows = [number + 1] if number + 1 < len(self.blocks) else []
+        if last is None or not last.op.startswith(("bra", "ret", "exit")):
+            return follows
+        there = [self.labels[last.operands[0].name]] if last.op.startswith("bra") else []
+        return there + follows if last.guard else there
 
 
 ENDS_BLOCK = ("bra", "ret", "exit", "bar", "barrier", "mbarrier.try_wait", "mbarrier.test_wait",

@@ -233,7 +233,7 @@ CASES = {
         dict(scaled_matmul=pointer(32, 16, 64, 2, **GROUP)),
     ),
     "conv2d and its gradients": Case(
-        "sm_80", lambda: (conv2d(48, 32, 2), conv2d_gradients(48, 32, (2, 7, 6), 2)),
+        "sm_80", lambda: (conv2d(48, 32, 2), conv2d_gradients(48, 32, (3, 11, 8), 2)),
         ("conv2d_kernel", "conv2d_input_grad_kernel", "conv2d_weight_grad_kernel"),
         dict(conv2d=pointer(16, 16, 32, 2), conv2d_input_grad=pointer(16, 16, 16, 2),
              conv2d_weight_grad=pointer(16, 16, 16, 2)),
@@ -247,7 +247,7 @@ CASES = {
         dict(conv2d_depthwise=PIXELS | dict(PATCH_P=1, PATCH_Q=4, ROWS=2)),
     ),
     "conv2d_relu_pool and its gradients": Case(
-        "sm_80", lambda: relu_pool(16, 32, (1, 8, 6), backward=True),
+        "sm_80", lambda: relu_pool(16, 32, (2, 14, 10), backward=True),
         ("conv2d_relu_pool_kernel", "conv2d_relu_pool_input_grad_kernel",
          "conv2d_relu_pool_weight_grad_kernel"),
         dict(conv2d_relu_pool=pointer(16, 16, 32), conv2d_relu_pool_input_grad=pointer(16, 16, 32),

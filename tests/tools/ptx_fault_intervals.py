@@ -41,6 +41,7 @@ class Intervals(Flights):
         meetings: (how many accesses came before, the barrier's instruction, gids); None in place of
             an instruction is the beginning of a batch of CTAs.
         fences: fence.proxy.async, likewise.
+        mixed: barriers, by their index, at which threads meet that come to different ones.
     """
 
     def prepare(self) -> None:
@@ -48,11 +49,16 @@ class Intervals(Flights):
         self.meetings: list[tuple[int, Instruction | None, np.ndarray]] = []
         self.fences: list[tuple[int, Instruction | None, np.ndarray]] = []
         self.now: Instruction | None = None
+        self.comes = np.full(self.machine.ctas * self.machine.threads, -1)  # to which barrier
+        self.mixed: set[int] = set()
         races, machine = self.machine.races, self.machine
         meet, begin = races.barrier, races.next_batch
 
         def met(gids: np.ndarray) -> None:
             self.meetings += [(len(self.accesses), self.now, np.sort(group)) for group in gids]
+            for group in gids:
+                kinds = set(self.comes[group].tolist())
+                self.mixed |= kinds if len(kinds) > 1 else set()
             meet(gids)
 
         def next_batch(first_cta: int) -> None:  # other CTAs take the same numbers
@@ -87,6 +93,7 @@ class Intervals(Flights):
 
     def meet(self, inst: Instruction, handler: Callable, unit: Any, mask: Any) -> None:
         self.now = inst
+        self.comes[unit.gid[lanes_of(unit, mask)]] = self.machine.index(inst)
         handler(unit, mask)
 
     def conflict(self, barrier: Instruction) -> bool:
@@ -196,23 +203,34 @@ def _differ(x: np.ndarray, y: np.ndarray, both: np.ndarray) -> bool:
     return bool((touched & ~one).any())
 
 
-def intervals_of(launch: Launch) -> Intervals:
-    """Those of a launch; the last one is kept."""
+def intervals_of(launch: Launch, schedule: str = "lockstep") -> Intervals:
+    """Those of a launch; kept until another launch comes."""
     if not _KEPT or _KEPT[0] is not launch:
-        _KEPT[:] = launch, Intervals(launch, "lockstep", 0)
-    return _KEPT[1]
+        _KEPT[:] = launch, {}
+    if schedule not in _KEPT[1]:
+        _KEPT[1][schedule] = Intervals(launch, schedule, 0)
+    return _KEPT[1][schedule]
 
 
 _KEPT: list[Any] = []
 
 
 def nothing_to_order(launch: Launch, fault: Fault, right: np.ndarray) -> str:
-    """Do any two threads touch one byte on both sides of the barrier, one of them writing?"""
+    """Do any two threads touch one byte on both sides of the barrier, one of them writing?
+
+    A barrier to which threads come from several instructions is needed: without one of these, who
+    waits at the others waits for ever, or meets those that come to the next. Where elect.sync
+    chooses a thread, it is the first lane of a warp in lockstep, and the last when late: two runs.
+    """
     if fault.kind != "barrier removed":
         return ""
-    seen = intervals_of(launch)
-    if seen.conflict(changed(launch, fault)):
-        return ""
+    barrier, elects = changed(launch, fault), False
+    for block in launch.program.blocks:
+        elects |= any(inst.op.startswith("elect") for inst in block)
+    for schedule in ("lockstep", "late")[: 1 + elects]:
+        seen = intervals_of(launch, schedule)
+        if seen.machine.index(barrier) in seen.mixed or seen.conflict(barrier):
+            return ""
     return "no byte is touched on both sides of it by two threads, one of which writes"
 
 

@@ -88,8 +88,8 @@ def _of(program: Program, number: int, position: int, inst: Instruction) -> Iter
         yield "mbarrier wait removed", (), "goes on whatever mbarrier.try_wait says"
     elif op.startswith("wgmma.mma_async"):
         yield from _descriptors(inst)
-    elif op.startswith("setp") and _wraps(*where):
-        yield from _ring(inst)
+    elif op.startswith("setp"):
+        yield from (_ring if _wraps(*where) else _comparisons)(inst)
     if op.startswith(("ldmatrix", "stmatrix")):
         other = op.replace(".trans", "") if ".trans" in op else op.replace(".x", ".trans.x", 1)
         if ".trans" not in op:
@@ -205,6 +205,23 @@ def _ring(inst: Instruction) -> Iterator[tuple]:
     for n in (bound.value - 1, bound.value + 1):
         change = inst._replace(operands=(*rest, Immediate(n)))
         yield "ring index", (change,), f"begins again at {n} in place of {bound.value}"
+
+
+def _comparisons(inst: Instruction) -> Iterator[tuple]:
+    """A comparison of integers with one more or one less: a mask, or the end of a loop."""
+    kind = inst.parts[-1]
+    if kind[0] not in "sub" or len(inst.operands) != 3:
+        return
+    bound = inst.operands[2]
+    for more in (1, -1):
+        words = f"with {'one more' if more > 0 else 'one less'} in {inst.op}"
+        if isinstance(bound, Immediate):
+            change = with_operand(inst, 2, Immediate(bound.value + more))
+            yield "comparison off by one", (change,), words
+        else:
+            one = _made(f"add.s{kind[1:]}", NEW, bound, Immediate(more), like=inst)
+            change = one, with_operand(inst, 2, NEW)
+            yield "comparison off by one", change, words, f"b{kind[1:]}"
 
 
 def _accessed(inst: Instruction) -> int:

@@ -15,12 +15,13 @@ import numpy as np
 
 from tests.tools.ptx_fault_cases import Launch
 from tests.tools.ptx_fault_kinds import NEW, Fault
-from tilelab.perf.machine import core, handlers
+from tilelab.perf.machine import core, handlers, types
 from tilelab.perf.machine.copies.async_copies import groups_of
-from tilelab.perf.machine.ptx import Instruction, Vector
+from tilelab.perf.machine.ptx import Instruction, Register, Vector
 from tilelab.perf.machine.tensor import matrix_descriptors, wgmma
 
 Wrapper = Callable[[Callable], Callable]  # of what a handler's builder returns
+BEFORE = Register("%before")  # holds the outcome of a comparison as it was
 
 
 def planted(launch: Launch, fault: Fault) -> Launch:
@@ -334,6 +335,151 @@ def same_bytes_loaded(launch: Launch, fault: Fault, right: np.ndarray) -> str:
 
     run(planted(launch, fault), wrap)
     return "" if other else "both places hold the same bytes"
+
+
+def same_outcome(launch: Launch, fault: Fault, right: np.ndarray) -> str:
+    """Has the changed comparison the outcome that it had, for all who come?"""
+    if fault.kind not in ("comparison off by one", "ring index"):
+        return ""
+    inst, differs = changed(launch, fault), 0
+    before = inst._replace(operands=(BEFORE, *inst.operands[1:]))
+
+    def look(this: Instruction, machine: core.Core) -> Callable:
+        outcomes = [machine.read(x, np.dtype(bool)) for x in (BEFORE, inst.operands[0])]
+
+        def watched(unit: Any, mask: Any) -> None:
+            nonlocal differs
+            old, now = (outcome(unit)[lanes_of(unit, mask)] for outcome in outcomes)
+            differs += np.count_nonzero(old != now)
+
+        return watched
+
+    _looked_at(launch, fault, (*fault.change[:-1], before, fault.change[-1]), look)
+    return "" if differs else "the comparison has the same outcome for all who come"
+
+
+def any_outcome(launch: Launch, fault: Fault, right: np.ndarray) -> str:
+    """Does the result stay the same whatever the outcome: true, false, or drawn by lot?
+
+    So it is where a division has a short way for small numbers beside the long one for all.
+    """
+    if fault.kind != "comparison off by one":
+        return ""
+    inst, rng = changed(launch, fault), np.random.default_rng(1)
+
+    def outcomes(make: Callable) -> Callable:
+        def force(this: Instruction, machine: core.Core) -> Callable:
+            put = machine.write(inst.operands[0], np.dtype(bool))
+            return lambda unit, mask: put(unit, make(unit.n), mask)
+
+        return force
+
+    for make in (
+        lambda n: np.ones(n, bool),
+        lambda n: np.zeros(n, bool),
+        lambda n: rng.random(n) < 0.5,
+    ):
+        if not same(_looked_at(launch, fault, (inst,), outcomes(make)), right):
+            return ""
+    return "the result is the same whatever the outcome of the comparison"
+
+
+def any_value(launch: Launch, fault: Fault, right: np.ndarray) -> str:
+    """Where the outcome is another one, may the number that is compared be any other near by?
+
+    So it is with what a mask puts in place of a number that does not exist.
+    """
+    if fault.kind != "comparison off by one":
+        return ""
+    inst, rng = changed(launch, fault), np.random.default_rng(1)
+    dtype = types.of(inst.parts[-1])
+    before = inst._replace(operands=(BEFORE, *inst.operands[1:]))
+
+    def draw(this: Instruction, machine: core.Core) -> Callable:
+        outcomes = [machine.read(x, np.dtype(bool)) for x in (BEFORE, inst.operands[0])]
+        bound, put = machine.read(inst.operands[2], dtype), machine.write(inst.operands[1], dtype)
+
+        def drawn(unit: Any, mask: Any) -> None:
+            here = np.ones(unit.n, bool) if mask is None else mask
+            near = bound(unit) + rng.integers(-8, 9, unit.n).astype(dtype)
+            put(unit, near, here & (outcomes[0](unit) != outcomes[1](unit)))
+
+        return drawn
+
+    change = (*fault.change[:-1], before, fault.change[-1])
+    for _ in range(3):
+        if not same(_looked_at(launch, fault, change, draw, (inst,)), right):
+            return ""
+    return "where the outcome is another one, the number compared reaches no result"
+
+
+def any_lane(launch: Launch, fault: Fault, right: np.ndarray) -> str:
+    """Does the comparison choose one lane of a warp, and may it be any lane of this warp?
+
+    So it is where one thread starts a copy for all: thread 1 does it as well as thread 0.
+    """
+    if fault.kind != "comparison off by one":
+        return ""
+    inst, rng, several = changed(launch, fault), np.random.default_rng(1), 0
+
+    def draw(this: Instruction, machine: core.Core) -> Callable:
+        outcome = machine.read(inst.operands[0], np.dtype(bool))
+        put = machine.write(inst.operands[0], np.dtype(bool))
+
+        def drawn(unit: Any, mask: Any) -> None:
+            nonlocal several
+            one = np.zeros(unit.n, bool)
+            here = np.isin(unit.lanes, lanes_of(unit, mask))
+            chosen = np.flatnonzero(outcome(unit) & here)
+            several += np.unique(unit.cta[chosen]).size != chosen.size
+            for lane in chosen:
+                warp = lane // 32 * 32 + np.arange(32)
+                one[rng.choice(warp[here[warp]])] = True
+            put(unit, one, mask)
+
+        return drawn
+
+    for _ in range(3):
+        if not same(_looked_at(launch, fault, (inst,), draw), right) or several:
+            return ""
+    return "it chooses one lane of a warp, and any lane does"
+
+
+def _looked_at(
+    launch: Launch, fault: Fault, change: tuple, look: Callable, after: tuple = ()
+) -> core.Core:
+    """Run with `change` in place of the fault's, then what `look` builds, then `after`."""
+    inst, find = changed(launch, fault), handlers.find
+    more = fault._replace(change=(*change, inst._replace(op="look", operands=()), *after))
+    program = more.plant(launch.program)
+    program = program._replace(registers=program.registers | {BEFORE.name: "pred"})
+    with mock.patch.object(handlers, "find", lambda op: look if op == "look" else find(op)):
+        machine = launch._replace(program=program).core()
+    return machine.run()
+
+
+def no_byte_copied(launch: Launch, fault: Fault, right: np.ndarray) -> str:
+    """cp.async from another address: does it copy any byte, or fill with zeros alone?"""
+    if fault.kind != "global address" or not fault.change[-1].op.startswith("cp.async.c"):
+        return ""
+    new, sizes = fault.change[-1], 0
+    if len(new.operands) < 4:
+        return ""
+
+    def wrap(this: Instruction, machine: core.Core, handler: Callable) -> Callable:
+        if this is not new:
+            return handler
+        length = machine.read(new.operands[3], np.dtype("u4"))
+
+        def watched(unit: Any, mask: Any) -> None:
+            nonlocal sizes
+            sizes += np.count_nonzero(np.broadcast_to(length(unit), unit.n)[lanes_of(unit, mask)])
+            handler(unit, mask)
+
+        return watched
+
+    run(planted(launch, fault), wrap)
+    return "" if sizes else "no byte is copied: all are filled with zeros"
 
 
 def same_pieces(launch: Launch, fault: Fault, right: np.ndarray) -> str:

@@ -11,7 +11,7 @@ A fault is *seen* if the machine stops at it, reports something, or computes oth
 it: in lockstep, or with everything asynchronous as late as it may, or in a random order. Some
 changes are no fault in the problem at hand: a guard that is true for everybody, two barriers with
 nothing between them. For each of these a reason is looked for that a run can check
-(ptx_fault_reasons.py, ptx_fault_orders.py, ptx_fault_intervals.py).
+(ptx_fault_reasons.py, ptx_fault_orders.py, ptx_fault_intervals.py, ptx_fault_meetings.py).
 
 If a fault is neither seen nor explained, the tool ends with status 1: the machine has a gap, or a
 reason is missing. So it does if a barrier, fence, wait or commit is said to be missing where plain
@@ -38,6 +38,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tests.tools import ptx_fault_intervals as intervals
+from tests.tools import ptx_fault_meetings as meetings
 from tests.tools import ptx_fault_orders as orders
 from tests.tools import ptx_fault_reasons as reasons
 from tests.tools.ptx_fault_cases import CASES, Launch, launches
@@ -55,12 +56,16 @@ EACH = 6  # faults of a kernel that differ only in where they are
 MANY = (
     "global address", "shared address", "guard removed", "zero fill removed", "TMA coordinate",
     "transposition", "descriptor: start", "descriptor: swizzle", "descriptor: leading offset",
-    "descriptor: stride offset",
+    "descriptor: stride offset", "comparison off by one",
 )  # fmt: skip
 REASONS: tuple[Callable[[Launch, Fault, np.ndarray], str], ...] = (
     reasons.nobody_comes, reasons.guard_is_true, reasons.whole_copies, reasons.stored_already,
     reasons.same_pieces, reasons.same_bytes_loaded, reasons.never_used, reasons.stores_nothing_used,
+    reasons.no_byte_copied, reasons.same_outcome, reasons.any_outcome, reasons.any_lane,
+    reasons.any_value,
     orders.same_boxes, intervals.never_touched_again,
+    meetings.only_they_meet, meetings.never_asked, meetings.known_already,
+    meetings.enough_registers,
     orders.lands_elsewhere, intervals.nothing_to_order, intervals.nothing_passes,
 )  # fmt: skip
 ORDER_REASONS = REASONS[-3:]  # these are held against what the machine says, both ways

@@ -27,6 +27,9 @@ memory, and tells the TMA's cache of maps about it:
     tensormap.cp_fenceproxy...release.gpu.sync.aligned [g], [s], 128     a copy by a whole warp
     fence.proxy.tensormap::generic.acquire.gpu [g], 128                  before its first use
 
+The fence is for the map at its address alone. So each instruction that publishes maps is an agent,
+too, and a thread knows until when it has seen what this one published.
+
 Source: PTX ISA 8.8, sections 9.7.9.25.4 and .5, 9.7.9.28 and 9.7.13.16.
 """
 
@@ -171,7 +174,8 @@ def map_at(core: "Core", inst: Instruction, unit: "Unit", lane: int, address: in
     published = core.state.get("published", {}).get(address)
     if published is None:
         core.fail(inst, unit, lane, f"no tensor map at {address:#x}")
-    if core.races.known[unit.gid[lane], core.races.agent("tensormap", 0)] < published:
+    time, by = published
+    if core.races.known[unit.gid[lane], core.races.agent("tensormap", by)] < time:
         core.report("missing fence", inst, "uses a tensor map that the kernel made "
                     "with no fence.proxy.tensormap::generic.acquire between")  # fmt: skip
     try:
@@ -353,7 +357,7 @@ def build_publish(inst: Instruction, core: "Core") -> Handler:
         for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):
             raw = core.shared.bytes[begin : begin + size]
             core.global_.bytes[end : end + size] = raw
-            published[end + core.global_.base] = time
+            published[end + core.global_.base] = time, index
 
     return publish
 
@@ -362,13 +366,15 @@ def build_acquire(inst: Instruction, core: "Core") -> Handler:
     """fence.proxy.tensormap::generic.acquire: these threads may use the map now."""
     if inst.parts[3] != "acquire" or constant(inst, 1) != tensor_maps.BYTES:
         raise UnknownInstruction(f"{inst.where}: this fence is not supported")
-    address = core.address(inst.operands[0])
+    address, races = core.address(inst.operands[0]), core.races
 
     def acquire(unit: "Unit", mask: np.ndarray | None) -> None:
         lanes = unit.lanes if mask is None else np.flatnonzero(mask)
-        agent, published = core.races.agent("tensormap", 0), core.state.get("published", {})
+        published = core.state.get("published", {})
         for at, gid in zip(address(unit)[lanes].tolist(), unit.gid[lanes], strict=True):
-            core.races.learn(np.array([gid]), agent, published.get(at, 0))
+            if at in published:
+                time, by = published[at]
+                races.learn(np.array([gid]), races.agent("tensormap", by), time)
 
     return acquire
 

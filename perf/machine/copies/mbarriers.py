@@ -317,7 +317,8 @@ def _learn(core: "Core", gids: np.ndarray, bar: MBarrier, offset: int) -> None:
 def build_elect(inst: Instruction, core: "Core") -> Handler:
     """elect.sync: one lane of each warp is chosen, the same one every time.
 
-    PTX does not say which lane. So the machine draws one, for each set of lanes to choose from.
+    PTX does not say which lane. In lockstep it is the first of the lanes to choose from, when late
+    the last, and in a random order one is drawn for each set of lanes.
     """
     target, operand = inst.operands
     if not isinstance(target, Pair):
@@ -339,7 +340,8 @@ def build_elect(inst: Instruction, core: "Core") -> Handler:
             if _lanes_of_warps(unit, here) != set(asked.tolist()):
                 core.fail(inst, unit, here, "elect.sync without all of the lanes that it names")
             if members_of not in leaders:
-                leaders[members_of] = int(core.rng.choice(asked))
+                ends = {"lockstep": asked[0], "late": asked[-1]}
+                leaders[members_of] = int(ends.get(core.schedule, core.rng.choice(asked)))
             leader[here] = leaders[members_of]
         lane_of(unit, leader, mask)
         chosen(unit, unit.thread % 32 == leader, mask)

@@ -18,21 +18,9 @@ section 9.7.15.7.1).
         wgmma.mma_async {%r1}                            reported
 """
 
-from collections.abc import Iterator
-
-from tilelab.perf.machine.ptx import Address, Instruction, Operand, Pair, Program, Register, Vector
+from tilelab.perf.machine.ptx import Instruction, Program, Vector, names_of
 
 MULTIPLY, FENCE = "wgmma.mma_async", "wgmma.fence"
-
-
-def _registers(operand: Operand) -> Iterator[str]:
-    if isinstance(operand, Register):
-        yield operand.name
-    elif isinstance(operand, Address):
-        yield from _registers(operand.base)
-    elif isinstance(operand, (Vector, Pair)):
-        for item in operand.items if isinstance(operand, Vector) else operand:
-            yield from _registers(item)
 
 
 def _shape(inst: Instruction) -> str:
@@ -40,12 +28,12 @@ def _shape(inst: Instruction) -> str:
 
 
 def _accumulators(inst: Instruction) -> set[str]:
-    return set(_registers(inst.operands[0]))
+    return set(names_of(inst.operands[0]))
 
 
 def _multiplicand(inst: Instruction) -> set[str]:
     """The registers of A; none if it is in shared memory, behind a descriptor."""
-    return set(_registers(inst.operands[1])) if isinstance(inst.operands[1], Vector) else set()
+    return set(names_of(inst.operands[1])) if isinstance(inst.operands[1], Vector) else set()
 
 
 def unfenced(program: Program) -> list[tuple[Instruction, str]]:
@@ -72,9 +60,9 @@ def unfenced(program: Program) -> list[tuple[Instruction, str]]:
                 touched |= {(name, _shape(inst)) for name in _accumulators(inst)}
                 touched |= {(name, "A") for name in _multiplicand(inst)}
             else:
-                names = {name for operand in inst.operands for name in _registers(operand)}
+                names = {name for operand in inst.operands for name in names_of(operand)}
                 touched |= {(name, "thread") for name in names & used}
-        for after in _successors(program, number):
+        for after in program.successors(number):
             if after not in before or not touched <= before[after]:
                 before[after] = before.get(after, set()) | touched
                 todo.append(after)
@@ -90,13 +78,3 @@ def _missing_fence(inst: Instruction, touched: set[tuple[str, str]]) -> str:
             whom = {"thread": "a thread", "A": "a wgmma, as A,"}.get(how, f"a wgmma {how}")
             return f"{name} was touched by {whom} with no wgmma.fence since"
     return ""
-
-
-def _successors(program: Program, number: int) -> list[int]:
-    """The blocks that may run behind one."""
-    last = program.blocks[number][-1] if program.blocks[number] else None
-    follows = [number + 1] if number + 1 < len(program.blocks) else []
-    if last is None or not last.op.startswith(("bra", "ret", "exit")):
-        return follows
-    there = [program.labels[last.operands[0].name]] if last.op.startswith("bra") else []
-    return there + follows if last.guard else there

@@ -301,6 +301,14 @@ def test_a_map_that_is_not_finished_is_found(line, found):
             run_made(body)
 
 
+def test_a_fence_is_for_the_map_at_its_address_alone():
+    publish, fence = (x for x in MAKE.splitlines() if "cp_fenceproxy" in x or ".acquire" in x)
+    other = "\n".join(["add.s64 %rd11, %rd3, 128;", *(x.replace("%rd3", "%rd11")
+                      for x in (publish, fence))])  # fmt: skip
+    assert not run_made(MAKE.replace(fence, f"{other}\n{fence}")).core.findings
+    assert run_made(MAKE.replace(fence, other)).kinds == {"missing fence"}
+
+
 def test_a_warp_publishes_what_one_of_its_lanes_has_made():
     assert not run_made(without(MAKE, "made"), schedule="random").core.findings
 

@@ -102,6 +102,13 @@ def test_a_barrier_that_expects_another_number_is_a_fault():
     fault("expects 96 threads here and 64", body, threads=64)
 
 
+def test_a_cta_has_16_barriers_for_whole_warps():
+    run("bar.sync 15, 64;", threads=64)
+    fault("barrier 16: a CTA has 0 to 15", "bar.sync 16, 64;", threads=64)
+    fault("a barrier of 40 threads", "bar.sync 1, 40;", threads=64)
+    fault("a barrier of 0 threads", "bar.sync 1, 0;", threads=64)
+
+
 def test_out_of_bounds_is_named_with_tensor_thread_and_line():
     x = np.zeros(32, np.uint32)
     body = "mul.wide.u32 %rd2, %r0, 4; add.s64 %rd2, %rd2, %rd0; ld.global.b32 %r2, [%rd2 + 8];"
@@ -144,6 +151,23 @@ def test_setmaxnreg_hands_registers_over():
               threads=256, more=".maxnreg 168", schedule=schedule)  # fmt: skip
     with pytest.raises(UnknownInstruction, match="maxnreg"):
         run(body, threads=256)
+
+
+def test_one_instruction_may_not_name_more_registers_than_its_warp_holds():
+    many = ", ".join(f"%r{i}" for i in range(2, 38))  # 36 sums of a thread, and two descriptors
+    body = f"""
+        setmaxnreg.dec.sync.aligned.u32 24;
+        setmaxnreg.inc.sync.aligned.u32 48;
+        mov.b64 %rd1, 0; mov.b64 %rd2, 0;
+        wgmma.fence.sync.aligned;
+        wgmma.mma_async.sync.aligned.m64n72k16.f32.bf16.bf16 {{{many}}}, %rd1, %rd2, 0, 1, 1, 0, 0;
+        wgmma.commit_group.sync.aligned;
+        wgmma.wait_group.sync.aligned 0;
+    """
+    run(body, threads=128, shared=8192, more=".maxnreg 168")
+    fault("needs 40 registers of a thread at once, and its warp holds 24",
+          body.replace("setmaxnreg.inc.sync.aligned.u32 48;", ""),
+          threads=128, shared=8192, more=".maxnreg 168")  # fmt: skip
 
 
 def test_shfl_up_and_down_stop_at_the_ends_of_a_warp():

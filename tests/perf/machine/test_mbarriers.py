@@ -1,5 +1,7 @@
 """mbarriers by hand and in small programs, their misuse, and elect.sync."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -174,12 +176,13 @@ def test_elect_chooses_one_lane_of_each_warp_and_always_the_same():
     @%p3 add.s32 %r6, %r6, 2;
     st.global.v4.b32 [%rd7], {%r4, %r5, %r6, %r1};
     """
-    leaders = set()
-    for seed in range(8):
-        y = Run(body, numbers(64, 4), numbers(64, 4), seed=seed).y
-        leaders.add(int(y[0, 0]))
+    leaders = {"lockstep": set(), "late": set(), "random": set()}
+    for schedule, seed in itertools.product(leaders, range(4)):
+        y = Run(body, numbers(64, 4), numbers(64, 4), schedule=schedule, seed=seed).y
+        leaders[schedule].add(int(y[0, 0]))
         assert (y[:, 0] == y[0, 0]).all() and (y[:, 1] == y[:, 0]).all()
         assert np.array_equal(y[:, 2], np.where(np.arange(64) % 32 == y[0, 0], 3, 0))
-    assert len(leaders) > 1  # by seed, since PTX does not say which lane it is
+    # PTX does not say which lane it is: it may be the first, the last, or any other
+    assert leaders["lockstep"] == {0} and leaders["late"] == {31} and len(leaders["random"]) > 1
     with pytest.raises(MachineFault, match="without all of the lanes"):
         Run("@%p1 elect.sync %r4|%p2, -1;", numbers(64, 4), numbers(64, 4))

@@ -10,7 +10,7 @@ import pytest
 from tests.tools import ptx_faults
 from tests.tools.ptx_fault_cases import CASES, launches
 
-KERNELS = {"matmul": 9, "matmul by TMA": 23}  # and how many kinds of faults they have
+KERNELS = {"matmul": 10, "matmul by TMA": 24}  # and how many kinds of faults they have
 
 
 @functools.cache
