@@ -83,6 +83,12 @@ TILES = [
 ]
 DEFAULT = {2: TILES[0], 4: TILES[0]}
 
+# No chunk is shorter than the most threads of a program: 8 warps of 64 on AMD (NVIDIA: of 32). With
+# fewer elements than threads, two threads have the same element, and one of them stores it. p is
+# updated in place, so the other may load the new p. It does not store what it makes of that, and
+# yet it is a race. A longer chunk costs nothing: these threads would have nothing else to do.
+LEAST = 512
+
 # Loads have to be 16 bytes wide for the speed of memory, and two things stand in the way. The
 # compiler cannot see that an address out of a table is a multiple of 16. So the host checks it
 # (ALIGNED), and the kernel states it (`tl.multiple_of`). And a mask that may end anywhere splits a
@@ -367,7 +373,8 @@ def _update(kernel: Any, rows: list[tuple[torch.Tensor, ...]], *scalars: Any, **
     first, grad, copy, *_ = rows[0]
     tensors = [t for row in rows for t in row]
     typical = min(max(sizes), 4 * sum(sizes) // len(sizes))  # If most are small, so are chunks.
-    tile = choose_tile(kernel.__name__.removesuffix("_kernel"), first, DEFAULT, M=typical)
+    name = kernel.__name__.removesuffix("_kernel")
+    tile = choose_tile(name, first, DEFAULT, M=max(LEAST, typical))
     aligned = all(t.data_ptr() % 16 == 0 for row in rows for t in row[:5])  # not the counter
     addresses: Any = tensors
     if _capturing(first.device):
