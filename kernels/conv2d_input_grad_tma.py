@@ -300,6 +300,8 @@ def fast_tile(plan: Plan, item: int, device: Device, relu: bool = False) -> dict
     moved = item * (math.prod(plan.x[0]) + math.prod(plan.w[0]) + math.prod(plan.size))
 
     def work(tile: dict) -> Iterable[tuple[dict, Work, int]]:
+        if "kernel" not in tile:  # It is for the kernel that loads through pointers.
+            return
         tn, th, tw = pixel_box(N, H // stride[0], W // stride[1], tile["BLOCK_M"])
         boxes = cdiv(N, tn) * cdiv(H // stride[0], th) * cdiv(W // stride[1], tw)
         tiles, blocks_k = boxes * cdiv(C, tile["BLOCK_N"]), cdiv(K, tile["BLOCK_K"])

@@ -445,6 +445,8 @@ def fast_tile(plan: Plan, device: Device, has_bias: bool = False) -> dict | None
     moved = 2 * (math.prod(plan.image) + math.prod(plan.size))
 
     def work(tile: dict) -> Iterable[tuple[dict, Work, int]]:
+        if "kernel" not in tile:  # It is for the kernel that loads through pointers.
+            return
         seen = as_neighbours(plan, tile)
         N, _, _, K = seen.size
         rows, span = seen.dw
