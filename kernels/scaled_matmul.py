@@ -38,7 +38,7 @@ import triton.language as tl
 
 from tilelab.kernels._checks import DTYPES, check_device, check_shape, check_tensors
 from tilelab.kernels._launch import Device, descriptor, device_of, launch, tma_rows
-from tilelab.kernels._tile_facts import Work, fastest_tile, kind_of, layout_of
+from tilelab.kernels._tile_facts import Work, fastest_tile, kind_of
 from tilelab.kernels._tiles import cdiv, choose_tile, persistent, tma_tile
 from tilelab.kernels.activation import activate, activated, check_activation
 
@@ -265,12 +265,12 @@ def _operands(a, b, dtype):
 
 
 @functools.lru_cache(maxsize=4096)
-def fast_tile(M: int, N: int, K: int, kind: str, kernels: tuple, device: Device) -> dict | None:
-    """Return the tile that the model finds fastest, or None if it knows nothing of the device."""
+def fast_tile(M: int, N: int, K: int, kind: str, kernel: str, device: Device) -> dict | None:
+    """Return the tile of a kernel that the model finds fastest; None if it knows no such device."""
     moved = M * K + K * N + 2 * M * N
 
     def work(tile):
-        if tile.get("kernel", "pointer") in kernels:
+        if tile.get("kernel", "pointer") == kernel:
             tiles = cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"])
             yield tile, Work(tiles, cdiv(K, tile["BLOCK_K"]), M * N, moved), 1
 
@@ -312,8 +312,9 @@ def _scaled_matmul(
     operands = _operands(a, b, dtype) if len(device.kernels) > 1 else None
     if operands is not None:
         kernels = ("pointer", "tma")
-    if layout_of(a.stride(), b.stride()) == "nt":  # others are turned on their way
-        if M and N and K and (tile := fast_tile(M, N, K, kind_of(a.dtype, ""), kernels, device)):
+    if (a.stride(1), b.stride(0)) == (1, 1):  # along K; others are turned on their way
+        kind = kind_of(a.dtype, "")
+        if M and N and K and (tile := fast_tile(M, N, K, kind, kernels[-1], device)):
             default = {1: tile}
     elif device.capability == 90 and a.dtype == torch.int8:
         default = TURNED_DEFAULT

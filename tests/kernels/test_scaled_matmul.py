@@ -265,7 +265,7 @@ def test_tiles_by_shape():
     assert blocks(SM90, 4096, 4096, 4096) == (128, 256)
     assert blocks(SM90, 512, 1024, 4096) == (64, 128)  # 64 tiles instead of 16
     assert blocks(SM100, 4096, 4096, 4096, dtype=FP8) == (128, 256)
-    assert fast_tile(4096, 4096, 4096, "fp8", ("tma",), SM90)["BLOCK_N"] == 256
+    assert fast_tile(4096, 4096, 4096, "fp8", "tma", SM90)["BLOCK_N"] == 256
     for K in (1, 16, 33):  # tensor cores take 32 bytes along K, at least
         assert chosen(SM80, *matrices(K=K))[1]["BLOCK_K"] >= 32
 
