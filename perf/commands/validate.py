@@ -14,16 +14,19 @@ seconds for each tile of each layout.
 """
 
 import argparse
+import contextlib
 import importlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 
-from tilelab.kernels import _tile_facts
+from tilelab.kernels import _cost_model, _tile_facts
 from tilelab.perf.commands import arguments
 from tilelab.perf.compiler import aot, facts
 from tilelab.perf.compiler.prediction import LAUNCH_S, predict
@@ -40,6 +43,21 @@ PUBLIC = Path(__file__).parents[1] / "results" / "public"
 BENCHMARK, FACTS, SUMMARY = (
     PUBLIC / name for name in ("matmul.jsonl", "facts.jsonl.gz", "summary.json")
 )
+TERMS = PUBLIC / "terms.json"
+# What makes each term of kernels/_cost_model.py vanish.
+WITHOUT = {
+    "latency of loads": {"LATENCY": 0},
+    "4-norm (the longest term alone)": {"SHARPNESS": 200},
+    "around the loop": {"AROUND": 0, "STORE_BYTES": math.inf},
+    "short runs cost more": {"thin": lambda run: 1.0},
+    "a barrier a step": {"BARRIER": 0},
+    "shared memory": {"SHARED_BYTES": math.inf},
+    "L2": {"L2_BYTES": math.inf},
+    "instructions issued": {"SCHEDULERS": math.inf},
+    "loads queue for each other": {"QUEUE": 0},
+    "mma in order": {"IN_ORDER": 0},
+    "memory": {"MEMORY_SHARE": math.inf},
+}
 LAUNCHES = {"events": 5e-6, "graph": LAUNCH_S}  # s: what a timer sees of an empty kernel
 
 
@@ -73,7 +91,8 @@ def run(args: argparse.Namespace) -> int:
         raise PerfError("the public benchmark is in a checkout only: name a FILE")
     found = lists.read(args.files or [BENCHMARK])
     known = _known()
-    held = hold(found, rows_of(found, known, args.workers))
+    rows = rows_of(found, known, args.workers)
+    held = hold(found, rows)
     summary = agreement.rounded(agreement.summary(held))
     print("Predicted from compiled code, beside measured times. Nothing was timed here.\n")
     print(report.text(summary))
@@ -82,7 +101,9 @@ def run(args: argparse.Namespace) -> int:
     if args.update:
         facts.write(FACTS, known)
         results.write_whole(SUMMARY, text)
-        written += [FACTS, SUMMARY]
+        worth = agreement.rounded(terms(found, rows))
+        results.write_whole(TERMS, (json.dumps(worth, indent=1) + "\n").encode())
+        written += [FACTS, SUMMARY, TERMS]
     elif args.json:
         results.write_whole(args.json, text)
         written.append(args.json)
@@ -157,6 +178,25 @@ def hold(
     if not held:
         raise PerfError("no list has two tiles that can be predicted")
     return held
+
+
+def terms(found: Sequence[TileList], rows: Sequence[Sequence[Row]]) -> dict[str, Any]:
+    """What each term of the model is worth: how well it agrees without it, by GPU."""
+    worth = {}
+    for name, constants in {"all terms": {}, **WITHOUT}.items():
+        with contextlib.ExitStack() as stack:
+            for constant, value in constants.items():
+                stack.enter_context(mock.patch.object(_cost_model, constant, value))
+            labels = agreement.by_label(hold(found, rows)).items()
+            about = {label: agreement.about(mine, None) for label, mine in labels}
+        worth[name] = {
+            label: {
+                "regret": each["regret_model"]["mean"], "median": each["median"],
+                "within_20": each["within_20"], "rank_correlation": each["rank_correlation"],
+            }
+            for label, each in about.items()
+        }  # fmt: skip
+    return worth
 
 
 def taken(each: TileList) -> np.ndarray:

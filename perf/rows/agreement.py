@@ -216,15 +216,16 @@ def summary(held: Sequence[Held]) -> dict[str, Any]:
         regimes = {name: [h for h in mine if h.regime == name] for name, _ in REGIMES}
         found[label] = {
             "fixed_tile": fixed,
-            "all": _about(mine, fixed),
-            "by_time": {name: _about(some, fixed) for name, some in regimes.items() if some},
+            "all": about(mine, fixed),
+            "by_time": {name: about(some, fixed) for name, some in regimes.items() if some},
             "by_tile": {name: level(ratios) for name, ratios in tile_kinds(mine).items()},
             "over_library": library(mine, fixed),
         }
     return found
 
 
-def _about(held: Sequence[Held], fixed: str | None) -> dict[str, Any]:
+def about(held: Sequence[Held], fixed: str | None) -> dict[str, Any]:
+    """Return the level and the order of some lists."""
     return order(held, fixed) | level(np.concatenate([each.ratios for each in held]))
 
 
