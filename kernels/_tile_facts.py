@@ -154,7 +154,7 @@ WHOLE = 16
 @functools.lru_cache(maxsize=4096)
 def pointer_tile(
     device: Device, op: str, kind: str, M: int, N: int, K: int, taps: float, times: int, moved: int,
-    channels: int = 0, parts: Callable[[dict, int, int], int] = lambda tile, tiles, steps: 1,
+    channels: int, parts: Callable[[dict, int, int], int] = lambda tile, tiles, steps: 1,
 ) -> dict | None:  # fmt: skip
     """Return the fastest tile of a convolution's kernel that loads through pointers.
 

@@ -378,9 +378,8 @@ def _conv2d(
         plan, x, FLAT_DEFAULT if flat else DEFAULT, can,
         lambda device: fast_tile(plan, x.itemsize, device),
         lambda device: pointer_tile(
-            device, "conv2d_flat" if flat else "conv2d", kind_of(x.dtype, precision), M, K,
-            R * S * C if flat else C, 1 if flat else R * S, groups, moved_by(x, weight, y),
-            0 if flat else whole_channels(x, C, K),
+            device, "conv2d", kind_of(x.dtype, precision), M, K, C, R * S, groups,
+            moved_by(x, weight, y), whole_channels(x, C, K),
         ),
     )  # fmt: skip
     tile = choose_tile(op, x, default, can, M=M, N=K, K=R * S * C if flat else C)

@@ -372,6 +372,12 @@ TMA_ONLY = {  # the kernels that a GPU without TMA has no use for
 # --- matmul ---------------------------------------------------------------------------------------
 
 
+def fits(tile, shared):
+    """Whether the steps under way of a 16-bit tile take at most so many bytes of shared memory."""
+    step = (tile["BLOCK_M"] + tile["BLOCK_N"]) * tile["BLOCK_K"] * 2
+    return step * (tile["num_stages"] - 1) <= shared
+
+
 def is_small(tile):
     """Whether its kernel for TMA also adds a part of the sum alone."""
     return tile["kernel"] == "tma" and tile["BLOCK_M"] * tile["BLOCK_N"] <= 128 * 128
@@ -391,7 +397,9 @@ def matmul_cases(device):
     longest; and the 16-bit ones in fp16, which has the same instructions, in the plain layout.
     """
     half, full = torch.bfloat16, torch.float32
-    jobs = [(half, x, tile) for tile in lesson("matmul").TILES for x in ("NN", "NT", "TN")]
+    # AMD's have 64 KiB of shared memory: tiles of more steps are for the others.
+    tiles = [tile for tile in lesson("matmul").TILES if device.capability or fits(tile, 64 * 1024)]
+    jobs = [(half, x, tile) for tile in tiles for x in ("NN", "NT", "TN")]
     for tile in lesson("matmul_tma").FAST_TILES[2]:
         jobs += [(half, layout, tile) for layout in ("NN", "NT", "TN", "TT")]
         jobs += [(half, "TN", tile | dict(SPLIT_K=4))] if is_small(tile) else []

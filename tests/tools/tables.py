@@ -24,6 +24,8 @@ PREDICTED = ROOT / "perf" / "results" / "predicted" / "sm_90.jsonl.gz"
 STEP = PREDICTED.with_name("step.json")  # of `tilelab step --json`
 DEMO = ROOT / "perf" / "results" / "cpu" / "demo.jsonl"  # `make train`, for five seeds
 DOCTOR = DEMO.with_name("doctor.json")  # of `tilelab doctor --host --json`
+PUBLIC = ROOT / "perf" / "results" / "public"  # of `tilelab validate --update`
+WORTH = ("mean regret", "within 20%")
 CONVOLUTIONS = [op for op, row in OPERATORS.items() if row.sizes == networks.CONV]
 OPS = [op for op, row in OPERATORS.items() if row.lesson and op not in CONVOLUTIONS]
 CONV_LAYER = "resnet50.layer3.1.conv2 n256"  # 3x3, 256 channels of 14 x 14 pixels
@@ -54,7 +56,54 @@ def tables() -> dict[str, dict[str, str]]:
         "docs/numbers.md": numbers,
         "docs/verification.md": opinions.tables(),
         "docs/memory.md": memory_counts.tables(),
+        "docs/prediction.md": prediction(PUBLIC),
     }
+
+
+def prediction(folder: Path) -> dict[str, str]:
+    """How well the prediction agrees with others' measurements, and what each term is worth."""
+    found = json.loads((folder / "summary.json").read_text())
+    halves = json.loads((folder / "halves.json").read_text())
+    head, lines = ("terms", *(f"{gpu}: {what}" for gpu in found for what in WORTH)), []
+    for name, by_gpu in json.loads((folder / "terms.json").read_text()).items():
+        cells = [f"{gpu[key]:.1%}" for gpu in by_gpu.values() for key in ("regret", "within_20")]
+        lines.append((name if name == "all terms" else f"without: {name}", *cells))
+    return {
+        "agreement": _agreement({gpu: about["all"] for gpu, about in found.items()}),
+        "speed": _over_library({"the benchmark": found, **halves}),
+        "halves": _agreement(
+            {f"{gpu}, {half}": about["all"] for half, of in halves.items() for gpu, about in of.items()}
+        ),
+        "terms": markdown_table(head, lines),
+    }  # fmt: skip
+
+
+def _agreement(found: dict[str, dict]) -> str:
+    head, lines = (
+        "", "lists", "tiles", "predicted / measured, median", "within 20%", "rank correlation",
+        "regret of the model's pick, mean", "of the tile of a call, where it was measured",
+        "its largest", "of the one best tile for all", "of a random tile",
+    ), []  # fmt: skip
+    for name, about in found.items():
+        call = about["regret_call"]
+        lines.append((
+            name, str(about["lists"]), f"{about['tiles']:,}", f"{about['median']:.2f}",
+            f"{about['within_20']:.0%}", f"{about['rank_correlation']:.2f}",
+            f"{about['regret_model']['mean']:.1%}", f"{call['mean']:.1%} ({call['lists']} lists)",
+            f"{call['most']:.0%}", f"{about['regret_fixed']['mean']:.1%}",
+            f"{about['regret_random']['mean']:.1%}",
+        ))  # fmt: skip
+    return markdown_table(head, lines)
+
+
+def _over_library(found: dict[str, dict]) -> str:
+    head, lines = ("", "lists", "the model's pick", "a call's tile", "one tile for all", "best"), []
+    for name, summary in found.items():
+        for gpu, about in summary.items():
+            speeds = about["over_library"]
+            cells = (f"{speeds[way]:.2f}x" for way in ("model", "call", "fixed", "best"))
+            lines.append((f"{gpu}, {name}", str(speeds["lists"]), *cells))
+    return markdown_table(head, lines)
 
 
 def summary(rows: Iterable[Row], entries: Iterable[history.Entry], step: Path, runs: list) -> str:
