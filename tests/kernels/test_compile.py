@@ -192,7 +192,10 @@ def test_the_cases_elsewhere(target, worker):
     launches, lesson = worker.launches(target), compile_cases.lesson
     count = collections.Counter((row["group"], row["kernel"]) for row in launches)
     fast = [(group, kernel) for group, kernel in count if group != "default" and "_tma_" in kernel]
-    assert count["matmul", "matmul_kernel"] == 3 * len(lesson("matmul").TILES)
+    tiles = lesson("matmul").TILES
+    if target == "gfx942":
+        tiles = [tile for tile in tiles if compile_cases.fits(tile, 64 * 1024)]
+    assert count["matmul", "matmul_kernel"] == 3 * len(tiles) > 20
     conv = lesson("conv2d")
     portable = [count["conv2d", f"conv2d{name}_kernel"] for name in ("", "_direct", "_flat")]
     assert sum(portable) >= len(conv.TILES) + len(conv.RUNGS)

@@ -79,6 +79,8 @@ def cases(target):
         for kind in kinds:
             if kind not in gpu.rate and kind != "fp16":
                 continue
+            if kind == "fp8" and aot.device(target).capability < 89:  # scaled_matmul refuses it
+                continue
             item = DTYPES[kind].itemsize
             tiles = [t for t in pointers if kind != "fp32" or _unrolls(t)]
             if kind == "tf32":  # steps of 256 bytes, as in 16-bit
