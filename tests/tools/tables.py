@@ -71,9 +71,10 @@ def prediction(folder: Path) -> dict[str, str]:
     return {
         "agreement": _agreement({gpu: about["all"] for gpu, about in found.items()}),
         "speed": _over_library({"the benchmark": found, **halves}),
-        "halves": _agreement(
-            {f"{gpu}, {half}": about["all"] for half, of in halves.items() for gpu, about in of.items()}
-        ),
+        "halves": _agreement({
+            f"{gpu}, {half}": about["all"]
+            for half, by_gpu in halves.items() for gpu, about in by_gpu.items()
+        }),
         "terms": markdown_table(head, lines),
     }  # fmt: skip
 
