@@ -80,10 +80,10 @@ def table(target: str) -> Table | None:
     return Table(content["gpu"], facts)
 
 
-def has(target: str, op: str, tile: dict) -> bool:
+def has(target: str, tile: dict) -> bool:
     """Return whether a target has facts of this tile, whatever its number of parts."""
     found, parts = table(target), {"SPLIT_K": 1} if "SPLIT_K" in tile else {}
-    every = (facts for key, facts in found.facts.items() if key[0] == op) if found else ()
+    every = found.facts.values() if found else ()
     return any(tile | parts == each.tile for facts in every for each in facts)
 
 

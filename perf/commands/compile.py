@@ -26,6 +26,7 @@ from tilelab.perf.report import diagnosis
 from tilelab.perf.rows import ranking, results
 from tilelab.perf.work import gpus
 from tilelab.perf.work.operators import is_product
+from tilelab.perf.work.tile_work import ALIKE
 from tilelab.perf.work.workloads import Workload
 
 
@@ -272,6 +273,8 @@ def table(rows: list[dict], top: int) -> str:
     good.sort(key=lambda row: row["predicted_s"])
     words = (first[key] for key in ("op", "mode", "dtype", "precision"))
     title = f"{' '.join(words)}, {first['shape_name']}, predicted"
+    if good and good[0].get("known"):
+        title += f" ({good[0]['known']})"
     if first["tile"] is None:
         if not good:
             return f"{title}: {first['reason']}"
@@ -290,6 +293,7 @@ def table(rows: list[dict], top: int) -> str:
     lines = [title]
     for line in cells:
         lines.append("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip())
+    lines += filter(None, [undecided(good)])
     refusals = Counter()
     for row in rows:
         if row["status"] == "error":
@@ -301,6 +305,19 @@ def table(rows: list[dict], top: int) -> str:
     skipped = sum(row["status"] == "skipped" for row in rows)
     lines += [f"skipped, the time budget ran out: {skipped}"] if skipped else []
     return "\n".join(lines)
+
+
+def undecided(good: list[dict]) -> str:
+    """What to say if the model cannot tell several tiles from the first."""
+    most = (1 + ALIKE) * good[0]["predicted_s"] if good else 0
+    alike = [row for row in good if row["predicted_s"] <= most]
+    if len(alike) < 2:
+        return ""
+    words = f"the model can't choose among the first {len(alike)}, which are within {ALIKE:.0%}"
+    default = next((row for row in good if row.get("default")), None)
+    if default is not None:
+        words += f"; a call takes the default, {ranking.tile_text(default['tile'])}"
+    return words
 
 
 def _explain(work: list[Workload], args: argparse.Namespace, asked: list[gpus.GPU]) -> int:

@@ -234,11 +234,12 @@ def _why(
         words = "these sizes" if far == 0 else f"{nearest}, the nearest ({far:.1f} octaves away)"
         lines = [f"tuned: the fastest tile of a sweep for {words}, in kernels/tuned/{table.name}"]
     else:
-        if _tile_facts.has(target, choice.op, base):
+        constant = _constant(base, launch)
+        if constant is None and _tile_facts.has(target, base):
             rule = "predicted to be the fastest of the lesson's tiles that can do this call"
             lines = [f"modelled: {rule} (kernels/_tile_facts.py)"]
         else:
-            lines = [f"default: {_constant(base, launch)}"]
+            lines = [f"default: {constant or 'a tile that the lesson makes for these sizes'}"]
         if table is not None and table.exists():
             where = f"kernels/tuned/{table.name}"
             lines.append(f"{where} has no tile of {choice.op} that can do this call")
@@ -250,7 +251,7 @@ def _why(
     return lines
 
 
-def _constant(tile: dict, launch: _launch.Launch | None) -> str:
+def _constant(tile: dict, launch: _launch.Launch | None) -> str | None:
     """Under which names a lesson has this tile: "DEFAULT[2] = TILES[2] of kernels/matmul.py"."""
     lessons = sorted(name for name in sys.modules if name.startswith(("tilelab.k", "tilelab.n")))
     if launch is not None:  # where its kernel is, before others
@@ -269,7 +270,7 @@ def _constant(tile: dict, launch: _launch.Launch | None) -> str:
         if names:
             file = lesson.removeprefix("tilelab.").replace(".", "/")
             return f"{' = '.join(names)} of {file}.py"
-    return "a tile that the lesson makes for these sizes"
+    return None
 
 
 def lesson_tiles(tile_op: str, module: str, itemsize: int) -> tuple[list, list, list]:

@@ -43,7 +43,7 @@ from tilelab.perf.rows.ranking import (
 from tilelab.perf.work import gpus
 from tilelab.perf.work.gpus import GPU
 from tilelab.perf.work.operators import is_product, tile_op
-from tilelab.perf.work.tile_work import LAUNCH_S, itemsize, loop_warps, step_flops
+from tilelab.perf.work.tile_work import ALIKE, LAUNCH_S, itemsize, loop_warps, step_flops
 
 TIE = 0.01  # a tile within 1% of the winner lost nothing that needs an explanation
 LESS = 0.9  # below nine tenths of the winner's value a share counts as less
@@ -127,7 +127,8 @@ def _failed(row: Row) -> tuple[str, str] | None:
 def _cause(row: Row, best: Row, gpu: GPU | None) -> tuple[str, str]:
     """The cascade for a tile that runs."""
     gap = _gap(row, best)
-    if gap is not None and gap < 1 + TIE and row["status"] != "pruned":
+    timed = row.get("median_s") and best.get("median_s")
+    if gap is not None and gap < 1 + (TIE if timed else ALIKE) and row["status"] != "pruned":
         return "tie", f"{time_text(seconds(row))}, the winner {time_text(seconds(best))}"
     if ruined := _ruined(row, best):
         return ruined

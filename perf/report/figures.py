@@ -7,9 +7,11 @@ says. Figures are 9 inches wide: 900 pixels in a README, where their smallest le
 high.
 """
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -43,6 +45,7 @@ from tilelab.perf.rows.ranking import (
 from tilelab.perf.work import gpus
 from tilelab.perf.work.search_space import LOWER_RUNGS
 
+AGREEMENT = Path(__file__).parents[1] / "results" / "public" / "summary.json"
 WIDTH, HEAD = 9.0, 0.68  # inches; the head is the title and the legend
 MARKER = {"tilelab": "o", "torch": "s", "compile": "D", "inductor": "^", "graph": "v"}
 MARKERS = "osD^vP*Xph<>"
@@ -122,7 +125,7 @@ def frame(
     There is room for a legend of one line between title and axes: see `legend`.
     """
     warning = "" if all(w.measured for w in shown) else "predicted, not measured"
-    text = "\n".join(filter(None, (note, provenance(shown))))
+    text = "\n".join(filter(None, (note, provenance(shown), how_known(shown))))
     return blank(theme, title, height, text, warning, head, **subplots)
 
 
@@ -167,6 +170,20 @@ def provenance(shown: Sequence[Workload]) -> str:
         "hot cache" if any(w.cache == "hot" for w in shown) else "",
     ]
     return " · ".join(filter(None, parts))
+
+
+def how_known(shown: Sequence[Workload]) -> str:
+    """Of predictions: how far the model agrees with others' measurements, and of what kernels."""
+    rows = [t for w in shown for t in w.tiles if t.get("known") and not t.get("median_s")]
+    if not rows or not AGREEMENT.exists():
+        return ""
+    cards = [card["all"] for card in json.loads(AGREEMENT.read_text()).values()]
+    tiles = sum(card["tiles"] for card in cards)
+    near = sum(card["tiles"] * card["within_20"] for card in cards) / tiles
+    return (
+        f"predicted by a model that is within 20% of others' measurements for {near:.0%} of their "
+        f"tiles (docs/prediction.md); for these kernels: {_some({row['known'] for row in rows})}"
+    )
 
 
 def _some(texts: Iterable[str], most: int = 4) -> str:

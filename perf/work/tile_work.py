@@ -5,6 +5,9 @@ import math
 from tilelab.perf.work.operators import tile_op
 from tilelab.perf.work.search_space import TileOp
 
+# Tiles whose predictions differ by less are alike to the model: its picks are that far behind the
+# best on average, where others have measured it (docs/prediction.md).
+ALIKE = 0.03
 LAUNCH_S = 2.5e-6  # assumed: from the end of one kernel to the start of the next, in a CUDA graph
 
 

@@ -40,7 +40,10 @@ DTYPES = {
     "fp8": torch.float8_e4m3fn, "int8": torch.int8,
 }  # fmt: skip
 # Without tensor cores a step is unrolled into multiply-adds: larger ones take minutes to compile.
-MOST_REGISTERS = 224  # of 255, where an activation can be fused
+# Of 255, by operator. A matmul's other layouts and epilogues take no more.
+MOST_REGISTERS = {
+    "conv2d": 224, "scaled_matmul": 224, "conv2d_input_grad": 239, "conv2d_weight_grad": 239,
+}  # fmt: skip
 TURNS, GRADIENTS = ("wgmma", "tcgen05"), ("conv2d_input_grad", "conv2d_weight_grad")
 MOST_UNROLLED = 64 * 128 * 32
 
@@ -159,8 +162,9 @@ def fact(case, target):
     # eight threads meet in each bank (docs/memory.md). The model does not know that.
     narrow = DTYPES[case.kind].itemsize != 2 and prediction.unit(code["tensor_core"]) in TURNS
     turned = case.layout not in ("", "nt") or case.op in GRADIENTS
-    # An activation in the epilogue takes more registers than were compiled.
-    full = case.op == "conv2d" and "kernel" not in tile and code["registers"] > MOST_REGISTERS
+    # Masks, and an activation in the epilogue, take more registers than were compiled.
+    most = MOST_REGISTERS.get(case.op, 255)
+    full = "kernel" not in tile and case.kind != "fp32" and code["registers"] > most
     if prediction.refused(row) or full or (narrow and turned and "kernel" not in tile):
         return None, hashed
     return {
