@@ -47,7 +47,7 @@ def test_words_say_what_is_good():
         "HGMMA.64x256x16.F32.BF16, 4 in the main loop, its first operand from shared",
         "92 instructions (4 tensor core, 12 load, 76 integer)",
         "512 programs on 132 SMs, 1 at a time on each: 3.88 waves.",
-        "Predicted, not measured: 146 µs, 943 TFLOP/s",
+        "Predicted, not measured (held to measurements): 221 µs, 622 TFLOP/s",
     ):
         assert piece in " ".join(text.split()), piece
     assert "BAD" not in text
@@ -84,7 +84,7 @@ def test_the_table_counts_what_is_not_worth_running():
     rows = [compiling.finish(compiled(**kind), H200) for kind in kinds]
     text = compiling.table(rows, top=5)
     assert "2 x spills registers" in text and "1 x does not compile" in text
-    assert "943" in text and "predicted" in text.splitlines()[0]
+    assert "622" in text and "predicted" in text.splitlines()[0]
 
 
 def test_what_is_stored_fits_the_schema(tmp_path):
@@ -93,7 +93,7 @@ def test_what_is_stored_fits_the_schema(tmp_path):
     with results.Writer(tmp_path / "r.jsonl", header) as writer:
         writer.write(compiling.stored(row))
     (back,) = results.read(tmp_path / "r.jsonl").rows
-    assert back["predicted_tflops"] == pytest.approx(943, rel=1e-3)
+    assert back["predicted_tflops"] == pytest.approx(622.3, rel=1e-3)
     assert not back["measured"] and back["limit"] == "registers" and back["waves"]
 
 
@@ -235,8 +235,9 @@ def test_a_tile_is_tuned_modelled_or_a_default(monkeypatch, tmp_path):
     found, words = why("NVIDIA H100 80GB HBM3", 4096)
     assert found["kernel"] == "tma" and words.startswith("modelled: ")
     assert "of the kernels pointer, tma, tma_ws" in words
-    assert why("NVIDIA A100-SXM4-80GB", 4096, "sm_80")[1].startswith("default: ")
+    assert why("NVIDIA A100-SXM4-80GB", 4096, "sm_80")[1].startswith("modelled: ")
     (choice,) = reasons("softmax", "sm_90", "NVIDIA H200")["choices"]
+    assert choice["why"][0].startswith("default: ")
     assert "kernels/tuned/nvidia-h200.json has no tile of softmax that can do" in choice["why"][1]
     _tiles.forget_tuned()
 
