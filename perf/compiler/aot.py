@@ -276,12 +276,13 @@ def _constant(tile: dict, launch: _launch.Launch | None) -> str | None:
 def lesson_tiles(tile_op: str, module: str, itemsize: int) -> tuple[list, list, list]:
     """FAST_TILES (of this itemsize), TILES and RUNGS of a lesson, each where it has them.
 
-    A lesson may be two files: that of the kernel, and the one named as `choose_tile` is asked, up
-    to what it adds for a special case ("conv2d_grouped").
+    A lesson may be three files: that of the kernel; the one named as `choose_tile` is asked, up to
+    what it adds for a special case ("conv2d_grouped"); and this one's for TMA.
     """
     names = (f"tilelab.kernels.{tile_op}", f"tilelab.kernels.{tile_op.rpartition('_')[0]}")
     second = next((n for n in names if n[-1] != "." and importlib.util.find_spec(n)), module)
-    files = [importlib.import_module(name) for name in (module, second)]
+    third = [f"{second}_tma"] if importlib.util.find_spec(f"{second}_tma") else []
+    files = [importlib.import_module(name) for name in (module, second, *third)]
 
     def first(name: str, missing: Any) -> Any:
         return next((getattr(file, name) for file in files if hasattr(file, name)), missing)
