@@ -154,15 +154,17 @@ def test_a_1x1_convolution_is_swept_as_the_matmul_that_it_is():
     assert trace.choice.tile == tiles[-1] and trace.main.meta["BLOCK_M"] == tiles[-1]["BLOCK_M"]
 
 
-def test_a_lesson_may_be_two_files():
-    conv, fast = (importlib.import_module(f"tilelab.kernels.{m}") for m in ("conv2d", "conv2d_tma"))
+def test_a_lesson_may_be_three_files():
+    names = ("conv2d", "conv2d_tma")
+    conv, conv_fast = (importlib.import_module(f"tilelab.kernels.{m}") for m in names)
     for op in ("conv2d", "conv2d_flat", "conv2d_grouped"):
         found = aot.lesson_tiles(op, "tilelab.kernels.conv2d_tma", 2)
-        assert found == (fast.FAST_TILES[2], conv.TILES, conv.RUNGS)
+        assert found == (conv_fast.FAST_TILES[2], conv.TILES, conv.RUNGS)
     for op in ("conv2d_input_grad", "conv2d_weight_grad"):
         slow, fast = (importlib.import_module(f"tilelab.kernels.{op}{end}") for end in ("", "_tma"))
         assert aot.lesson_tiles(op, fast.__name__, 2) == (fast.FAST_TILES[2], slow.TILES, [])
-    assert aot.lesson_tiles("conv2d", "tilelab.kernels.conv2d", 4) == ([], conv.TILES, conv.RUNGS)
+    found = aot.lesson_tiles("conv2d", "tilelab.kernels.conv2d", 4)
+    assert found == (conv_fast.FAST_TILES[4], conv.TILES, conv.RUNGS)
     assert aot.lesson_tiles("conv2d", "tilelab.kernels.conv2d_tma", 1)[0] == []
     rungs = {tile.get("kernel") for tile in aot.describe(CONV)["lesson"]}
     assert rungs == {None, "direct", "flat"}  # where there is no TMA
