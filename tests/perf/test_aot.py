@@ -206,7 +206,7 @@ def test_describe_gives_the_gpus_default_and_the_lessons_tiles(compilers):
     described = compilers.submit("describe", list(CONV), "").result()
     assert described["tile_op"] == "conv2d"
     assert described["sizes"] == dict(M=32 * 28 * 28, N=256, K=128)
-    assert described["tile"]["BLOCK_M"] == 128  # not the interpreter's thousands
+    assert described["tile"]["BLOCK_M"] <= 128  # not the interpreter's thousands
     assert described["tile"] in described["lesson"]
 
 

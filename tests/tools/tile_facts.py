@@ -86,7 +86,7 @@ def cases(target):
                 continue
             item = DTYPES[kind].itemsize
             tiles = [t for t in pointers if kind != "fp32" or _unrolls(t)]
-            if kind == "tf32":  # longer rows do not fit the widest swizzle: banks conflict
+            if item == 4:  # longer rows do not fit the widest swizzle: banks conflict
                 tiles = [t for t in tiles if t["BLOCK_K"] <= 32]
             if kind != "fp32" and len(aot.device(target).kernels) > 1:
                 tiles = tiles + [t for t in fast.get(item, []) if t["kernel"] != "tma_ws"]
