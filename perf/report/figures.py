@@ -177,12 +177,13 @@ def how_known(shown: Sequence[Workload]) -> str:
     rows = [t for w in shown for t in w.tiles if t.get("known") and not t.get("median_s")]
     if not rows or not AGREEMENT.exists():
         return ""
+    kinds = {row["known"] for row in rows}
     cards = [card["all"] for card in json.loads(AGREEMENT.read_text()).values()]
     tiles = sum(card["tiles"] for card in cards)
     near = sum(card["tiles"] * card["within_20"] for card in cards) / tiles
     return (
         f"predicted by a model that is within 20% of others' measurements for {near:.0%} of their "
-        f"tiles (docs/prediction.md); for these kernels: {_some({row['known'] for row in rows})}"
+        f"tiles: docs/prediction.md\nhow that is known of these kernels: {_some(kinds)}"
     )
 
 
