@@ -109,7 +109,7 @@ def _over_library(found: dict[str, dict]) -> str:
 
 def summary(rows: Iterable[Row], entries: Iterable[history.Entry], step: Path, runs: list) -> str:
     """What is fast, in five lines, and how each is known."""
-    best = max(r["predicted_tflops"] for r in _squares(rows))
+    best = max(r["predicted_tflops"] for r in _squares(rows) if r["status"] == "predicted")
     convolutions = [
         next(
             e["predicted"]
