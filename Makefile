@@ -4,7 +4,7 @@
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: help train sweep gpu test test-oldest test-compile test-ptx test-gpu mutants ptx-faults lint format clean
+.PHONY: help train sweep gpu test test-oldest test-compile test-ptx test-gpu mutants ptx-faults tile-facts lint format clean
 
 help:  ## this list
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -48,6 +48,9 @@ mutants: .venv/.ready  ## plant a fault in a kernel, one at a time, and see whic
 
 ptx-faults: .venv/.ready  ## plant faults in the PTX of every kind of kernel, and see that perf/machine notices (an hour)
 	.venv/bin/python -m tests.tools.ptx_faults $(ARGS)
+
+tile-facts: .venv/.ready  ## compile every tile of the products, and write the facts that calls choose by (half an hour)
+	.venv/bin/python -m tests.tools.tile_facts --write $(ARGS)
 
 lint: .venv/.ready  ## check style and formatting
 	.venv/bin/python -m ruff check .

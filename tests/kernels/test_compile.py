@@ -374,3 +374,12 @@ def test_narrow_accesses_are_seen(tmp_path):
     assert [json.loads(line) for line in result.stdout.splitlines()] == [
         [[16], [16]], [[2], [16]], [[2], [2]], [[8], [8]]
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_facts_that_calls_choose_by_are_what_triton_makes():
+    """Of every kernel by its source, and of one tile of each target by compiling it again."""
+    command = [sys.executable, "-m", "tests.tools.tile_facts"]
+    root = pathlib.Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stderr[-2000:]
