@@ -210,7 +210,7 @@ def busy_clocks(loop: Loop, step: Step, gpu: GPU, tiles: int, steps: float) -> f
             around /= beside
         return steps * step.clocks(beside) + around
 
-    full, rest = divmod(tiles, gpu.sms * max(loop.resident, 1))
+    full, rest = divmod(tiles, gpu.sms * loop.resident)
     if not rest:
         return (full - 1) * turn(loop.resident, False) + turn(loop.resident, True)
     return full * turn(loop.resident, False) + turn(cdiv(rest, gpu.sms), True)

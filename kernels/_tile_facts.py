@@ -90,10 +90,10 @@ def has(target: str, tile: dict) -> bool:
 def _loop(row: dict) -> model.Loop:
     tile, item = row["tile"], row["item"]
     m, n, k = (tile[f"BLOCK_{x}"] for x in "MNK")
-    run_a, run_b = 128, 128
-    if "kernel" not in tile and row["layout"]:
-        a, b = row["layout"]
-        run_a, run_b = (k if a == "n" else m) * item, (k if b == "t" else n) * item
+    by_layout = "kernel" not in tile and row["layout"]
+    run_a, run_b = (
+        (item * tile[block] for block in along(row["layout"])) if by_layout else (128, 128)
+    )
     specialized = tile.get("kernel") == "tma_ws"
     return model.Loop(
         m, n, k, item, tile["num_warps"] * (2 if specialized else 1), tile["num_stages"],
@@ -154,7 +154,7 @@ WHOLE = 16
 @functools.lru_cache(maxsize=4096)
 def pointer_tile(
     device: Device, op: str, kind: str, M: int, N: int, K: int, taps: float, times: int, moved: int,
-    channels: int, parts: Callable[[dict, int, int], int] = lambda tile, tiles, steps: 1,
+    channels: int, parts: Callable[[int, int], int] = lambda tiles, steps: 1,
 ) -> dict | None:  # fmt: skip
     """Return the fastest tile of a convolution's kernel that loads through pointers.
 
@@ -171,7 +171,7 @@ def pointer_tile(
         times: how many such products there are: one for each group, for example.
         moved: bytes of the operands and the result.
         channels: a divisor of the channels in and out; 1 if those of a pixel do not lie together.
-        parts: returns the number of parts of the sum, of a tile, all tiles and their steps.
+        parts: returns the number of parts of the sum, of the number of tiles and of their steps.
     """
     if channels % WHOLE:
         return None
@@ -180,7 +180,7 @@ def pointer_tile(
         if "kernel" not in tile:
             tiles = times * cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"])
             steps = taps * cdiv(K, tile["BLOCK_K"])
-            yield tile, Work(tiles, steps, M * N, moved), parts(tile, tiles, steps)
+            yield tile, Work(tiles, steps, M * N, moved), parts(tiles, steps)
 
     return fastest_tile(device, op, kind, work)
 
@@ -200,6 +200,12 @@ def kind_of(dtype: torch.dtype, precision: str) -> str:
     if dtype == torch.float32:
         return "tf32" if precision == "tf32" else "fp32"
     return {torch.float8_e4m3fn: "fp8", torch.int8: "int8"}.get(dtype, "fp16")
+
+
+def along(layout: str) -> tuple[str, str]:
+    """Return which block of a tile lies along the contiguous dimension of A, and of B."""
+    a, b = layout
+    return "BLOCK_K" if a == "n" else "BLOCK_M", "BLOCK_K" if b == "t" else "BLOCK_N"
 
 
 def layout_of(a_strides: tuple[int, int], b_strides: tuple[int, int]) -> str:

@@ -184,11 +184,6 @@ def conv2d_weight_grad_kernel(
             tl.store(db_ptrs, tl.sum(total, axis=1).to(db_ptr.dtype.element_ty), mask=mask_m)
 
 
-def _parts(tile, tiles, steps):
-    """Return into about how many parts the sum over all pixels is divided."""
-    return part_count(tiles, steps)
-
-
 def _weight_grad(x, dy, weight, stride, padding, dilation, groups, with_bias):
     """Return dweight, which lies in memory as weight does, and dbias, or None without bias."""
     dweight, dbias = torch.empty_like(weight), None
@@ -207,7 +202,7 @@ def _weight_grad(x, dy, weight, stride, padding, dilation, groups, with_bias):
         lambda device: fast_tile(plan, device, with_bias),
         lambda device: pointer_tile(
             device, "conv2d_weight_grad", kind_of(x.dtype, precision), K, R * S * C, M, 1, groups,
-            moved_by(x, dy, dweight), whole_channels(x, C, K), _parts,
+            moved_by(x, dy, dweight), whole_channels(x, C, K), part_count,
         ),
     )  # fmt: skip
     tile = choose_tile("conv2d_weight_grad", x, default, kernels, K=M, M=K, N=R * S * C)

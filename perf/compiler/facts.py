@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from tilelab.kernels._tile_facts import along
 from tilelab.kernels.matmul import matmul_kernel
 from tilelab.perf.compiler import aot
 from tilelab.perf.compiler.kernel_source import source_hash
@@ -91,8 +92,8 @@ class Facts(dict[Key, Row]):
         w = Workload(each.op, each.mode, each.dtype, each.precision, shape, each.name)
         blocks = [math.ceil(shape[name] / tile[f"BLOCK_{name}"]) for name in "MN"]
         # How many bytes of a tile of A, and of B, lie together in memory.
-        along = "K" if each.layout[0] == "n" else "M", "K" if each.layout[1] == "t" else "N"
-        runs = (item * min(tile[f"BLOCK_{name}"], shape[name]) for name in along)
+        blocks_along = along(each.layout)
+        runs = (item * min(tile[b], shape[b.removeprefix("BLOCK_")]) for b in blocks_along)
         return self[key_of(each, tile)] | {
             "op": w.op, "mode": w.mode, "dtype": w.dtype, "precision": w.precision,
             "shape": shape, "sizes": shape, "tile_op": "matmul",

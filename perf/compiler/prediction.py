@@ -19,6 +19,7 @@ import math
 
 from tilelab.kernels import _cost_model as model
 from tilelab.perf.compiler.occupancy import Occupancy, occupancy
+from tilelab.perf.rows import results
 from tilelab.perf.work.gpus import GPU, kind
 from tilelab.perf.work.operators import tile_op
 from tilelab.perf.work.tile_work import (
@@ -31,7 +32,7 @@ from tilelab.perf.work.tile_work import (
     step_flops,
 )
 
-HELD, CONSTRUCTED = "held to measurements", "by construction only"
+HELD, CONSTRUCTED = results.KNOWN
 # What a term of the model is called as the limit of a kernel.
 BOUNDS = {
     "tensor": "compute", "power": "power", "issue": "issue", "l2": "l2", "shared": "shared memory",
